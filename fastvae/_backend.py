@@ -1,0 +1,106 @@
+"""Which backend serves an operator, and an error that says what would where the asked-for one cannot."""
+
+import os
+import threading
+from contextlib import contextmanager
+
+import torch
+
+from fastvae import _ops
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# What the kernels of a backend are written for; which operators it has is asked of the dispatcher.
+DTYPES = {
+    "cpp": FLOATS,
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "reference": FLOATS,
+}
+# Fastest first.
+PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+# Why a backend is missing, filled in by the modules that load it.
+UNAVAILABLE: dict[str, str] = {}
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot serve the call."""
+
+
+class _Forced(threading.local):
+    # Set in __init__, not on the class: torch.compile guards on the value that the calling thread sees.
+    def __init__(self):
+        self.backend = None
+
+
+_forced = _Forced()
+_served: dict[tuple[str, str], tuple[str, ...]] = {}
+
+
+def refresh() -> None:
+    """Asks the dispatcher which backend implements which operator; called once the implementations are imported."""
+    for device, key in _DISPATCH_KEYS.items():
+        for op in _ops.operators():
+            _served[op, device] = tuple(
+                backend
+                for backend in _ops.BACKENDS
+                if torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastvae::{op}.{backend}", key)
+            )
+
+
+def serving(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that can serve ``op``."""
+    return tuple(b for b in _served.get((op, device_type), ()) if dtype in DTYPES[b])
+
+
+def resolve(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for ``op`` on tensors of this device and dtype: the forced one, or the fastest that serves them."""
+    served = _served.get((op, device.type), ("reference",))
+    forced = _forced.backend or _from_environment
+    if forced is not None:
+        if forced not in served or dtype not in DTYPES[forced]:
+            raise BackendError(_explain(forced, op, device.type, dtype))
+        return forced
+    for backend in PREFERENCE.get(device.type, ()):
+        if backend in served and dtype in DTYPES[backend]:
+            return backend
+    return "reference"
+
+
+def _explain(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
+    able = ", ".join(serving(op, device_type, dtype)) or "none"
+    if backend not in _served.get((op, device_type), ()):
+        reason = UNAVAILABLE.get(backend, f"it has no {op} for {device_type} tensors")
+    else:
+        reason = f"it takes {', '.join(str(d) for d in DTYPES[backend])}"
+    return f"backend {backend!r} cannot serve {op} on {device_type} with {dtype}: {reason}. Backends that can: {able}."
+
+
+def _check_name(backend: str | None, source: str) -> str | None:
+    if backend in (None, "auto"):
+        return None
+    if backend not in _ops.BACKENDS:
+        raise ValueError(f"{source}: got {backend!r}, takes one of auto, {', '.join(_ops.BACKENDS)}")
+    return backend
+
+
+_from_environment = _check_name(os.environ.get("FASTVAE_BACKEND"), "FASTVAE_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str | None):
+    """Forces a backend for the calling thread: ``with fastvae.use_backend("reference"): ...``.
+
+    Args:
+        name: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"reference"``, or ``"auto"`` (also ``None``) for the fastest that serves a call.
+
+    A call that the backend cannot serve raises :class:`BackendError`; there is no silent fallback. A backward pass uses the backend of
+    its forward pass. The environment variable ``FASTVAE_BACKEND`` does the same for a whole process.
+    """
+    previous, _forced.backend = _forced.backend, _check_name(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced.backend = previous

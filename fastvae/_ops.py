@@ -1,0 +1,124 @@
+"""The operators: every schema and every shape function, and nothing else.
+
+A backend is an overload. ``fastvae::latent_forward.cpp``, ``.cuda``, ``.triton`` and ``.reference`` share one schema and one fake; an
+implementation adds itself with ``torch.library.impl`` (Python) or ``STABLE_TORCH_LIBRARY_IMPL`` (C++).
+"""
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpp", "cuda", "triton", "reference")
+
+# Mirrored by csrc/common/reduction.h and by the constexprs in kernels/.
+REDUCTIONS = {"none": 0, "sample": 1, "batchmean": 2, "sum": 3, "mean": 4}
+LIKELIHOODS = {"bce_with_logits": 0, "bce": 1, "mse": 2, "gaussian": 3}
+
+OVERLOADS: dict[tuple[str, str], torch._ops.OpOverload] = {}
+
+
+def _define(name: str, schema: str):
+    """Defines one overload a backend for the operator ``name`` and gives them all the decorated function as their fake."""
+
+    def register(fake):
+        for backend in BACKENDS:
+            qualified = f"fastvae::{name}.{backend}"
+            torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(qualified, fake)
+            OVERLOADS[name, backend] = getattr(getattr(torch.ops.fastvae, name), backend)
+        return fake
+
+    return register
+
+
+def operators() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name, _ in OVERLOADS))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reduced_shape(shape: torch.Size, reduction: int) -> tuple:
+    if reduction == REDUCTIONS["none"]:
+        return tuple(shape)
+    if reduction == REDUCTIONS["sample"]:
+        return tuple(shape[:1])
+    return ()
+
+
+def _empty_reduced(like: Tensor, reduction: int) -> Tensor:
+    dtype = like.dtype if reduction == REDUCTIONS["none"] else accumulation_dtype(like.dtype)
+    return like.new_empty(reduced_shape(like.shape, reduction), dtype=dtype)
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.shape)
+
+
+def _empty_if(condition: bool, tensor: Tensor) -> Tensor:
+    """A contiguous tensor like ``tensor`` where the operator returns one, a tensor without elements where it does not."""
+    return tensor.new_empty(tensor.shape if condition else (0,))
+
+
+@_define(
+    "latent_forward",
+    "(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor? eps, Tensor? seed, SymInt? num_samples, "
+    "bool with_kl, int reduction, float free_bits, float clamp_min, float clamp_max) -> (Tensor z, Tensor kl, Tensor active)",
+)
+def latent_forward(
+    mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max
+):
+    """``z`` (no elements where neither ``eps`` nor ``seed`` is given), ``kl`` (none where not ``with_kl``) and, with free bits, which
+    dimensions are above them (bool, ``mu.shape[1:]``; none otherwise)."""
+    draws = eps is not None or seed is not None
+    z_shape = (mu.shape if num_samples is None else (num_samples, *mu.shape)) if draws else (0,)
+    kl = _empty_reduced(mu, reduction) if with_kl else mu.new_empty((0,), dtype=accumulation_dtype(mu.dtype))
+    active_shape = mu.shape[1:] if with_kl and free_bits > 0 else (0,)
+    return mu.new_empty(z_shape), kl, mu.new_empty(active_shape, dtype=torch.bool)
+
+
+@_define(
+    "latent_backward",
+    "(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor? eps, Tensor? seed, "
+    "Tensor active, SymInt? num_samples, int reduction, float clamp_min, float clamp_max) "
+    "-> (Tensor grad_mu, Tensor grad_logvar, Tensor grad_prior_mu, Tensor grad_prior_logvar)",
+)
+def latent_backward(
+    grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max
+):
+    prior = prior_mu is not None
+    return _empty_like(mu), _empty_like(mu), _empty_if(prior, mu), _empty_if(prior, mu)
+
+
+@_define(
+    "reconstruction_forward",
+    "(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? logvar, int likelihood, int reduction, "
+    "float grad_scale, bool with_grad) -> (Tensor loss, Tensor grad_input, Tensor grad_logvar)",
+)
+def reconstruction_forward(input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad):
+    """The loss and, where ``with_grad`` (scalar reductions only), ``grad_scale`` times its gradients."""
+    with_logvar = with_grad and logvar is not None
+    grad_logvar = logvar.new_empty(logvar.shape) if with_logvar else input.new_empty((0,))
+    return _empty_reduced(input, reduction), _empty_if(with_grad, input), grad_logvar
+
+
+@_define(
+    "reconstruction_backward",
+    "(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? logvar, int likelihood, "
+    "int reduction, bool with_target) -> (Tensor grad_input, Tensor grad_target, Tensor grad_logvar)",
+)
+def reconstruction_backward(grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, with_target):
+    grad_logvar = input.new_empty((0,)) if logvar is None else logvar.new_empty(logvar.shape)
+    return _empty_like(input), _empty_if(with_target, target), grad_logvar
+
+
+@_define("reconstruction_rescale", "(Tensor grad, Tensor grad_output, float expected) -> Tensor")
+def reconstruction_rescale(grad, grad_output, expected):
+    """``grad * (grad_output / expected)`` for a gradient that was written for an incoming gradient of ``expected``."""
+    return _empty_like(grad)
+
+
+@_define("reconstruction_rescale_", "(Tensor(a!) grad, Tensor grad_output, float expected) -> ()")
+def reconstruction_rescale_(grad, grad_output, expected):
+    """The same in place; the device returns early where ``grad_output == expected``."""

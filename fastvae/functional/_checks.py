@@ -1,0 +1,64 @@
+"""Argument checks: an error names the argument, what it got and what it takes."""
+
+import torch
+from torch import Tensor
+
+from fastvae._backend import FLOATS
+from fastvae._ops import REDUCTIONS
+
+
+def check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes a tensor")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: got {value.dtype}, takes {_join(dtypes)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {value.layout}, takes a dense one")
+
+
+def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, takes the device of {like_name}, {like.device}")
+
+
+def check_like(name: str, value, like_name: str, like: Tensor) -> None:
+    """``value`` has the shape, dtype and device of ``like``."""
+    check_tensor(name, value)
+    check_device(name, value, like_name, like)
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name}: got {value.dtype}, takes the dtype of {like_name}, {like.dtype}")
+    check_shape(name, value, like.shape, f"the shape of {like_name}")
+
+
+def check_shape(name: str, value: Tensor, shape, what: str) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes {what}, {tuple(shape)}")
+
+
+def check_choice(name: str, value, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, takes one of {_join(repr(c) for c in choices)}")
+
+
+def check_reduction(reduction: str) -> int:
+    """The reduction's number in the operators."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    return REDUCTIONS[reduction]
+
+
+def check_nonnegative(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ValueError(f"{name}: got {value!r}, takes a number >= 0")
+    return float(value)
+
+
+def check_expands(name: str, value: Tensor, like_name: str, shape: torch.Size) -> None:
+    """``value`` broadcasts to exactly ``shape``."""
+    sizes = value.shape
+    fits = len(sizes) <= len(shape) and all(a in (1, b) for a, b in zip(reversed(sizes), reversed(shape), strict=False))
+    if not fits:
+        raise ValueError(f"{name}: got shape {tuple(sizes)}, takes one that broadcasts to that of {like_name}, {tuple(shape)}")
+
+
+def _join(values) -> str:
+    return ", ".join(str(v) for v in values)

@@ -1,0 +1,222 @@
+"""Reparameterized sampling and the analytic Gaussian KL, fused."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastvae import _backend
+from fastvae._ops import OVERLOADS
+from fastvae.functional._autograd import apply, first_derivative_only
+from fastvae.functional._checks import (
+    check_device,
+    check_expands,
+    check_like,
+    check_nonnegative,
+    check_reduction,
+    check_shape,
+    check_tensor,
+)
+
+LOGVAR_CLAMP = (-30.0, 20.0)
+
+
+class _ReparameterizeKL(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, backend
+    ):
+        return OVERLOADS["latent_forward", backend](
+            mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, _, clamp_min, clamp_max, backend = inputs
+        z, kl, active = output
+        ctx.set_materialize_grads(False)
+        absent = () if with_kl else (kl,)
+        absent += (z,) if eps is None and seed is None else ()
+        ctx.mark_non_differentiable(active, *absent)
+        ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar, eps, seed, active)
+        ctx.arguments = num_samples, reduction, clamp_min, clamp_max
+        ctx.backend = backend
+
+    @staticmethod
+    @first_derivative_only("fastvae.reference.latent")
+    def backward(ctx, grad_z, grad_kl, _):
+        mu, logvar, prior_mu, prior_logvar, eps, seed, active = ctx.saved_tensors
+        grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar = OVERLOADS["latent_backward", ctx.backend](
+            grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, *ctx.arguments
+        )
+        has_prior = prior_mu is not None
+        prior_grads = (grad_prior_mu, grad_prior_logvar) if has_prior else (None, None)
+        grad_eps = _eps_gradient(grad_z, mu, logvar, ctx.arguments) if ctx.needs_input_grad[4] and grad_z is not None else None
+        return grad_mu, grad_logvar, *prior_grads, grad_eps, *(None,) * 8
+
+
+def _eps_gradient(grad_z, mu, logvar, arguments):
+    """Rarely needed (the noise is a function of something that learns), so plain PyTorch."""
+    *_, clamp_min, clamp_max = arguments
+    return (grad_z * torch.exp(0.5 * logvar.clamp(clamp_min, clamp_max))).to(mu.dtype)
+
+
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    num_samples: int | None = None,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: Tensor | int | None = None,
+    logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
+) -> Tensor:
+    r"""Samples a diagonal Gaussian, differentiably: :math:`z = \mu + e^{\log\sigma^2 / 2} \epsilon`, :math:`\epsilon \sim N(0, I)`.
+
+    The reparameterization of Kingma and Welling, *Auto-Encoding Variational Bayes* (2014).
+
+    Args:
+        mu: mean, any shape; float32, bfloat16, float16 or float64.
+        logvar: log variance :math:`\log\sigma^2`, the shape and dtype of ``mu``.
+        num_samples: draws so many samples of each element; the result then has the shape ``(num_samples, *mu.shape)``.
+        eps: the noise, in the shape of the result; nothing is drawn then.
+        generator: the generator that the seed is drawn from; by default torch's own, so ``torch.manual_seed`` decides.
+        seed: an integer or a 0-dim int64 tensor on the device of ``mu``: the same seed gives the same noise on every backend and device.
+        logvar_clamp: limits of ``logvar``, outside which its gradient is 0; ``None`` for none.
+
+    Returns:
+        ``z`` in the dtype of ``mu``. Arithmetic is in float32 (float64 for float64); the noise is drawn in float32.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it.
+    """
+    _check_pair(mu, logvar)
+    shape = _sample_shape(mu, num_samples)
+    eps, seed = _noise_source(mu, shape, eps, generator, seed)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
+    limits = _check_clamp(logvar_clamp)
+    return apply(_ReparameterizeKL, mu, logvar, None, None, eps, seed, num_samples, False, 0, 0.0, *limits, backend)[0]
+
+
+def kl_normal(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    *,
+    reduction: str = "batchmean",
+    free_bits: float = 0.0,
+    logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
+) -> Tensor:
+    r"""The KL divergence of a diagonal Gaussian from a standard normal or from another diagonal Gaussian, in nats.
+
+    .. math:: \tfrac12 \sum_d \left( \log\tfrac{\sigma_p^2}{\sigma^2} + \frac{\sigma^2 + (\mu - \mu_p)^2}{\sigma_p^2} - 1 \right)
+
+    Kingma and Welling (2014), appendix B. With ``free_bits`` :math:`\lambda` the sum is
+    :math:`\sum_d \max(\lambda, \mathrm{mean}_b\, KL_{bd})` (Kingma et al., *Improved Variational Inference with Inverse Autoregressive
+    Flow*, 2016): a dimension at or below :math:`\lambda` counts :math:`\lambda` for each sample and has no gradient.
+
+    Args:
+        mu, logvar: mean and log variance, ``(batch, ...)``; float32, bfloat16, float16 or float64.
+        prior_mu, prior_logvar: the other Gaussian (both or neither; the default is the standard normal), broadcast to ``mu``, of its dtype.
+        reduction: ``"none"`` elementwise, ``"sample"`` sum over all but the batch dimension, ``"batchmean"`` mean of those (nats per
+            sample), ``"sum"``, or ``"mean"`` over elements.
+        free_bits: :math:`\lambda` in nats a dimension.
+        logvar_clamp: limits of both log variances, outside which their gradients are 0; ``None`` for none.
+
+    Returns:
+        The KL; in the dtype of ``mu`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it.
+    """
+    _check_pair(mu, logvar)
+    prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
+    options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
+    return apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, None, None, None, True, *options, backend)[1]
+
+
+def reparameterize_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    *,
+    num_samples: int | None = None,
+    reduction: str = "batchmean",
+    free_bits: float = 0.0,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: Tensor | int | None = None,
+    logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
+) -> tuple[Tensor, Tensor]:
+    """:func:`reparameterize` and :func:`kl_normal` in one pass over ``mu`` and ``logvar``: ``(z, kl)``.
+
+    The noise is not stored: the backward pass draws it again from the seed. Arguments, results and errors are those of the two functions.
+    """
+    _check_pair(mu, logvar)
+    prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
+    eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
+    options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
+    z, kl, _ = apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, True, *options, backend)
+    return z, kl
+
+
+def _check_pair(mu, logvar):
+    check_tensor("mu", mu)
+    check_like("logvar", logvar, "mu", mu)
+
+
+def _check_prior(mu, prior_mu, prior_logvar):
+    if prior_mu is None and prior_logvar is None:
+        return None, None
+    for name, value in (("prior_mu", prior_mu), ("prior_logvar", prior_logvar)):
+        if value is None:
+            raise ValueError(f"{name}: got None beside a tensor, takes both prior_mu and prior_logvar or neither")
+        check_tensor(name, value)
+        check_device(name, value, "mu", mu)
+        if value.dtype != mu.dtype:
+            raise TypeError(f"{name}: got {value.dtype}, takes the dtype of mu, {mu.dtype}")
+        check_expands(name, value, "mu", mu.shape)
+    return prior_mu.expand(mu.shape), prior_logvar.expand(mu.shape)
+
+
+def _sample_shape(mu, num_samples):
+    if num_samples is None:
+        return mu.shape
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int | torch.SymInt) or num_samples < 1:
+        raise ValueError(f"num_samples: got {num_samples!r}, takes an integer >= 1 or None")
+    return (num_samples, *mu.shape)
+
+
+def _noise_source(mu, shape, eps, generator, seed):
+    """The given noise, or a seed on the device of ``mu``: given, or drawn."""
+    if sum(source is not None for source in (eps, generator, seed)) > 1:
+        raise ValueError("eps, generator, seed: got more than one of them, takes at most one")
+    if eps is not None:
+        check_tensor("eps", eps)
+        check_device("eps", eps, "mu", mu)
+        check_shape("eps", eps, shape, "the shape of the sample")
+        return eps.to(mu.dtype), None
+    if seed is None:
+        return None, torch.randint(2**63 - 1, (), dtype=torch.int64, device=mu.device, generator=generator)
+    if isinstance(seed, Tensor):
+        check_tensor("seed", seed, (torch.int64,))
+        check_device("seed", seed, "mu", mu)
+        check_shape("seed", seed, (), "a 0-dim tensor")
+        return None, seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: got {type(seed).__name__}, takes an integer or a 0-dim int64 tensor")
+    return None, torch.tensor(seed, dtype=torch.int64, device=mu.device)
+
+
+def _check_clamp(limits):
+    if limits is None:
+        return -math.inf, math.inf
+    if len(limits) != 2 or not limits[0] <= limits[1]:
+        raise ValueError(f"logvar_clamp: got {limits!r}, takes (low, high) with low <= high, or None")
+    return float(limits[0]), float(limits[1])

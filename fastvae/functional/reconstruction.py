@@ -1,0 +1,349 @@
+"""Reconstruction losses whose gradient is written in the forward pass, and the ELBO."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae import _backend
+from fastvae._ops import LIKELIHOODS, OVERLOADS
+from fastvae.functional._autograd import apply, first_derivative_only, transformed
+from fastvae.functional._checks import (
+    check_choice,
+    check_device,
+    check_expands,
+    check_reduction,
+    check_shape,
+    check_tensor,
+)
+from fastvae.functional.latent import kl_normal
+
+# A gradient of log sigma^2 shared by at most so many values is summed in the kernel; a longer one in two steps.
+MAX_SHARED_LOGVAR = 4096
+
+
+class _Reconstruction(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad, backend):
+        return OVERLOADS["reconstruction_forward", backend](
+            input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.likelihood, ctx.reduction, ctx.grad_scale, ctx.with_grad, ctx.backend = inputs
+        _, grad_input, grad_logvar = output
+        ctx.mark_non_differentiable(grad_input, grad_logvar)
+        ctx.set_materialize_grads(False)
+        # The inputs too: a second backward pass over a retained graph, or one on CUDA after the first, starts from them.
+        ctx.save_for_backward(*tensors, grad_input, grad_logvar)
+        ctx.rescaled_in_place = False
+
+    @staticmethod
+    @first_derivative_only("fastvae.reference.reconstruction")
+    def backward(ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * 10
+        *tensors, grad_input, grad_logvar = ctx.saved_tensors
+        if ctx.with_grad and not ctx.rescaled_in_place:
+            grads = _rescale(ctx, grad_output, grad_input), None, _rescale(ctx, grad_output, grad_logvar)
+            ctx.rescaled_in_place = _rescales_in_place(grad_input)
+        else:
+            grads = OVERLOADS["reconstruction_backward", ctx.backend](
+                grad_output, *tensors, ctx.likelihood, ctx.reduction, ctx.needs_input_grad[1]
+            )
+        grad_target = grads[1] if ctx.needs_input_grad[1] else None
+        grad_logvar = None if tensors[4] is None else grads[2]
+        return grads[0], grad_target, None, None, grad_logvar, *(None,) * 5
+
+
+def _rescales_in_place(grad: Tensor) -> bool:
+    return grad.device.type != "cpu" and not transformed()
+
+
+def _rescale(ctx, grad_output: Tensor, grad: Tensor) -> Tensor:
+    """The gradient that the forward pass wrote, times ``grad_output / grad_scale``.
+
+    On the CPU looking at ``grad_output`` is free. Elsewhere the kernel looks, and returns early where the two agree; it works in place, on
+    an alias that autograd's version check does not see, so the saved gradient serves one backward pass.
+    """
+    if _rescales_in_place(grad):
+        OVERLOADS["reconstruction_rescale_", ctx.backend](grad.data, grad_output, ctx.grad_scale)
+        return grad
+    if not transformed() and grad_output.item() == ctx.grad_scale:
+        return grad
+    return OVERLOADS["reconstruction_rescale", ctx.backend](grad, grad_output, ctx.grad_scale)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    grad_scale: float = 1.0,
+    validate: bool = False,
+) -> Tensor:
+    r"""Binary cross-entropy from logits, in nats: a Bernoulli decoder's reconstruction term.
+
+    .. math:: w \left[ (1 - t)\, x + (1 + (p - 1)\, t) \log(1 + e^{-x}) \right]
+
+    The arguments of :func:`torch.nn.functional.binary_cross_entropy_with_logits`, and more reductions.
+
+    Args:
+        input: logits :math:`x`, any shape; float32, bfloat16, float16 or float64.
+        target: :math:`t` in [0, 1], the shape of ``input``; a floating dtype, or uint8, which means value / 255. As in torch, a target
+            outside [0, 1] is not an error.
+        weight: :math:`w`, broadcast to ``input``.
+        reduction: ``"none"`` elementwise, ``"sample"`` sum over all but the batch dimension, ``"batchmean"`` mean of those (nats per
+            sample), ``"sum"``, or ``"mean"`` over elements.
+        pos_weight: :math:`p`, broadcast to ``input``.
+        grad_scale: the gradient that the backward pass is expected to bring in (a loss scale, or 1 / accumulation steps): the forward pass
+            writes so many times the gradient. The loss is not scaled, and the result is right whatever comes in.
+        validate: checks the target (a device synchronisation) and raises ``ValueError`` where one lies outside [0, 1]: for debugging.
+
+    Returns:
+        The loss; in the dtype of ``input`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it.
+    """
+    if validate:
+        check_unit_interval("target", target)
+    return _loss("bce_with_logits", input, target, weight, pos_weight, None, reduction, grad_scale)
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    grad_scale: float = 1.0,
+    validate: bool = False,
+) -> Tensor:
+    r"""Binary cross-entropy from probabilities, in nats: :math:`-w \left[ t \log x + (1 - t) \log(1 - x) \right]`.
+
+    Each logarithm is clamped at -100 as in :func:`torch.nn.functional.binary_cross_entropy`. Prefer
+    :func:`binary_cross_entropy_with_logits`: it needs no sigmoid and does not saturate.
+
+    Args:
+        input: probabilities :math:`x` in [0, 1], any shape; float32, bfloat16, float16 or float64.
+        target, weight, reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`.
+        validate: checks ``input`` and ``target`` (a device synchronisation) and raises ``ValueError`` where one lies outside [0, 1].
+
+    Returns:
+        The loss; in the dtype of ``input`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it.
+    """
+    if validate:
+        check_unit_interval("input", input)
+        check_unit_interval("target", target)
+    return _loss("bce", input, target, weight, None, None, reduction, grad_scale)
+
+
+def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", *, grad_scale: float = 1.0) -> Tensor:
+    r"""Squared error :math:`(x - t)^2`; the arguments of :func:`torch.nn.functional.mse_loss`, and more reductions.
+
+    Args:
+        input: :math:`x`, any shape; float32, bfloat16, float16 or float64.
+        target: :math:`t`, the shape of ``input``; a floating dtype, or uint8, which means value / 255.
+        reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`.
+
+    Returns:
+        The loss; in the dtype of ``input`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it.
+    """
+    return _loss("mse", input, target, None, None, None, reduction, grad_scale)
+
+
+def gaussian_nll(
+    input: Tensor, target: Tensor, logvar: Tensor | float, reduction: str = "batchmean", *, grad_scale: float = 1.0
+) -> Tensor:
+    r"""Negative log-likelihood of a Gaussian decoder, in nats, with its full constant.
+
+    .. math:: \tfrac12 \left( \log 2\pi + \log\sigma^2 + \frac{(t - x)^2}{\sigma^2} \right)
+
+    Args:
+        input: the mean :math:`x`, any shape; float32, bfloat16, float16 or float64.
+        target: :math:`t`, the shape of ``input``; a floating dtype, or uint8, which means value / 255.
+        logvar: :math:`\log\sigma^2`: a number, a tensor with one element, one value a channel (shape ``(input.shape[1],)``), or any shape
+            that broadcasts to ``input``. It receives a gradient.
+        reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`; the default is nats per sample.
+
+    Returns:
+        The loss; in the dtype of ``input`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it.
+    """
+    check_tensor("input", input)
+    if isinstance(logvar, int | float):
+        logvar = input.new_full((), logvar)
+    check_tensor("logvar", logvar)
+    if logvar.ndim == 1 and input.ndim > 1 and logvar.shape[0] == input.shape[1]:
+        logvar = logvar.view(-1, *(1,) * (input.ndim - 2))
+    return _loss("gaussian", input, target, None, None, logvar, reduction, grad_scale)
+
+
+class ELBO(NamedTuple):
+    """The negative evidence lower bound and its terms, in nats."""
+
+    loss: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+
+_ELBO_LIKELIHOODS = {
+    "bernoulli_logits": binary_cross_entropy_with_logits,
+    "bernoulli": binary_cross_entropy,
+    "gaussian": lambda input, target, **kwargs: gaussian_nll(input, target, 0.0, **kwargs),
+}
+
+
+def elbo_loss(
+    recon: Tensor,
+    target: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    likelihood: str = "bernoulli_logits",
+    beta: float | Tensor = 1.0,
+    free_bits: float = 0.0,
+    capacity: float | Tensor | None = None,
+    reduction: str = "batchmean",
+) -> ELBO:
+    r"""The negative ELBO of a VAE with a standard normal prior: reconstruction :math:`+ \beta\, KL`.
+
+    With ``capacity`` :math:`C` the second term is :math:`\beta\, |KL - C|` (Burgess et al., *Understanding disentangling in beta-VAE*, 2018).
+
+    Args:
+        recon: what the decoder gives, the shape of ``target``: logits, probabilities or means.
+        target: the data; a floating dtype, or uint8, which means value / 255.
+        mu, logvar: the posterior, ``(batch, ...)``.
+        likelihood: ``"bernoulli_logits"``, ``"bernoulli"`` (probabilities), or ``"gaussian"`` (unit variance).
+        beta: weight of the KL (Higgins et al., *beta-VAE*, 2017).
+        free_bits: see :func:`kl_normal`.
+        capacity: :math:`C` in nats per sample.
+        reduction: ``"batchmean"`` (nats per sample), ``"sum"``, or ``"sample"``, shape ``(batch,)``. Means over elements would weigh pixels
+            against latents, so ``"mean"`` is not offered.
+
+    Returns:
+        ``ELBO(loss, reconstruction, kl)``; ``kl`` is without ``beta`` and ``capacity``.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it.
+    """
+    check_choice("likelihood", likelihood, _ELBO_LIKELIHOODS)
+    check_choice("reduction", reduction, ("batchmean", "sum", "sample"))
+    reconstruction = _ELBO_LIKELIHOODS[likelihood](recon, target, reduction=reduction)
+    kl = kl_normal(mu, logvar, reduction=reduction, free_bits=free_bits)
+    penalty = kl
+    if capacity is not None:
+        penalty = (kl - (capacity * mu.shape[0] if reduction == "sum" else capacity)).abs()
+    return ELBO(reconstruction + beta * penalty, reconstruction, kl)
+
+
+def vae_loss(x: Tensor, x_recon: Tensor, mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss function of a hundred tutorials: summed binary cross-entropy of probabilities plus summed KL.
+
+    Args:
+        x: data in [0, 1].
+        x_recon: probabilities from a sigmoid, the shape of ``x``.
+        mu, log_var: the posterior, ``(batch, latent)``.
+
+    Returns:
+        ``(loss, recon_loss, kl_loss)``, sums over the batch. :func:`elbo_loss` gives nats per sample and takes logits.
+    """
+    return tuple(elbo_loss(x_recon, x, mu, log_var, likelihood="bernoulli", reduction="sum"))
+
+
+def check_unit_interval(name: str, values: Tensor) -> None:
+    """Raises where a floating tensor has values outside [0, 1] (NaN is), with how many and where the first are."""
+    if not values.is_floating_point():
+        return
+    outside = ~((values >= 0) & (values <= 1))
+    if count := int(outside.sum()):
+        places = [tuple(index) for index in outside.nonzero()[:5].tolist()]
+        raise ValueError(f"{name}: got {count} of {values.numel()} values outside [0, 1], the first at {places}, takes values in [0, 1]")
+
+
+def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad_scale):
+    check_tensor("input", input)
+    _check_target(input, target)
+    for name, value in (("weight", weight), ("pos_weight", pos_weight), ("logvar", logvar)):
+        if value is not None:
+            _check_shared(name, value, input)
+    options = check_reduction(reduction), _check_scale(grad_scale), _writes_gradient(input, target, logvar, reduction)
+    backend = _backend.resolve("reconstruction_forward", input.device, input.dtype)
+    order = None if input.is_contiguous() else _memory_order(input, reduction)
+    shared = (_share(value, input.shape, order) for value in (weight, pos_weight))
+    logvar = _share(logvar, input.shape, order, MAX_SHARED_LOGVAR)
+    if order is not None:
+        input, target = input.permute(order), target.permute(order)
+    loss = apply(_Reconstruction, input, target, *shared, logvar, LIKELIHOODS[likelihood], *options, backend)[0]
+    if order is not None and reduction == "none":
+        return loss.permute(sorted(range(len(order)), key=order.__getitem__))
+    return loss
+
+
+def _writes_gradient(input, target, logvar, reduction) -> bool:
+    """Whether the forward pass writes the gradient: it is wanted, and one number will scale it."""
+    wanted = input.requires_grad or (logvar is not None and logvar.requires_grad)
+    return torch.is_grad_enabled() and wanted and not target.requires_grad and reduction in ("batchmean", "sum", "mean")
+
+
+def _check_scale(grad_scale) -> float:
+    if isinstance(grad_scale, bool) or not isinstance(grad_scale, int | float) or not 0 < abs(grad_scale) < math.inf:
+        raise ValueError(f"grad_scale: got {grad_scale!r}, takes a finite number other than 0")
+    return float(grad_scale)
+
+
+def _check_target(input, target):
+    floating = input.dtype == torch.float64
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.uint8) + ((torch.float64,) if floating else ())
+    check_tensor("target", target, dtypes)
+    check_device("target", target, "input", input)
+    check_shape("target", target, input.shape, "the shape of input")
+
+
+def _check_shared(name, value, input):
+    check_tensor(name, value)
+    check_device(name, value, "input", input)
+    check_expands(name, value, "input", input.shape)
+    if name != "logvar" and value.requires_grad:
+        raise ValueError(f"{name}: got a tensor that requires grad, takes one that does not (detach it, or use fastvae.reference)")
+
+
+def _share(value: Tensor | None, shape: torch.Size, order: list[int] | None, longest: float = math.inf) -> Tensor | None:
+    """A broadcast argument in as many dimensions as the input, in its memory order, and expanded where a kernel could not index it."""
+    if value is None:
+        return None
+    value = value.view(*(1,) * (len(shape) - value.ndim), *value.shape)
+    if order is not None:
+        value, shape = value.permute(order), [shape[d] for d in order]
+    too_long = value.shape != tuple(shape) and value.numel() > longest
+    return value.expand(shape) if too_long or not _is_one_run(value.shape, shape) else value
+
+
+def _is_one_run(sizes, shape) -> bool:
+    """Whether the dimensions that are not broadcast stand side by side: element e then reads value (e // inner) % period."""
+    kinds = [size != 1 for size, full in zip(sizes, shape, strict=True) if full != 1]
+    return sum(a != b for a, b in zip([False, *kinds], [*kinds, False], strict=True)) <= 2
+
+
+def _memory_order(input: Tensor, reduction: str) -> list[int] | None:
+    """The order of dimensions in which a dense permuted tensor is contiguous, so that it is served without a copy."""
+    order = sorted(range(input.ndim), key=lambda d: (-input.stride(d), d))
+    needs_batch_first = reduction in ("sample", "batchmean")
+    if (needs_batch_first and order[0] != 0) or not input.permute(order).is_contiguous():
+        return None
+    return order

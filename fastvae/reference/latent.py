@@ -1,0 +1,168 @@
+"""Sampling and the Gaussian KL in plain PyTorch: the definition, the oracle of the tests and the last fallback."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastvae._ops import REDUCTIONS, accumulation_dtype
+from fastvae.reference._reduce import expand_gradient, reduce_elements
+
+_MASK = 0xFFFFFFFF
+TILE, LANES = 512, 128
+
+
+def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32 (Salmon et al. 2011): four 32-bit words for each 64-bit counter, in int64 tensors.
+
+    Args:
+        counter: int64; its low and high words are the counter's first two, the others are 0.
+        key: int64, 0-dim; its low and high words are the key.
+    """
+    words = (counter & _MASK, (counter >> 32) & _MASK, torch.zeros_like(counter), torch.zeros_like(counter))
+    return philox_rounds(words, (key & _MASK, (key >> 32) & _MASK), rounds)
+
+
+def philox_rounds(words, key, rounds: int = 10):
+    c0, c1, c2, c3 = words
+    k0, k1 = key
+    for _ in range(rounds):
+        # The 64-bit product wraps in int64; its words are right all the same.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def box_muller(w_even: Tensor, w_odd: Tensor) -> tuple[Tensor, Tensor]:
+    """Two normals from two words (Box and Muller 1958), in fp32 steps; the angle's quadrant is reduced in integers."""
+    u = w_even.to(torch.float32) * 2.0**-32 + 2.0**-33
+    radius = torch.sqrt(-2.0 * torch.log(u))
+    quadrant = (w_odd + 0x20000000) >> 30
+    angle = (w_odd - (quadrant << 30)).to(torch.float32) * (2.0 * math.pi * 2.0**-32)
+    sin, cos = torch.sin(angle), torch.cos(angle)
+    swap = (quadrant & 1) == 1
+    cosine = torch.where(swap, sin, cos) * torch.where(((quadrant + 1) & 2) == 2, -1.0, 1.0)
+    sine = torch.where(swap, cos, sin) * torch.where((quadrant & 2) == 2, -1.0, 1.0)
+    return radius * cosine, radius * sine
+
+
+def normal(seed: Tensor, shape, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normals: a pure function of ``seed`` (0-dim int64) and the element's row-major number, the same on every backend."""
+    count = math.prod(shape)
+    tiles = -(-count // TILE)
+    counter = torch.arange(tiles * LANES, dtype=torch.int64, device=seed.device)
+    w0, w1, w2, w3 = philox4x32(counter, seed)
+    streams = (*box_muller(w0, w1), *box_muller(w2, w3))
+    tile_major = torch.stack([s.view(tiles, LANES) for s in streams], dim=1)
+    return tile_major.reshape(-1)[:count].view(shape).to(dtype)
+
+
+def clamp(logvar: Tensor, limits: tuple[float, float]) -> Tensor:
+    """``torch.clamp`` with the gradient 0 outside the limits and 1 inside and on them; NaN stays."""
+    return logvar.clamp(*limits)
+
+
+def kl_elements(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))) of each element, in nats (Kingma and Welling 2014, appendix B)."""
+    if prior_mu is None:
+        return 0.5 * (mu * mu + (logvar.exp() - logvar - 1.0))
+    delta = mu - prior_mu
+    return 0.5 * (delta * delta * (-prior_logvar).exp() + ((logvar - prior_logvar).exp() - (logvar - prior_logvar) - 1.0))
+
+
+def _reduce_kl(elements: Tensor, reduction: int, free_bits: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The reduced KL, and which dimensions are above their free bits (no elements where there are none to give).
+
+    With free bits, the elements of a dimension whose batch mean is not above ``free_bits`` count as ``free_bits`` each, so every
+    reduction agrees with sum_d max(free_bits, mean_b KL[b, d]) (Kingma et al. 2016).
+    """
+    active = elements.new_empty((0,), dtype=torch.bool)
+    if free_bits > 0:
+        active = elements.mean(0) > free_bits
+        elements = torch.where(active, elements, free_bits)
+    return reduce_elements(elements, reduction, dtype), active
+
+
+def _prepare(tensors, limits):
+    """The inputs in the accumulation dtype, log variances clamped."""
+    mu, logvar, prior_mu, prior_logvar = (None if t is None else t.to(accumulation_dtype(t.dtype)) for t in tensors)
+    if prior_mu is not None:
+        prior_mu, prior_logvar = prior_mu.expand_as(mu), clamp(prior_logvar.expand_as(mu), limits)
+    return mu, clamp(logvar, limits), prior_mu, prior_logvar
+
+
+def _limits(logvar_clamp):
+    return (-math.inf, math.inf) if logvar_clamp is None else logvar_clamp
+
+
+def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor, *, logvar_clamp=(-30.0, 20.0)) -> Tensor:
+    """``mu + exp(logvar / 2) * eps``."""
+    wide_mu, wide_logvar, _, _ = _prepare((mu, logvar, None, None), _limits(logvar_clamp))
+    return (wide_mu + torch.exp(0.5 * wide_logvar) * eps).to(mu.dtype)
+
+
+def kl_normal(
+    mu, logvar, prior_mu=None, prior_logvar=None, *, reduction="batchmean", free_bits=0.0, logvar_clamp=(-30.0, 20.0)
+) -> Tensor:
+    """:func:`fastvae.functional.kl_normal`, differentiable any number of times."""
+    wide = _prepare((mu, logvar, prior_mu, prior_logvar), _limits(logvar_clamp))
+    return _reduce_kl(kl_elements(*wide), REDUCTIONS[reduction], free_bits, mu.dtype)[0]
+
+
+def reparameterize_kl(mu, logvar, prior_mu=None, prior_logvar=None, *, eps: Tensor, logvar_clamp=(-30.0, 20.0), **kl):
+    """:func:`fastvae.functional.reparameterize_kl` for given noise, differentiable any number of times."""
+    z = reparameterize(mu, logvar, eps, logvar_clamp=logvar_clamp)
+    return z, kl_normal(mu, logvar, prior_mu, prior_logvar, logvar_clamp=logvar_clamp, **kl)
+
+
+@torch.library.impl("fastvae::latent_forward.reference", "CompositeExplicitAutograd")
+def _latent_forward(
+    mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max
+):
+    wide_mu, wide_logvar, *prior = _prepare((mu, logvar, prior_mu, prior_logvar), (clamp_min, clamp_max))
+    z, kl, active = mu.new_empty((0,)), wide_mu.new_empty((0,)), mu.new_empty((0,), dtype=torch.bool)
+    if eps is not None or seed is not None:
+        shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
+        noise = eps if eps is not None else normal(seed, shape, wide_mu.dtype)
+        z = (wide_mu + torch.exp(0.5 * wide_logvar) * noise).to(mu.dtype)
+    if with_kl:
+        kl, active = _reduce_kl(kl_elements(wide_mu, wide_logvar, *prior), reduction, free_bits, mu.dtype)
+    return z, kl, active
+
+
+@torch.library.impl("fastvae::latent_backward.reference", "CompositeExplicitAutograd")
+def _latent_backward(
+    grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max
+):
+    tensors = (mu, logvar, prior_mu, prior_logvar)
+    wide_mu, wide_logvar, *prior = _prepare(tensors, (clamp_min, clamp_max))
+    grads = [torch.zeros_like(wide_mu), torch.zeros_like(wide_mu), None, None]
+    if prior_mu is not None:
+        grads[2:] = [torch.zeros_like(wide_mu), torch.zeros_like(wide_mu)]
+    if grad_z is not None:
+        noise = eps if eps is not None else normal(seed, grad_z.shape, wide_mu.dtype)
+        sigma = torch.exp(0.5 * wide_logvar)
+        wide_grad = grad_z.to(wide_mu.dtype)
+        samples = (wide_grad, wide_grad * noise) if num_samples is None else (wide_grad.sum(0), (wide_grad * noise).sum(0))
+        grads[0] = grads[0] + samples[0]
+        grads[1] = grads[1] + 0.5 * sigma * samples[1]
+    if grad_kl is not None:
+        weight = expand_gradient(grad_kl, mu.shape, reduction)
+        weight = torch.where(active, weight, 0.0) if active.numel() else weight
+        for i, gradient in enumerate(_kl_gradients(wide_mu, wide_logvar, *prior)):
+            grads[i] = grads[i] + weight * gradient
+    for i in (1, 3):
+        if tensors[i] is not None:
+            outside = (tensors[i] < clamp_min) | (tensors[i] > clamp_max)
+            grads[i] = torch.where(outside, 0.0, grads[i])
+    return tuple(mu.new_empty((0,)) if g is None else g.to(mu.dtype).contiguous() for g in grads)
+
+
+def _kl_gradients(mu, logvar, prior_mu, prior_logvar):
+    """d KL / d (mu, logvar[, prior_mu, prior_logvar]) of each element."""
+    if prior_mu is None:
+        return mu, 0.5 * (logvar.exp() - 1.0)
+    precision, ratio, delta = (-prior_logvar).exp(), (logvar - prior_logvar).exp(), mu - prior_mu
+    scaled = delta * precision
+    return scaled, 0.5 * (ratio - 1.0), -scaled, 0.5 * (1.0 - ratio - delta * scaled)

@@ -1,0 +1,132 @@
+"""Reconstruction losses in plain PyTorch: the definition, the oracle of the tests and the last fallback."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvae._ops import LIKELIHOODS, REDUCTIONS, accumulation_dtype
+from fastvae.reference._reduce import expand_gradient, reduce_elements
+
+_LOG_2PI = math.log(2.0 * math.pi)
+
+
+def _wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in the accumulation dtype; an 8-bit image in [0, 1]."""
+    if tensor is None:
+        return None
+    return tensor.to(dtype) / 255.0 if tensor.dtype == torch.uint8 else tensor.to(dtype)
+
+
+def loss_elements(input, target, weight=None, pos_weight=None, logvar=None, *, likelihood: int) -> Tensor:
+    """The loss of each element, all arguments in one dtype. ``logvar`` broadcasts to ``input``."""
+    if likelihood == LIKELIHOODS["bce_with_logits"]:
+        losses = F.binary_cross_entropy_with_logits(input, target, reduction="none", pos_weight=pos_weight)
+    elif likelihood == LIKELIHOODS["bce"]:
+        log_one, log_zero = torch.log(input).clamp(min=-100.0), torch.log1p(-input).clamp(min=-100.0)
+        losses = -(target * log_one + (1.0 - target) * log_zero)
+    elif likelihood == LIKELIHOODS["mse"]:
+        losses = (input - target) ** 2
+    else:
+        losses = 0.5 * (_LOG_2PI + logvar + (input - target) ** 2 * torch.exp(-logvar))
+    return losses if weight is None else losses * weight
+
+
+def loss_gradients(input, target, weight=None, pos_weight=None, logvar=None, *, likelihood: int):
+    """d loss / d (input, target, logvar) of each element; the last is ``None`` without ``logvar``."""
+    grad_logvar = None
+    if likelihood == LIKELIHOODS["bce_with_logits"]:
+        excess = 0.0 if pos_weight is None else pos_weight - 1.0
+        factor = 1.0 + excess * target
+        grad_input = (1.0 - target) - factor * torch.sigmoid(-input)
+        grad_target = excess * F.softplus(-input) - input
+    elif likelihood == LIKELIHOODS["bce"]:
+        # The denominator's floor is torch's.
+        grad_input = (input - target) / ((1.0 - input) * input).clamp(min=1e-12)
+        grad_target = torch.log1p(-input).clamp(min=-100.0) - torch.log(input).clamp(min=-100.0)
+    elif likelihood == LIKELIHOODS["mse"]:
+        grad_input = 2.0 * (input - target)
+        grad_target = -grad_input
+    else:
+        scaled = (input - target) * torch.exp(-logvar)
+        grad_input, grad_target = scaled, -scaled
+        grad_logvar = 0.5 * (1.0 - (input - target) * scaled)
+    if weight is not None:
+        grad_input, grad_target = grad_input * weight, grad_target * weight
+    return grad_input, grad_target, grad_logvar
+
+
+def _loss(input, target, weight, pos_weight, logvar, likelihood: str, reduction: str) -> Tensor:
+    dtype = accumulation_dtype(input.dtype)
+    arguments = [_wide(t, dtype) for t in (input, target, weight, pos_weight, logvar)]
+    elements = loss_elements(*arguments, likelihood=LIKELIHOODS[likelihood])
+    return reduce_elements(elements, REDUCTIONS[reduction], input.dtype)
+
+
+def binary_cross_entropy_with_logits(input, target, weight=None, reduction="mean", pos_weight=None) -> Tensor:
+    """:func:`fastvae.functional.binary_cross_entropy_with_logits`, differentiable any number of times."""
+    return _loss(input, target, weight, pos_weight, None, "bce_with_logits", reduction)
+
+
+def binary_cross_entropy(input, target, weight=None, reduction="mean") -> Tensor:
+    """:func:`fastvae.functional.binary_cross_entropy`, differentiable any number of times."""
+    return _loss(input, target, weight, None, None, "bce", reduction)
+
+
+def mse_loss(input, target, reduction="mean") -> Tensor:
+    """:func:`fastvae.functional.mse_loss`, differentiable any number of times."""
+    return _loss(input, target, None, None, None, "mse", reduction)
+
+
+def gaussian_nll(input, target, logvar, reduction="batchmean") -> Tensor:
+    """:func:`fastvae.functional.gaussian_nll`, differentiable any number of times; ``logvar`` broadcasts to ``input``."""
+    return _loss(input, target, None, None, torch.as_tensor(logvar, device=input.device), "gaussian", reduction)
+
+
+def _widen(input, *others):
+    dtype = accumulation_dtype(input.dtype)
+    return [_wide(t, dtype) for t in (input, *others)]
+
+
+def _sum_to(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a broadcast argument, in its shape and dtype."""
+    return gradient.sum_to_size(like.shape).to(like.dtype).contiguous()
+
+
+def _gradients(grad_elements, input, target, weight, pos_weight, logvar, likelihood, with_target):
+    arguments = _widen(input, target, weight, pos_weight, logvar)
+    grads = [None if g is None else g * grad_elements for g in loss_gradients(*arguments, likelihood=likelihood)]
+    grad_target = grads[1].to(target.dtype).contiguous() if with_target else target.new_empty((0,))
+    grad_logvar = input.new_empty((0,)) if logvar is None else _sum_to(grads[2].expand(input.shape), logvar)
+    return grads[0].to(input.dtype).contiguous(), grad_target, grad_logvar
+
+
+@torch.library.impl("fastvae::reconstruction_forward.reference", "CompositeExplicitAutograd")
+def _reconstruction_forward(input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad):
+    arguments = _widen(input, target, weight, pos_weight, logvar)
+    loss = reduce_elements(loss_elements(*arguments, likelihood=likelihood), reduction, input.dtype)
+    if not with_grad:
+        return loss, input.new_empty((0,)), input.new_empty((0,))
+    scale = torch.full((), grad_scale, dtype=accumulation_dtype(input.dtype), device=input.device)
+    spread = expand_gradient(scale, input.shape, reduction)
+    grad_input, _, grad_logvar = _gradients(spread, input, target, weight, pos_weight, logvar, likelihood, False)
+    return loss, grad_input, grad_logvar
+
+
+@torch.library.impl("fastvae::reconstruction_backward.reference", "CompositeExplicitAutograd")
+def _reconstruction_backward(
+    grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, with_target
+):
+    spread = expand_gradient(grad_output, input.shape, reduction)
+    return _gradients(spread, input, target, weight, pos_weight, logvar, likelihood, with_target)
+
+
+@torch.library.impl("fastvae::reconstruction_rescale.reference", "CompositeExplicitAutograd")
+def _reconstruction_rescale(grad, grad_output, expected):
+    return (grad * (grad_output / expected)).to(grad.dtype)
+
+
+@torch.library.impl("fastvae::reconstruction_rescale_.reference", "CompositeExplicitAutograd")
+def _reconstruction_rescale_(grad, grad_output, expected):
+    grad.mul_(grad_output / expected)
