@@ -1,0 +1,18 @@
+// What lets one formula compile for every instruction set and for CUDA.
+#pragma once
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define FASTVAE_INLINE static __host__ __device__ __forceinline__
+#else
+#define FASTVAE_INLINE static inline __attribute__((always_inline))
+#endif
+
+// Everything compiled once per instruction set lives in a namespace of that name, so that the linker cannot put one set's code in
+// another's place.
+#ifndef FASTVAE_ISA
+#define FASTVAE_ISA scalar
+#endif
+#define FASTVAE_CONCAT_(a, b) a##b
+#define FASTVAE_CONCAT(a, b) FASTVAE_CONCAT_(a, b)
+#define FASTVAE_STRING_(a) #a
+#define FASTVAE_STRING(a) FASTVAE_STRING_(a)

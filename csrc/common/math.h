@@ -1,0 +1,123 @@
+// Branch-free exp, log, log1p and sincos that a compiler vectorises: ternaries instead of branches, NaN and infinities as in <cmath>.
+// The float polynomials are minimax fits of degree 5 to 8 with errors of about one unit in the last place.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "macros.h"
+
+namespace fastvae {
+inline namespace FASTVAE_ISA {
+
+FASTVAE_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+FASTVAE_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Without the instruction, fmaf would be a library call.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__)
+FASTVAE_INLINE float fma(float a, float b, float c) { return fmaf(a, b, c); }
+#else
+FASTVAE_INLINE float fma(float a, float b, float c) { return a * b + c; }
+#endif
+FASTVAE_INLINE double fma(double a, double b, double c) { return a * b + c; }
+
+FASTVAE_INLINE float exp(float x) {
+  // e^89 overflows and e^-104 rounds to 0; a NaN passes both comparisons.
+  x = x < -104.0f ? -104.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  float t = x * 1.44269504f;
+  int32_t n = static_cast<int32_t>(t + (t < 0.0f ? -0.5f : 0.5f));
+  float nf = static_cast<float>(n);
+  // ln 2 in two parts, the first exact in 10 bits.
+  float r = fma(nf, 2.12194440e-4f, fma(nf, -0.693359375f, x));
+  float p = 1.9875691500e-4f;
+  p = fma(p, r, 1.3981999507e-3f);
+  p = fma(p, r, 8.3334519073e-3f);
+  p = fma(p, r, 4.1665795894e-2f);
+  p = fma(p, r, 1.6666665459e-1f);
+  p = fma(p, r, 5.0000001201e-1f);
+  p = fma(p * r, r, r) + 1.0f;
+  // 2^n in two factors, each a normal number: denormal results and overflow come out right.
+  int32_t half = n >> 1;
+  float scale1 = bits_to_float(static_cast<uint32_t>(half + 127) << 23);
+  float scale2 = bits_to_float(static_cast<uint32_t>(n - half + 127) << 23);
+  return p * scale1 * scale2;
+}
+FASTVAE_INLINE double exp(double x) { return ::exp(x); }
+
+// For positive normal numbers.
+FASTVAE_INLINE float log_normal(float x) {
+  uint32_t bits = float_to_bits(x);
+  // The mantissa in [2/3, 4/3).
+  int32_t exponent = static_cast<int32_t>(bits - 0x3f2aaaabu) >> 23;
+  float f = bits_to_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+  float p = 7.0376836292e-2f;
+  p = fma(p, f, -1.1514610310e-1f);
+  p = fma(p, f, 1.1676998740e-1f);
+  p = fma(p, f, -1.2420140846e-1f);
+  p = fma(p, f, 1.4249322787e-1f);
+  p = fma(p, f, -1.6668057665e-1f);
+  p = fma(p, f, 2.0000714765e-1f);
+  p = fma(p, f, -2.4999993993e-1f);
+  p = fma(p, f, 3.3333331174e-1f);
+  float ef = static_cast<float>(exponent);
+  float f2 = f * f;
+  float tail = fma(p * f2, f, fma(-0.5f, f2, ef * -2.12194440e-4f));
+  return fma(ef, 0.693359375f, tail + f);
+}
+
+FASTVAE_INLINE float log(float x) {
+  bool denormal = x < 1.17549435e-38f;
+  float value = log_normal(denormal ? x * 16777216.0f : x) - (denormal ? 16.6355323f : 0.0f);
+  value = x > 3.40282347e38f ? x : value;
+  value = x == 0.0f ? -INFINITY : value;
+  return x >= 0.0f ? value : NAN;
+}
+FASTVAE_INLINE double log(double x) { return ::log(x); }
+
+// log(1 + x) for x > -1 given 1 / (1 + x); the quotient gives back what rounding 1 + x lost.
+FASTVAE_INLINE float log1p_given_reciprocal(float x, float reciprocal) {
+  float u = 1.0f + x;
+  return log_normal(u) + (x - (u - 1.0f)) * reciprocal;
+}
+FASTVAE_INLINE double log1p_given_reciprocal(double x, double) { return ::log1p(x); }
+
+FASTVAE_INLINE float sqrt(float x) { return ::sqrtf(x); }
+
+FASTVAE_INLINE float absolute(float x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
+FASTVAE_INLINE double absolute(double x) { return ::fabs(x); }
+
+// Sine and cosine of 2 pi w / 2^32; the quadrant is reduced in integers.
+FASTVAE_INLINE void sincos_turn(uint32_t w, float& sine, float& cosine) {
+  uint32_t quadrant = (w + 0x20000000u) >> 30;
+  int32_t remainder = static_cast<int32_t>(w - (quadrant << 30));
+  float x = static_cast<float>(remainder) * 1.46291807926715968e-9f;
+  float x2 = x * x;
+  float s = fma(-1.9515295891e-4f, x2, 8.3321608736e-3f);
+  s = fma(fma(s, x2, -1.6666654611e-1f) * x2, x, x);
+  float c = fma(2.443315711809948e-5f, x2, -1.388731625493765e-3f);
+  c = fma(fma(c, x2, 4.166664568298827e-2f), x2 * x2, fma(-0.5f, x2, 1.0f));
+  float s0 = (quadrant & 1u) ? c : s;
+  float c0 = (quadrant & 1u) ? s : c;
+  sine = bits_to_float(float_to_bits(s0) ^ ((quadrant & 2u) << 30));
+  cosine = bits_to_float(float_to_bits(c0) ^ (((quadrant + 1u) & 2u) << 30));
+}
+
+template <class T>
+FASTVAE_INLINE T clamp(T x, T low, T high) {
+  T raised = x < low ? low : x;
+  return raised > high ? high : raised;
+}
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae

@@ -1,0 +1,80 @@
+// Elementwise reconstruction losses and their gradients. A likelihood is a struct: its number in fastvae/_ops.py, which extra operand it
+// reads, and one function for the loss and all gradients, of which the compiler drops what is not used.
+#pragma once
+
+#include "math.h"
+
+namespace fastvae {
+inline namespace FASTVAE_ISA {
+
+template <class T>
+struct LossTerms {
+  T loss, input, target, logvar;  // the loss and its gradients
+};
+
+struct BCEWithLogits {
+  template <class T>
+  FASTVAE_INLINE LossTerms<T> terms(T x, T t) {
+    T e = exp(-absolute(x)), r = T(1) / (T(1) + e);
+    T sigmoid = x < T(0) ? e * r : r;
+    T hinge = x < T(0) ? -x : T(0);
+    return {fma(T(1) - t, x, hinge + log1p_given_reciprocal(e, r)), sigmoid - t, -x, T(0)};
+  }
+};
+
+// BCE from logits with the weight p of positive targets.
+struct WeightedBCEWithLogits {
+  template <class T>
+  FASTVAE_INLINE LossTerms<T> terms(T x, T t, T p) {
+    T e = exp(-absolute(x)), r = T(1) / (T(1) + e);
+    T complement = x < T(0) ? r : e * r;  // sigmoid(-x)
+    T hinge = x < T(0) ? -x : T(0);
+    T softplus = hinge + log1p_given_reciprocal(e, r);  // of -x
+    T excess = p - T(1), factor = fma(excess, t, T(1));
+    return {fma(T(1) - t, x, factor * softplus), fma(-factor, complement, T(1) - t), fma(excess, softplus, -x), T(0)};
+  }
+};
+
+struct BCE {
+  template <class T>
+  FASTVAE_INLINE LossTerms<T> terms(T x, T t) {
+    T complement = T(1) - x;
+    T product = complement * x;
+    T floored = product < T(1e-12) ? T(1e-12) : product;  // torch's floor
+    T log_one = floor_log(log(x)), log_zero = floor_log(log_complement(x, complement));
+    return {-fma(t, log_one, (T(1) - t) * log_zero), (x - t) / floored, log_zero - log_one, T(0)};
+  }
+
+ private:
+  template <class T>
+  FASTVAE_INLINE T floor_log(T value) {
+    return value < T(-100) ? T(-100) : value;
+  }
+  FASTVAE_INLINE float log_complement(float x, float complement) {
+    // As in log1p_given_reciprocal; at x = 1 the logarithm is -inf and the correction must not turn it into NaN.
+    float correction = ((1.0f - complement) - x) / complement;
+    return log(complement) + (complement == 0.0f ? 0.0f : correction);
+  }
+  FASTVAE_INLINE double log_complement(double x, double) { return ::log1p(-x); }
+};
+
+struct SquaredError {
+  template <class T>
+  FASTVAE_INLINE LossTerms<T> terms(T x, T t) {
+    T difference = x - t;
+    return {difference * difference, T(2) * difference, T(-2) * difference, T(0)};
+  }
+};
+
+struct Gaussian {
+  template <class T>
+  FASTVAE_INLINE LossTerms<T> terms(T x, T t, T logvar) {
+    T difference = x - t, scaled = difference * exp(-logvar);
+    T square = difference * scaled;
+    T loss = T(0.5) * (T(1.8378770664093453) + logvar + square);
+    return {loss, scaled, -scaled, T(0.5) * (T(1) - square)};
+  }
+};
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae

@@ -1,0 +1,33 @@
+// The instruction sets that csrc/cpu/simd/ is compiled for, and which one is in use.
+#pragma once
+
+namespace fastvae {
+
+enum class Isa { baseline, avx2, avx512 };
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
+constexpr int kIsaCount = 3;
+
+bool isa_available(Isa isa);  // compiled in, and the processor has it
+Isa isa_in_use();             // the widest, unless set_isa chose another
+void set_isa(Isa isa);
+
+// Each compiled path says that it ran: the tests prove that they reach it.
+enum class Family { latent, reconstruction };
+constexpr const char* kFamilyNames[] = {"latent", "reconstruction"};
+constexpr int kFamilyCount = 2;
+
+void record_run(Family family, const char* isa_name);
+const char* last_run(Family family);  // nullptr where nothing ran
+
+#if defined(__x86_64__)
+#define FASTVAE_DECLARE_KERNELS(Table, stem) \
+  extern const Table stem##_kernels_baseline, stem##_kernels_avx2, stem##_kernels_avx512;
+#define FASTVAE_SELECT_KERNELS(stem)                                                                  \
+  (isa_in_use() == Isa::avx512 ? stem##_kernels_avx512                                                \
+                               : (isa_in_use() == Isa::avx2 ? stem##_kernels_avx2 : stem##_kernels_baseline))
+#else
+#define FASTVAE_DECLARE_KERNELS(Table, stem) extern const Table stem##_kernels_baseline;
+#define FASTVAE_SELECT_KERNELS(stem) (stem##_kernels_baseline)
+#endif
+
+}  // namespace fastvae

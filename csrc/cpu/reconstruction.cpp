@@ -1,0 +1,161 @@
+// The reconstruction operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
+#include "reconstruction.h"
+
+#include "tensor.h"
+
+namespace fastvae {
+namespace {
+
+const ReconstructionKernels& kernels() { return FASTVAE_SELECT_KERNELS(reconstruction); }
+
+struct Arguments {
+  const Tensor &input, &target;
+  const OptionalTensor &weight, &pos_weight, &logvar;
+  int64_t likelihood;
+};
+
+using Copies = std::vector<Tensor>;
+
+View dense(const Tensor& tensor, Copies& copies) {
+  copies.push_back(torch::stable::contiguous(tensor));
+  return contiguous_view(copies.back());
+}
+
+View shared(const Tensor& tensor, const std::vector<int64_t>& shape, Copies& copies) {
+  return broadcast_view(tensor, shape, copies.emplace_back(tensor));
+}
+
+Reconstruction problem(const Arguments& a, const Partition& partition, Copies& copies) {
+  Reconstruction p{static_cast<Likelihood>(a.likelihood), {}, {}, {}, {}, partition, false, {}, nullptr, {}, 1.0, {}, {}, {}, nullptr};
+  std::vector<int64_t> shape = shape_of(a.input);
+  p.input = dense(a.input, copies);
+  p.target = dense(a.target, copies);
+  if (a.weight) p.weight = shared(*a.weight, shape, copies);
+  if (a.pos_weight) p.extra = shared(*a.pos_weight, shape, copies);
+  if (a.logvar) p.extra = shared(*a.logvar, shape, copies);
+  p.wide = a.input.scalar_type() == ScalarType::Double;
+  return p;
+}
+
+void run(const Reconstruction& p) {
+  // Two items a thread at least: less does not pay for waking one.
+  torch::stable::parallel_for(0, p.partition.items(), 2, [&](int64_t begin, int64_t end) { kernels().run(p, begin, end); });
+}
+
+// The gradient of a log variance: elementwise, or summed over what shares a value.
+class LogvarGradient {
+ public:
+  LogvarGradient(Reconstruction& p, const OptionalTensor& logvar, const Tensor& grad) : grad_(grad) {
+    if (!logvar) return;
+    if (logvar->numel() == p.partition.rows * p.partition.inner) {
+      p.grad_logvar = output_of(grad);
+      return;
+    }
+    sums_.resize(p.partition.items() * grad.numel());
+    p.grad_logvar_sums = sums_.data();
+    shared_ = true;
+  }
+
+  void finish() {
+    if (!shared_) return;
+    int64_t values = grad_.numel(), items = values > 0 ? static_cast<int64_t>(sums_.size()) / values : 0;
+    std::vector<double> totals(values);
+    for (int64_t item = 0; item < items; ++item)
+      for (int64_t i = 0; i < values; ++i) totals[i] += sums_[item * values + i];
+    View view;
+    view.data = totals.data();
+    view.dtype = DType::float64;
+    view.inner = values > 0 ? values : 1;
+    kernels().scale(view, output_of(grad_), 1.0, true, 0, values);
+  }
+
+ private:
+  const Tensor& grad_;
+  std::vector<double> sums_;
+  bool shared_ = false;
+};
+
+std::tuple<Tensor, Tensor, Tensor> reconstruction_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                                          const OptionalTensor& pos_weight, const OptionalTensor& logvar,
+                                                          int64_t likelihood, int64_t reduction_number, double grad_scale,
+                                                          bool with_grad) {
+  auto reduction = static_cast<Reduction>(reduction_number);
+  Tensor loss = empty_reduced(input, reduction);
+  Tensor grad_input = with_grad ? empty(shape_of(input), input.scalar_type()) : empty({0}, input.scalar_type());
+  Tensor grad_logvar = with_grad && logvar ? empty(shape_of(*logvar), logvar->scalar_type()) : empty({0}, input.scalar_type());
+
+  Copies copies;
+  copies.reserve(4);
+  Reconstruction p = problem({input, target, weight, pos_weight, logvar, likelihood}, partition_of(input, reduction), copies);
+  double scale = reduction_scale(reduction, batch_of(input), input.numel());
+  std::vector<double> slots;
+  if (reduction == Reduction::none) {
+    p.loss = output_of(loss);
+  } else {
+    slots.resize(p.partition.slots());
+    p.sums = slots.data();
+  }
+  LogvarGradient logvar_gradient(p, with_grad ? logvar : std::nullopt, grad_logvar);
+  if (with_grad) {
+    p.grad_input = output_of(grad_input);
+    p.grad_scale = grad_scale * scale;
+  }
+  run(p);
+  if (reduction != Reduction::none) finish_reduction(slots, p.partition, scale, loss);
+  logvar_gradient.finish();
+  return {loss, grad_input, grad_logvar};
+}
+
+std::tuple<Tensor, Tensor, Tensor> reconstruction_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
+                                                           const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                                                           const OptionalTensor& logvar, int64_t likelihood, int64_t reduction_number,
+                                                           bool with_target) {
+  auto reduction = static_cast<Reduction>(reduction_number);
+  Tensor grad_input = empty(shape_of(input), input.scalar_type());
+  Tensor grad_target = empty(with_target ? shape_of(target) : std::vector<int64_t>{0}, target.scalar_type());
+  Tensor grad_logvar = logvar ? empty(shape_of(*logvar), logvar->scalar_type()) : empty({0}, input.scalar_type());
+
+  Copies copies;
+  copies.reserve(5);
+  Reconstruction p = problem({input, target, weight, pos_weight, logvar, likelihood}, Partition(1, input.numel()), copies);
+  p.grad_output = gradient_view(grad_output, reduction, input.numel(), batch_of(input), copies.emplace_back(grad_output));
+  p.grad_scale = reduction_scale(reduction, batch_of(input), input.numel());
+  p.grad_input = output_of(grad_input);
+  if (with_target) p.grad_target = output_of(grad_target);
+  LogvarGradient logvar_gradient(p, logvar, grad_logvar);
+  run(p);
+  logvar_gradient.finish();
+  return {grad_input, grad_target, grad_logvar};
+}
+
+void rescale(const Tensor& grad, const Tensor& grad_output, double expected, const Tensor& out) {
+  double incoming;
+  View view = contiguous_view(grad_output);
+  Output number{&incoming, DType::float64};
+  kernels().scale(view, number, 1.0 / expected, true, 0, 1);
+  Partition partition(1, grad.numel());
+  bool wide = grad.scalar_type() == ScalarType::Double;
+  torch::stable::parallel_for(0, partition.items(), 2, [&](int64_t begin, int64_t end) {
+    kernels().scale(contiguous_view(grad), output_of(out), incoming, wide, partition.begin(begin), partition.end(end - 1));
+  });
+}
+
+Tensor reconstruction_rescale(const Tensor& grad, const Tensor& grad_output, double expected) {
+  Tensor dense_grad = torch::stable::contiguous(grad);
+  Tensor out = empty(shape_of(grad), grad.scalar_type());
+  rescale(dense_grad, grad_output, expected, out);
+  return out;
+}
+
+void reconstruction_rescale_(Tensor grad, const Tensor& grad_output, double expected) { rescale(grad, grad_output, expected, grad); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
+  m.impl("reconstruction_forward.cpp", TORCH_BOX(&reconstruction_forward));
+  m.impl("reconstruction_backward.cpp", TORCH_BOX(&reconstruction_backward));
+  m.impl("reconstruction_rescale.cpp", TORCH_BOX(&reconstruction_rescale));
+  m.impl("reconstruction_rescale_.cpp", TORCH_BOX(&reconstruction_rescale_));
+}
+
+}  // namespace fastvae
