@@ -64,18 +64,20 @@ def _empty_if(condition: bool, tensor: Tensor) -> Tensor:
 @_define(
     "latent_forward",
     "(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor? eps, Tensor? seed, SymInt? num_samples, "
-    "bool with_kl, int reduction, float free_bits, float clamp_min, float clamp_max) -> (Tensor z, Tensor kl, Tensor active)",
+    "bool with_kl, int reduction, float free_bits, float clamp_min, float clamp_max, bool keep_noise) "
+    "-> (Tensor z, Tensor kl, Tensor active, Tensor noise)",
 )
 def latent_forward(
-    mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max
+    mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise
 ):
-    """``z`` (no elements where neither ``eps`` nor ``seed`` is given), ``kl`` (none where not ``with_kl``) and, with free bits, which
-    dimensions are above them (bool, ``mu.shape[1:]``; none otherwise)."""
+    """``z`` (no elements where neither ``eps`` nor ``seed`` is given), ``kl`` (none where not ``with_kl``), with free bits which
+    dimensions are above them (bool, ``mu.shape[1:]``; none otherwise), and the noise that was drawn from ``seed`` where ``keep_noise``."""
     draws = eps is not None or seed is not None
     z_shape = (mu.shape if num_samples is None else (num_samples, *mu.shape)) if draws else (0,)
     kl = _empty_reduced(mu, reduction) if with_kl else mu.new_empty((0,), dtype=accumulation_dtype(mu.dtype))
     active_shape = mu.shape[1:] if with_kl and free_bits > 0 else (0,)
-    return mu.new_empty(z_shape), kl, mu.new_empty(active_shape, dtype=torch.bool)
+    noise = mu.new_empty(z_shape if keep_noise else (0,), dtype=accumulation_dtype(mu.dtype))
+    return mu.new_empty(z_shape), kl, mu.new_empty(active_shape, dtype=torch.bool), noise
 
 
 @_define(

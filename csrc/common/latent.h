@@ -6,10 +6,10 @@
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 
-// KL(N(mu, e^logvar) || N(0, 1)).
+// KL(N(mu, e^logvar) || N(0, 1)); variance = e^logvar.
 template <class T>
-FASTVAE_INLINE T kl_standard(T mu, T logvar) {
-  return T(0.5) * fma(mu, mu, exp(logvar) - logvar - T(1));
+FASTVAE_INLINE T kl_standard(T mu, T logvar, T variance) {
+  return T(0.5) * fma(mu, mu, variance - logvar - T(1));
 }
 
 // KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)).

@@ -31,27 +31,29 @@ FASTVAE_INLINE float fma(float a, float b, float c) { return a * b + c; }
 #endif
 FASTVAE_INLINE double fma(double a, double b, double c) { return a * b + c; }
 
+// Without the instruction, rounding would be a library call.
+#if defined(__SSE4_1__) || defined(__aarch64__) || defined(__CUDA_ARCH__)
+FASTVAE_INLINE float round_even(float x) { return rintf(x); }
+#else
+FASTVAE_INLINE float round_even(float x) { return static_cast<float>(static_cast<int32_t>(x + (x < 0.0f ? -0.5f : 0.5f))); }
+#endif
+
 FASTVAE_INLINE float exp(float x) {
-  // e^89 overflows and e^-104 rounds to 0; a NaN passes both comparisons.
-  x = x < -104.0f ? -104.0f : x;
-  x = x > 89.0f ? 89.0f : x;
-  float t = x * 1.44269504f;
-  int32_t n = static_cast<int32_t>(t + (t < 0.0f ? -0.5f : 0.5f));
-  float nf = static_cast<float>(n);
+  float n = round_even(x * 1.44269504f);
   // ln 2 in two parts, the first exact in 10 bits.
-  float r = fma(nf, 2.12194440e-4f, fma(nf, -0.693359375f, x));
-  float p = 1.9875691500e-4f;
-  p = fma(p, r, 1.3981999507e-3f);
-  p = fma(p, r, 8.3334519073e-3f);
-  p = fma(p, r, 4.1665795894e-2f);
-  p = fma(p, r, 1.6666665459e-1f);
-  p = fma(p, r, 5.0000001201e-1f);
-  p = fma(p * r, r, r) + 1.0f;
-  // 2^n in two factors, each a normal number: denormal results and overflow come out right.
-  int32_t half = n >> 1;
-  float scale1 = bits_to_float(static_cast<uint32_t>(half + 127) << 23);
-  float scale2 = bits_to_float(static_cast<uint32_t>(n - half + 127) << 23);
-  return p * scale1 * scale2;
+  float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
+  // Twice the polynomial times half the power of two: the power stays a normal number up to the overflow of the result.
+  float p = 3.9751383000e-4f;
+  p = fma(p, r, 2.7963999014e-3f);
+  p = fma(p, r, 1.6666904615e-2f);
+  p = fma(p, r, 8.3331591788e-2f);
+  p = fma(p, r, 3.3333330918e-1f);
+  p = fma(p, r, 1.0000000240f);
+  p = fma(p * r, r, fma(r, 2.0f, 2.0f));
+  float value = p * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 126) << 23);
+  // Denormal results are 0. A NaN passes both comparisons.
+  value = x < -87.3f ? 0.0f : value;
+  return x > 88.72f ? INFINITY : value;
 }
 FASTVAE_INLINE double exp(double x) { return ::exp(x); }
 

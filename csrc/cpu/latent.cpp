@@ -81,24 +81,27 @@ Tensor active_dimensions(const LatentInputs& in, const Tensor& mu, double free_b
   return active;
 }
 
-std::tuple<Tensor, Tensor, Tensor> latent_forward(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+std::tuple<Tensor, Tensor, Tensor, Tensor> latent_forward(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
                                                   const OptionalTensor& prior_logvar, const OptionalTensor& eps,
                                                   const OptionalTensor& seed, std::optional<int64_t> num_samples, bool with_kl,
-                                                  int64_t reduction_number, double free_bits, double clamp_min, double clamp_max) {
+                                                  int64_t reduction_number, double free_bits, double clamp_min, double clamp_max,
+                                                  bool keep_noise) {
   auto reduction = static_cast<Reduction>(reduction_number);
   bool draws = eps.has_value() || seed.has_value();
   std::vector<int64_t> z_shape = shape_of(mu);
   if (num_samples) z_shape.insert(z_shape.begin(), *num_samples);
   Tensor z = empty(draws ? z_shape : std::vector<int64_t>{0}, mu.scalar_type());
+  Tensor noise = empty(draws && keep_noise ? z_shape : std::vector<int64_t>{0}, accumulation_dtype(mu));
   Tensor kl = with_kl ? empty_reduced(mu, reduction) : empty({0}, accumulation_dtype(mu));
 
   Copies copies;
-  LatentForward p{{}, partition_of(mu, reduction), {}, {}, nullptr, free_bits};
+  LatentForward p{{}, partition_of(mu, reduction), {}, {}, {}, nullptr, free_bits};
   fill_inputs(p, {mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, clamp_min, clamp_max}, copies);
   bool masked = with_kl && free_bits > 0.0;
   Tensor active = masked ? active_dimensions(p, mu, free_bits) : empty({0}, ScalarType::Bool);
   if (masked && active.numel() > 0) p.active = active_view(active, p.numel);
   if (draws) p.z = output_of(z);
+  if (draws && keep_noise) p.kept_eps = output_of(noise);
   std::vector<double> slots;
   if (with_kl && reduction == Reduction::none) p.kl = output_of(kl);
   if (with_kl && reduction != Reduction::none) {
@@ -106,9 +109,9 @@ std::tuple<Tensor, Tensor, Tensor> latent_forward(const Tensor& mu, const Tensor
     p.sums = slots.data();
   }
   torch::stable::parallel_for(0, p.partition.items(), 1, [&](int64_t begin, int64_t end) { kernels().forward(p, begin, end); });
-  if (p.sums || (with_kl && reduction != Reduction::none))
+  if (with_kl && reduction != Reduction::none)
     finish_reduction(slots, p.partition, reduction_scale(reduction, batch_of(mu), p.numel), kl);
-  return {z, kl, active};
+  return {z, kl, active, noise};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, const Tensor& mu,

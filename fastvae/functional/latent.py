@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvae import _backend
-from fastvae._ops import OVERLOADS
+from fastvae._ops import OVERLOADS, accumulation_dtype
 from fastvae.functional._autograd import apply, first_derivative_only
 from fastvae.functional._checks import (
     check_device,
@@ -26,27 +26,27 @@ class _ReparameterizeKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, backend
+        mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise, backend
     ):
         return OVERLOADS["latent_forward", backend](
-            mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max
+            mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, _, clamp_min, clamp_max, backend = inputs
-        z, kl, active = output
+        *tensors, eps, seed, num_samples, with_kl, reduction, _, clamp_min, clamp_max, keep_noise, backend = inputs
+        z, kl, active, noise = output
         ctx.set_materialize_grads(False)
         absent = () if with_kl else (kl,)
         absent += (z,) if eps is None and seed is None else ()
-        ctx.mark_non_differentiable(active, *absent)
-        ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar, eps, seed, active)
+        ctx.mark_non_differentiable(active, noise, *absent)
+        ctx.save_for_backward(*tensors, noise if keep_noise else eps, None if keep_noise else seed, active)
         ctx.arguments = num_samples, reduction, clamp_min, clamp_max
         ctx.backend = backend
 
     @staticmethod
     @first_derivative_only("fastvae.reference.latent")
-    def backward(ctx, grad_z, grad_kl, _):
+    def backward(ctx, grad_z, grad_kl, *_):
         mu, logvar, prior_mu, prior_logvar, eps, seed, active = ctx.saved_tensors
         grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar = OVERLOADS["latent_backward", ctx.backend](
             grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, *ctx.arguments
@@ -54,13 +54,14 @@ class _ReparameterizeKL(torch.autograd.Function):
         has_prior = prior_mu is not None
         prior_grads = (grad_prior_mu, grad_prior_logvar) if has_prior else (None, None)
         grad_eps = _eps_gradient(grad_z, mu, logvar, ctx.arguments) if ctx.needs_input_grad[4] and grad_z is not None else None
-        return grad_mu, grad_logvar, *prior_grads, grad_eps, *(None,) * 8
+        return grad_mu, grad_logvar, *prior_grads, grad_eps, *(None,) * 9
 
 
 def _eps_gradient(grad_z, mu, logvar, arguments):
     """Rarely needed (the noise is a function of something that learns), so plain PyTorch."""
     *_, clamp_min, clamp_max = arguments
-    return (grad_z * torch.exp(0.5 * logvar.clamp(clamp_min, clamp_max))).to(mu.dtype)
+    wide = accumulation_dtype(mu.dtype)
+    return (grad_z.to(wide) * torch.exp(0.5 * logvar.to(wide).clamp(clamp_min, clamp_max))).to(mu.dtype)
 
 
 def reparameterize(
@@ -96,8 +97,8 @@ def reparameterize(
     shape = _sample_shape(mu, num_samples)
     eps, seed = _noise_source(mu, shape, eps, generator, seed)
     backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
-    limits = _check_clamp(logvar_clamp)
-    return apply(_ReparameterizeKL, mu, logvar, None, None, eps, seed, num_samples, False, 0, 0.0, *limits, backend)[0]
+    options = 0, 0.0, *_check_clamp(logvar_clamp), _keeps_noise(backend, seed, mu, logvar)
+    return apply(_ReparameterizeKL, mu, logvar, None, None, eps, seed, num_samples, False, *options, backend)[0]
 
 
 def kl_normal(
@@ -136,7 +137,7 @@ def kl_normal(
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
     backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
     options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
-    return apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, None, None, None, True, *options, backend)[1]
+    return apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, None, None, None, True, *options, False, backend)[1]
 
 
 def reparameterize_kl(
@@ -155,14 +156,17 @@ def reparameterize_kl(
 ) -> tuple[Tensor, Tensor]:
     """:func:`reparameterize` and :func:`kl_normal` in one pass over ``mu`` and ``logvar``: ``(z, kl)``.
 
-    The noise is not stored: the backward pass draws it again from the seed. Arguments, results and errors are those of the two functions.
+    On a GPU the noise is not stored: the backward pass draws it again from the seed. Arguments, results and errors are those of the two
+    functions.
     """
     _check_pair(mu, logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
     eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)
     backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
     options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
-    z, kl, _ = apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, True, *options, backend)
+    keep_noise = _keeps_noise(backend, seed, mu, logvar)
+    noise = eps, seed, num_samples
+    z, kl, *_ = apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, *noise, True, *options, keep_noise, backend)
     return z, kl
 
 
@@ -212,6 +216,12 @@ def _noise_source(mu, shape, eps, generator, seed):
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: got {type(seed).__name__}, takes an integer or a 0-dim int64 tensor")
     return None, torch.tensor(seed, dtype=torch.int64, device=mu.device)
+
+
+def _keeps_noise(backend, seed, mu, logvar):
+    """Whether drawn noise is stored for the backward pass. On a CPU drawing it again costs five times as much as storing it."""
+    differentiated = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
+    return differentiated and seed is not None and backend in ("cpp", "reference")
 
 
 def _check_clamp(limits):

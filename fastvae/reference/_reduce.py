@@ -28,4 +28,4 @@ def expand_gradient(grad_output: Tensor, shape: torch.Size, reduction: int) -> T
     """The gradient of the reduction: ``grad_output`` spread over the elements, in the accumulation dtype."""
     grad = grad_output.to(accumulation_dtype(grad_output.dtype))
     trailing = (1,) * (len(shape) - grad.ndim)
-    return grad.reshape(*reduced_shape(shape, reduction), *trailing).expand(shape) * reduction_scale(shape, reduction)
+    return grad.reshape((*reduced_shape(shape, reduction), *trailing)).expand(shape) * reduction_scale(shape, reduction)

@@ -79,7 +79,7 @@ def _reduce_kl(elements: Tensor, reduction: int, free_bits: float, dtype: torch.
     """
     active = elements.new_empty((0,), dtype=torch.bool)
     if free_bits > 0:
-        active = elements.mean(0) > free_bits
+        active = ~(elements.mean(0) <= free_bits)  # a NaN stays
         elements = torch.where(active, elements, free_bits)
     return reduce_elements(elements, reduction, dtype), active
 
@@ -99,7 +99,7 @@ def _limits(logvar_clamp):
 def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor, *, logvar_clamp=(-30.0, 20.0)) -> Tensor:
     """``mu + exp(logvar / 2) * eps``."""
     wide_mu, wide_logvar, _, _ = _prepare((mu, logvar, None, None), _limits(logvar_clamp))
-    return (wide_mu + torch.exp(0.5 * wide_logvar) * eps).to(mu.dtype)
+    return (wide_mu + torch.exp(0.5 * wide_logvar) * eps.to(wide_mu.dtype)).to(mu.dtype)
 
 
 def kl_normal(
@@ -118,17 +118,18 @@ def reparameterize_kl(mu, logvar, prior_mu=None, prior_logvar=None, *, eps: Tens
 
 @torch.library.impl("fastvae::latent_forward.reference", "CompositeExplicitAutograd")
 def _latent_forward(
-    mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max
+    mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise
 ):
     wide_mu, wide_logvar, *prior = _prepare((mu, logvar, prior_mu, prior_logvar), (clamp_min, clamp_max))
-    z, kl, active = mu.new_empty((0,)), wide_mu.new_empty((0,)), mu.new_empty((0,), dtype=torch.bool)
+    z, kl, active, kept = mu.new_empty((0,)), wide_mu.new_empty((0,)), mu.new_empty((0,), dtype=torch.bool), wide_mu.new_empty((0,))
     if eps is not None or seed is not None:
         shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
-        noise = eps if eps is not None else normal(seed, shape, wide_mu.dtype)
+        noise = eps.to(wide_mu.dtype) if eps is not None else normal(seed, shape, wide_mu.dtype)
         z = (wide_mu + torch.exp(0.5 * wide_logvar) * noise).to(mu.dtype)
+        kept = noise.clone() if keep_noise else kept
     if with_kl:
         kl, active = _reduce_kl(kl_elements(wide_mu, wide_logvar, *prior), reduction, free_bits, mu.dtype)
-    return z, kl, active
+    return z, kl, active, kept
 
 
 @torch.library.impl("fastvae::latent_backward.reference", "CompositeExplicitAutograd")

@@ -2,7 +2,7 @@
 #include "../latent.h"
 
 #include "../../common/latent.h"
-#include "../../common/philox.h"
+#include "philox_tile.h"
 #include "tiles.h"
 
 namespace fastvae {
@@ -13,15 +13,7 @@ void normal_tile(const uint32_t* key, int64_t tile, float* __restrict out) {
   uint32_t words[4][kNoiseLanes];
   // A tile's counters differ in the low word alone: it starts at a multiple of 128.
   uint64_t counter = static_cast<uint64_t>(tile) * kNoiseLanes;
-  uint32_t low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32), k0 = key[0], k1 = key[1];
-#pragma omp simd
-  for (int lane = 0; lane < kNoiseLanes; ++lane) {
-    PhiloxWords random = philox4x32(low + lane, high, 0, 0, k0, k1);
-    words[0][lane] = random.w[0];
-    words[1][lane] = random.w[1];
-    words[2][lane] = random.w[2];
-    words[3][lane] = random.w[3];
-  }
+  philox_tile(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), key[0], key[1], words);
   for (int pair = 0; pair < 4; pair += 2) {
     float* first = out + pair * kNoiseLanes;
     float* second = first + kNoiseLanes;
@@ -40,17 +32,21 @@ const float* draw(const uint32_t* key, int64_t begin, int64_t count, float (&buf
 
 template <class T>
 struct Tile {
-  T mu_buffer[kTile], logvar_buffer[kTile], prior_mu_buffer[kTile], prior_logvar_buffer[kTile], eps_buffer[kTile];
+  T mu_buffer[kTile], logvar_buffer[kTile], prior_mu_buffer[kTile], prior_logvar_buffer[kTile], eps_buffer[kTile], sigma[kTile];
   float noise_buffer[2 * kNoiseTile];
-  const T *mu, *logvar, *prior_mu, *prior_logvar;
+  const T *mu, *logvar, *prior_mu, *prior_logvar;  // log variances as they come, outside their limits too
+  T low, high;                                     // those limits
 
   void read(const LatentInputs& in, int64_t begin, int64_t count) {
+    low = static_cast<T>(in.clamp_min);
+    high = static_cast<T>(in.clamp_max);
     mu = load(in.mu, begin, count, mu_buffer);
-    logvar = clamped(in, in.logvar, begin, count, logvar_buffer);
+    logvar = load(in.logvar, begin, count, logvar_buffer);
     if (in.prior_mu) {
       prior_mu = load(in.prior_mu, begin, count, prior_mu_buffer);
-      prior_logvar = clamped(in, in.prior_logvar, begin, count, prior_logvar_buffer);
+      prior_logvar = load(in.prior_logvar, begin, count, prior_logvar_buffer);
     }
+    for (int64_t i = 0; i < count; ++i) sigma[i] = exp(T(0.5) * clamp(logvar[i], low, high));
   }
 
   const T* noise(const LatentInputs& in, int64_t begin, int64_t count) {
@@ -66,31 +62,25 @@ struct Tile {
 
   void kl(const LatentInputs& in, int64_t count, T* __restrict out) const {
     if (in.prior_mu) {
-      for (int64_t i = 0; i < count; ++i) out[i] = kl_prior(mu[i], logvar[i], prior_mu[i], prior_logvar[i]);
+      for (int64_t i = 0; i < count; ++i)
+        out[i] = kl_prior(mu[i], clamp(logvar[i], low, high), prior_mu[i], clamp(prior_logvar[i], low, high));
     } else {
-      for (int64_t i = 0; i < count; ++i) out[i] = kl_standard(mu[i], logvar[i]);
+      for (int64_t i = 0; i < count; ++i) out[i] = kl_standard(mu[i], clamp(logvar[i], low, high), sigma[i] * sigma[i]);
     }
-  }
-
- private:
-  static const T* clamped(const LatentInputs& in, const View& view, int64_t begin, int64_t count, T* __restrict buffer) {
-    const T* raw = load(view, begin, count, buffer);
-    T low = static_cast<T>(in.clamp_min), high = static_cast<T>(in.clamp_max);
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) buffer[i] = clamp(raw[i], low, high);
-    return buffer;
   }
 };
 
 template <class T>
 void sample(const LatentForward& p, Tile<T>& tile, int64_t begin, int64_t count) {
-  T sigma[kTile], z_buffer[kTile];
-  const T* mu = tile.mu;
-  for (int64_t i = 0; i < count; ++i) sigma[i] = exp(T(0.5) * tile.logvar[i]);
+  T z_buffer[kTile];
+  const T *mu = tile.mu, *sigma = tile.sigma;
   for (int64_t s = 0; s < p.samples; ++s) {
     int64_t first = s * p.numel + begin;
-    const T* eps = tile.noise(p, first, count);
     T* z = destination(p.z, first, z_buffer);
+    // Memory is fetched while the random words are computed.
+    prefetch_to_write(z, count);
+    const T* eps = tile.noise(p, first, count);
+    if (p.kept_eps) write(p.kept_eps, first, count, eps);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) z[i] = fma(sigma[i], eps[i], mu[i]);
     store(p.z, first, count, z);
@@ -121,9 +111,14 @@ void forward_items(const LatentForward& p, int64_t begin_item, int64_t end_item)
   });
 }
 
-// The gradients that come through z: of mu, and of log sigma.
 template <class T>
-void backward_z(const LatentBackward& p, Tile<T>& tile, int64_t begin, int64_t count, T* __restrict grad_mu, T* __restrict grad_logvar) {
+struct Gradients {
+  T mu[kTile], logvar[kTile], prior_mu[kTile], prior_logvar[kTile];
+};
+
+// The gradients that come through z.
+template <class T>
+void backward_z(const LatentBackward& p, Tile<T>& tile, int64_t begin, int64_t count, Gradients<T>& grads) {
   T grad_buffer[kTile];
   for (int64_t s = 0; s < p.samples; ++s) {
     int64_t first = s * p.numel + begin;
@@ -131,22 +126,17 @@ void backward_z(const LatentBackward& p, Tile<T>& tile, int64_t begin, int64_t c
     const T* grad = load(p.grad_z, first, count, grad_buffer);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      grad_mu[i] += grad[i];
-      grad_logvar[i] = fma(grad[i], eps[i], grad_logvar[i]);
+      grads.mu[i] += grad[i];
+      grads.logvar[i] = fma(T(0.5) * tile.sigma[i] * grad[i], eps[i], grads.logvar[i]);
     }
   }
-  const T* logvar = tile.logvar;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) grad_logvar[i] *= T(0.5) * exp(T(0.5) * logvar[i]);
 }
 
 // The incoming gradient of each element's KL.
 template <class T>
-const T* kl_weights(const LatentBackward& p, int64_t begin, int64_t count, T* __restrict weights) {
-  T active_buffer[kTile];
+const T* kl_weights(const LatentBackward& p, int64_t begin, int64_t count, T* weights) {
   const T* incoming = load(p.grad_kl, begin, count, weights);
-  T scale = static_cast<T>(p.grad_kl_scale);
-#pragma omp simd
+  T active_buffer[kTile], scale = static_cast<T>(p.grad_kl_scale);
   for (int64_t i = 0; i < count; ++i) weights[i] = incoming[i] * scale;
   if (p.active) {
     const T* active = load(p.active, begin, count, active_buffer);
@@ -155,27 +145,24 @@ const T* kl_weights(const LatentBackward& p, int64_t begin, int64_t count, T* __
   return weights;
 }
 
-template <class T>
-struct Gradients {
-  T mu[kTile], logvar[kTile], prior_mu[kTile], prior_logvar[kTile];
-};
-
+// Adds the gradients of the KL.
 template <class T>
 void backward_kl(const LatentBackward& p, const Tile<T>& tile, int64_t begin, int64_t count, Gradients<T>& grads) {
   T weight_buffer[kTile];
   const T* weight = kl_weights(p, begin, count, weight_buffer);
-  const T *mu = tile.mu, *logvar = tile.logvar;
+  const T *mu = tile.mu, *logvar = tile.logvar, *sigma = tile.sigma;
   if (!p.prior_mu) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       grads.mu[i] = fma(weight[i], mu[i], grads.mu[i]);
-      grads.logvar[i] = fma(weight[i] * T(0.5), exp(logvar[i]) - T(1), grads.logvar[i]);
+      grads.logvar[i] = fma(T(0.5) * weight[i], fma(sigma[i], sigma[i], T(-1)), grads.logvar[i]);
     }
     return;
   }
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    KLGradient<T> gradient = kl_prior_gradient(mu[i], logvar[i], tile.prior_mu[i], tile.prior_logvar[i]);
+    T q = clamp(logvar[i], tile.low, tile.high), prior = clamp(tile.prior_logvar[i], tile.low, tile.high);
+    KLGradient<T> gradient = kl_prior_gradient(mu[i], q, tile.prior_mu[i], prior);
     grads.mu[i] = fma(weight[i], gradient.mu, grads.mu[i]);
     grads.logvar[i] = fma(weight[i], gradient.logvar, grads.logvar[i]);
     grads.prior_mu[i] = weight[i] * gradient.prior_mu;
@@ -183,22 +170,14 @@ void backward_kl(const LatentBackward& p, const Tile<T>& tile, int64_t begin, in
   }
 }
 
+// A gradient of a log variance: 0 where that lies outside its limits.
 template <class T>
-void write(const Output& output, int64_t begin, int64_t count, const T* gradient) {
-  T* to = destination(output, begin, const_cast<T*>(gradient));
-  for (int64_t i = 0; i < count; ++i) to[i] = gradient[i];
-  store(output, begin, count, gradient);
-}
-
-// A gradient of a log variance, 0 where the raw value lies outside the limits.
-template <class T>
-void write_logvar(const LatentBackward& p, const Output& output, const View& view, int64_t begin, int64_t count, T* __restrict gradient) {
+void write_inside(const Tile<T>& tile, const Output& output, int64_t begin, int64_t count, const T* logvar, const T* gradient) {
   T buffer[kTile];
-  const T* raw = load(view, begin, count, buffer);
-  T low = static_cast<T>(p.clamp_min), high = static_cast<T>(p.clamp_max);
+  T* to = destination(output, begin, buffer);
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) gradient[i] = gradient_inside(gradient[i], raw[i], low, high);
-  write(output, begin, count, gradient);
+  for (int64_t i = 0; i < count; ++i) to[i] = gradient_inside(gradient[i], logvar[i], tile.low, tile.high);
+  store(output, begin, count, to);
 }
 
 template <class T>
@@ -208,13 +187,13 @@ void backward_items(const LatentBackward& p, int64_t begin_item, int64_t end_ite
   for_each_tile(p.partition, begin_item, end_item, [&](int64_t, int64_t begin, int64_t count) {
     tile.read(p, begin, count);
     memset(&grads, 0, sizeof grads);
-    if (p.grad_z) backward_z(p, tile, begin, count, grads.mu, grads.logvar);
+    if (p.grad_z) backward_z(p, tile, begin, count, grads);
     if (p.grad_kl) backward_kl(p, tile, begin, count, grads);
     write(p.grad_mu, begin, count, grads.mu);
-    write_logvar(p, p.grad_logvar, p.logvar, begin, count, grads.logvar);
+    write_inside(tile, p.grad_logvar, begin, count, tile.logvar, grads.logvar);
     if (p.prior_mu) {
       write(p.grad_prior_mu, begin, count, grads.prior_mu);
-      write_logvar(p, p.grad_prior_logvar, p.prior_logvar, begin, count, grads.prior_logvar);
+      write_inside(tile, p.grad_prior_logvar, begin, count, tile.prior_logvar, grads.prior_logvar);
     }
   });
 }

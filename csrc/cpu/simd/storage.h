@@ -120,6 +120,21 @@ static void store(const Output& output, int64_t begin, int64_t count, const T* f
 }
 
 template <class T>
+FASTVAE_INLINE void prefetch_to_write(const T* to, int64_t count) {
+  constexpr int64_t kCacheLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kCacheLine) __builtin_prefetch(to + i, 1);
+}
+
+// Copies values to the output.
+template <class T>
+static void write(const Output& output, int64_t begin, int64_t count, const T* values) {
+  if (output.dtype == native_dtype<T>())
+    memcpy(static_cast<T*>(output.data) + begin, values, static_cast<size_t>(count) * sizeof(T));
+  else
+    store(output, begin, count, values);
+}
+
+template <class T>
 FASTVAE_INLINE T sum_run(const T* values, int64_t count) {
   T total = 0;
 #pragma omp simd reduction(+ : total)

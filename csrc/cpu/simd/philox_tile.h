@@ -1,0 +1,86 @@
+// The random words of a noise tile. A compiler turns Philox's 32 x 32 -> 64 bit products into the slow 64 x 64 bit instruction, or into
+// shuffles; on x86 the right instruction is named here instead: 2.5 times as fast with AVX512, 2 times with AVX2.
+#pragma once
+
+#include "../../common/philox.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+// GCC 12 warns of the undefined operands in its own header.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace fastvae {
+inline namespace FASTVAE_ISA {
+
+#if defined(__AVX2__)
+
+// 32-bit numbers in the low halves of 64-bit lanes; the high halves hold whatever is left there, and no instruction reads them.
+#if defined(__AVX512F__)
+struct Lanes {
+  static constexpr int count = 8;
+  __m512i v;
+
+  FASTVAE_INLINE Lanes broadcast(uint32_t x) { return {_mm512_set1_epi64(x)}; }
+  FASTVAE_INLINE Lanes iota(uint32_t first) { return {_mm512_add_epi64(_mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0), broadcast(first).v)}; }
+  FASTVAE_INLINE Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+  FASTVAE_INLINE Lanes high(Lanes a) { return {_mm512_srli_epi64(a.v, 32)}; }
+  FASTVAE_INLINE Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
+  FASTVAE_INLINE void store(uint32_t* to, Lanes a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi64_epi32(a.v));
+  }
+};
+#else
+struct Lanes {
+  static constexpr int count = 4;
+  __m256i v;
+
+  FASTVAE_INLINE Lanes broadcast(uint32_t x) { return {_mm256_set1_epi64x(x)}; }
+  FASTVAE_INLINE Lanes iota(uint32_t first) { return {_mm256_add_epi64(_mm256_set_epi64x(3, 2, 1, 0), broadcast(first).v)}; }
+  FASTVAE_INLINE Lanes multiply(Lanes a, Lanes b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+  FASTVAE_INLINE Lanes high(Lanes a) { return {_mm256_srli_epi64(a.v, 32)}; }
+  FASTVAE_INLINE Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
+  FASTVAE_INLINE void store(uint32_t* to, Lanes a) {
+    __m256i packed = _mm256_permutevar8x32_epi32(a.v, _mm256_set_epi32(6, 4, 2, 0, 6, 4, 2, 0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+  }
+};
+#endif
+
+static void philox_tile(uint32_t low, uint32_t high, uint32_t k0, uint32_t k1, uint32_t (*words)[kNoiseLanes]) {
+  const Lanes m0 = Lanes::broadcast(0xD2511F53u), m1 = Lanes::broadcast(0xCD9E8D57u);
+  for (int lane = 0; lane < kNoiseLanes; lane += Lanes::count) {
+    Lanes c0 = Lanes::iota(low + lane), c1 = Lanes::broadcast(high), c2 = Lanes::broadcast(0), c3 = c2;
+#pragma GCC unroll 10
+    for (uint32_t round = 0; round < 10; ++round) {
+      Lanes p0 = Lanes::multiply(c0, m0), p1 = Lanes::multiply(c2, m1);
+      c0 = Lanes::exclusive_or(Lanes::high(p1), c1, Lanes::broadcast(k0 + round * 0x9E3779B9u));
+      c2 = Lanes::exclusive_or(Lanes::high(p0), c3, Lanes::broadcast(k1 + round * 0xBB67AE85u));
+      c1 = p1;
+      c3 = p0;
+    }
+    Lanes::store(&words[0][lane], c0);
+    Lanes::store(&words[1][lane], c1);
+    Lanes::store(&words[2][lane], c2);
+    Lanes::store(&words[3][lane], c3);
+  }
+}
+
+#else
+
+static void philox_tile(uint32_t low, uint32_t high, uint32_t k0, uint32_t k1, uint32_t (*words)[kNoiseLanes]) {
+#pragma omp simd
+  for (int lane = 0; lane < kNoiseLanes; ++lane) {
+    PhiloxWords random = philox4x32(low + lane, high, 0, 0, k0, k1);
+    words[0][lane] = random.w[0];
+    words[1][lane] = random.w[1];
+    words[2][lane] = random.w[2];
+    words[3][lane] = random.w[3];
+  }
+}
+
+#endif
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
