@@ -5,6 +5,7 @@
 
 #include "common/philox.h"
 #include "cpu/isa.h"
+#include "cpu/tensor.h"
 
 namespace py = pybind11;
 
@@ -57,5 +58,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_instruction_set", &fastvae::set_instruction_set, py::arg("name"), "Chooses one for the whole process.");
   m.def("last_instruction_set", &fastvae::last_instruction_set, py::arg("family"), "The compiled path that a family's last call took.");
   m.def("philox4x32", &fastvae::philox4x32_words, py::arg("counter"), py::arg("key"), "One block of random words.");
+  m.def("set_poison", &fastvae::set_poison, py::arg("on"), "Fills what operators allocate with NaN: for tests.");
   m.def("build_info", &fastvae::build_info, "Compiler, flags and the oldest torch that the library runs with.");
 }

@@ -29,7 +29,7 @@ void fill_inputs(LatentInputs& in, const Arguments& a, Copies& copies) {
     in.prior_logvar = rows(*a.prior_logvar, copies);
   }
   if (a.eps) {
-    copies.push_back(torch::stable::contiguous(*a.eps));
+    copies.push_back(dense(*a.eps));
     in.eps = contiguous_view(copies.back());
   } else if (a.seed) {
     uint64_t seed = static_cast<uint64_t>(*static_cast<const int64_t*>(a.seed->const_data_ptr()));
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(const OptionalTensor&
   fill_inputs(p, {mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, clamp_min, clamp_max}, copies);
   if (active.numel() > 0) p.active = active_view(active, p.numel);
   if (grad_z) {
-    copies.push_back(torch::stable::contiguous(*grad_z));
+    copies.push_back(dense(*grad_z));
     p.grad_z = contiguous_view(copies.back());
   }
   if (grad_kl) {

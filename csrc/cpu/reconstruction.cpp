@@ -16,8 +16,8 @@ struct Arguments {
 
 using Copies = std::vector<Tensor>;
 
-View dense(const Tensor& tensor, Copies& copies) {
-  copies.push_back(torch::stable::contiguous(tensor));
+View dense_view(const Tensor& tensor, Copies& copies) {
+  copies.push_back(dense(tensor));
   return contiguous_view(copies.back());
 }
 
@@ -28,8 +28,8 @@ View shared(const Tensor& tensor, const std::vector<int64_t>& shape, Copies& cop
 Reconstruction problem(const Arguments& a, const Partition& partition, Copies& copies) {
   Reconstruction p{static_cast<Likelihood>(a.likelihood), {}, {}, {}, {}, partition, false, {}, nullptr, {}, 1.0, {}, {}, {}, nullptr};
   std::vector<int64_t> shape = shape_of(a.input);
-  p.input = dense(a.input, copies);
-  p.target = dense(a.target, copies);
+  p.input = dense_view(a.input, copies);
+  p.target = dense_view(a.target, copies);
   if (a.weight) p.weight = shared(*a.weight, shape, copies);
   if (a.pos_weight) p.extra = shared(*a.pos_weight, shape, copies);
   if (a.logvar) p.extra = shared(*a.logvar, shape, copies);
@@ -141,7 +141,7 @@ void rescale(const Tensor& grad, const Tensor& grad_output, double expected, con
 }
 
 Tensor reconstruction_rescale(const Tensor& grad, const Tensor& grad_output, double expected) {
-  Tensor dense_grad = torch::stable::contiguous(grad);
+  Tensor dense_grad = dense(grad);
   Tensor out = empty(shape_of(grad), grad.scalar_type());
   rescale(dense_grad, grad_output, expected, out);
   return out;
