@@ -124,3 +124,57 @@ def reconstruction_rescale(grad, grad_output, expected):
 @_define("reconstruction_rescale_", "(Tensor(a!) grad, Tensor grad_output, float expected) -> ()")
 def reconstruction_rescale_(grad, grad_output, expected):
     """The same in place; the device returns early where ``grad_output == expected``."""
+
+
+# Mirrored by csrc/common/jacobian.h and by the constexprs in kernels/.
+ACTIVATIONS = {
+    "identity": 0,
+    "sigmoid": 1,
+    "tanh": 2,
+    "relu": 3,
+    "leaky_relu": 4,
+    "elu": 5,
+    "softplus": 6,
+    "silu": 7,
+    "gelu": 8,
+    "gelu_tanh": 9,
+}
+
+
+@_define(
+    "jacobian_forward",
+    "(Tensor hidden, Tensor weight, int activation, float alpha, int reduction, float grad_scale, bool with_grad_hidden, "
+    "bool with_grad_weight) -> (Tensor penalty, Tensor squared_norms, Tensor grad_hidden, Tensor grad_weight)",
+)
+def jacobian_forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight):
+    """The contractive penalty, the squared norms of the weight's rows and, where asked for (scalar reductions only), ``grad_scale`` times
+    the gradients."""
+    norms = hidden.new_empty(weight.shape[:1], dtype=accumulation_dtype(hidden.dtype))
+    return _empty_reduced(hidden, reduction), norms, _empty_if(with_grad_hidden, hidden), _empty_if(with_grad_weight, weight)
+
+
+@_define(
+    "jacobian_backward",
+    "(Tensor grad_output, Tensor hidden, Tensor weight, Tensor squared_norms, int activation, float alpha, int reduction, "
+    "bool with_grad_hidden, bool with_grad_weight) -> (Tensor grad_hidden, Tensor grad_weight)",
+)
+def jacobian_backward(
+    grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight
+):
+    return _empty_if(with_grad_hidden, hidden), _empty_if(with_grad_weight, weight)
+
+
+@_define("jacobian_gram_scale", "(Tensor left, Tensor inner, Tensor outer) -> Tensor")
+def jacobian_gram_scale(left, inner, outer):
+    """``outer[b, r] left[(b,) r, k] inner[b, k]`` as the rows (b, r) of a matrix; all in the accumulation dtype."""
+    return left.new_empty((outer.shape[0] * outer.shape[1], inner.shape[1]))
+
+
+@_define(
+    "jacobian_gram_reduce",
+    "(Tensor left, Tensor inner, Tensor outer, Tensor product, bool with_grad) -> (Tensor dots, Tensor grad_inner, Tensor grad_left)",
+)
+def jacobian_gram_reduce(left, inner, outer, product, with_grad):
+    """The scaled matrix ``outer left inner`` against ``product``, which has its shape, contracted over k, over r, and over b (not over b
+    where ``left`` has a batch dimension), the factor that the result stands for left out: (dots, grad_inner, grad_left)."""
+    return outer.new_empty(outer.shape), _empty_if(with_grad, inner), _empty_if(with_grad, left)

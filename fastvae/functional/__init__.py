@@ -1,5 +1,6 @@
 """The public functions: argument checks, documentation, and below each its ``torch.autograd.Function``."""
 
+from fastvae.functional.jacobian import JacobianMethod, contractive_penalty, explain_jacobian_method, jacobian_frobenius
 from fastvae.functional.latent import kl_normal, reparameterize, reparameterize_kl
 from fastvae.functional.reconstruction import (
     ELBO,
@@ -13,10 +14,14 @@ from fastvae.functional.reconstruction import (
 
 __all__ = [
     "ELBO",
+    "JacobianMethod",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "contractive_penalty",
     "elbo_loss",
+    "explain_jacobian_method",
     "gaussian_nll",
+    "jacobian_frobenius",
     "kl_normal",
     "mse_loss",
     "reparameterize",

@@ -1,5 +1,7 @@
 """Argument checks: an error names the argument, what it got and what it takes."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,12 @@ def check_nonnegative(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         raise ValueError(f"{name}: got {value!r}, takes a number >= 0")
     return float(value)
+
+
+def check_scale(grad_scale) -> float:
+    if isinstance(grad_scale, bool) or not isinstance(grad_scale, int | float) or not 0 < abs(grad_scale) < math.inf:
+        raise ValueError(f"grad_scale: got {grad_scale!r}, takes a finite number other than 0")
+    return float(grad_scale)
 
 
 def check_expands(name: str, value: Tensor, like_name: str, shape: torch.Size) -> None:

@@ -14,6 +14,7 @@ from fastvae.functional._checks import (
     check_device,
     check_expands,
     check_reduction,
+    check_scale,
     check_shape,
     check_tensor,
 )
@@ -282,7 +283,7 @@ def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad
     for name, value in (("weight", weight), ("pos_weight", pos_weight), ("logvar", logvar)):
         if value is not None:
             _check_shared(name, value, input)
-    options = check_reduction(reduction), _check_scale(grad_scale), _writes_gradient(input, target, logvar, reduction)
+    options = check_reduction(reduction), check_scale(grad_scale), _writes_gradient(input, target, logvar, reduction)
     backend = _backend.resolve("reconstruction_forward", input.device, input.dtype)
     order = None if input.is_contiguous() else _memory_order(input, reduction)
     shared = (_share(value, input.shape, order) for value in (weight, pos_weight))
@@ -299,12 +300,6 @@ def _writes_gradient(input, target, logvar, reduction) -> bool:
     """Whether the forward pass writes the gradient: it is wanted, and one number will scale it."""
     wanted = input.requires_grad or (logvar is not None and logvar.requires_grad)
     return torch.is_grad_enabled() and wanted and not target.requires_grad and reduction in ("batchmean", "sum", "mean")
-
-
-def _check_scale(grad_scale) -> float:
-    if isinstance(grad_scale, bool) or not isinstance(grad_scale, int | float) or not 0 < abs(grad_scale) < math.inf:
-        raise ValueError(f"grad_scale: got {grad_scale!r}, takes a finite number other than 0")
-    return float(grad_scale)
 
 
 def _check_target(input, target):

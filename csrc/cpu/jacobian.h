@@ -1,0 +1,75 @@
+// What the Jacobian operators ask of their kernels.
+#pragma once
+
+#include "isa.h"
+#include "view.h"
+
+namespace fastvae {
+
+// The numbers are those of fastvae/_ops.py.
+enum class Activation : int64_t { identity, sigmoid, tanh, relu, leaky_relu, elu, softplus, silu, gelu, gelu_tanh };
+
+// Hidden units that one item of work takes: their columns of the hidden values, their rows of the weight. A multiple of every vector.
+constexpr int64_t kUnits = 32;
+
+// A matrix whose rows are contiguous.
+struct Rows {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t stride = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// sum_j phi'(h_bj)^2 |W_j|^2 and its gradients, one item for each block of kUnits units.
+struct ContractivePenalty {
+  Activation activation;
+  double alpha;
+  Rows hidden, weight;
+  int64_t batch, units, inputs;
+  bool wide;  // double arithmetic, for float64 tensors
+
+  void* squared_norms;  // (units,) in the accumulation dtype
+  bool norms_known;     // else the item computes them
+
+  // Wanted of the forward pass: elementwise, or summed by block, or by block and sample (blocks, batch).
+  Output elements;
+  double *sums, *sample_sums;
+
+  // Wanted of either pass: grad_scale times the gradients, times the incoming gradient of the sample or the element where given.
+  double grad_scale;
+  const void* sample_weights;  // (batch,) in the accumulation dtype
+  Rows element_weights;
+  Output grad_hidden, grad_weight;
+
+  int64_t blocks() const { return (units + kUnits - 1) / kUnits; }
+};
+
+// The scaled matrices of the Gram form: outer[b, r] left[(b,) r, k] inner[b, k], all float or all double and contiguous.
+struct ScaledMatrices {
+  const void *left, *inner, *outer;
+  int64_t batch, rows, columns;
+  bool left_is_batched, wide;
+};
+
+// Columns that one item of gram_reduce takes.
+constexpr int64_t kColumns = 64;
+
+struct GramReduce {
+  ScaledMatrices matrices;
+  const void* product;
+  double* dots;                   // (items, batch, rows)
+  void *grad_inner, *grad_left;  // not wanted where null
+
+  int64_t items() const { return (matrices.columns + kColumns - 1) / kColumns; }
+};
+
+struct JacobianKernels {
+  void (*contractive_penalty)(const ContractivePenalty&, int64_t begin_block, int64_t end_block);
+  void (*gram_scale)(const ScaledMatrices&, void* out, int64_t begin_sample, int64_t end_sample);
+  void (*gram_reduce)(const GramReduce&, int64_t begin_item, int64_t end_item);
+};
+
+FASTVAE_DECLARE_KERNELS(JacobianKernels, jacobian)
+
+}  // namespace fastvae

@@ -1,0 +1,188 @@
+"""Encoders that are chains of linear layers and activations: reading one, running it, and the cheapest order of its Jacobian's products."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvae._ops import accumulation_dtype
+from fastvae.reference.jacobian import DEFAULT_ALPHAS, FROM_PREACTIVATION, derivative
+
+# The operators' activation and the attribute that holds its parameter.
+_ACTIVATIONS = {
+    nn.Sigmoid: ("sigmoid", None),
+    nn.Tanh: ("tanh", None),
+    nn.ReLU: ("relu", None),
+    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
+    nn.ELU: ("elu", "alpha"),
+    nn.Softplus: ("softplus", "beta"),
+    nn.SiLU: ("silu", None),
+    nn.GELU: ("gelu", None),
+}
+_DROPOUTS = (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class NotAChain(ValueError):
+    """The encoder has a layer that the closed form and the Gram form cannot serve; the message names it."""
+
+
+class Layer(NamedTuple):
+    """A linear layer and what follows it up to the next: batch-norm in evaluation mode, and at most one activation."""
+
+    linear: nn.Linear
+    followers: list[nn.Module]
+
+
+class Link(NamedTuple):
+    """One factor of a Jacobian: ``diag(slopes of hidden) weight``, the hidden values ``(batch, units)``, the weight ``(units, inputs)``."""
+
+    weight: Tensor
+    hidden: Tensor
+    activation: str
+    alpha: float
+
+    def slopes(self) -> Tensor:
+        return derivative(self.hidden.to(self.weight.dtype), self.activation, self.alpha)
+
+
+def read_chain(encoder: nn.Module, dimensions: int) -> list[Layer]:
+    """The layers of an MLP for an input of so many dimensions. Raises :class:`NotAChain`, naming the layer that is in the way."""
+    layers: list[Layer] = []
+    for name, module in _leaves(encoder, ""):
+        if _is(module, nn.Linear):
+            if dimensions != 2:
+                raise NotAChain(_in_the_way(name, module, f"gets an input of {dimensions} dimensions and not (batch, features)"))
+            layers.append(Layer(module, []))
+        elif _is(module, nn.Flatten) and not layers and (module.start_dim, module.end_dim) == (1, -1):
+            dimensions = 2
+        elif not _does_nothing(name, module):
+            _check_follower(name, module, layers)
+            layers[-1].followers.append(module)
+    if not layers:
+        raise NotAChain("the encoder has no Linear layer")
+    return layers
+
+
+def _leaves(module: nn.Module, name: str):
+    if _is(module, nn.Sequential):
+        for child_name, child in module.named_children():
+            yield from _leaves(child, f"{name}.{child_name}" if name else child_name)
+    else:
+        yield name, module
+
+
+def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def _does_nothing(name: str, module: nn.Module) -> bool:
+    if isinstance(module, _DROPOUTS) and module.training and module.p > 0:
+        raise NotAChain(_in_the_way(name, module, "is in training mode"))
+    return isinstance(module, (*_DROPOUTS, nn.Identity))
+
+
+def _check_follower(name: str, module: nn.Module, layers: list[Layer]) -> None:
+    norm = isinstance(module, nn.BatchNorm1d)
+    if norm and (module.training or module.running_var is None):
+        raise NotAChain(_in_the_way(name, module, "is in training mode, where it mixes samples"))
+    if not norm and activation_of(module) is None:
+        raise NotAChain(_in_the_way(name, module, "is not one of Linear, a known activation, Dropout, BatchNorm1d, a leading Flatten"))
+    if not layers:
+        raise NotAChain(_in_the_way(name, module, "comes before the first Linear layer"))
+    if not norm and any(activation_of(follower) for follower in layers[-1].followers):
+        raise NotAChain(_in_the_way(name, module, "follows another activation"))
+
+
+def _in_the_way(name: str, module: nn.Module, reason: str) -> str:
+    place = f"layer {name!r}, {module}," if name else f"the encoder, {_summary(module)},"
+    return f"{place} {reason}"
+
+
+def _summary(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def activation_of(module: nn.Module) -> tuple[str, float] | None:
+    """The operators' name of an activation and its parameter."""
+    for kind, (name, attribute) in _ACTIVATIONS.items():
+        if _is(module, kind):
+            if name == "gelu" and module.approximate == "tanh":
+                name = "gelu_tanh"
+            return name, getattr(module, attribute) if attribute else DEFAULT_ALPHAS.get(name, 0.0)
+    return None
+
+
+def run_chain(layers: list[Layer], x: Tensor) -> list[Link]:
+    """Encodes ``x`` and gives the factors of the Jacobian, first layer first; weights are in the accumulation dtype."""
+    value = x.flatten(1) if x.ndim > 2 else x
+    return [link for link, _ in _walk(layers, value)]
+
+
+def encode_chain(layers: list[Layer], x: Tensor) -> tuple[list[Link], Tensor]:
+    """:func:`run_chain`, and the code."""
+    value = x.flatten(1) if x.ndim > 2 else x
+    links, values = zip(*_walk(layers, value), strict=True)
+    return list(links), values[-1]
+
+
+def _walk(layers: list[Layer], value: Tensor):
+    for layer in layers:
+        value = layer.linear(value)
+        weight = layer.linear.weight.to(accumulation_dtype(layer.linear.weight.dtype))
+        hidden, activation, alpha = value, "identity", 0.0
+        for follower in layer.followers:
+            if isinstance(follower, nn.BatchNorm1d):
+                weight = weight * _gain(follower).to(weight.dtype).unsqueeze(1)
+                value = follower(value)
+                continue
+            activation, alpha = activation_of(follower)
+            before = value
+            value = follower(value.clone() if getattr(follower, "inplace", False) else value)
+            hidden = before if activation in FROM_PREACTIVATION else value
+        # Without an activation any tensor of the shape serves; without a batch-norm after it, the hidden value is the layer's output.
+        yield Link(weight, hidden, activation, alpha), value
+
+
+def _gain(norm: nn.BatchNorm1d) -> Tensor:
+    gain = torch.rsqrt(norm.running_var + norm.eps)
+    return gain if norm.weight is None else gain * norm.weight
+
+
+class Plan(NamedTuple):
+    """How the Jacobian's norm is multiplied out.
+
+    The layers up to ``meet`` are multiplied from below: explicitly up to ``gram_at``, there into the product with its own transpose, and
+    that is carried on; with ``None`` explicitly all the way. The layers above ``meet`` are multiplied from the top. ``operations`` is the
+    number of multiplications of a batch.
+    """
+
+    gram_at: int | None
+    meet: int
+    operations: int
+
+
+def plan(sizes: tuple[int, ...], batch: int) -> Plan:
+    """The cheapest plan for an MLP of these sizes, input first, and a batch; pure arithmetic."""
+    depth = len(sizes) - 1
+    plans = [Plan(None, meet, _operations(sizes, batch, None, meet)) for meet in range(1, depth + 1)]
+    plans += [
+        Plan(gram_at, meet, _operations(sizes, batch, gram_at, meet)) for meet in range(1, depth) for gram_at in range(1, meet + 1)
+    ]
+    return min(plans, key=lambda p: p.operations)
+
+
+def _operations(sizes: tuple[int, ...], batch: int, gram_at: int | None, meet: int) -> int:
+    inputs, outputs, depth = sizes[0], sizes[-1], len(sizes) - 1
+    explicit_to = meet if gram_at is None else gram_at
+    each = sum(sizes[layer] * sizes[layer - 1] * inputs for layer in range(2, explicit_to + 1))
+    shared = 0
+    if gram_at == 1:
+        shared = sizes[1] ** 2 * inputs
+    elif gram_at is not None:
+        each += sizes[gram_at] ** 2 * inputs
+    if gram_at is not None:
+        each += sum(sizes[layer] * sizes[layer - 1] * (sizes[layer] + sizes[layer - 1]) for layer in range(gram_at + 1, meet + 1))
+    each += sum(outputs * sizes[layer] * sizes[layer - 1] for layer in range(meet + 1, depth))
+    if meet < depth:
+        each += outputs * sizes[meet] * (inputs if gram_at is None else sizes[meet])
+    return batch * each + shared

@@ -1,0 +1,474 @@
+"""The contractive penalty in closed form, and the squared Frobenius norm of any encoder's Jacobian."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastvae import _backend
+from fastvae._ops import ACTIVATIONS, OVERLOADS, REDUCTIONS, accumulation_dtype
+from fastvae.functional import _chain
+from fastvae.functional._autograd import apply, first_derivative_only, transformed
+from fastvae.functional._checks import check_choice, check_device, check_reduction, check_scale, check_tensor
+from fastvae.reference._reduce import reduction_scale
+from fastvae.reference.jacobian import DEFAULT_ALPHAS
+
+METHODS = ("auto", "closed_form", "gram", "projection", "autograd")
+NORM_REDUCTIONS = ("batchmean", "sum", "sample")
+
+# Elements of a scaled matrix: enough that starting the threads costs nothing beside the product, few enough to stay in a cache.
+_GRAM_ELEMENTS = 1 << 19
+
+
+class _ContractivePenalty(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight, backend):
+        return OVERLOADS["jacobian_forward", backend](
+            hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        hidden, weight, ctx.activation, ctx.alpha, ctx.reduction, ctx.grad_scale, *with_grads, ctx.backend = inputs
+        _, squared_norms, grad_hidden, grad_weight = output
+        ctx.mark_non_differentiable(squared_norms, grad_hidden, grad_weight)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, squared_norms, grad_hidden, grad_weight)
+        # Given away once: autograd may accumulate into what it was given.
+        ctx.written = any(with_grads)
+
+    @staticmethod
+    @first_derivative_only("fastvae.reference.jacobian")
+    def backward(ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * 9
+        hidden, weight, squared_norms, *grads = ctx.saved_tensors
+        if ctx.written and not transformed():
+            factor = grad_output.item() / ctx.grad_scale
+            if factor != 1.0:
+                # An alias that autograd's version check does not see.
+                grads = [grad.data.mul_(factor) for grad in grads]
+        else:
+            grads = OVERLOADS["jacobian_backward", ctx.backend](
+                grad_output, hidden, weight, squared_norms, ctx.activation, ctx.alpha, ctx.reduction, *ctx.needs_input_grad[:2]
+            )
+        ctx.written = False
+        return *(grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
+
+
+def contractive_penalty(
+    hidden: Tensor,
+    weight: Tensor,
+    activation: str = "sigmoid",
+    reduction: str = "batchmean",
+    *,
+    alpha: float | None = None,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    r"""The squared Frobenius norm of the Jacobian of one layer :math:`h = \phi(W x + b)`, in closed form.
+
+    .. math:: \left\| \frac{\partial h}{\partial x} \right\|_F^2 = \sum_j \phi'(a_j)^2 \, \| W_j \|^2, \quad a = W x + b
+
+    Rifai et al., *Contractive Auto-Encoders: Explicit Invariance During Feature Extraction* (2011).
+
+    Args:
+        hidden: the layer's output :math:`h`, ``(batch, units)``; float32, bfloat16, float16 or float64. For ``"silu"``, ``"gelu"`` and
+            ``"gelu_tanh"``, whose output does not determine the derivative, the pre-activation :math:`a`.
+        weight: :math:`W`, ``(units, inputs)`` as in :class:`torch.nn.Linear`. Its dtype may differ from that of ``hidden``, as it does
+            under autocast, but for float64.
+        activation: ``"sigmoid"``, ``"tanh"``, ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"softplus"``, ``"silu"``, ``"gelu"``,
+            ``"gelu_tanh"`` or ``"identity"``.
+        reduction: ``"none"`` the share of each unit, ``(batch, units)``; ``"sample"`` the squared norm of each sample, ``(batch,)``;
+            ``"batchmean"`` the mean of those, ``"sum"``, or ``"mean"`` over samples and units.
+        alpha: the activation's parameter: the negative slope of ``"leaky_relu"`` (0.01), alpha of ``"elu"`` (1), beta of ``"softplus"``
+            (1); the default is torch's.
+        grad_scale: the gradient that the backward pass is expected to bring in, the weight of the penalty in the loss: on the CPU the
+            forward pass writes so many times the gradient. The penalty is not scaled, and the result is right whatever comes in.
+
+    Returns:
+        The penalty; in the dtype of ``hidden`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it.
+    """
+    check_choice("activation", activation, ACTIVATIONS)
+    _check_layer(hidden, weight)
+    number, scale = check_reduction(reduction), check_scale(grad_scale)
+    backend = _backend.resolve("jacobian_forward", hidden.device, hidden.dtype)
+    with_grads = _written_gradients(hidden, weight, reduction)
+    return apply(
+        _ContractivePenalty, hidden, weight, ACTIVATIONS[activation], _check_alpha(activation, alpha), number, scale, *with_grads, backend
+    )[0]
+
+
+def _written_gradients(hidden, weight, reduction) -> tuple[bool, bool]:
+    """Which gradients the forward pass writes. Elsewhere than on the CPU, looking at the incoming gradient would make the device wait."""
+    scalar = reduction in ("batchmean", "sum", "mean")
+    written = scalar and torch.is_grad_enabled() and hidden.device.type == "cpu" and not transformed()
+    return written and hidden.requires_grad, written and weight.requires_grad
+
+
+def _check_layer(hidden, weight) -> None:
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight)
+    check_device("weight", weight, "hidden", hidden)
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, takes (batch, units)")
+    if weight.ndim != 2 or weight.shape[0] != hidden.shape[1]:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, takes (units, inputs) with the units of hidden, {hidden.shape[1]}")
+    if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
+        raise TypeError(f"weight: got {weight.dtype}, takes float64 with a float64 hidden, which is {hidden.dtype}, and only then")
+
+
+def _check_alpha(activation, alpha) -> float:
+    if alpha is None:
+        return DEFAULT_ALPHAS.get(activation, 0.0)
+    if activation not in DEFAULT_ALPHAS:
+        raise ValueError(f"alpha: got {alpha!r}, takes None: {activation!r} has no parameter")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"alpha: got {alpha!r}, takes a finite number")
+    return float(alpha)
+
+
+class _GramNorms(NamedTuple):
+    """The squared norms of ``outer left inner lower`` and their gradients, each sample's counted ``weights`` times."""
+
+    norms: Tensor
+    left: Tensor
+    inner: Tensor
+    outer: Tensor
+    gram: Tensor
+
+
+def _gram_norms(left, inner, outer, gram, weights, with_grad, backend) -> _GramNorms:
+    """|S V|^2 = <S V, S V G> for S V = ``outer left inner`` and G = ``gram``, some samples at a time: the matrices stay in a cache."""
+    scale, reduce = OVERLOADS["jacobian_gram_scale", backend], OVERLOADS["jacobian_gram_reduce", backend]
+    rows, columns = outer.shape[1], inner.shape[1]
+    count = max(_GRAM_ELEMENTS // max(rows * columns, 1), 1)
+    parts = []
+    for start in range(0, outer.shape[0], count):
+        chunk = slice(start, start + count)
+        lefts, inners, outers = left[chunk] if left.ndim == 3 else left, inner[chunk], outer[chunk]
+        scaled = scale(lefts, inners, outers)
+        weighted_outers, weighted = outers, scaled
+        if weights is not None:
+            weighted_outers = outers * weights[chunk].unsqueeze(1)
+            weighted = scaled * weights[chunk].repeat_interleave(rows).unsqueeze(1)
+        dots, grad_inner, grad_left = reduce(lefts, inners, weighted_outers, scaled @ gram, with_grad)
+        grad_gram = _symmetric_product(scaled, weighted) if with_grad else gram
+        parts.append((dots, grad_left, grad_inner, grad_gram))
+    if not parts:
+        return _GramNorms(outer.sum(1), *(torch.zeros_like(t) for t in (left, inner, outer, gram)))
+    dots, lefts, inners, grams = zip(*parts, strict=True)
+    dots = torch.cat(dots)
+    grad_outer = 2 * dots if weights is None else 2 * dots * weights.unsqueeze(1)
+    grad_left = torch.cat(lefts) if left.ndim == 3 else torch.stack(lefts).sum(0)
+    return _GramNorms((outer * dots).sum(1), 2 * grad_left, 2 * torch.cat(inners), grad_outer, torch.stack(grams).sum(0))
+
+
+def _symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a.T @ b`` where that is symmetric: a quarter of it is not computed but copied."""
+    half = a.shape[1] // 2
+    top, corner = a[:, :half].T @ b, a[:, half:].T @ b[:, half:]
+    return torch.cat([top, torch.cat([top[:, half:].T, corner], dim=1)])
+
+
+class _GramPenalty(torch.autograd.Function):
+    """sum_j of |(S V W)_j|^2 for S V = ``outer left inner`` of each sample and a matrix W = ``lower`` that all samples share."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(left, inner, outer, lower, reduction, with_grad, backend):
+        result = _gram_norms(left, inner, outer, lower @ lower.T, None, with_grad, backend)
+        norms = result.norms
+        if reduction != REDUCTIONS["sample"]:
+            norms = norms.sum() * reduction_scale(outer.shape[:1], reduction)
+        return norms, *result[1:]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.reduction, ctx.written, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    @first_derivative_only("fastvae.reference.jacobian")
+    def backward(ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * 7
+        left, inner, outer, lower, *grads = ctx.saved_tensors
+        factor = grad_output * reduction_scale(outer.shape[:1], ctx.reduction)
+        if not ctx.written:
+            _, *grads = _gram_norms(left, inner, outer, lower @ lower.T, factor.expand(outer.shape[0]), True, ctx.backend)
+            factor = 1.0
+        *grads, grad_gram = grads
+        return *(grad * factor for grad in grads), (2.0 * factor * grad_gram) @ lower, None, None, None
+
+
+def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, reduction: str) -> Tensor:
+    tensors = left, inner, outer, lower
+    with_grad = reduction != "sample" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    backend = _backend.resolve("jacobian_gram_scale", left.device, left.dtype)
+    return apply(_GramPenalty, *tensors, REDUCTIONS[reduction], with_grad, backend)[0]
+
+
+class JacobianMethod(NamedTuple):
+    """What :func:`jacobian_frobenius` does with an encoder, and why."""
+
+    method: str
+    reason: str
+
+
+def jacobian_frobenius(
+    encoder: nn.Module,
+    x: Tensor,
+    *,
+    method: str = "auto",
+    num_projections: int = 1,
+    generator: torch.Generator | None = None,
+    reduction: str = "batchmean",
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""The squared Frobenius norm of an encoder's Jacobian at each sample, :math:`\| \partial f(x) / \partial x \|_F^2`, differentiable.
+
+    * ``"closed_form"``: one linear layer, see :func:`contractive_penalty`.
+    * ``"gram"``: an MLP, exactly. With V the Jacobian above the first layer and G = :math:`W_1 W_1^T`, which all samples share,
+      :math:`\| V W_1 \|^2 = \langle V, V G \rangle`, so a Jacobian as wide as the input is not built. Which products are formed, from
+      which end, follows from the sizes: the order that takes the fewest operations.
+    * ``"projection"``: any module, convolutional ones too. Unbiased: :math:`C / n \sum_i \| v_i^T J \|^2` for n directions v uniform on the
+      sphere in the C dimensions of the output (Hoffman et al., *Robust Learning with Jacobian Regularization*, 2019). In one that mixes
+      samples, batch-norm in training mode, the Jacobian is that of the whole batch.
+    * ``"autograd"``: any module whose samples do not meet, exactly and slowly: ``torch.func.vmap(torch.func.jacrev(encoder))``.
+    * ``"auto"``: the first that serves of the first three; :func:`explain_jacobian_method` tells which and why.
+
+    The first two read an encoder that is an ``nn.Linear`` or an ``nn.Sequential`` (nested too) of ``Linear``, activations, ``Flatten`` at
+    the start, and dropout and ``BatchNorm1d`` in evaluation mode.
+
+    Args:
+        encoder: from ``(batch, ...)`` to ``(batch, ...)``.
+        x: the batch; float32, bfloat16, float16 or float64.
+        method: see above.
+        num_projections: n, for ``"projection"``.
+        generator: what directions are drawn from; by default torch's own.
+        reduction: ``"batchmean"``, ``"sum"``, or ``"sample"``, shape ``(batch,)``.
+        chunk_size: at most so many samples at a time, which bounds the memory: the backward pass computes each chunk again (but for
+            ``"autograd"``, where it bounds that of the forward pass alone). The result is the same but for rounding, and for batch-norm
+            in training mode. ``None``: all at once.
+
+    Returns:
+        The squared norm, in float32 (float64 for float64). 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it; for an encoder that the method cannot serve, naming the layer
+            and the method that can.
+    """
+    _check_encoder(encoder, x)
+    check_choice("method", method, METHODS)
+    check_choice("reduction", reduction, NORM_REDUCTIONS)
+    _check_count("num_projections", num_projections)
+    if chunk_size is not None:
+        _check_count("chunk_size", chunk_size)
+    if method == "auto":
+        method = explain_jacobian_method(encoder, x).method
+    if method == "projection":
+        return _reduce(_in_chunks(lambda: _Projection(encoder, num_projections, generator), x, chunk_size), reduction)
+    if method == "autograd":
+        _check_samples_apart(encoder)
+        return _reduce(_in_chunks(lambda: functools.partial(_exact, encoder), x, chunk_size, recompute=False), reduction)
+    layers = _read(encoder, x, method)
+    compute = _closed_form if len(layers) == 1 else _gram
+    if chunk_size is None:
+        return compute(layers, x, reduction)
+    return _reduce(_in_chunks(lambda: functools.partial(compute, layers, reduction="sample"), x, chunk_size), reduction)
+
+
+def explain_jacobian_method(encoder: nn.Module, x: Tensor) -> JacobianMethod:
+    """Which method ``method="auto"`` of :func:`jacobian_frobenius` takes for an encoder and a batch, and why: ``(method, reason)``."""
+    _check_encoder(encoder, x)
+    try:
+        layers = _chain.read_chain(encoder, x.ndim)
+    except _chain.NotAChain as obstacle:
+        return JacobianMethod("projection", f"{obstacle}: unbiased random projections serve any encoder; method='autograd' is exact")
+    if len(layers) == 1:
+        return JacobianMethod("closed_form", "one linear layer")
+    sizes = (layers[0].linear.in_features, *(layer.linear.out_features for layer in layers))
+    plan = _chain.plan(sizes, x.shape[0])
+    if plan.gram_at is None:
+        below = f"layers 1 to {plan.meet} multiplied out" if plan.meet > 1 else "the first layer as it is"
+    else:
+        below = f"the Gram matrix of {'the first layer' if plan.gram_at == 1 else f'layers 1 to {plan.gram_at}'}"
+    chain = "-".join(map(str, sizes))
+    return JacobianMethod("gram", f"an MLP {chain}: {below}, {plan.operations:.2e} multiplications for {x.shape[0]} samples")
+
+
+def _check_encoder(encoder, x) -> None:
+    if not callable(encoder):
+        raise TypeError(f"encoder: got {type(encoder).__name__}, takes a module")
+    check_tensor("x", x)
+    if x.ndim < 1:
+        raise ValueError("x: got a tensor without dimensions, takes (batch, ...)")
+
+
+def _check_count(name, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, takes an integer >= 1")
+
+
+def _read(encoder, x, method) -> list[_chain.Layer]:
+    try:
+        layers = _chain.read_chain(encoder, x.ndim)
+    except _chain.NotAChain as obstacle:
+        raise ValueError(f"method: got {method!r}, but {obstacle}: use method='projection', or 'autograd' in evaluation mode") from None
+    if method == "closed_form" and len(layers) > 1:
+        raise ValueError(f"method: got 'closed_form' for an encoder of {len(layers)} linear layers, takes one: use method='gram'")
+    return layers
+
+
+def _check_samples_apart(encoder) -> None:
+    if not isinstance(encoder, nn.Module):
+        return
+    for name, module in encoder.named_modules():
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            raise ValueError(
+                f"method: got 'autograd', but layer {name!r}, {module}, is in training mode: use method='projection', or encoder.eval()"
+            )
+
+
+def _reduce(norms: Tensor, reduction: str) -> Tensor:
+    if reduction == "sample":
+        return norms
+    return norms.sum() * reduction_scale(norms.shape, REDUCTIONS[reduction])
+
+
+def _in_chunks(make: Callable[[], Callable[[Tensor], Tensor]], x: Tensor, chunk_size: int | None, recompute: bool = True) -> Tensor:
+    """``make()(x)``, one value a sample, a chunk of samples at a time, each with a function of its own. The backward pass computes a chunk
+    again."""
+    if chunk_size is None or chunk_size >= x.shape[0]:
+        return make()(x)
+    parts = x.split(chunk_size)
+    if recompute and torch.is_grad_enabled():
+        return torch.cat([checkpoint(make(), part, use_reentrant=False) for part in parts])
+    return torch.cat([make()(part) for part in parts])
+
+
+def _closed_form(layers, x, reduction) -> Tensor:
+    (link,) = _chain.run_chain(layers, x)
+    alpha = link.alpha if link.activation in DEFAULT_ALPHAS else None
+    return contractive_penalty(link.hidden, link.weight, link.activation, reduction, alpha=alpha)
+
+
+def _gram(layers, x, reduction) -> Tensor:
+    links = _chain.run_chain(layers, x)
+    sizes = (links[0].weight.shape[1], *(link.weight.shape[0] for link in links))
+    plan = _chain.plan(sizes, x.shape[0])
+    # Autocast would round the products of what is differentiated twice.
+    with torch.autocast(x.device.type, enabled=False):
+        slopes = [link.slopes() for link in links]
+        weights = [link.weight for link in links]
+        upper = _multiply_from_the_top(weights, slopes, plan.meet)
+        if plan == (1, 1, plan.operations):
+            return _gram_penalty(upper, slopes[0], slopes[-1], weights[0], reduction)
+        lower = _multiply_from_below(weights, slopes, plan)
+        return _reduce(_meet(upper, lower, slopes, plan), reduction)
+
+
+def _multiply_from_the_top(weights, slopes, meet) -> Tensor | None:
+    """W_L S W ... W_{meet+1}, without the slopes at its two ends."""
+    if meet == len(weights):
+        return None
+    product = weights[-1]
+    for level in range(len(weights) - 2, meet - 1, -1):
+        product = (product * slopes[level].unsqueeze(1)) @ weights[level]
+    return product
+
+
+def _multiply_from_below(weights, slopes, plan) -> Tensor:
+    """The product up to ``meet`` without its last slopes, or what its Gram form is."""
+    product = weights[0]
+    for level in range(1, plan.meet if plan.gram_at is None else plan.gram_at):
+        product = weights[level] @ (slopes[level - 1].unsqueeze(2) * product)
+    if plan.gram_at is None:
+        return product
+    product = product @ product.mT
+    for level in range(plan.gram_at, plan.meet):
+        factor = weights[level] * slopes[level - 1].unsqueeze(1)
+        product = factor @ product @ factor.mT
+    return product
+
+
+def _meet(upper, lower, slopes, plan) -> Tensor:
+    if upper is None:
+        return (slopes[-1].square() * lower.square().sum(-1)).sum(1)
+    upper = upper * slopes[plan.meet - 1].unsqueeze(1)
+    dots = (upper @ lower).square().sum(2) if plan.gram_at is None else ((upper @ lower) * upper).sum(2)
+    return (slopes[-1].square() * dots).sum(1)
+
+
+def _exact(encoder, x) -> Tensor:
+    if x.shape[0] == 0:
+        return _no_norms(encoder, x)
+
+    def encode_one(sample):
+        return encoder(sample.unsqueeze(0)).squeeze(0)
+
+    jacobians = torch.func.vmap(torch.func.jacrev(encode_one))(x)
+    return _squared_norms(jacobians)
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    return rows.flatten(1).to(accumulation_dtype(rows.dtype)).square().sum(1)
+
+
+def _no_norms(encoder, x) -> Tensor:
+    """Of an empty batch: no values, with a graph behind them."""
+    return _squared_norms(encoder(x))
+
+
+class _Projection:
+    """The projected norms of one chunk. When the backward pass computes it again, the directions are those of the first time."""
+
+    def __init__(self, encoder, num_projections: int, generator: torch.Generator | None):
+        self.encoder, self.count, self.generator = encoder, num_projections, generator
+        self.directions: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:
+            return _no_norms(self.encoder, x)
+        rows = self._rows_transformed(x) if transformed() else self._rows(x)
+        norms = torch.stack([_squared_norms(row) for row in rows]).sum(0)
+        return norms * (math.prod(self.directions.shape[2:]) / self.count)
+
+    def _rows(self, x):
+        differentiated = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            output = self.encoder(x)
+            last = len(self._draw(output)) - 1
+            return [
+                torch.autograd.grad(output, x, v, create_graph=differentiated, retain_graph=differentiated or i < last)[0]
+                for i, v in enumerate(self.directions)
+            ]
+
+    def _rows_transformed(self, x):
+        # torch.compile and torch.func see through this one; it does not take an encoder that changes its buffers.
+        output, pull_back = torch.func.vjp(self.encoder, x)
+        return [pull_back(v)[0] for v in self._draw(output)]
+
+    def _draw(self, output) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise TypeError(f"encoder: gave {type(output).__name__}, has to give a tensor")
+        if self.directions is None:
+            wide = accumulation_dtype(output.dtype)
+            shape = (self.count, output.shape[0], math.prod(output.shape[1:]))
+            normals = torch.randn(shape, dtype=wide, device=output.device, generator=self.generator)
+            units = nn.functional.normalize(normals, dim=2)
+            self.directions = units.to(output.dtype).view(self.count, *output.shape)
+        return self.directions

@@ -1,0 +1,113 @@
+"""The contractive penalty and the epilogues of the Gram form in plain PyTorch: the definition, the oracle of the tests and the last
+fallback."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastvae._ops import ACTIVATIONS, REDUCTIONS, accumulation_dtype
+from fastvae.reference._reduce import expand_gradient, reduce_elements
+
+_NAMES = {number: name for name, number in ACTIVATIONS.items()}
+# What `alpha` is where nobody gives one; the activations that are not here have no parameter.
+DEFAULT_ALPHAS = {"leaky_relu": 0.01, "elu": 1.0, "softplus": 1.0}
+# Whose derivative takes the pre-activation: the output does not determine it.
+FROM_PREACTIVATION = ("silu", "gelu", "gelu_tanh")
+
+_SQRT_HALF = math.sqrt(0.5)
+_SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
+_CUBIC = 0.044715
+
+
+def derivative(hidden: Tensor, activation: str, alpha: float) -> Tensor:
+    """The activation's derivative from its output (from its input for those in ``FROM_PREACTIVATION``), itself differentiable."""
+    return _derivatives(hidden, activation, alpha)[0]
+
+
+def _derivatives(h: Tensor, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
+    """The activation's derivative, and what its derivative with respect to ``h`` is."""
+    if activation == "sigmoid":
+        return h * (1.0 - h), 1.0 - 2.0 * h
+    if activation == "tanh":
+        return 1.0 - h * h, -2.0 * h
+    if activation == "relu":
+        return torch.where(h <= 0, 0.0, _ones(h)), torch.zeros_like(h)
+    if activation == "leaky_relu":
+        return torch.where(h <= 0, alpha, _ones(h)), torch.zeros_like(h)
+    if activation == "elu":
+        return torch.where(h <= 0, h + alpha, _ones(h)), torch.where(h <= 0, _ones(h), 0.0)
+    if activation == "softplus":
+        return -torch.expm1(-alpha * h), alpha * torch.exp(-alpha * h)
+    if activation == "silu":
+        sigma = torch.sigmoid(h)
+        product = sigma * torch.sigmoid(-h)
+        return sigma + h * product, product * (2.0 + h * (1.0 - 2.0 * sigma))
+    if activation == "gelu":
+        density = torch.exp(-0.5 * h * h) * (0.5 * _SQRT_2_OVER_PI)
+        return 0.5 * torch.erfc(-h * _SQRT_HALF) + h * density, density * (2.0 - h * h)
+    if activation == "gelu_tanh":
+        tanh = torch.tanh(_SQRT_2_OVER_PI * (h + _CUBIC * h * h * h))
+        slope, curvature = _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * h * h), 6.0 * _SQRT_2_OVER_PI * _CUBIC * h
+        spread = 1.0 - tanh * tanh
+        first = 0.5 * (1.0 + tanh) + 0.5 * h * spread * slope
+        return first, spread * (slope + 0.5 * h * (curvature - 2.0 * tanh * slope * slope))
+    return _ones(h), torch.zeros_like(h)
+
+
+def _ones(h: Tensor) -> Tensor:
+    """1, and NaN where ``h`` is."""
+    return torch.where(h.isnan(), h, 1.0)
+
+
+def contractive_penalty(hidden, weight, activation="sigmoid", reduction="batchmean", *, alpha: float | None = None) -> Tensor:
+    """:func:`fastvae.functional.contractive_penalty`, differentiable any number of times."""
+    dtype = accumulation_dtype(hidden.dtype)
+    alpha = DEFAULT_ALPHAS.get(activation, 0.0) if alpha is None else alpha
+    slopes = derivative(hidden.to(dtype), activation, alpha)
+    return reduce_elements(slopes.square() * weight.to(dtype).square().sum(1), REDUCTIONS[reduction], hidden.dtype)
+
+
+def _gradients(weights, hidden, weight, norms, activation, alpha, with_grad_hidden, with_grad_weight):
+    slope, change = _derivatives(hidden.to(norms.dtype), _NAMES[activation], alpha)
+    grad_hidden, grad_weight = hidden.new_empty((0,)), weight.new_empty((0,))
+    if with_grad_hidden:
+        grad_hidden = (weights * norms * 2.0 * slope * change).to(hidden.dtype).contiguous()
+    if with_grad_weight:
+        columns = (weights * slope.square()).sum(0)
+        grad_weight = (2.0 * columns.unsqueeze(1) * weight.to(norms.dtype)).to(weight.dtype).contiguous()
+    return grad_hidden, grad_weight
+
+
+@torch.library.impl("fastvae::jacobian_forward.reference", "CompositeExplicitAutograd")
+def _jacobian_forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight):
+    dtype = accumulation_dtype(hidden.dtype)
+    norms = weight.to(dtype).square().sum(1)
+    elements = derivative(hidden.to(dtype), _NAMES[activation], alpha).square() * norms
+    weights = expand_gradient(norms.new_full((), grad_scale), hidden.shape, reduction) if with_grad_hidden or with_grad_weight else None
+    grads = _gradients(weights, hidden, weight, norms, activation, alpha, with_grad_hidden, with_grad_weight)
+    return reduce_elements(elements, reduction, hidden.dtype), norms, *grads
+
+
+@torch.library.impl("fastvae::jacobian_backward.reference", "CompositeExplicitAutograd")
+def _jacobian_backward(
+    grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight
+):
+    weights = expand_gradient(grad_output, hidden.shape, reduction)
+    return _gradients(weights, hidden, weight, squared_norms, activation, alpha, with_grad_hidden, with_grad_weight)
+
+
+@torch.library.impl("fastvae::jacobian_gram_scale.reference", "CompositeExplicitAutograd")
+def _jacobian_gram_scale(left, inner, outer):
+    return (outer.unsqueeze(2) * left * inner.unsqueeze(1)).flatten(0, 1)
+
+
+@torch.library.impl("fastvae::jacobian_gram_reduce.reference", "CompositeExplicitAutograd")
+def _jacobian_gram_reduce(left, inner, outer, product, with_grad):
+    product = product.view(*outer.shape, -1)
+    dots = (left * inner.unsqueeze(1) * product).sum(2)
+    if not with_grad:
+        return dots, inner.new_empty((0,)), left.new_empty((0,))
+    weighted = outer.unsqueeze(2) * product
+    grad_left = weighted * inner.unsqueeze(1)
+    return dots, (left * weighted).sum(1), grad_left if left.ndim == 3 else grad_left.sum(0)
