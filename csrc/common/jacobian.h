@@ -18,10 +18,10 @@ FASTVAE_INLINE SquaredSlope<T> squared(T slope, T change) {
   return {slope * slope, T(2) * slope * change};
 }
 
-// 1, and NaN where h is.
+// A constant, and NaN where h is.
 template <class T>
-FASTVAE_INLINE T one_or_nan(T h) {
-  return h == h ? T(1) : h;
+FASTVAE_INLINE T constant(T value, T h) {
+  return h == h ? value : h;
 }
 
 FASTVAE_INLINE float expm1_negative(float x) {
@@ -61,7 +61,7 @@ FASTVAE_INLINE Normal<double> normal_at(double a) {
 struct Identity {
   template <class T>
   FASTVAE_INLINE SquaredSlope<T> at(T h, T) {
-    return {one_or_nan(h), T(0)};
+    return {constant(T(1), h), constant(T(0), h)};
   }
 };
 
@@ -82,21 +82,21 @@ struct Tanh {
 struct ReLU {
   template <class T>
   FASTVAE_INLINE SquaredSlope<T> at(T h, T) {
-    return {h <= T(0) ? T(0) : one_or_nan(h), T(0)};
+    return {constant(h <= T(0) ? T(0) : T(1), h), constant(T(0), h)};
   }
 };
 
 struct LeakyReLU {
   template <class T>
   FASTVAE_INLINE SquaredSlope<T> at(T h, T alpha) {
-    return {h <= T(0) ? alpha * alpha : one_or_nan(h), T(0)};
+    return {constant(h <= T(0) ? alpha * alpha : T(1), h), constant(T(0), h)};
   }
 };
 
 struct ELU {
   template <class T>
   FASTVAE_INLINE SquaredSlope<T> at(T h, T alpha) {
-    return squared(h <= T(0) ? h + alpha : one_or_nan(h), h <= T(0) ? T(1) : T(0));
+    return squared(h <= T(0) ? h + alpha : constant(T(1), h), constant(h <= T(0) ? T(1) : T(0), h));
   }
 };
 

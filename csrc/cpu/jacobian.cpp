@@ -16,9 +16,7 @@ Rows rows_of(const Tensor& tensor, Copies& copies) {
   return {copies.back().const_data_ptr(), dtype_of(tensor), copies.back().stride(0)};
 }
 
-Tensor empty_if(bool wanted, const Tensor& like) {
-  return empty(wanted ? shape_of(like) : std::vector<int64_t>{0}, like.scalar_type());
-}
+Tensor empty_if(bool wanted, const Tensor& like) { return empty(wanted ? shape_of(like) : std::vector<int64_t>{0}, like.scalar_type()); }
 
 ContractivePenalty problem(const Tensor& hidden, const Tensor& weight, int64_t activation, double alpha, const Tensor& norms,
                            Copies& copies) {
@@ -113,8 +111,14 @@ std::tuple<Tensor, Tensor> jacobian_backward(const Tensor& grad_output, const Te
 
 ScaledMatrices matrices_of(const Tensor& left, const Tensor& inner, const Tensor& outer, Copies& copies) {
   for (const Tensor& tensor : {left, inner, outer}) copies.push_back(dense(tensor));
-  return {copies[0].const_data_ptr(), copies[1].const_data_ptr(), copies[2].const_data_ptr(), outer.size(0),
-          outer.size(1),              inner.size(1),              left.dim() == 3,            left.scalar_type() == ScalarType::Double};
+  return {copies[0].const_data_ptr(),
+          copies[1].const_data_ptr(),
+          copies[2].const_data_ptr(),
+          outer.size(0),
+          outer.size(1),
+          inner.size(1),
+          left.dim() == 3,
+          left.scalar_type() == ScalarType::Double};
 }
 
 Tensor jacobian_gram_scale(const Tensor& left, const Tensor& inner, const Tensor& outer) {
@@ -126,8 +130,8 @@ Tensor jacobian_gram_scale(const Tensor& left, const Tensor& inner, const Tensor
   return scaled;
 }
 
-std::tuple<Tensor, Tensor, Tensor> jacobian_gram_reduce(const Tensor& left, const Tensor& inner, const Tensor& outer,
-                                                        const Tensor& product, bool with_grad) {
+std::tuple<Tensor, Tensor, Tensor> jacobian_gram_reduce(const Tensor& left, const Tensor& inner, const Tensor& outer, const Tensor& product,
+                                                        bool with_grad) {
   Copies copies;
   ScaledMatrices m = matrices_of(left, inner, outer, copies);
   copies.push_back(dense(product));

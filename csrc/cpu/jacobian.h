@@ -58,7 +58,7 @@ constexpr int64_t kColumns = 64;
 struct GramReduce {
   ScaledMatrices matrices;
   const void* product;
-  double* dots;                   // (items, batch, rows)
+  double* dots;                  // (items, batch, rows)
   void *grad_inner, *grad_left;  // not wanted where null
 
   int64_t items() const { return (matrices.columns + kColumns - 1) / kColumns; }

@@ -165,9 +165,7 @@ def plan(sizes: tuple[int, ...], batch: int) -> Plan:
     """The cheapest plan for an MLP of these sizes, input first, and a batch; pure arithmetic."""
     depth = len(sizes) - 1
     plans = [Plan(None, meet, _operations(sizes, batch, None, meet)) for meet in range(1, depth + 1)]
-    plans += [
-        Plan(gram_at, meet, _operations(sizes, batch, gram_at, meet)) for meet in range(1, depth) for gram_at in range(1, meet + 1)
-    ]
+    plans += [Plan(gram_at, meet, _operations(sizes, batch, gram_at, meet)) for meet in range(1, depth) for gram_at in range(1, meet + 1)]
     return min(plans, key=lambda p: p.operations)
 
 

@@ -90,9 +90,7 @@ def _jacobian_forward(hidden, weight, activation, alpha, reduction, grad_scale, 
 
 
 @torch.library.impl("fastvae::jacobian_backward.reference", "CompositeExplicitAutograd")
-def _jacobian_backward(
-    grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight
-):
+def _jacobian_backward(grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight):
     weights = expand_gradient(grad_output, hidden.shape, reduction)
     return _gradients(weights, hidden, weight, squared_norms, activation, alpha, with_grad_hidden, with_grad_weight)
 
@@ -104,7 +102,7 @@ def _jacobian_gram_scale(left, inner, outer):
 
 @torch.library.impl("fastvae::jacobian_gram_reduce.reference", "CompositeExplicitAutograd")
 def _jacobian_gram_reduce(left, inner, outer, product, with_grad):
-    product = product.view(*outer.shape, -1)
+    product = product.view(*outer.shape, inner.shape[1])
     dots = (left * inner.unsqueeze(1) * product).sum(2)
     if not with_grad:
         return dots, inner.new_empty((0,)), left.new_empty((0,))
