@@ -762,3 +762,22 @@ def test_no_grad(place, method):
         norm = FV.jacobian_frobenius(encoder, x, method=method)
     assert not norm.requires_grad
     torch.testing.assert_close(norm, expected.detach())
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("method", ENCODERS)
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_the_output_from_the_same_pass(place, method, chunk_size):
+    encoder, x = (t.to(place.device) for t in ENCODERS[method]())
+    calls = []
+    encoder.register_forward_hook(lambda *_: calls.append(1))
+    norm, output = FV.jacobian_frobenius(encoder, x, method=method, chunk_size=chunk_size, with_output=True)
+    assert len(calls) <= (1 if chunk_size is None else 3)
+    assert norm.shape == ()
+    expected = encoder(x)
+    torch.testing.assert_close(output, expected)
+    parameters = list(encoder.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(output.square().sum(), parameters), torch.autograd.grad(expected.square().sum(), parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)

@@ -112,14 +112,8 @@ def activation_of(module: nn.Module) -> tuple[str, float] | None:
     return None
 
 
-def run_chain(layers: list[Layer], x: Tensor) -> list[Link]:
-    """Encodes ``x`` and gives the factors of the Jacobian, first layer first; weights are in the accumulation dtype."""
-    value = x.flatten(1) if x.ndim > 2 else x
-    return [link for link, _ in _walk(layers, value)]
-
-
 def encode_chain(layers: list[Layer], x: Tensor) -> tuple[list[Link], Tensor]:
-    """:func:`run_chain`, and the code."""
+    """The factors of the Jacobian, first layer first, their weights in the accumulation dtype; and the code of ``x``."""
     value = x.flatten(1) if x.ndim > 2 else x
     links, values = zip(*_walk(layers, value), strict=True)
     return list(links), values[-1]

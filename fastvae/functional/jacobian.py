@@ -236,7 +236,8 @@ def jacobian_frobenius(
     generator: torch.Generator | None = None,
     reduction: str = "batchmean",
     chunk_size: int | None = None,
-) -> Tensor:
+    with_output: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""The squared Frobenius norm of an encoder's Jacobian at each sample, :math:`\| \partial f(x) / \partial x \|_F^2`, differentiable.
 
     * ``"closed_form"``: one linear layer, see :func:`contractive_penalty`.
@@ -262,9 +263,10 @@ def jacobian_frobenius(
         chunk_size: at most so many samples at a time, which bounds the memory: the backward pass computes each chunk again (but for
             ``"autograd"``, where it bounds that of the forward pass alone). The result is the same but for rounding, and for batch-norm
             in training mode. ``None``: all at once.
+        with_output: gives ``encoder(x)`` too, from the same pass over the encoder.
 
     Returns:
-        The squared norm, in float32 (float64 for float64). 0 for an empty batch.
+        The squared norm, in float32 (float64 for float64), 0 for an empty batch; ``(norm, output)`` where ``with_output``.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it; for an encoder that the method cannot serve, naming the layer
@@ -278,16 +280,22 @@ def jacobian_frobenius(
         _check_count("chunk_size", chunk_size)
     if method == "auto":
         method = explain_jacobian_method(encoder, x).method
+    norm, output = _norm_and_output(encoder, x, method, num_projections, generator, reduction, chunk_size)
+    return (norm, output) if with_output else norm
+
+
+def _norm_and_output(encoder, x, method, num_projections, generator, reduction, chunk_size):
     if method == "projection":
-        return _reduce(_in_chunks(lambda: _Projection(encoder, num_projections, generator), x, chunk_size), reduction)
+        make = functools.partial(_Projection, encoder, num_projections, generator)
+        return _reduce(*_in_chunks(make, x, chunk_size), reduction)
     if method == "autograd":
         _check_samples_apart(encoder)
-        return _reduce(_in_chunks(lambda: functools.partial(_exact, encoder), x, chunk_size, recompute=False), reduction)
+        return _reduce(*_in_chunks(lambda: functools.partial(_exact, encoder), x, chunk_size, recompute=False), reduction)
     layers = _read(encoder, x, method)
     compute = _closed_form if len(layers) == 1 else _gram
     if chunk_size is None:
         return compute(layers, x, reduction)
-    return _reduce(_in_chunks(lambda: functools.partial(compute, layers, reduction="sample"), x, chunk_size), reduction)
+    return _reduce(*_in_chunks(lambda: functools.partial(compute, layers, reduction="sample"), x, chunk_size), reduction)
 
 
 def explain_jacobian_method(encoder: nn.Module, x: Tensor) -> JacobianMethod:
@@ -342,31 +350,30 @@ def _check_samples_apart(encoder) -> None:
             )
 
 
-def _reduce(norms: Tensor, reduction: str) -> Tensor:
+def _reduce(norms: Tensor, output: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     if reduction == "sample":
-        return norms
-    return norms.sum() * reduction_scale(norms.shape, REDUCTIONS[reduction])
+        return norms, output
+    return norms.sum() * reduction_scale(norms.shape, REDUCTIONS[reduction]), output
 
 
-def _in_chunks(make: Callable[[], Callable[[Tensor], Tensor]], x: Tensor, chunk_size: int | None, recompute: bool = True) -> Tensor:
-    """``make()(x)``, one value a sample, a chunk of samples at a time, each with a function of its own. The backward pass computes a chunk
-    again."""
+def _in_chunks(make: Callable[[], Callable[[Tensor], tuple[Tensor, Tensor]]], x: Tensor, chunk_size: int | None, recompute: bool = True):
+    """``make()(x)``, norms and outputs, one chunk of samples at a time, each with a function of its own. The backward pass computes a
+    chunk again."""
     if chunk_size is None or chunk_size >= x.shape[0]:
         return make()(x)
-    parts = x.split(chunk_size)
-    if recompute and torch.is_grad_enabled():
-        return torch.cat([checkpoint(make(), part, use_reentrant=False) for part in parts])
-    return torch.cat([make()(part) for part in parts])
+    recompute = recompute and torch.is_grad_enabled()
+    parts = [checkpoint(make(), part, use_reentrant=False) if recompute else make()(part) for part in x.split(chunk_size)]
+    return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
 
-def _closed_form(layers, x, reduction) -> Tensor:
-    (link,) = _chain.run_chain(layers, x)
+def _closed_form(layers, x, reduction) -> tuple[Tensor, Tensor]:
+    (link,), code = _chain.encode_chain(layers, x)
     alpha = link.alpha if link.activation in DEFAULT_ALPHAS else None
-    return contractive_penalty(link.hidden, link.weight, link.activation, reduction, alpha=alpha)
+    return contractive_penalty(link.hidden, link.weight, link.activation, reduction, alpha=alpha), code
 
 
-def _gram(layers, x, reduction) -> Tensor:
-    links = _chain.run_chain(layers, x)
+def _gram(layers, x, reduction) -> tuple[Tensor, Tensor]:
+    links, code = _chain.encode_chain(layers, x)
     sizes = (links[0].weight.shape[1], *(link.weight.shape[0] for link in links))
     plan = _chain.plan(sizes, x.shape[0])
     # Autocast would round the products of what is differentiated twice.
@@ -374,10 +381,10 @@ def _gram(layers, x, reduction) -> Tensor:
         slopes = [link.slopes() for link in links]
         weights = [link.weight for link in links]
         upper = _multiply_from_the_top(weights, slopes, plan.meet)
-        if plan == (1, 1, plan.operations):
-            return _gram_penalty(upper, slopes[0], slopes[-1], weights[0], reduction)
+        if plan[:2] == (1, 1):
+            return _gram_penalty(upper, slopes[0], slopes[-1], weights[0], reduction), code
         lower = _multiply_from_below(weights, slopes, plan)
-        return _reduce(_meet(upper, lower, slopes, plan), reduction)
+        return _reduce(_meet(upper, lower, slopes, plan), code, reduction)
 
 
 def _multiply_from_the_top(weights, slopes, meet) -> Tensor | None:
@@ -412,24 +419,32 @@ def _meet(upper, lower, slopes, plan) -> Tensor:
     return (slopes[-1].square() * dots).sum(1)
 
 
-def _exact(encoder, x) -> Tensor:
+def _exact(encoder, x) -> tuple[Tensor, Tensor]:
     if x.shape[0] == 0:
         return _no_norms(encoder, x)
 
     def encode_one(sample):
-        return encoder(sample.unsqueeze(0)).squeeze(0)
+        output = _check_output(encoder(sample.unsqueeze(0))).squeeze(0)
+        return output, output
 
-    jacobians = torch.func.vmap(torch.func.jacrev(encode_one))(x)
-    return _squared_norms(jacobians)
+    jacobians, output = torch.func.vmap(torch.func.jacrev(encode_one, has_aux=True))(x)
+    return _squared_norms(jacobians), output
 
 
 def _squared_norms(rows: Tensor) -> Tensor:
     return rows.flatten(1).to(accumulation_dtype(rows.dtype)).square().sum(1)
 
 
-def _no_norms(encoder, x) -> Tensor:
+def _no_norms(encoder, x) -> tuple[Tensor, Tensor]:
     """Of an empty batch: no values, with a graph behind them."""
-    return _squared_norms(encoder(x))
+    output = _check_output(encoder(x))
+    return _squared_norms(output), output
+
+
+def _check_output(output) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"encoder: gave {type(output).__name__}, has to give a tensor")
+    return output
 
 
 class _Projection:
@@ -439,36 +454,33 @@ class _Projection:
         self.encoder, self.count, self.generator = encoder, num_projections, generator
         self.directions: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[0] == 0:
             return _no_norms(self.encoder, x)
-        rows = self._rows_transformed(x) if transformed() else self._rows(x)
+        rows, output = self._rows_transformed(x) if transformed() else self._rows(x)
         norms = torch.stack([_squared_norms(row) for row in rows]).sum(0)
-        return norms * (math.prod(self.directions.shape[2:]) / self.count)
+        return norms * (math.prod(output.shape[1:]) / self.count), output
 
     def _rows(self, x):
         differentiated = torch.is_grad_enabled()
         with torch.enable_grad():
             x = x if x.requires_grad else x.detach().requires_grad_()
-            output = self.encoder(x)
-            last = len(self._draw(output)) - 1
-            return [
-                torch.autograd.grad(output, x, v, create_graph=differentiated, retain_graph=differentiated or i < last)[0]
-                for i, v in enumerate(self.directions)
+            output = _check_output(self.encoder(x))
+            rows = [
+                torch.autograd.grad(output, x, v, create_graph=differentiated, retain_graph=differentiated or i + 1 < self.count)[0]
+                for i, v in enumerate(self._draw(output))
             ]
+        return rows, output if differentiated else output.detach()
 
     def _rows_transformed(self, x):
         # torch.compile and torch.func see through this one; it does not take an encoder that changes its buffers.
-        output, pull_back = torch.func.vjp(self.encoder, x)
-        return [pull_back(v)[0] for v in self._draw(output)]
+        output, pull_back = torch.func.vjp(lambda x: _check_output(self.encoder(x)), x)
+        return [pull_back(v)[0] for v in self._draw(output)], output
 
     def _draw(self, output) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise TypeError(f"encoder: gave {type(output).__name__}, has to give a tensor")
         if self.directions is None:
-            wide = accumulation_dtype(output.dtype)
             shape = (self.count, output.shape[0], math.prod(output.shape[1:]))
-            normals = torch.randn(shape, dtype=wide, device=output.device, generator=self.generator)
+            normals = torch.randn(shape, dtype=accumulation_dtype(output.dtype), device=output.device, generator=self.generator)
             units = nn.functional.normalize(normals, dim=2)
             self.directions = units.to(output.dtype).view(self.count, *output.shape)
         return self.directions
