@@ -291,7 +291,7 @@ def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad
         input, target = input.permute(order), target.permute(order)
     loss = apply(_Reconstruction, input, target, *shared, logvar, LIKELIHOODS[likelihood], *options, backend)[0]
     if order is not None and reduction == "none":
-        return loss.permute(sorted(range(len(order)), key=order.__getitem__))
+        return loss.permute([order.index(d) for d in range(len(order))])
     return loss
 
 
@@ -342,7 +342,7 @@ def _is_one_run(sizes, shape) -> bool:
 
 def _memory_order(input: Tensor, reduction: str) -> list[int] | None:
     """The order of dimensions in which a dense permuted tensor is contiguous, so that it is served without a copy."""
-    order = sorted(range(input.ndim), key=lambda d: (-input.stride(d), d))
+    order = list(input.dim_order())
     needs_batch_first = reduction in ("sample", "batchmean")
     if (needs_batch_first and order[0] != 0) or not input.permute(order).is_contiguous():
         return None
