@@ -327,7 +327,7 @@ def _share(value: Tensor | None, shape: torch.Size, order: list[int] | None, lon
     """A broadcast argument in as many dimensions as the input, in its memory order, and expanded where a kernel could not index it."""
     if value is None:
         return None
-    value = value.view(*(1,) * (len(shape) - value.ndim), *value.shape)
+    value = value.view((*(1,) * (len(shape) - value.ndim), *value.shape))
     if order is not None:
         value, shape = value.permute(order), [shape[d] for d in order]
     too_long = value.shape != tuple(shape) and value.numel() > longest
