@@ -1,5 +1,30 @@
 """Thin models: each composes :mod:`fastvae.functional`, :mod:`fastvae.nn` and plain torch layers."""
 
+from fastvae.models.autoencoder import (
+    AE,
+    AEOutput,
+    ContractiveAE,
+    DenoisingAE,
+    SparseAE,
+    StackedAE,
+    conv_coders,
+    linear_coders,
+    mlp_coders,
+)
 from fastvae.models.vae import MLPVAE, VAE, ConvVAE, VAEOutput
 
-__all__ = ["MLPVAE", "VAE", "ConvVAE", "VAEOutput"]
+__all__ = [
+    "AE",
+    "MLPVAE",
+    "VAE",
+    "AEOutput",
+    "ContractiveAE",
+    "ConvVAE",
+    "DenoisingAE",
+    "SparseAE",
+    "StackedAE",
+    "VAEOutput",
+    "conv_coders",
+    "linear_coders",
+    "mlp_coders",
+]

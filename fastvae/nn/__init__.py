@@ -1,6 +1,8 @@
-"""Modules around :mod:`fastvae.functional`: losses, sampling and schedules."""
+"""Modules around :mod:`fastvae.functional`: losses, sampling, schedules, preprocessing and corruption."""
 
+from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty, MSELoss, VAELoss
+from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
 from fastvae.nn.sampling import Reparameterize
 from fastvae.nn.schedules import CapacitySchedule, CosineSchedule, CyclicalSchedule, LinearSchedule
 
@@ -11,9 +13,14 @@ __all__ = [
     "CosineSchedule",
     "CyclicalSchedule",
     "GaussianNLL",
+    "GaussianNoise",
     "KLPenalty",
     "LinearSchedule",
     "MSELoss",
+    "Masking",
+    "MinMaxScaler",
     "Reparameterize",
+    "SaltAndPepper",
+    "StandardScaler",
     "VAELoss",
 ]
