@@ -12,9 +12,9 @@ Isa isa_in_use();             // the widest, unless set_isa chose another
 void set_isa(Isa isa);
 
 // Each compiled path says that it ran: the tests prove that they reach it.
-enum class Family { latent, reconstruction };
-constexpr const char* kFamilyNames[] = {"latent", "reconstruction"};
-constexpr int kFamilyCount = 2;
+enum class Family { latent, reconstruction, group_norm };
+constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "group_norm"};
+constexpr int kFamilyCount = 3;
 
 void record_run(Family family, const char* isa_name);
 const char* last_run(Family family);  // nullptr where nothing ran
