@@ -9,7 +9,9 @@ namespace fastvae {
 inline namespace FASTVAE_ISA {
 namespace {
 
+// A storage type. Where it is that of the arithmetic, du passes through grad_input and is not computed twice.
 struct Float32 {
+  static constexpr bool kKeepsGradient = true;
   using Stored = float;
   using T = float;
   FASTVAE_INLINE T get(Stored value) { return value; }
@@ -17,6 +19,7 @@ struct Float32 {
 };
 
 struct Float64 {
+  static constexpr bool kKeepsGradient = true;
   using Stored = double;
   using T = double;
   FASTVAE_INLINE T get(Stored value) { return value; }
@@ -24,13 +27,20 @@ struct Float64 {
 };
 
 struct BFloat16 {
+  static constexpr bool kKeepsGradient = false;
   using Stored = uint16_t;
   using T = float;
   FASTVAE_INLINE T get(Stored value) { return bfloat16_to_float(value); }
-  FASTVAE_INLINE Stored put(T value) { return float_to_bfloat16(value); }
+  // float_to_bfloat16() without its test for NaN: those that get here end in 16 zeros (the tensors' and, by spread(), the parameters'), so
+  // that rounding does not carry them away.
+  FASTVAE_INLINE Stored put(T value) {
+    uint32_t bits = float_to_bits(value);
+    return static_cast<Stored>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
 };
 
 struct Float16 {
+  static constexpr bool kKeepsGradient = false;
   using Stored = uint16_t;
   using T = float;
   FASTVAE_INLINE T get(Stored value) { return half_to_float(value); }
@@ -109,7 +119,8 @@ void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __
 }
 
 template <class S, class A, int rows>
-void add_gradients(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad, int64_t stride, int64_t count,
+void add_gradients(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad,
+                   typename S::Stored* __restrict kept, int64_t stride, int64_t count,
                    const typename S::T* __restrict centre, const typename S::T* __restrict scale, const typename S::T* __restrict offset,
                    typename S::T* __restrict plain, typename S::T* __restrict weighted) {
   using T = typename S::T;
@@ -120,6 +131,7 @@ void add_gradients(const typename S::Stored* __restrict x, const typename S::Sto
     for (int r = 0; r < rows; ++r) {
       T value = S::get(x[r * stride + i]);
       T du = A::gradient(affine(value, c, a, b), S::get(grad[r * stride + i]));
+      if (S::kKeepsGradient) kept[r * stride + i] = static_cast<typename S::Stored>(du);
       total += du;
       product = fma(du, value - c, product);
     }
@@ -128,8 +140,9 @@ void add_gradients(const typename S::Stored* __restrict x, const typename S::Sto
   }
 }
 
+// Where the storage keeps it, out holds du and grad is not read.
 template <class S, class A, int rows>
-void backward_rows(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad, typename S::Stored* __restrict out,
+void backward_rows(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad, typename S::Stored* out,
                    int64_t stride, int64_t count, const typename S::T* __restrict centre, const typename S::T* __restrict scale,
                    const typename S::T* __restrict offset, const typename S::T* __restrict slope,
                    const typename S::T* __restrict constant) {
@@ -140,7 +153,7 @@ void backward_rows(const typename S::Stored* __restrict x, const typename S::Sto
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       T value = S::get(x[r * stride + i]);
-      T du = A::gradient(affine(value, c, a, b), S::get(grad[r * stride + i]));
+      T du = S::kKeepsGradient ? static_cast<T>(out[r * stride + i]) : A::gradient(affine(value, c, a, b), S::get(grad[r * stride + i]));
       out[r * stride + i] = S::put(gradient_of_input(value, du, c, a, s, k));
     }
   }
@@ -182,14 +195,20 @@ void fold(const T* columns, int64_t count, int64_t channels, double* to) {
     for (int64_t c = 0; c < channels; ++c) to[c] += columns[first + c];
 }
 
+// A NaN is stored without a payload.
+template <class T>
+FASTVAE_INLINE T narrowed(double value) {
+  return value == value ? static_cast<T>(value) : T(NAN);
+}
+
 template <class T>
 void spread(const double* values, int64_t count, int64_t channels, T* columns) {
   if (channels == 1) {
-    for (int64_t i = 0; i < count; ++i) columns[i] = static_cast<T>(values[0]);
+    for (int64_t i = 0; i < count; ++i) columns[i] = narrowed<T>(values[0]);
     return;
   }
   for (int64_t first = 0; first < count; first += channels)
-    for (int64_t c = 0; c < channels; ++c) columns[first + c] = static_cast<T>(values[c]);
+    for (int64_t c = 0; c < channels; ++c) columns[first + c] = narrowed<T>(values[c]);
 }
 
 // Writes into every channel the sum over its group, times a factor.
@@ -279,12 +298,14 @@ void gradient_sums(const GroupNorm& p, int64_t begin_item, int64_t end_item, voi
   for_each_piece(p.runs, begin_item, end_item, [&](const Piece& piece) {
     const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
     const auto* grad = static_cast<const typename S::Stored*>(p.grad_output) + piece.offset;
+    auto* kept = static_cast<typename S::Stored*>(p.grad_input) + piece.offset;
     if (piece.run != filled) spread_parameters(p, piece.run, columns, 3, scratch);
     filled = piece.run;
     clear(column[3], columns);
     clear(column[4], columns);
     for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
-      add_gradients<S, A, rows.value>(x + offset, grad + offset, columns, count, column[0], column[1], column[2], column[3], column[4]);
+      add_gradients<S, A, rows.value>(x + offset, grad + offset, kept + offset, columns, count, column[0], column[1], column[2], column[3],
+                                      column[4]);
     });
     fold(column[3], columns, channels, scratch.channel[0]);
     fold(column[4], columns, channels, scratch.channel[1]);
