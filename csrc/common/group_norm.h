@@ -6,8 +6,8 @@
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 
-// e^-u and the sigmoid of u = 1 / (1 + e^-u), to about two units in the last place. Half the instructions of exp() and a division: e^-u needs
-// no infinities, since |u| > 87 changes nothing in float, and its sum with 1 is a normal number.
+// e^-u and the sigmoid of u = 1 / (1 + e^-u), to about two units in the last place. Half the instructions of exp() and a division: e^-u
+// needs no infinities, since |u| > 87 changes nothing in float, and its sum with 1 is a normal number.
 template <class T>
 struct Logistic {
   T decay, sigmoid;

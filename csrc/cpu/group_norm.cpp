@@ -73,9 +73,7 @@ struct Sizes {
   int64_t group_elements() const { return width() * positions; }
   // One position: the channels lie side by side in either layout.
   bool channels_adjacent() const { return channels_last || positions == 1; }
-  Runs runs() const {
-    return channels_adjacent() ? Runs(batch, positions * channels, channels) : Runs(batch * channels, positions, 1);
-  }
+  Runs runs() const { return channels_adjacent() ? Runs(batch, positions * channels, channels) : Runs(batch * channels, positions, 1); }
 };
 
 // Calls kernel(p, begin_item, end_item, scratch) for all items.
@@ -159,7 +157,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, int64
   Problem problem(input, num_groups, weight, bias, activation);
   GroupNorm& p = problem.p;
   Tensor output = empty_in_layout(input, problem.sizes.channels_last);
-  Tensor mean = empty({problem.sizes.batch, num_groups}, ScalarType::Double), rstd = empty({problem.sizes.batch, num_groups}, ScalarType::Double);
+  Tensor mean = empty({problem.sizes.batch, num_groups}, ScalarType::Double),
+         rstd = empty({problem.sizes.batch, num_groups}, ScalarType::Double);
   auto* means = static_cast<double*>(mean.mutable_data_ptr());
   auto* rstds = static_cast<double*>(rstd.mutable_data_ptr());
 

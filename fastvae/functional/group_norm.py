@@ -52,8 +52,8 @@ def group_norm_silu(
     .. math:: y = u\, \sigma(u), \qquad u = \gamma_c \frac{x - \mu_{ng}}{\sqrt{\sigma^2_{ng} + \epsilon}} + \beta_c
 
     Mean and (biased) variance are those of a sample's group of adjacent channels over all positions. The arguments of
-    :func:`torch.nn.functional.group_norm`. The backward pass keeps ``input`` and two numbers a group; :math:`u` and its sigmoid are computed
-    again.
+    :func:`torch.nn.functional.group_norm`. For the backward pass ``input`` and two numbers a group are kept; :math:`u` and its sigmoid are
+    computed again.
 
     Args:
         input: :math:`x`, ``(batch, channels, ...)``; float32, bfloat16, float16 or float64. Contiguous or with the channels last

@@ -1,5 +1,5 @@
-// Group normalisation with its activation, one instruction set a compilation. Every loop runs over columns whose channels repeat from row to
-// row, so that one kernel serves both memory layouts and any number of channels.
+// Group normalisation with its activation, one instruction set a compilation. Every loop runs over columns whose channels repeat from row
+// to row, so that one kernel serves both memory layouts and any number of channels.
 #include "../group_norm.h"
 
 #include "../../common/group_norm.h"
@@ -108,8 +108,7 @@ void add_moments(const typename S::Stored* __restrict x, int64_t stride, int64_t
 
 template <class S, class A, int rows>
 void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __restrict y, int64_t stride, int64_t count,
-                  const typename S::T* __restrict centre, const typename S::T* __restrict scale,
-                  const typename S::T* __restrict offset) {
+                  const typename S::T* __restrict centre, const typename S::T* __restrict scale, const typename S::T* __restrict offset) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     typename S::T c = centre[i], a = scale[i], b = offset[i];
@@ -119,10 +118,9 @@ void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __
 }
 
 template <class S, class A, int rows>
-void add_gradients(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad,
-                   typename S::Stored* __restrict kept, int64_t stride, int64_t count,
-                   const typename S::T* __restrict centre, const typename S::T* __restrict scale, const typename S::T* __restrict offset,
-                   typename S::T* __restrict plain, typename S::T* __restrict weighted) {
+void add_gradients(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad, typename S::Stored* __restrict kept,
+                   int64_t stride, int64_t count, const typename S::T* __restrict centre, const typename S::T* __restrict scale,
+                   const typename S::T* __restrict offset, typename S::T* __restrict plain, typename S::T* __restrict weighted) {
   using T = typename S::T;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
@@ -226,8 +224,8 @@ void clear(T* values, int64_t count) {
   memset(values, 0, static_cast<size_t>(count) * sizeof(T));
 }
 
-// Sums about a shift, the mean of the first eighth of the piece. It lies within sqrt(8) standard deviations of the mean of the piece whatever
-// the data are, so that the subtraction of the squares costs three bits at most.
+// Sums about a shift, the mean of the first eighth of the piece. It lies within sqrt(8) standard deviations of the mean of the piece
+// whatever the data are, so that the subtraction of the squares costs three bits at most.
 template <class S>
 void moments(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
   using T = typename S::T;
@@ -240,9 +238,8 @@ void moments(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* mem
     int64_t columns = piece.length < full ? piece.length : full;
     int64_t pilot_rows = (piece.length / columns + 7) / 8;
     clear(first, columns);
-    for_each_rows(pilot_rows * columns, columns, [&](auto rows, int64_t offset, int64_t count) {
-      add_rows<S, rows.value>(x + offset, columns, count, first);
-    });
+    for_each_rows(pilot_rows * columns, columns,
+                  [&](auto rows, int64_t offset, int64_t count) { add_rows<S, rows.value>(x + offset, columns, count, first); });
     fold(first, columns, channels, total);
     sum_groups(total, channels, p.groups, 1.0 / static_cast<double>(pilot_rows * columns / p.groups));
     spread(total, columns, channels, shift);
@@ -380,7 +377,7 @@ void from_double(const double* from, int64_t count, const Output& to) {
 }  // namespace
 }  // namespace FASTVAE_ISA
 
-const GroupNormKernels FASTVAE_CONCAT(group_norm_kernels_, FASTVAE_ISA) = {
-    scratch_bytes, run_moments, run_forward, run_gradient_sums, run_backward, to_double, from_double};
+const GroupNormKernels FASTVAE_CONCAT(group_norm_kernels_, FASTVAE_ISA) = {scratch_bytes, run_moments, run_forward, run_gradient_sums,
+                                                                           run_backward,  to_double,   from_double};
 
 }  // namespace fastvae
