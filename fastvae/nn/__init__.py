@@ -1,5 +1,6 @@
 """Modules around :mod:`fastvae.functional`: losses, sampling and schedules."""
 
+from fastvae.nn.group_norm import GroupNormSiLU
 from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty, MSELoss, VAELoss
 from fastvae.nn.sampling import Reparameterize
 from fastvae.nn.schedules import CapacitySchedule, CosineSchedule, CyclicalSchedule, LinearSchedule
@@ -11,6 +12,7 @@ __all__ = [
     "CosineSchedule",
     "CyclicalSchedule",
     "GaussianNLL",
+    "GroupNormSiLU",
     "KLPenalty",
     "LinearSchedule",
     "MSELoss",
