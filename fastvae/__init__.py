@@ -12,6 +12,15 @@ from fastvae._load import load_implementations
 from fastvae.functional import vae_loss
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "functional", "use_backend", "vae_loss"]
+__all__ = ["BackendError", "functional", "optimize", "use_backend", "vae_loss"]
 
 load_implementations()
+
+
+def __getattr__(name: str):
+    # The layers above functional are imported where something of them is asked for.
+    if name == "optimize":
+        from fastvae.nn.optimize import optimize
+
+        return optimize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

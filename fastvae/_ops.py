@@ -12,6 +12,7 @@ BACKENDS = ("cpp", "cuda", "triton", "reference")
 # Mirrored by csrc/common/reduction.h and by the constexprs in kernels/.
 REDUCTIONS = {"none": 0, "sample": 1, "batchmean": 2, "sum": 3, "mean": 4}
 LIKELIHOODS = {"bce_with_logits": 0, "bce": 1, "mse": 2, "gaussian": 3}
+ACTIVATIONS = {"none": 0, "silu": 1}
 
 OVERLOADS: dict[tuple[str, str], torch._ops.OpOverload] = {}
 
@@ -178,3 +179,37 @@ def jacobian_gram_reduce(left, inner, outer, product, with_grad):
     """The scaled matrix ``outer left inner`` against ``product``, which has its shape, contracted over k, over r, and over b (not over b
     where ``left`` has a batch dimension), the factor that the result stands for left out: (dots, grad_inner, grad_left)."""
     return outer.new_empty(outer.shape), _empty_if(with_grad, inner), _empty_if(with_grad, left)
+def channels_are_last(tensor: Tensor) -> bool:
+    """Whether the channels (dimension 1) lie side by side and the rest is dense: ``torch.channels_last``, in any number of dimensions."""
+    return not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
+
+
+def empty_in_layout(like: Tensor) -> Tensor:
+    """An empty tensor with the channels last where those of ``like`` are, contiguous otherwise."""
+    if channels_are_last(like):
+        return like.new_empty(like.movedim(1, -1).shape).movedim(-1, 1)
+    return like.new_empty(like.shape)
+
+
+@_define(
+    "group_norm_forward",
+    "(Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, int activation) "
+    "-> (Tensor output, Tensor mean, Tensor rstd)",
+)
+def group_norm_forward(input, num_groups, weight, bias, eps, activation):
+    """The output in the memory layout of ``input``, and mean and 1 / standard deviation of each sample's groups, ``(batch, num_groups)``.
+
+    Those are float64: float32 does not hold a large mean to within a small standard deviation.
+    """
+    mean, rstd = (input.new_empty((input.shape[0], num_groups), dtype=torch.float64) for _ in range(2))
+    return empty_in_layout(input), mean, rstd
+
+
+@_define(
+    "group_norm_backward",
+    "(Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, SymInt num_groups, int activation) "
+    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+)
+def group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation):
+    grads = (input.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (weight, bias))
+    return empty_in_layout(input), *grads

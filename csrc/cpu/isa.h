@@ -14,6 +14,8 @@ void set_isa(Isa isa);
 // Each compiled path says that it ran: the tests prove that they reach it.
 enum class Family { latent, reconstruction, jacobian };
 constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "jacobian"};
+enum class Family { latent, reconstruction, group_norm };
+constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "group_norm"};
 constexpr int kFamilyCount = 3;
 
 void record_run(Family family, const char* isa_name);

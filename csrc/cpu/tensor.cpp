@@ -41,6 +41,10 @@ Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
     strides[d] = stride;
     stride *= shape[d] > 0 ? shape[d] : 1;
   }
+  return empty_strided(shape, strides, dtype);
+}
+
+Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                                          shim_dtype(dtype), aoti_torch_device_type_cpu(), 0, &handle));

@@ -49,6 +49,7 @@ inline int64_t batch_of(const Tensor& tensor) { return tensor.dim() > 0 ? tensor
 // A contiguous CPU tensor, filled with NaN where set_poison(true) asks for it, so that an element no kernel writes shows in a test.
 // Through the C shim: a fourth of the cost of the dispatcher's aten::empty.
 Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype);
+Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype);
 void set_poison(bool on);
 
 inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }

@@ -1,6 +1,7 @@
 """The public functions: argument checks, documentation, and below each its ``torch.autograd.Function``."""
 
 from fastvae.functional.jacobian import JacobianMethod, contractive_penalty, explain_jacobian_method, jacobian_frobenius
+from fastvae.functional.group_norm import group_norm_silu
 from fastvae.functional.latent import kl_normal, reparameterize, reparameterize_kl
 from fastvae.functional.reconstruction import (
     ELBO,
@@ -22,6 +23,7 @@ __all__ = [
     "explain_jacobian_method",
     "gaussian_nll",
     "jacobian_frobenius",
+    "group_norm_silu",
     "kl_normal",
     "mse_loss",
     "reparameterize",

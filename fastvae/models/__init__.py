@@ -28,3 +28,7 @@ __all__ = [
     "linear_coders",
     "mlp_coders",
 ]
+from fastvae.models.conv_vae import ResidualConvVAE
+from fastvae.models.vae import MLPVAE, VAE, ConvVAE, VAEOutput
+
+__all__ = ["MLPVAE", "VAE", "ConvVAE", "ResidualConvVAE", "VAEOutput"]

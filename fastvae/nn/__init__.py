@@ -1,6 +1,7 @@
 """Modules around :mod:`fastvae.functional`: losses, sampling, schedules, preprocessing and corruption."""
 
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
+from fastvae.nn.group_norm import GroupNormSiLU
 from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty, MSELoss, VAELoss
 from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
 from fastvae.nn.sampling import Reparameterize
@@ -14,6 +15,7 @@ __all__ = [
     "CyclicalSchedule",
     "GaussianNLL",
     "GaussianNoise",
+    "GroupNormSiLU",
     "KLPenalty",
     "LinearSchedule",
     "MSELoss",

@@ -3,3 +3,6 @@
 from fastvae.reference import jacobian, latent, reconstruction
 
 __all__ = ["jacobian", "latent", "reconstruction"]
+from fastvae.reference import group_norm, latent, reconstruction
+
+__all__ = ["group_norm", "latent", "reconstruction"]

@@ -1,0 +1,78 @@
+"""GroupNorm with SiLU between the convolutions of an image model. The inputs have their channels last; the ``-nchw`` providers contiguous
+copies of them, converted before the clock runs."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.registry import Case, Inputs, Provider, compiled, forward_backward
+from fastvae import functional as FV
+
+
+def groups_of(channels: int) -> int:
+    """The most groups up to 32, as the models of Stable Diffusion have."""
+    return max(groups for groups in range(1, 33) if channels % groups == 0)
+
+
+def eager(input, weight, bias):
+    return F.silu(F.group_norm(input, groups_of(input.shape[1]), weight, bias))
+
+
+def fused(input, weight, bias):
+    return FV.group_norm_silu(input, groups_of(input.shape[1]), weight, bias)
+
+
+def make_inputs(size, dtype, device) -> Inputs:
+    input, incoming = (torch.randn(size, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = (torch.randn(size[1], dtype=dtype, device=device, requires_grad=True) for _ in range(2))
+    return Inputs({"input": input.requires_grad_(), "weight": weight, "bias": bias}, incoming=(incoming,))
+
+
+def contiguous(provider: Provider) -> Provider:
+    """The provider on contiguous inputs."""
+
+    def provide(inputs: Inputs):
+        inputs.leaves["input"] = inputs.leaves["input"].detach().contiguous().requires_grad_()
+        return provider(dataclasses.replace(inputs, incoming=(inputs.incoming[0].contiguous(),)))
+
+    return provide
+
+
+def bytes_moved(inputs: Inputs) -> int:
+    """Forward reads the input twice and writes the output; backward reads the input and a gradient twice and writes one."""
+    return 8 * inputs.leaves["input"].nbytes
+
+
+def _case(size, dtype=torch.bfloat16, quick=False) -> Case:
+    return Case(
+        family="group_norm",
+        name="group_norm_silu",
+        size=size,
+        tiny=(2, 6, 5, 3),
+        dtype=dtype,
+        setup=make_inputs,
+        providers={
+            "eager": forward_backward(eager),
+            "eager-nchw": contiguous(forward_backward(eager)),
+            "compile": compiled(eager),
+            "compile-nchw": contiguous(compiled(eager)),
+            "fastvae": forward_backward(fused),
+            "fastvae-nchw": contiguous(forward_backward(fused)),
+        },
+        outputs=("output",),
+        work=bytes_moved,
+        quick=quick,
+    )
+
+
+CASES = (
+    _case((4, 32, 128, 128), quick=True),
+    _case((4, 128, 64, 64)),
+    _case((4, 512, 32, 32)),
+    _case((4, 45, 65, 63)),
+    _case((4, 32, 128, 128), torch.float32),
+    _case((4, 128, 64, 64), torch.float32, quick=True),
+    _case((4, 512, 32, 32), torch.float32),
+    _case((4, 45, 65, 63), torch.float32),
+)

@@ -1,0 +1,61 @@
+// What the group norm operators ask of their kernels.
+#pragma once
+
+#include "isa.h"
+#include "view.h"
+
+namespace fastvae {
+
+enum class Activation : int64_t { none = 0, silu = 1 };
+
+// The tensor as runs of adjacent elements whose channels repeat: a sample with the channels last (channels side by side, `channels` of
+// them), or one plane of a contiguous tensor (one channel). An item is a piece of a run or several whole runs, by sizes alone, so that
+// results do not depend on the number of threads. Each piece has a slot for what it sums.
+struct Runs {
+  int64_t count, length, channels;
+  int64_t piece, pieces_per_run, runs_per_item;
+
+  Runs(int64_t count, int64_t length, int64_t channels);
+
+  int64_t items() const { return length == 0 ? 0 : (count + runs_per_item - 1) / runs_per_item * pieces_per_run; }
+  int64_t slots() const { return count * pieces_per_run; }
+  int64_t piece_length(int64_t i) const { return i + 1 < pieces_per_run ? piece : length - i * piece; }
+};
+
+// Kernels work on rows of so many columns, a whole number of times the channels; sums over the rows are in T, those over columns in double.
+constexpr int64_t kColumns = 256;
+inline int64_t columns_of(const Runs& runs) { return runs.channels * (runs.channels < kColumns ? kColumns / runs.channels : 1); }
+
+// Of each channel of each run.
+struct ChannelParameters {
+  const double *centre, *scale, *offset;  // u = (x - centre) * scale + offset
+  const double *slope, *constant;         // of the backward pass
+};
+
+struct GroupNorm {
+  Runs runs;
+  DType dtype;  // of the tensors below
+  Activation activation;
+  const void *input, *grad_output;
+  void *output, *grad_input;
+  ChannelParameters channel;
+  int64_t groups;  // in a run: how many moments a slot has
+  double* sums;    // (slots, groups, 2) moments, or (slots, channels, 2) gradient sums
+};
+
+struct GroupNormKernels {
+  // Bytes that a call of the following needs as scratch.
+  int64_t (*scratch_bytes)(const Runs&);
+  // Of each slot and group the mean and the sum of squared deviations from it.
+  void (*moments)(const GroupNorm&, int64_t begin_item, int64_t end_item, void* scratch);
+  void (*forward)(const GroupNorm&, int64_t begin_item, int64_t end_item, void* scratch);
+  // Of each slot and channel the sums of du and of du * (x - centre).
+  void (*gradient_sums)(const GroupNorm&, int64_t begin_item, int64_t end_item, void* scratch);
+  void (*backward)(const GroupNorm&, int64_t begin_item, int64_t end_item, void* scratch);
+  void (*to_double)(const View&, int64_t count, double* to);
+  void (*from_double)(const double* from, int64_t count, const Output& to);
+};
+
+FASTVAE_DECLARE_KERNELS(GroupNormKernels, group_norm)
+
+}  // namespace fastvae

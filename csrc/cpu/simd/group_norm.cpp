@@ -1,0 +1,383 @@
+// Group normalisation with its activation, one instruction set a compilation. Every loop runs over columns whose channels repeat from row
+// to row, so that one kernel serves both memory layouts and any number of channels.
+#include "../group_norm.h"
+
+#include "../../common/group_norm.h"
+#include "tiles.h"
+
+namespace fastvae {
+inline namespace FASTVAE_ISA {
+namespace {
+
+// A storage type. Where it is that of the arithmetic, du passes through grad_input and is not computed twice.
+struct Float32 {
+  static constexpr bool kKeepsGradient = true;
+  using Stored = float;
+  using T = float;
+  FASTVAE_INLINE T get(Stored value) { return value; }
+  FASTVAE_INLINE Stored put(T value) { return value; }
+};
+
+struct Float64 {
+  static constexpr bool kKeepsGradient = true;
+  using Stored = double;
+  using T = double;
+  FASTVAE_INLINE T get(Stored value) { return value; }
+  FASTVAE_INLINE Stored put(T value) { return value; }
+};
+
+struct BFloat16 {
+  static constexpr bool kKeepsGradient = false;
+  using Stored = uint16_t;
+  using T = float;
+  FASTVAE_INLINE T get(Stored value) { return bfloat16_to_float(value); }
+  // float_to_bfloat16() without its test for NaN: those that get here end in 16 zeros (the tensors' and, by spread(), the parameters'), so
+  // that rounding does not carry them away.
+  FASTVAE_INLINE Stored put(T value) {
+    uint32_t bits = float_to_bits(value);
+    return static_cast<Stored>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+};
+
+struct Float16 {
+  static constexpr bool kKeepsGradient = false;
+  using Stored = uint16_t;
+  using T = float;
+  FASTVAE_INLINE T get(Stored value) { return half_to_float(value); }
+  FASTVAE_INLINE Stored put(T value) { return float_to_half(value); }
+};
+
+// A piece of a run.
+struct Piece {
+  int64_t run, slot, offset, length;
+};
+
+template <class F>
+void for_each_piece(const Runs& runs, int64_t begin_item, int64_t end_item, F f) {
+  for (int64_t item = begin_item; item < end_item; ++item) {
+    int64_t first = item / runs.pieces_per_run * runs.runs_per_item, part = item % runs.pieces_per_run;
+    int64_t end = first + runs.runs_per_item < runs.count ? first + runs.runs_per_item : runs.count;
+    for (int64_t run = first; run < end; ++run)
+      f(Piece{run, run * runs.pieces_per_run + part, run * runs.length + part * runs.piece, runs.piece_length(part)});
+  }
+}
+
+// Calls f(rows, offset, count) with a compile-time number of rows of `count` columns: fours of rows, single ones, and the rest of one.
+constexpr int kRows = 4;
+
+template <int rows>
+struct Rows {
+  static constexpr int value = rows;
+};
+
+template <class F>
+FASTVAE_INLINE void for_each_rows(int64_t length, int64_t columns, F f) {
+  int64_t offset = 0;
+  for (; offset + kRows * columns <= length; offset += kRows * columns) f(Rows<kRows>{}, offset, columns);
+  for (; offset + columns <= length; offset += columns) f(Rows<1>{}, offset, columns);
+  if (offset < length) f(Rows<1>{}, offset, length - offset);
+}
+
+template <class S, int rows>
+void add_rows(const typename S::Stored* __restrict x, int64_t stride, int64_t count, typename S::T* __restrict sums) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    typename S::T total = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) total += S::get(x[r * stride + i]);
+    sums[i] += total;
+  }
+}
+
+template <class S, int rows>
+void add_moments(const typename S::Stored* __restrict x, int64_t stride, int64_t count, const typename S::T* __restrict shift,
+                 typename S::T* __restrict first, typename S::T* __restrict second) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    typename S::T total = 0, squares = 0, k = shift[i];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      typename S::T d = S::get(x[r * stride + i]) - k;
+      total += d;
+      squares = fma(d, d, squares);
+    }
+    first[i] += total;
+    second[i] += squares;
+  }
+}
+
+template <class S, class A, int rows>
+void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __restrict y, int64_t stride, int64_t count,
+                  const typename S::T* __restrict centre, const typename S::T* __restrict scale, const typename S::T* __restrict offset) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    typename S::T c = centre[i], a = scale[i], b = offset[i];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) y[r * stride + i] = S::put(A::value(affine(S::get(x[r * stride + i]), c, a, b)));
+  }
+}
+
+template <class S, class A, int rows>
+void add_gradients(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad, typename S::Stored* __restrict kept,
+                   int64_t stride, int64_t count, const typename S::T* __restrict centre, const typename S::T* __restrict scale,
+                   const typename S::T* __restrict offset, typename S::T* __restrict plain, typename S::T* __restrict weighted) {
+  using T = typename S::T;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    T c = centre[i], a = scale[i], b = offset[i], total = 0, product = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      T value = S::get(x[r * stride + i]);
+      T du = A::gradient(affine(value, c, a, b), S::get(grad[r * stride + i]));
+      if (S::kKeepsGradient) kept[r * stride + i] = static_cast<typename S::Stored>(du);
+      total += du;
+      product = fma(du, value - c, product);
+    }
+    plain[i] += total;
+    weighted[i] += product;
+  }
+}
+
+// Where the storage keeps it, out holds du and grad is not read.
+template <class S, class A, int rows>
+void backward_rows(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad, typename S::Stored* out,
+                   int64_t stride, int64_t count, const typename S::T* __restrict centre, const typename S::T* __restrict scale,
+                   const typename S::T* __restrict offset, const typename S::T* __restrict slope,
+                   const typename S::T* __restrict constant) {
+  using T = typename S::T;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    T c = centre[i], a = scale[i], b = offset[i], s = slope[i], k = constant[i];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      T value = S::get(x[r * stride + i]);
+      T du = S::kKeepsGradient ? static_cast<T>(out[r * stride + i]) : A::gradient(affine(value, c, a, b), S::get(grad[r * stride + i]));
+      out[r * stride + i] = S::put(gradient_of_input(value, du, c, a, s, k));
+    }
+  }
+}
+
+// Scratch of one range of items: arrays of one T a column, and of one double a channel.
+template <class T>
+struct Scratch {
+  static constexpr int kArrays = 5;
+  T* column[kArrays];
+  double* channel[2];
+
+  Scratch(const Runs& runs, void* memory) {
+    int64_t columns = columns_of(runs);
+    channel[0] = static_cast<double*>(memory);
+    channel[1] = channel[0] + runs.channels;
+    T* start = reinterpret_cast<T*>(channel[1] + runs.channels);
+    for (int i = 0; i < kArrays; ++i) column[i] = start + i * columns;
+  }
+};
+
+int64_t scratch_bytes(const Runs& runs) {
+  int64_t column = Scratch<double>::kArrays * columns_of(runs), channel = 2 * runs.channels;
+  return (column + channel) * static_cast<int64_t>(sizeof(double));
+}
+
+// Adds the columns of each channel.
+template <class T>
+void fold(const T* columns, int64_t count, int64_t channels, double* to) {
+  if (channels == 1) {
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < count; ++i) total += columns[i];
+    to[0] = total;
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c) to[c] = 0;
+  for (int64_t first = 0; first < count; first += channels)
+    for (int64_t c = 0; c < channels; ++c) to[c] += columns[first + c];
+}
+
+// A NaN is stored without a payload.
+template <class T>
+FASTVAE_INLINE T narrowed(double value) {
+  return value == value ? static_cast<T>(value) : T(NAN);
+}
+
+template <class T>
+void spread(const double* values, int64_t count, int64_t channels, T* columns) {
+  if (channels == 1) {
+    for (int64_t i = 0; i < count; ++i) columns[i] = narrowed<T>(values[0]);
+    return;
+  }
+  for (int64_t first = 0; first < count; first += channels)
+    for (int64_t c = 0; c < channels; ++c) columns[first + c] = narrowed<T>(values[c]);
+}
+
+// Writes into every channel the sum over its group, times a factor.
+void sum_groups(double* channel, int64_t channels, int64_t groups, double factor) {
+  int64_t width = channels / groups;
+  for (int64_t first = 0; first < channels; first += width) {
+    double total = 0;
+    for (int64_t c = first; c < first + width; ++c) total += channel[c];
+    for (int64_t c = first; c < first + width; ++c) channel[c] = total * factor;
+  }
+}
+
+template <class T>
+void clear(T* values, int64_t count) {
+  memset(values, 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+// Sums about a shift, the mean of the first eighth of the piece. It lies within sqrt(8) standard deviations of the mean of the piece
+// whatever the data are, so that the subtraction of the squares costs three bits at most.
+template <class S>
+void moments(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
+  using T = typename S::T;
+  Scratch<T> scratch(p.runs, memory);
+  T *shift = scratch.column[0], *first = scratch.column[1], *second = scratch.column[2];
+  double *total = scratch.channel[0], *squares = scratch.channel[1];
+  int64_t channels = p.runs.channels, full = columns_of(p.runs), width = channels / p.groups;
+  for_each_piece(p.runs, begin_item, end_item, [&](const Piece& piece) {
+    const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
+    int64_t columns = piece.length < full ? piece.length : full;
+    int64_t pilot_rows = (piece.length / columns + 7) / 8;
+    clear(first, columns);
+    for_each_rows(pilot_rows * columns, columns,
+                  [&](auto rows, int64_t offset, int64_t count) { add_rows<S, rows.value>(x + offset, columns, count, first); });
+    fold(first, columns, channels, total);
+    sum_groups(total, channels, p.groups, 1.0 / static_cast<double>(pilot_rows * columns / p.groups));
+    spread(total, columns, channels, shift);
+
+    clear(first, columns);
+    clear(second, columns);
+    for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
+      add_moments<S, rows.value>(x + offset, columns, count, shift, first, second);
+    });
+    double elements = static_cast<double>(piece.length / p.groups);
+    fold(first, columns, channels, total);
+    fold(second, columns, channels, squares);
+    sum_groups(total, channels, p.groups, 1.0);
+    sum_groups(squares, channels, p.groups, 1.0);
+    for (int64_t g = 0; g < p.groups; ++g) {
+      double deviation = total[g * width] / elements;
+      double* to = p.sums + (piece.slot * p.groups + g) * 2;
+      to[0] = static_cast<double>(shift[g * width]) + deviation;
+      double about_mean = squares[g * width] - deviation * total[g * width];
+      to[1] = about_mean < 0 ? 0 : about_mean;
+    }
+  });
+}
+
+// Fills the columns with the parameters of a run, `count` kinds of them.
+template <class T>
+void spread_parameters(const GroupNorm& p, int64_t run, int64_t columns, int count, Scratch<T>& scratch) {
+  const double* kinds[] = {p.channel.centre, p.channel.scale, p.channel.offset, p.channel.slope, p.channel.constant};
+  for (int i = 0; i < count; ++i) spread(kinds[i] + run * p.runs.channels, columns, p.runs.channels, scratch.column[i]);
+}
+
+template <class S, class A>
+void forward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
+  Scratch<typename S::T> scratch(p.runs, memory);
+  auto& column = scratch.column;
+  int64_t full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled = -1;
+  for_each_piece(p.runs, begin_item, end_item, [&](const Piece& piece) {
+    const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
+    auto* y = static_cast<typename S::Stored*>(p.output) + piece.offset;
+    if (piece.run != filled) spread_parameters(p, piece.run, columns, 3, scratch);
+    filled = piece.run;
+    for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
+      forward_rows<S, A, rows.value>(x + offset, y + offset, columns, count, column[0], column[1], column[2]);
+    });
+  });
+}
+
+template <class S, class A>
+void gradient_sums(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
+  Scratch<typename S::T> scratch(p.runs, memory);
+  auto& column = scratch.column;
+  int64_t channels = p.runs.channels, full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled = -1;
+  for_each_piece(p.runs, begin_item, end_item, [&](const Piece& piece) {
+    const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
+    const auto* grad = static_cast<const typename S::Stored*>(p.grad_output) + piece.offset;
+    auto* kept = static_cast<typename S::Stored*>(p.grad_input) + piece.offset;
+    if (piece.run != filled) spread_parameters(p, piece.run, columns, 3, scratch);
+    filled = piece.run;
+    clear(column[3], columns);
+    clear(column[4], columns);
+    for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
+      add_gradients<S, A, rows.value>(x + offset, grad + offset, kept + offset, columns, count, column[0], column[1], column[2], column[3],
+                                      column[4]);
+    });
+    fold(column[3], columns, channels, scratch.channel[0]);
+    fold(column[4], columns, channels, scratch.channel[1]);
+    double* to = p.sums + piece.slot * channels * 2;
+    for (int64_t c = 0; c < channels; ++c) {
+      to[c] = scratch.channel[0][c];
+      to[channels + c] = scratch.channel[1][c];
+    }
+  });
+}
+
+template <class S, class A>
+void backward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
+  Scratch<typename S::T> scratch(p.runs, memory);
+  auto& column = scratch.column;
+  int64_t full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled = -1;
+  for_each_piece(p.runs, begin_item, end_item, [&](const Piece& piece) {
+    const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
+    const auto* grad = static_cast<const typename S::Stored*>(p.grad_output) + piece.offset;
+    auto* out = static_cast<typename S::Stored*>(p.grad_input) + piece.offset;
+    if (piece.run != filled) spread_parameters(p, piece.run, columns, 5, scratch);
+    filled = piece.run;
+    for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
+      backward_rows<S, A, rows.value>(x + offset, grad + offset, out + offset, columns, count, column[0], column[1], column[2], column[3],
+                                      column[4]);
+    });
+  });
+}
+
+template <class F>
+void with_storage(const GroupNorm& p, F f) {
+  record_run(Family::group_norm, kIsaName);
+  switch (p.dtype) {
+    case DType::float32:
+      return f(Float32{});
+    case DType::float64:
+      return f(Float64{});
+    case DType::bfloat16:
+      return f(BFloat16{});
+    default:
+      return f(Float16{});
+  }
+}
+
+template <class F>
+void with_types(const GroupNorm& p, F f) {
+  with_storage(p, [&](auto storage) { p.activation == Activation::silu ? f(storage, Silu{}) : f(storage, Identity{}); });
+}
+
+void run_moments(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
+  with_storage(p, [&](auto s) { moments<decltype(s)>(p, begin, end, scratch); });
+}
+
+void run_forward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
+  with_types(p, [&](auto s, auto a) { forward<decltype(s), decltype(a)>(p, begin, end, scratch); });
+}
+
+void run_gradient_sums(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
+  with_types(p, [&](auto s, auto a) { gradient_sums<decltype(s), decltype(a)>(p, begin, end, scratch); });
+}
+
+void run_backward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
+  with_types(p, [&](auto s, auto a) { backward<decltype(s), decltype(a)>(p, begin, end, scratch); });
+}
+
+void to_double(const View& view, int64_t count, double* to) { convert(view.data, view.dtype, 0, count, to); }
+
+void from_double(const double* from, int64_t count, const Output& to) {
+  to.dtype == DType::float64 ? write(to, 0, count, from) : store(to, 0, count, from);
+}
+
+}  // namespace
+}  // namespace FASTVAE_ISA
+
+const GroupNormKernels FASTVAE_CONCAT(group_norm_kernels_, FASTVAE_ISA) = {scratch_bytes, run_moments, run_forward, run_gradient_sums,
+                                                                           run_backward,  to_double,   from_double};
+
+}  // namespace fastvae

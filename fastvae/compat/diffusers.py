@@ -1,0 +1,86 @@
+"""For models of diffusers, which need not be installed."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import functional as FV
+from fastvae.functional.latent import LOGVAR_CLAMP
+from fastvae.nn import GroupNormSiLU
+from fastvae.nn.optimize import examine, optimize
+
+
+def patch_diffusers(vae: nn.Module, *, channels_last: bool = False, report: Callable[[str], None] | None = None) -> nn.Module:
+    """Fuses GroupNorm and SiLU in a VAE of diffusers (``AutoencoderKL`` and its like), in place: :func:`fastvae.optimize` on it.
+
+    ``norm1`` and ``norm2`` of the residual blocks and ``conv_norm_out`` of encoder and decoder take over the activation behind them.
+    Names and parameters stay, so checkpoints load as before; ``SpatialNorm`` and the norms of attention are left alone.
+
+    Args:
+        vae: the model; it is changed. Patching it again changes nothing.
+        channels_last: also puts the weights of its convolutions into ``torch.channels_last``.
+        report: called with one line for each norm; silent by default.
+
+    Returns:
+        ``vae``.
+
+    Raises:
+        ValueError: where there is nothing to fuse.
+    """
+    patched = any(isinstance(module, GroupNormSiLU) for module in vae.modules())
+    if not patched and all(finding.followed_by is None for finding in examine(vae)):
+        raise ValueError(f"vae: got a {type(vae).__name__} without a GroupNorm that SiLU follows, takes a VAE of diffusers")
+    return optimize(vae, channels_last=channels_last, report=report)
+
+
+class DiagonalGaussianDistribution:
+    """The class of that name in diffusers, sampled and measured by the package's operators.
+
+    The noise of :meth:`sample` is the package's own: reproducible from ``torch.manual_seed`` or a generator, and other than that of
+    ``torch.randn``.
+
+    Args:
+        parameters: ``(batch, 2 * channels, ...)``: mean and log variance, one behind the other on dimension 1. The log variance is clamped
+            to [-30, 20].
+        deterministic: makes the variance 0.
+    """
+
+    def __init__(self, parameters: Tensor, deterministic: bool = False):
+        self.parameters = parameters
+        self.deterministic = deterministic
+        self.mean, self._logvar = parameters.chunk(2, dim=1)
+
+    @property
+    def logvar(self) -> Tensor:
+        return self._logvar.clamp(*LOGVAR_CLAMP)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
+
+    @property
+    def var(self) -> Tensor:
+        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """A sample in the dtype of the parameters; differentiable."""
+        if self.deterministic:
+            return self.mean
+        return FV.reparameterize(self.mean, self._logvar, generator=generator)
+
+    def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> Tensor:
+        """The KL divergence from ``other``, by default the standard normal, in nats per sample, shape ``(batch,)``."""
+        if self.deterministic:
+            return torch.zeros(1)
+        prior = () if other is None else (other.mean, other._logvar)
+        return FV.kl_normal(self.mean, self._logvar, *prior, reduction="sample")
+
+    def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
+        """The negative log-likelihood of ``sample``, summed over ``dims``."""
+        if self.deterministic:
+            return torch.zeros(1)
+        return FV.gaussian_nll(self.mean, sample, self.logvar, reduction="none").sum(tuple(dims))
+
+    def mode(self) -> Tensor:
+        return self.mean

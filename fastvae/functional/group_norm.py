@@ -1,0 +1,94 @@
+"""Group normalisation and SiLU in one operator, for training."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastvae import _backend
+from fastvae._ops import ACTIVATIONS, OVERLOADS
+from fastvae.functional._autograd import apply, first_derivative_only
+from fastvae.functional._checks import check_choice, check_device, check_shape, check_tensor
+
+
+class _GroupNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, num_groups, weight, bias, eps, activation, backend):
+        return OVERLOADS["group_norm_forward", backend](input, num_groups, weight, bias, eps, activation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, ctx.num_groups, weight, bias, _, ctx.activation, ctx.backend = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, mean, rstd, weight, bias)
+
+    @staticmethod
+    @first_derivative_only("fastvae.reference.group_norm")
+    def backward(ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * 7
+        input, mean, rstd, weight, bias = ctx.saved_tensors
+        grad_input, grad_weight, grad_bias = OVERLOADS["group_norm_backward", ctx.backend](
+            grad_output, input, mean, rstd, weight, bias, ctx.num_groups, ctx.activation
+        )
+        grads = None if weight is None else grad_weight, None if bias is None else grad_bias
+        return grad_input, None, *grads, None, None, None
+
+
+def group_norm_silu(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    r"""Group normalisation (Wu and He, *Group Normalization*, 2018) followed by SiLU, in one operator.
+
+    .. math:: y = u\, \sigma(u), \qquad u = \gamma_c \frac{x - \mu_{ng}}{\sqrt{\sigma^2_{ng} + \epsilon}} + \beta_c
+
+    Mean and (biased) variance are those of a sample's group of adjacent channels over all positions. The arguments of
+    :func:`torch.nn.functional.group_norm`. For the backward pass ``input`` and two numbers a group are kept; :math:`u` and its sigmoid are
+    computed again.
+
+    Args:
+        input: :math:`x`, ``(batch, channels, ...)``; float32, bfloat16, float16 or float64. Contiguous or with the channels last
+            (``torch.channels_last``, ``torch.channels_last_3d``) it is used as it lies in memory; other strides cost a copy.
+        num_groups: number of groups, a divisor of ``channels``.
+        weight, bias: :math:`\gamma` and :math:`\beta`, ``(channels,)``, in the dtype of ``input`` or in float32; 1 and 0 by default.
+        eps: :math:`\epsilon`.
+        activation: ``"silu"``, or ``"none"`` for the normalisation alone.
+
+    Returns:
+        :math:`y` (:math:`u` without activation), in the dtype and the memory layout of ``input``, also under autocast. Statistics and
+        arithmetic are in float32 (float64 for float64), sums over more than some thousand elements in float64.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it.
+    """
+    check_tensor("input", input)
+    if input.ndim < 2:
+        raise ValueError(f"input: got shape {tuple(input.shape)}, takes (batch, channels, ...)")
+    channels = input.shape[1]
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int | torch.SymInt) or num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups: got {num_groups!r} for {channels} channels, takes a divisor of the number of channels")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            _check_parameter(name, value, input)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps!r}, takes a finite number >= 0")
+    check_choice("activation", activation, ACTIVATIONS)
+    backend = _backend.resolve("group_norm_forward", input.device, input.dtype)
+    return apply(_GroupNorm, input, num_groups, weight, bias, float(eps), ACTIVATIONS[activation], backend)[0]
+
+
+def _check_parameter(name: str, value, input: Tensor) -> None:
+    check_tensor(name, value)
+    check_device(name, value, "input", input)
+    if value.dtype not in (input.dtype, torch.float32):
+        raise TypeError(f"{name}: got {value.dtype}, takes the dtype of input, {input.dtype}, or torch.float32")
+    check_shape(name, value, (input.shape[1],), "one value a channel")

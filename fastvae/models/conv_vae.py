@@ -1,0 +1,197 @@
+"""The residual convolutional VAE for images: residual blocks of GroupNorm, SiLU and convolution (Rombach et al., *High-Resolution Image
+Synthesis with Latent Diffusion Models*, 2022, appendix E, without its discriminator)."""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvae.functional._checks import check_choice
+from fastvae.models.vae import VAE
+from fastvae.nn import GroupNormSiLU
+
+PRECISIONS = ("auto", "bfloat16", "float32")
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions of size 3, each behind GroupNorm and SiLU, added to the input.
+
+    Args:
+        in_channels, out_channels: where they differ, a convolution of size 1 brings the input to ``out_channels``.
+        groups: groups of the normalisations, a divisor of both.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 32):
+        super().__init__()
+        self.norm1 = GroupNormSiLU(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNormSiLU(groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        return self.shortcut(x) + self.conv2(self.norm2(h))
+
+
+class Attention(nn.Module):
+    """Self-attention with one head over the positions of an image, added to the input."""
+
+    def __init__(self, channels: int, groups: int = 32):
+        super().__init__()
+        self.norm = GroupNormSiLU(groups, channels, activation="none")
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (t.flatten(2).mT for t in self.qkv(self.norm(x)).chunk(3, dim=1))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return x + self.out(attended.mT.unflatten(2, x.shape[2:]))
+
+
+class Upsample(nn.Module):
+    """Twice the size by repetition, and a convolution of size 3."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _blocks(in_channels: int, out_channels: int, count: int, groups: int) -> list[nn.Module]:
+    return [ResidualBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(count)]
+
+
+def _middle(channels: int, groups: int) -> list[nn.Module]:
+    return [ResidualBlock(channels, channels, groups), Attention(channels, groups), ResidualBlock(channels, channels, groups)]
+
+
+class ResidualEncoder(nn.Sequential):
+    """From an image to mean and log variance at ``2 ** (len(channels) - 1)`` times less resolution.
+
+    Args:
+        in_channels: channels of the image.
+        channels: of each level, from the finest to the coarsest.
+        blocks: residual blocks a level.
+        groups: groups of the normalisations, a divisor of every number of channels.
+        latent_channels: channels of the latent; twice as many come out.
+        attention: two more residual blocks with self-attention between them at the coarsest level.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        channels: Sequence[int] = (32, 64, 128),
+        blocks: int = 2,
+        groups: int = 32,
+        latent_channels: int = 4,
+        attention: bool = False,
+    ):
+        layers = [nn.Conv2d(in_channels, channels[0], 3, padding=1)]
+        previous = channels[0]
+        for level, width in enumerate(channels):
+            if level > 0:
+                layers.append(nn.Conv2d(previous, previous, 3, stride=2, padding=1))
+            layers += _blocks(previous, width, blocks, groups)
+            previous = width
+        layers += _middle(previous, groups) if attention else []
+        super().__init__(*layers, GroupNormSiLU(groups, previous), nn.Conv2d(previous, 2 * latent_channels, 3, padding=1))
+
+
+class ResidualDecoder(nn.Sequential):
+    """From a latent to an image: :class:`ResidualEncoder` the other way round, with the same arguments; ``in_channels`` come out."""
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        channels: Sequence[int] = (32, 64, 128),
+        blocks: int = 2,
+        groups: int = 32,
+        latent_channels: int = 4,
+        attention: bool = False,
+    ):
+        previous = channels[-1]
+        layers = [nn.Conv2d(latent_channels, previous, 3, padding=1)]
+        layers += _middle(previous, groups) if attention else []
+        for level, width in enumerate(reversed(channels)):
+            if level > 0:
+                layers.append(Upsample(previous))
+            layers += _blocks(previous, width, blocks, groups)
+            previous = width
+        super().__init__(*layers, GroupNormSiLU(groups, previous), nn.Conv2d(previous, in_channels, 3, padding=1))
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware: elsewhere a convolution in bfloat16 is slower than one in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+class ResidualConvVAE(VAE):
+    """A VAE of residual convolutional networks with a latent image; the decoder gives logits by default.
+
+    The weights lie in ``torch.channels_last``, where convolutions and normalisations are fastest.
+
+    Args:
+        in_channels: channels of the image, whose height and width are multiples of ``2 ** (len(channels) - 1)``.
+        channels, blocks, groups, latent_channels, attention: see :class:`ResidualEncoder`.
+        image_size: height and width of the images, one number for both; :meth:`~fastvae.models.VAE.sample` needs it.
+        precision: of encoder and decoder, by autocast: ``"bfloat16"``, ``"float32"``, or ``"auto"`` for bfloat16 where the device
+            multiplies it in hardware. Parameters, the posterior and the loss are float32. Under the caller's autocast nothing is changed.
+        options: those of :class:`~fastvae.models.VAE`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        channels: Sequence[int] = (32, 64, 128),
+        blocks: int = 2,
+        groups: int = 32,
+        latent_channels: int = 4,
+        attention: bool = False,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        precision: str = "auto",
+        **options,
+    ):
+        check_choice("precision", precision, PRECISIONS)
+        for width in channels:
+            if width % groups:
+                raise ValueError(f"groups: got {groups} for {width} channels, takes a divisor of every number of channels")
+        architecture = in_channels, channels, blocks, groups, latent_channels, attention
+        scale = 2 ** (len(channels) - 1)
+        latent_shape = None
+        if image_size is not None:
+            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+            latent_shape = (latent_channels, height // scale, width // scale)
+        super().__init__(ResidualEncoder(*architecture), ResidualDecoder(*architecture), latent_shape, **options)
+        self.precision = precision
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(mu, logvar)`` of the posterior, ``(batch, latent_channels, height, width)`` each."""
+        with self._autocast(x.device):
+            mu, logvar = super().encode(x)
+        return _widened(mu), _widened(logvar)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """What the decoder gives: logits, probabilities or means."""
+        with self._autocast(z.device):
+            return super().decode(z)
+
+    def _autocast(self, device: torch.device):
+        if torch.is_autocast_enabled(device.type) or self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16" or bfloat16_pays(device))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In float32 what autocast left in 16 bits."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor

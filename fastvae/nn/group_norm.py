@@ -1,0 +1,51 @@
+"""Group normalisation and SiLU as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import functional as FV
+from fastvae._ops import ACTIVATIONS
+from fastvae.functional._checks import check_choice
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """:func:`fastvae.functional.group_norm_silu` as a module: a :class:`torch.nn.GroupNorm` with the activation in it.
+
+    The arguments, parameters and names of :class:`torch.nn.GroupNorm`, so that either loads the other's ``state_dict``.
+
+    Args:
+        num_groups: a divisor of ``num_channels``.
+        num_channels: channels of the input, ``(batch, num_channels, ...)``.
+        eps: added to the variance.
+        affine: whether there are ``weight`` and ``bias``, one value a channel.
+        activation: ``"silu"``, or ``"none"`` for the normalisation alone.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "silu",
+    ):
+        check_choice("activation", activation, ACTIVATIONS)
+        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        self.activation = activation
+
+    @classmethod
+    def sharing(cls, norm: nn.GroupNorm) -> "GroupNormSiLU":
+        """The module that applies ``norm`` and SiLU, with the very parameters of ``norm``."""
+        module = cls(norm.num_groups, norm.num_channels, norm.eps, affine=False)
+        module.affine, module.weight, module.bias = norm.affine, norm.weight, norm.bias
+        return module.train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The output in the dtype and memory layout of ``input``."""
+        return FV.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -1,0 +1,78 @@
+"""Group normalisation and SiLU in plain PyTorch: the definition, the oracle of the tests and the last fallback."""
+
+import torch
+from torch import Tensor
+
+from fastvae._ops import ACTIVATIONS, accumulation_dtype, empty_in_layout
+
+
+def _groups(input: Tensor, num_groups: int) -> Tensor:
+    """``input`` as ``(batch, groups, elements of a group)``."""
+    return input.reshape(input.shape[0], num_groups, input[0:1].numel() // num_groups if input.shape[0] else 0)
+
+
+def _per_channel(parameter: Tensor | None, like: Tensor, default: float) -> Tensor | float:
+    """A parameter of the channels, broadcast over ``like`` in its dtype."""
+    return default if parameter is None else parameter.to(like.dtype).view(-1, *(1,) * (like.ndim - 2))
+
+
+def _statistics(groups: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of each group, in float64. The variance is that of the deviations, never E[x^2] - E[x]^2."""
+    count = max(groups.shape[2], 1)
+    rounded = groups.sum(2, keepdim=True) / count
+    deviations = groups - rounded
+    rest = deviations.sum(2, keepdim=True, dtype=torch.float64) / count
+    variance = (deviations - rest.to(groups.dtype)).square().sum(2, dtype=torch.float64) / count
+    return (rounded + rest).squeeze(2), (variance + eps).rsqrt()
+
+
+def _normalise(wide: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The input less its mean, which may take more digits than a float32 has, over its standard deviation."""
+    groups = _groups(wide, mean.shape[1])
+    rounded = mean.to(wide.dtype)
+    centred = (groups - rounded.unsqueeze(2)) - (mean - rounded).to(wide.dtype).unsqueeze(2)
+    return (centred * rstd.to(wide.dtype).unsqueeze(2)).view(wide.shape)
+
+
+def _in_layout(values: Tensor, like: Tensor) -> Tensor:
+    return empty_in_layout(like).copy_(values)
+
+
+def group_norm_silu(input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu") -> Tensor:
+    """:func:`fastvae.functional.group_norm_silu`, differentiable any number of times."""
+    wide = input.to(accumulation_dtype(input.dtype))
+    normal = _normalise(wide, *_statistics(_groups(wide, num_groups), eps))
+    affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
+    return (torch.nn.functional.silu(affine) if activation == "silu" else affine).to(input.dtype)
+
+
+@torch.library.impl("fastvae::group_norm_forward.reference", "CompositeExplicitAutograd")
+def _group_norm_forward(input, num_groups, weight, bias, eps, activation):
+    wide = input.to(accumulation_dtype(input.dtype))
+    mean, rstd = _statistics(_groups(wide, num_groups), eps)
+    normal = _normalise(wide, mean, rstd)
+    affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
+    output = torch.nn.functional.silu(affine) if activation == ACTIVATIONS["silu"] else affine
+    return _in_layout(output, input), mean, rstd
+
+
+@torch.library.impl("fastvae::group_norm_backward.reference", "CompositeExplicitAutograd")
+def _group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation):
+    wide, grad = (t.to(accumulation_dtype(input.dtype)) for t in (input, grad_output))
+    normal = _normalise(wide, mean, rstd)
+    scale = _per_channel(weight, normal, 1.0)
+    if activation == ACTIVATIONS["silu"]:
+        affine = normal * scale + _per_channel(bias, normal, 0.0)
+        sigmoid = torch.sigmoid(affine)
+        grad = grad * sigmoid * (1.0 + affine * (1.0 - sigmoid))
+    summed = tuple(d for d in range(input.ndim) if d != 1)
+    grad_weight, grad_bias = (
+        input.new_empty((0,)) if parameter is None else terms.sum(summed, dtype=torch.float64).to(parameter.dtype)
+        for parameter, terms in ((weight, grad * normal), (bias, grad))
+    )
+    scaled, standard = _groups(grad * scale, num_groups), _groups(normal, num_groups)
+    count = max(scaled.shape[2], 1)
+    mean_grad = scaled.sum(2, keepdim=True) / count
+    projection = (scaled * standard).sum(2, keepdim=True) / count
+    grad_input = (scaled - mean_grad - standard * projection) * rstd.to(wide.dtype).unsqueeze(2)
+    return _in_layout(grad_input.view(input.shape), input), grad_weight, grad_bias

@@ -1,0 +1,158 @@
+"""diffusers' own AutoencoderKL patched, and the twin of its distribution."""
+
+import copy
+
+import pytest
+import torch
+from _helpers import Source, leaf
+from torch import nn
+
+from fastvae.compat import DiagonalGaussianDistribution, patch_diffusers
+from fastvae.nn import GroupNormSiLU
+from fastvae.nn.optimize import examine
+
+diffusers = pytest.importorskip("diffusers")
+from diffusers.models.autoencoders.vae import Decoder  # noqa: E402
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Original  # noqa: E402
+from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
+
+
+def small_vae(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_autoencoder_kl_gives_the_same(channels_last):
+    vae = small_vae()
+    patched = patch_diffusers(copy.deepcopy(vae), channels_last=channels_last)
+    assert list(patched.state_dict()) == list(vae.state_dict())
+    assert sum(isinstance(module, GroupNormSiLU) for module in patched.modules()) == 2 * 5 * 2 - 2 + 4
+    x = Source("cpu").uniform(2, 3, 16, 16)
+    results = []
+    for model in (vae, patched):
+        posterior = model.encode(x).latent_dist
+        recon = model.decode(posterior.mode()).sample
+        loss = (recon - x).square().mean() + 1e-6 * posterior.kl().mean()
+        loss.backward()
+        results.append((recon, loss, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[1][1], results[0][1])
+    for ours, expected in zip(results[1][2], results[0][2], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-5)
+
+
+def test_a_checkpoint_of_the_original_loads():
+    vae, patched = small_vae(), patch_diffusers(small_vae())
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.add_(0.01)
+    patched.load_state_dict(vae.state_dict())
+    x = Source("cpu").uniform(1, 3, 16, 16)
+    torch.testing.assert_close(patched(x).sample, vae(x).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_training_follows_the_original():
+    x = Source("cpu").uniform(2, 3, 16, 16)
+    losses = []
+    for model in (small_vae(), patch_diffusers(small_vae(), channels_last=True)):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        losses.append([])
+        for _ in range(5):
+            loss = (model(x).sample - x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1][-1] < losses[1][0]
+
+
+def test_bf16_autocast_and_gradient_checkpointing():
+    model = patch_diffusers(small_vae(), channels_last=True)
+    model.enable_gradient_checkpointing()
+    model.train()
+    x = Source("cpu").uniform(1, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x).sample.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_what_is_left_alone_and_why():
+    lines = []
+    patch_diffusers(small_vae(), report=lines.append)
+    left = [line for line in lines if line.startswith("left")]
+    assert [line.split()[1] for line in left] == [f"{part}.mid_block.attentions.0.group_norm:" for part in ("encoder", "decoder")]
+
+
+def test_patching_twice_changes_nothing():
+    vae = patch_diffusers(small_vae())
+    text = repr(vae)
+    assert repr(patch_diffusers(vae)) == text
+
+
+def test_nothing_to_patch():
+    with pytest.raises(ValueError, match="vae: got a Linear"):
+        patch_diffusers(nn.Linear(2, 2))
+
+
+BLOCKS = [
+    ({"temb_channels": 8}, "applied to a time embedding too"),
+    ({"temb_channels": 8, "time_embedding_norm": "scale_shift", "skip_time_act": True}, "applied to a time embedding too"),
+    ({"temb_channels": None, "non_linearity": "gelu"}, "nonlinearity is not SiLU alone"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), BLOCKS, ids=[reason for _, reason in BLOCKS])
+def test_blocks_of_another_kind_stay(options, reason):
+    lines = []
+    with pytest.raises(ValueError, match="without a GroupNorm that SiLU follows"):
+        patch_diffusers(ResnetBlock2D(in_channels=8, groups=2, **options), report=lines.append)
+    assert all(reason in str(finding) for finding in examine(ResnetBlock2D(in_channels=8, groups=2, **options)))
+
+
+def test_spatial_norm_stays():
+    """The decoder of MoVQ."""
+    decoder = Decoder(4, 3, ("UpDecoderBlock2D",), (32,), norm_num_groups=8, norm_type="spatial")
+    before = repr(decoder.conv_norm_out)
+    with pytest.raises(ValueError, match="without a GroupNorm"):
+        patch_diffusers(decoder)
+    assert repr(decoder.conv_norm_out) == before
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_twin_of_the_distribution(deterministic):
+    source = Source("cpu")
+    parameters, others = (leaf(source.normal(3, 8, 4, 4) * 9) for _ in range(2))
+    sample = source.normal(3, 4, 4, 4)
+    ours, theirs = (cls(parameters, deterministic) for cls in (DiagonalGaussianDistribution, Original))
+    for name in ("mean", "logvar", "std", "var"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+    other, other_theirs = (cls(others) for cls in (DiagonalGaussianDistribution, Original))
+    torch.testing.assert_close(ours.mode(), theirs.mode())
+    torch.testing.assert_close(ours.kl(), theirs.kl())
+    torch.testing.assert_close(ours.kl(other), theirs.kl(other_theirs), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(ours.nll(sample), theirs.nll(sample))
+    torch.testing.assert_close(ours.nll(sample, dims=[1, 2]), theirs.nll(sample, dims=[1, 2]))
+    if not deterministic:
+        gradients = [torch.autograd.grad(d.kl().sum(), parameters)[0] for d in (ours, theirs)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_samples_of_the_twin():
+    parameters = Source("cpu").normal(2, 8, 64, 64)
+    distribution = DiagonalGaussianDistribution(parameters)
+    draws = [distribution.sample(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    noise = (draws[0] - distribution.mean) / distribution.std
+    assert abs(noise.mean()) < 0.05
+    assert abs(noise.std() - 1) < 0.05
+    assert torch.equal(DiagonalGaussianDistribution(parameters, deterministic=True).sample(), distribution.mean)

@@ -1,0 +1,486 @@
+"""GroupNorm + SiLU against float64: values, gradients, layouts, statistics, memory, and what torch asks of an operator."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _helpers import LAYOUTS, Source, assert_close, each_place, each_place_and_dtype, lay_out, leaf, places, wide_leaf
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import fastvae
+from fastvae import functional as FV
+from fastvae._ops import ACTIVATIONS, OVERLOADS
+from fastvae.reference import group_norm as reference
+
+OPERATOR = "group_norm_forward"
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, ...]
+    groups: int
+    affine: bool = True
+    activation: str = "silu"
+    layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+    mean: float = 0.0
+    seed: int = 0
+
+
+def last(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with its channels last in memory."""
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def arrange(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    return last(tensor) if layout == "last" else lay_out(tensor, layout)
+
+
+def oracle(x, groups, weight, bias, activation, eps=1e-5):
+    """torch's, in float64. It has no case for one element a group, which is 0 before the affine map."""
+    normal = F.group_norm(x, groups, eps=eps) if x[0:1].numel() > groups else x * 0
+    shape = (1, -1, *(1,) * (x.ndim - 2))
+    u = normal if weight is None else normal * weight.view(shape) + bias.view(shape)
+    return F.silu(u) if activation == "silu" else u
+
+
+def check(device: str, dtype: torch.dtype, case: Case) -> None:
+    source = Source(device, dtype, case.seed)
+    x = leaf(arrange((source.normal(*case.shape, dtype=torch.float64) + case.mean).to(dtype), case.layout))
+    parameters = [leaf(source.normal(case.shape[1])) for _ in range(2)] if case.affine else []
+    weight, bias = parameters or (None, None)
+    y = FV.group_norm_silu(x, case.groups, weight, bias, activation=case.activation)
+    stays_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    assert (y.movedim(1, -1) if stays_last else y).is_contiguous()
+
+    leaves, wide = [x, *parameters], [wide_leaf(t) for t in (x, *parameters)]
+    expected = oracle(wide[0], case.groups, *(wide[1:] or (None, None)), case.activation)
+    # The normalisation cancels x and its mean, of some ulps each.
+    scale = 1.0 + float(expected.detach().abs().max())
+    assert_close(y.detach(), expected.detach(), dtype, magnitude=scale)
+    incoming = arrange(source.normal(*case.shape), case.grad_layout)
+    gradients = torch.autograd.grad(y, leaves, incoming)
+    oracles = torch.autograd.grad(expected, wide, incoming.double())
+    # What the gradient of x cancels: the incoming one, scaled, and its projections.
+    rstd = 1.0 / float((wide[0].detach().reshape(case.shape[0], case.groups, -1).var(2, correction=0) + 1e-5).sqrt().min())
+    largest = rstd * 4.0 * float(incoming.double().abs().max()) * (float(parameters[0].detach().abs().max()) if parameters else 1.0)
+    assert_close(gradients[0], oracles[0], dtype, magnitude=max(largest, float(oracles[0].abs().max())))
+    for actual, expected_gradient in zip(gradients[1:], oracles[1:], strict=True):
+        terms = case.shape[0] * math.prod(case.shape[2:])
+        assert_close(actual, expected_gradient, dtype, magnitude=terms**0.5 * 4.0)
+
+
+shapes = st.builds(
+    lambda batch, positions, groups, width: ((batch, groups * width, *positions), groups),
+    st.sampled_from((1, 2, 5)),
+    st.lists(st.sampled_from((1, 2, 3, 7, 16, 21)), max_size=3).filter(lambda sizes: math.prod(sizes) <= 441),
+    st.sampled_from((1, 2, 3, 8, 32)),
+    st.sampled_from((1, 2, 3, 5, 16)),
+).filter(lambda pair: math.prod(pair[0]) <= 60_000)
+cases = st.builds(
+    lambda pair, **options: Case(*pair, **options),
+    shapes,
+    affine=st.booleans(),
+    activation=st.sampled_from(tuple(ACTIVATIONS)),
+    layout=st.sampled_from(("contiguous", "last", "permuted", "sliced", "offset")),
+    grad_layout=st.sampled_from((*LAYOUTS, "last")),
+    seed=st.integers(0, 2**31),
+)
+
+
+@each_place_and_dtype(OPERATOR)
+@given(case=cases)
+@example(case=Case((4, 32, 16, 16), 32, layout="last", grad_layout="last"))
+@example(case=Case((2, 33, 7, 9), 3, layout="last"))
+@example(case=Case((3, 8, 5), 8, layout="last", activation="none"))
+@example(case=Case((2, 6, 3, 4, 5), 3, layout="last", grad_layout="expanded"))
+@example(case=Case((2, 64, 1, 1), 8))
+@example(case=Case((5, 20), 4))
+@example(case=Case((3, 1, 1, 1), 1))
+def test_matches_float64(place, dtype, case):
+    check(place.device, dtype, case)
+
+
+@each_place_and_dtype(OPERATOR)
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((1, 3, 301, 299), 3), ((1, 3, 301, 299), 1), ((3, 520, 9, 9), 40), ((1, 700, 64), 7)], ids=str
+)
+def test_many_pieces(place, dtype, layout, shape, groups):
+    """Groups that several items share, and rows wider than the kernels' columns."""
+    check(place.device, dtype, Case(shape, groups, layout=layout, grad_layout=layout))
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("mean", [1e2, 1e4, -1e4])
+def test_a_large_mean_with_a_small_variance(place, layout, mean):
+    """E[x^2] - E[x]^2 would lose all digits of the variance, and a mean in float32 an error of 5e-4 standard deviations."""
+    check(place.device, torch.float32, Case((2, 24, 40, 40), 6, layout=layout, mean=mean))
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("where", [0, 5, -1])
+def test_an_outlier_does_not_spoil_the_statistics(place, layout, where):
+    x = Source(place.device).normal(1, 4, 150, 150)
+    x.view(4, -1)[:, where] = 1e6
+    y = FV.group_norm_silu(arrange(x, layout), 2, activation="none")
+    expected = F.group_norm(x.double(), 2)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+@each_place(OPERATOR)
+def test_weight_gradients_of_a_million_elements(place):
+    """131072 terms a sum: the error is that of the terms' rounding, which grows with the root of their number, and not that of the sum."""
+    source = Source(place.device)
+    x, incoming = (last(source.normal(2, 8, 256, 256)) for _ in range(2))
+    parameters = [leaf(source.normal(8)) for _ in range(2)]
+    gradients = torch.autograd.grad(FV.group_norm_silu(x, 4, *parameters), parameters, incoming)
+    wide = [wide_leaf(p) for p in parameters]
+    expected = torch.autograd.grad(oracle(x.double(), 4, *wide, "silu"), wide, incoming.double())
+    for actual, exact in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2.5e-7 * 131072**0.5)
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(place, layout, affine, activation):
+    source = Source(place.device, torch.float64)
+    x = leaf(arrange(source.normal(2, 6, 3, 2), layout))
+    parameters = [leaf(source.normal(6)) for _ in range(2)] if affine else []
+
+    def function(x, *parameters):
+        return FV.group_norm_silu(x, 3, *parameters, activation=activation)
+
+    assert torch.autograd.gradcheck(function, [x, *parameters])
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("only", ["weight", "bias", "both"])
+def test_float32_parameters_with_16_bit_input(place, dtype, only):
+    """As under autocast: the output has the dtype of the input, each gradient that of its argument."""
+    source = Source(place.device, dtype)
+    x = leaf(last(source.normal(2, 12, 5, 5)))
+    parameters = {name: leaf(source.normal(12, dtype=torch.float32)) for name in ("weight", "bias") if only in (name, "both")}
+    y = FV.group_norm_silu(x, 4, **parameters)
+    assert y.dtype == dtype
+    incoming = source.normal(*x.shape)
+    gradients = torch.autograd.grad(y, [x, *parameters.values()], incoming)
+    wide = {name: wide_leaf(p) for name, p in parameters.items()}
+    full = {"weight": torch.ones(12, dtype=torch.float64), "bias": torch.zeros(12, dtype=torch.float64), **wide}
+    wide_x = wide_leaf(x)
+    expected = oracle(wide_x, 4, full["weight"], full["bias"], "silu")
+    assert_close(y.detach(), expected.detach(), dtype)
+    exact = torch.autograd.grad(expected, [wide_x, *wide.values()], incoming.double())
+    assert_close(gradients[0], exact[0], dtype, magnitude=4.0)
+    for actual, gradient in zip(gradients[1:], exact[1:], strict=True):
+        assert_close(actual, gradient, torch.float32, magnitude=50.0)
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "last"])
+def test_incoming_gradients_in_every_layout(place, layout):
+    source = Source(place.device)
+    for x in (leaf(source.normal(2, 6, 5, 4)), leaf(last(source.normal(2, 6, 5, 4)))):
+        y = FV.group_norm_silu(x, 3)
+        incoming = arrange(source.normal(*y.shape), layout)
+        (ours,) = torch.autograd.grad(y, x, incoming, retain_graph=True)
+        (dense,) = torch.autograd.grad(y, x, incoming.contiguous())
+        assert torch.equal(ours, dense)
+        assert ours.stride() == x.stride()
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+def test_what_is_kept_for_the_backward_pass(place, dtype, layout):
+    """The input, two float64 a group, and the parameters; neither the normalised values nor the sigmoid."""
+    source = Source(place.device, dtype)
+    x = leaf(arrange(source.normal(4, 64, 32, 32), layout))
+    weight, bias = (leaf(source.normal(64)) for _ in range(2))
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        FV.group_norm_silu(x, 32, weight, bias)
+    assert sum(kept.values()) == x.nbytes + weight.nbytes + bias.nbytes + 2 * (4 * 32 * 8)
+
+
+@each_place(OPERATOR)
+def test_only_the_wanted_gradients(place):
+    source = Source(place.device)
+    x, weight, bias = source.normal(2, 6, 4, 4), source.normal(6), source.normal(6)
+    for wanted in range(3):
+        tensors = [leaf(t) if i == wanted else t for i, t in enumerate((x, weight, bias))]
+        wide = [wide_leaf(t) if i == wanted else t.double() for i, t in enumerate((x, weight, bias))]
+        (gradient,) = torch.autograd.grad(FV.group_norm_silu(tensors[0], 3, *tensors[1:]).sum(), tensors[wanted])
+        (expected,) = torch.autograd.grad(oracle(wide[0], 3, *wide[1:], "silu").sum(), wide[wanted])
+        torch.testing.assert_close(gradient.double(), expected, rtol=2e-5, atol=2e-5)
+    assert not FV.group_norm_silu(x, 3, weight, bias).requires_grad
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("shape", [(0, 6, 4, 4), (2, 6, 0, 4), (0, 6)], ids=str)
+def test_empty(place, shape):
+    x = leaf(torch.empty(shape, device=place.device))
+    weight = leaf(torch.ones(6, device=place.device))
+    y = FV.group_norm_silu(x, 3, weight)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert (weight.grad == 0).all()
+
+
+@each_place_and_dtype(OPERATOR)
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_stays_in_its_group(place, dtype, layout, value):
+    x = Source(place.device, dtype).normal(2, 6, 5, 7)
+    x[1, 2, 3, 4] = value
+    x = leaf(arrange(x, layout))
+    y = FV.group_norm_silu(x, 3)
+    spoiled = torch.zeros(2, 3, dtype=torch.bool, device=place.device)
+    spoiled[1, 1] = True
+    assert torch.equal(y.isnan().reshape(2, 3, -1).any(2), spoiled)
+    assert y[0].isfinite().all()
+    y.float().sum().backward()
+    assert torch.equal(x.grad.isnan().reshape(2, 3, -1).any(2), spoiled)
+
+
+@each_place_and_dtype(OPERATOR)
+def test_nan_with_every_bit_set(place, dtype):
+    """Rounding to 16 bits must not carry such a NaN away, wherever it comes in."""
+    x, weight, bias, incoming = (torch.ones(shape, dtype=dtype, device=place.device) for shape in ((1, 2, 3), (2,), (2,), (1, 2, 3)))
+    x[0, :, 0] = 2
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    for poisoned in (x, weight, bias, incoming):
+        tensors = [t.clone() for t in (x, weight, bias, incoming)]
+        for tensor, original in zip(tensors, (x, weight, bias, incoming), strict=True):
+            if original is poisoned:
+                tensor.view(integers).fill_(-1)
+        leaves = [leaf(t) for t in tensors[:3]]
+        y = FV.group_norm_silu(leaves[0], 1, *leaves[1:])
+        (gradient,) = torch.autograd.grad(y, leaves[0], tensors[3])
+        assert y.isnan().all() or poisoned is incoming
+        assert gradient.isnan().all()
+
+
+@each_place_and_dtype(OPERATOR)
+def test_far_from_zero(place, dtype):
+    """Where the sigmoid is 0 or 1 the output is 0 or u, and the gradient 0 or that of u."""
+    x = torch.tensor([-1.0, 1.0], dtype=dtype, device=place.device).view(1, 2, 1).repeat(1, 1, 4).view(1, 1, 8)
+    for gain in (1.0, 30.0, 80.0, 100.0, 1e3, 1e4):
+        weight = leaf(torch.full((1,), gain, dtype=dtype, device=place.device))
+        y = FV.group_norm_silu(x, 1, weight, eps=0.0)
+        expected = F.silu(x.double() * gain)
+        assert_close(y.detach(), expected, dtype)
+        (gradient,) = torch.autograd.grad(y[..., 4:].sum(), weight)
+        slope = torch.func.grad(F.silu)(torch.tensor(gain, dtype=torch.float64))
+        torch.testing.assert_close(gradient.double().item(), 4.0 * float(slope), rtol=5e-3, atol=1e-6)
+
+
+@each_place(OPERATOR)
+def test_constant_input(place):
+    """A group without variance is 0 before the affine map; its gradient is divided by sqrt(eps)."""
+    x = leaf(torch.full((2, 4, 9), 3.3e4, device=place.device))
+    y = FV.group_norm_silu(x, 2, activation="none")
+    assert (y == 0).all()
+    y.backward(torch.ones_like(y))
+    assert x.grad.abs().max() < 1e-3
+
+
+def deterministic_results(x, incoming, weight, bias):
+    y = FV.group_norm_silu(x, 4, weight, bias)
+    return [y.detach(), *torch.autograd.grad(y, [x, weight, bias], incoming)]
+
+
+@pytest.mark.parametrize("place", [p for p in places(OPERATOR) if p.device == "cpu" and p.backend == "cpp"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+def test_results_do_not_depend_on_the_number_of_threads(place, dtype, layout):
+    source = Source("cpu", dtype)
+    x, incoming = (leaf(arrange(source.normal(2, 20, 90, 91), layout)) for _ in range(2))
+    weight, bias = (leaf(source.normal(20)) for _ in range(2))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(deterministic_results(x, incoming.detach(), weight, bias))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def instruction_sets():
+    return fastvae._C.instruction_sets() if "cpp" in fastvae._backend.serving(OPERATOR, "cpu", torch.float32) else ()
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_instruction_set(name, dtype):
+    """Each compiled path, reached and right."""
+    used = fastvae._C.instruction_set()
+    try:
+        fastvae._C.set_instruction_set(name)
+        with fastvae.use_backend("cpp"):
+            for layout in ("contiguous", "last"):
+                case = Case((2, 36, 19, 21), 6, layout=layout, grad_layout=layout)
+                check("cpu", dtype, case)
+                check("cpu", dtype, replace(case, activation="none", affine=False))
+        assert fastvae._C.last_instruction_set("group_norm") == name
+    finally:
+        fastvae._C.set_instruction_set(used)
+
+
+# What torch asks of an operator.
+
+
+@each_place_and_dtype(OPERATOR)
+@pytest.mark.parametrize("layout", ["contiguous", "last", "sliced"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_opcheck(place, dtype, layout, affine):
+    source = Source(place.device, dtype)
+    x, incoming = (arrange(source.normal(2, 6, 3, 5), layout) for _ in range(2))
+    parameters = [source.normal(6), source.normal(6)] if affine else [None, None]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    forward = OVERLOADS["group_norm_forward", place.backend]
+    opcheck(forward, (x, 3, *parameters, 1e-5, 1), test_utils=checks)
+    _, mean, rstd = forward(x, 3, *parameters, 1e-5, 1)
+    opcheck(OVERLOADS["group_norm_backward", place.backend], (incoming, x, mean, rstd, *parameters, 3, 1), test_utils=checks)
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_as_one_graph(place, layout, dynamic):
+    torch.compiler.reset()
+    source = Source(place.device)
+
+    def function(x, weight, bias):
+        return FV.group_norm_silu(x * 2, 3, weight, bias) + 1
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch in (2, 5):
+        tensors = [leaf(arrange(source.normal(batch, 6, 4, 5), layout)), leaf(source.normal(6)), leaf(source.normal(6))]
+        outputs = [run(*tensors) for run in (function, compiled)]
+        gradients = [torch.autograd.grad(output.square().sum(), tensors) for output in outputs]
+        torch.testing.assert_close(*outputs)
+        assert outputs[0].stride() == outputs[1].stride()
+        for ours, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+def test_inductor():
+    """Between convolutions in channels_last, whose layout the compiler must leave alone."""
+    torch.compiler.reset()
+    source = Source("cpu")
+    convolutions = [torch.nn.Conv2d(6, 6, 3, padding=1).to(memory_format=torch.channels_last) for _ in range(2)]
+
+    def function(x):
+        return convolutions[1](FV.group_norm_silu(convolutions[0](x), 3))
+
+    x = leaf(last(source.normal(2, 6, 8, 8)))
+    outputs = [run(x) for run in (function, torch.compile(function, fullgraph=True))]
+    torch.testing.assert_close(*outputs)
+    gradients = [torch.autograd.grad(output.sum(), x)[0] for output in outputs]
+    torch.testing.assert_close(*gradients)
+
+
+@each_place(OPERATOR)
+def test_export(place):
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return FV.group_norm_silu(x, 2)
+
+    x = Source(place.device).normal(2, 4, 3, 3)
+    exported = torch.export.export(Block(), (x,), strict=False)
+    torch.testing.assert_close(exported.module()(x), FV.group_norm_silu(x, 2))
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(place, dtype):
+    """The convolution's 16 bits go in and come out, with parameters in float32; the gradients are float32."""
+    source = Source(place.device)
+    convolution = torch.nn.Conv2d(3, 8, 3, padding=1).to(place.device)
+    norm = torch.nn.GroupNorm(4, 8).to(place.device)
+    x = source.normal(2, 3, 10, 10)
+    with torch.autocast(place.device, dtype):
+        y = FV.group_norm_silu(convolution(x), 4, norm.weight, norm.bias)
+        assert y.dtype == dtype
+        convolution.zero_grad()
+        expected = F.silu(norm(convolution(x)))
+    torch.testing.assert_close(y.float(), expected.float(), rtol=2e-2, atol=2e-2)
+    y.float().square().sum().backward()
+    assert norm.weight.grad.dtype == norm.bias.grad.dtype == torch.float32
+    assert convolution.weight.grad.isfinite().all()
+
+
+@each_place(OPERATOR)
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+def test_func(place):
+    source = Source(place.device)
+    x, weight = source.normal(3, 2, 6, 4), source.normal(6)
+
+    def loss(weight, x):
+        return FV.group_norm_silu(x, 3, weight).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x)
+    for gradient, sample in zip(gradients, x, strict=True):
+        torch.testing.assert_close(gradient, torch.func.grad(loss)(weight, sample))
+
+
+@each_place(OPERATOR)
+def test_a_second_derivative_names_the_reference(place):
+    x = leaf(Source(place.device).normal(2, 4, 3))
+    (gradient,) = torch.autograd.grad(FV.group_norm_silu(x, 2).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"fastvae\.reference\.group_norm"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_reference_function_is_torch_and_twice_differentiable(activation):
+    source = Source("cpu", torch.float64)
+    tensors = [leaf(source.normal(2, 6, 3, 3)), leaf(source.normal(6)), leaf(source.normal(6))]
+    ours = reference.group_norm_silu(tensors[0], 3, *tensors[1:], activation=activation)
+    torch.testing.assert_close(ours, oracle(tensors[0], 3, *tensors[1:], activation))
+    assert torch.autograd.gradgradcheck(lambda *t: reference.group_norm_silu(t[0], 3, *t[1:], activation=activation), tensors)
+
+
+X = torch.zeros(2, 6, 3, 3)
+BAD = [
+    ({"input": [1.0]}, TypeError, "input: got list, takes a tensor"),
+    ({"input": X.long()}, TypeError, "input: got torch.int64, takes torch.float32"),
+    ({"input": X.to_sparse()}, TypeError, "input: got a tensor of layout torch.sparse_coo, takes a dense one"),
+    ({"input": X[0, 0, 0]}, ValueError, r"input: got shape \(3,\), takes \(batch, channels, ...\)"),
+    ({"num_groups": 4}, ValueError, "num_groups: got 4 for 6 channels, takes a divisor of the number of channels"),
+    ({"num_groups": 0}, ValueError, "num_groups: got 0"),
+    ({"num_groups": 3.0}, ValueError, "num_groups: got 3.0"),
+    ({"weight": torch.ones(5)}, ValueError, r"weight: got shape \(5,\), takes one value a channel, \(6,\)"),
+    ({"weight": torch.ones(6, dtype=torch.float64)}, TypeError, "weight: got torch.float64, takes the dtype of input, torch.float32"),
+    ({"bias": torch.ones(6, dtype=torch.bfloat16)}, TypeError, "bias: got torch.bfloat16, takes the dtype of input, torch.float32"),
+    ({"bias": torch.ones(6, 1)}, ValueError, r"bias: got shape \(6, 1\)"),
+    ({"bias": torch.ones(6, device="meta")}, ValueError, "bias: got a tensor on meta, takes the device of input, cpu"),
+    ({"eps": -1.0}, ValueError, "eps: got -1.0, takes a finite number >= 0"),
+    ({"eps": math.nan}, ValueError, "eps: got nan"),
+    ({"activation": "relu"}, ValueError, "activation: got 'relu', takes one of 'none', 'silu'"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD, ids=[message for *_, message in BAD])
+def test_the_error_names_the_argument(changed, error, message):
+    with pytest.raises(error, match=message):
+        FV.group_norm_silu(**{"input": X, "num_groups": 3, **changed})

@@ -1,0 +1,301 @@
+"""GroupNormSiLU as a module, what ``fastvae.optimize`` changes, and what it leaves alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _helpers import Source, leaf
+from torch import nn
+
+import fastvae
+from fastvae.nn import GroupNormSiLU
+from fastvae.nn.optimize import examine
+
+
+def test_the_module_is_group_norm_and_silu():
+    x = Source("cpu").normal(2, 12, 5, 5)
+    ours, norm = GroupNormSiLU(4, 12, eps=1e-3), nn.GroupNorm(4, 12, eps=1e-3)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    ours.load_state_dict(norm.state_dict())
+    torch.testing.assert_close(ours(x), F.silu(norm(x)))
+    without = GroupNormSiLU(4, 12, affine=False, activation="none")
+    torch.testing.assert_close(without(x), F.group_norm(x, 4))
+    assert list(ours.state_dict()) == list(norm.state_dict())
+    assert not list(without.parameters())
+    assert "activation='silu'" in repr(ours)
+
+
+def test_the_module_checks_its_arguments():
+    with pytest.raises(ValueError, match="activation: got 'gelu'"):
+        GroupNormSiLU(2, 4, activation="gelu")
+    with pytest.raises(ValueError, match="num_channels"):
+        GroupNormSiLU(3, 4)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_sharing_takes_the_parameters_themselves(affine):
+    norm = nn.GroupNorm(2, 4, affine=affine).eval()
+    module = GroupNormSiLU.sharing(norm)
+    assert module.weight is norm.weight
+    assert module.bias is norm.bias
+    assert module.affine is affine
+    assert not module.training
+
+
+# Modules in which everything is understood.
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n1, self.n2 = nn.GroupNorm(2, 4), nn.GroupNorm(4, 8)
+        self.c1, self.c2 = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.shortcut = nn.Conv2d(4, 8, 1)
+
+    def forward(self, x):
+        h = self.c1(F.silu(self.n1(x)))
+        h = self.c2(torch.nn.functional.silu(self.n2(h), inplace=True))
+        return h + (self.shortcut(x) if self.shortcut is not None else x)
+
+
+class Submodule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act, self.conv = nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 1)
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        h = self.norm(x)
+        h = self.act(h)
+        if self.conv is not None:
+            h = self.conv(h)
+        return self.act(x * self.scale) + h
+
+
+def sequential():
+    shared = nn.SiLU()
+    return nn.Sequential(
+        nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), shared, nn.Conv2d(4, 4, 1), nn.GroupNorm(4, 4, affine=False), shared, nn.Tanh()
+    )
+
+
+MAKERS = {
+    "sequential": (sequential, 2),
+    "functional": (Functional, 2),
+    "submodule": (Submodule, 1),
+    "nested": (lambda: nn.Sequential(Submodule(), nn.ModuleDict({"block": Functional()})["block"]), 3),
+}
+each_module = pytest.mark.parametrize(("make", "count"), MAKERS.values(), ids=MAKERS)
+
+
+@each_module
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_same_outputs_gradients_and_names(make, count, channels_last):
+    torch.manual_seed(0)
+    module = make()
+    before, keys, parameters = copy.deepcopy(module), list(module.state_dict()), list(module.parameters())
+    lines = []
+    assert fastvae.optimize(module, channels_last=channels_last, report=lines.append) is module
+    assert len([line for line in lines if line.startswith("fused")]) == count
+    assert sum(isinstance(m, GroupNormSiLU) for m in module.modules()) == count
+    assert list(module.state_dict()) == keys
+    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
+    x = Source("cpu").normal(2, 4, 8, 8)
+    inputs, outputs = [leaf(x), leaf(x)], []
+    for m, t in zip((before, module), inputs, strict=True):
+        outputs.append(m(t))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-4)
+    for ours, expected in zip(module.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-4)
+    wide = [p for p in module.parameters() if p.ndim == 4 and p.shape[2] > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in wide) or not channels_last
+
+
+@each_module
+def test_examine_changes_nothing_and_says_the_same(make, count):
+    module = make()
+    text = repr(module)
+    findings = examine(module)
+    assert repr(module) == text
+    lines = []
+    fastvae.optimize(module, report=lines.append)
+    assert [str(finding) for finding in findings] == lines
+    assert not [finding for finding in examine(module) if finding.followed_by]
+
+
+@each_module
+def test_it_is_still_a_module(make, count):
+    """Copied, pickled, moved, switched between modes and compiled; the copies have parameters of their own."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    module = fastvae.optimize(make(), report=None)
+    x = Source("cpu").normal(2, 4, 8, 8)
+    expected = module(x)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), expected)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert not torch.equal(other(x), expected)
+        assert torch.equal(module(x), expected)
+    assert torch.equal(module.eval()(x), expected)
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
+    assert module.double()(x.double()).dtype == torch.float64
+
+
+def test_it_prints_by_default(capsys):
+    fastvae.optimize(sequential())
+    assert capsys.readouterr().out == "fused 1 with 2\nfused 4 with 5\n"
+
+
+# Modules that must stay as they are, and the reason that is given.
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int = 4):
+        super().__init__()
+        self.norm, self.act, self.flag, self.eps = nn.GroupNorm(2, channels), nn.SiLU(), True, 0.5
+
+
+class ReadsAFlag(Block):
+    def forward(self, x):
+        return F.silu(self.norm(x)) if self.flag else self.norm(x)
+
+
+class ReadsANumber(Block):
+    def forward(self, x):
+        return F.silu(self.norm(x)) + self.eps
+
+
+class DependsOnTheMode(Block):
+    def forward(self, x):
+        return F.dropout(F.silu(self.norm(x)), 0.5, self.training)
+
+
+class Loops(Block):
+    def forward(self, x):
+        for _ in range(2):
+            x = F.silu(self.norm(x))
+        return x
+
+
+class UsesBoth(Block):
+    def forward(self, x):
+        h = self.norm(x)
+        return h + F.silu(h)
+
+
+class CallsTwice(Block):
+    def forward(self, x):
+        return F.silu(self.norm(x)) + self.norm(x)
+
+
+class ComesBefore(Block):
+    def forward(self, x):
+        return self.norm(F.silu(x))
+
+
+class TakesKeywords(Block):
+    def forward(self, x, **options):
+        return F.silu(self.norm(x))
+
+
+def helper(x):
+    return x
+
+
+class CallsAHelper(Block):
+    def forward(self, x):
+        return helper(F.silu(self.norm(x)))
+
+
+class CallsAMethod(Block):
+    def activate(self, x):
+        return F.silu(x) if self.flag else x
+
+    def forward(self, x):
+        return self.activate(self.norm(x))
+
+
+class InstanceForward(Block):
+    def __init__(self):
+        super().__init__()
+        self.forward = lambda x: F.silu(self.norm(x))
+
+
+class OwnSequential(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x) * 2)
+
+
+def hooked():
+    norm = nn.GroupNorm(2, 4)
+    norm.register_forward_hook(lambda module, inputs, output: output * 2)
+    return nn.Sequential(norm, nn.SiLU())
+
+
+def hooked_activation():
+    act = nn.SiLU()
+    act.register_forward_hook(lambda module, inputs, output: output * 2)
+    return nn.Sequential(nn.GroupNorm(2, 4), act)
+
+
+def shared_norm():
+    norm = nn.GroupNorm(2, 4)
+    return nn.Sequential(norm, nn.SiLU(), norm)
+
+
+class Subclass(nn.GroupNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+LEFT = [
+    (ReadsAFlag, "branches on self.flag"),
+    (ReadsANumber, "reads self.eps"),
+    (DependsOnTheMode, "reads self.training"),
+    (Loops, "has a For"),
+    (UsesBoth, "no SiLU follows it"),
+    (CallsTwice, "no SiLU follows it"),
+    (ComesBefore, "no SiLU follows it"),
+    (TakesKeywords, "other than plain arguments"),
+    (CallsAHelper, "uses helper"),
+    (CallsAMethod, "reads self.activate"),
+    (InstanceForward, "its forward was replaced"),
+    (lambda: OwnSequential(nn.GroupNorm(2, 4), nn.SiLU()), "no SiLU follows it"),
+    (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU(), nn.SiLU()), "no SiLU follows it"),
+    (lambda: nn.Sequential(nn.GroupNorm(2, 4)), "no SiLU follows it"),
+    (hooked, "has hooks"),
+    (hooked_activation, "no SiLU follows it"),
+    (shared_norm, "used in more than one place"),
+    (lambda: nn.ModuleList([nn.GroupNorm(2, 4), nn.SiLU()]), "in a ModuleList"),
+    (lambda: nn.GroupNorm(2, 4), "the module itself"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), LEFT, ids=[reason for _, reason in LEFT])
+def test_what_is_not_understood_stays(make, reason):
+    module = make()
+    before, forward = repr(module), module.forward
+    lines = []
+    fastvae.optimize(module, report=lines.append)
+    assert repr(module) == before
+    assert module.forward == forward
+    assert lines
+    assert all(line.startswith("left") and reason in line for line in lines)
+
+
+def test_a_subclass_is_not_a_group_norm():
+    module = nn.Sequential(Subclass(2, 4), nn.SiLU())
+    fastvae.optimize(module, report=None)
+    assert type(module[0]) is Subclass
+
+
+def test_an_unknown_attribute_of_the_package():
+    with pytest.raises(AttributeError, match="'fastvae' has no attribute 'optimise'"):
+        _ = fastvae.optimise
