@@ -1,5 +1,6 @@
 """The public functions: argument checks, documentation, and below each its ``torch.autograd.Function``."""
 
+from fastvae.functional.codebook import VQ, codebook_ema_update_, vector_quantize, vq_nearest
 from fastvae.functional.latent import kl_normal, reparameterize, reparameterize_kl
 from fastvae.functional.reconstruction import (
     ELBO,
@@ -13,8 +14,10 @@ from fastvae.functional.reconstruction import (
 
 __all__ = [
     "ELBO",
+    "VQ",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "codebook_ema_update_",
     "elbo_loss",
     "gaussian_nll",
     "kl_normal",
@@ -22,4 +25,6 @@ __all__ = [
     "reparameterize",
     "reparameterize_kl",
     "vae_loss",
+    "vector_quantize",
+    "vq_nearest",
 ]

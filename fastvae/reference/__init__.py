@@ -1,5 +1,5 @@
 """Every operator in plain PyTorch: the definition, the oracle of the tests and the last fallback."""
 
-from fastvae.reference import latent, reconstruction
+from fastvae.reference import codebook, latent, reconstruction
 
-__all__ = ["latent", "reconstruction"]
+__all__ = ["codebook", "latent", "reconstruction"]
