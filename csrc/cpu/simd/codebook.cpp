@@ -77,11 +77,6 @@ float rounding_of_sum(int64_t terms) {
 
 constexpr float kUnderflow = 0x1p-110f;  // more than all products of one score that vanish
 
-// A norm from its square as float arithmetic gives it, rounded up.
-float norm_at_least(float square, int64_t dim) {
-  return std::sqrt(square) * (1.0f + 2.0f * rounding_of_sum(dim + 16)) + 0x1p-60f * std::sqrt(static_cast<float>(dim));
-}
-
 void pack_pairs(const PackedCodes& packed, const float* code, int64_t k, int64_t dim) {
   int64_t pairs = (dim + 1) / 2;
   int32_t* column = packed.panel_pairs + k / kPanelCodes * pairs * kPanelCodes + k % kPanelCodes;
@@ -130,26 +125,44 @@ enum class Row : uint8_t { usual, not_finite, too_large };
 
 constexpr float kLargestRow = 0x1p60f;  // norms of scaled rows beyond it could overflow
 
+// Sums and other loops over padded rows, whole vectors at a time.
+template <class F>
+FASTVAE_INLINE float sum_padded(int64_t stride, F term) {
+  float lanes[kRowAlignment] = {};
+  for (int64_t begin = 0; begin < stride; begin += kRowAlignment)
+#pragma omp simd
+    for (int64_t j = 0; j < kRowAlignment; ++j) lanes[j] += term(begin + j);
+  float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < kRowAlignment; ++j) total += lanes[j];
+  return total;
+}
+
 // One thread's share of a search.
 template <class T>
 class Searcher {
  public:
   explicit Searcher(const Search& search)
       : s_(search),
-        groups_(search.packed[0].panels),
         stride_(padded(search.dim)),
         codes_(search.packed[0].panels * kPanelCodes),
         rows_(kBlockRows * stride_),
         steps_(kBlockRows * (search.dim + 1)),
-        smallest_(kBlockRows * groups_.count * kLanes),
         start_(codes_),
-        x_(search.dim),
+        minima_(kBlockRows),
+        x_(stride_),
+        mean_(stride_),
         code_(search.dim),
+        out_(search.dim),
         wide_x_(search.dim),
         wide_best_(search.dim),
         wide_code_(search.dim),
-        out_(search.dim),
-        rounding_(rounding_of_sum(search.dim + 16)) {}
+        rounding_(rounding_of_sum(search.dim + 16)),
+        norm_factor_(1.0f + 2.0f * rounding_),
+        norm_underflow_(0x1p-60f * std::sqrt(static_cast<float>(search.dim))) {
+    std::fill(static_cast<T*>(x_), x_ + stride_, T(0));
+    std::fill(static_cast<T*>(mean_), mean_ + stride_, T(0));
+  }
 
   void block(int64_t head, int64_t begin, int64_t count) {
     packed_ = &s_.packed[head];
@@ -157,6 +170,7 @@ class Searcher {
     first_row_ = begin;
     counts.rows += count;
     largest_norm_ = 0.0f;
+    std::copy(packed_->mean, packed_->mean + s_.dim, static_cast<T*>(mean_));
     for (int64_t i = 0; i < count; ++i) prepare(i);
     int64_t tiles = (count + kTileRows - 1) / kTileRows;
     std::fill(rows_ + count * stride_, rows_ + tiles * kTileRows * stride_, 0.0f);
@@ -167,34 +181,30 @@ class Searcher {
     counts.screened_again += s_.pairs ? count - done : 0;
 #endif
     if (done < count) screen_floats(done, count, tiles);
-    for (int64_t i = 0; i < count; ++i) finish(i);
+    if (s_.quantized || s_.errors)
+      for (int64_t i = 0; i < count; ++i) finish(i);
   }
 
   SearchCounts counts;
 
  private:
+  // A norm from its square as float arithmetic gives it, rounded up.
+  float norm_at_least(float square) const { return std::sqrt(square) * norm_factor_ + norm_underflow_; }
+
   // Row i of the block, centred and scaled, its norm, and whether it can be screened at all.
   void prepare(int64_t i) {
     const T* x = load_row<T>(s_.x, head_, first_row_ + i, s_.dim, x_);
-    float* row = rows_ + i * stride_;
-    float square = 0.0f;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      const float* mean = packed_->float_mean;
-      float scale = static_cast<float>(packed_->scale);
-#pragma omp simd reduction(+ : square)
-      for (int64_t d = 0; d < s_.dim; ++d) {
-        row[d] = (x[d] - mean[d]) * scale;
-        square += row[d] * row[d];
-      }
-    } else {
-#pragma omp simd reduction(+ : square)
-      for (int64_t d = 0; d < s_.dim; ++d) {
-        row[d] = static_cast<float>((x[d] - packed_->mean[d]) * packed_->scale);
-        square += row[d] * row[d];
-      }
+    if (x != x_ && s_.dim != stride_) {
+      std::copy(x, x + s_.dim, static_cast<T*>(x_));
+      x = x_;
     }
-    std::fill(row + s_.dim, row + stride_, 0.0f);
-    norm_[i] = norm_at_least(square, s_.dim);
+    float* row = rows_ + i * stride_;
+    const T *mean = mean_, scale = static_cast<T>(packed_->scale);
+    float square = sum_padded(stride_, [&](int64_t d) {
+      row[d] = static_cast<float>((x[d] - mean[d]) * scale);
+      return row[d] * row[d];
+    });
+    norm_[i] = norm_at_least(square);
     kind_[i] = Row::usual;
     if (!(norm_[i] < kLargestRow)) {
       kind_[i] = convert_row(s_.x, head_, first_row_ + i, s_.dim, wide_x_) ? Row::too_large : Row::not_finite;
@@ -215,55 +225,51 @@ class Searcher {
       for (int64_t d = 0; d < s_.dim; ++d)
         for (int64_t row = 0; row < kTileRows; ++row) *steps++ = rows_[(tile * kTileRows + row) * stride_ + d];
     for (int64_t k = 0; k < codes_; ++k) start_[k] = packed_->half_norm[k] - float_error(k, largest_norm_);
-    score_block<FloatVector>(static_cast<const float*>(steps_), tiles, packed_->panel_rows, packed_->panels, s_.dim,
-                             static_cast<const float*>(start_), static_cast<float*>(smallest_));
-    for (int64_t i = done; i < count; ++i) {
-      RowMinima<FloatVector, float> minima(smallest_, groups_.count, i);
-      decide(i, minima, [&](int64_t k) { return float_error(k, largest_norm_); }, std::numeric_limits<int64_t>::max());
-    }
+    auto* minima = static_cast<LaneMinima<FloatVector, float>*>(minima_);
+    score_block(static_cast<const float*>(steps_), tiles, packed_->panel_rows, packed_->panels, s_.dim, static_cast<const float*>(start_),
+                minima);
+    for (int64_t i = done; i < count; ++i)
+      decide(i, minima[i], [&](int64_t k) { return float_error(k, largest_norm_); }, std::numeric_limits<int64_t>::max());
   }
 
 #if defined(__AVX512VNNI__)
   // Rows and codes as 16-bit integers. Returns how many rows were decided before too many codes were left.
   int64_t screen_pairs(int64_t count, int64_t tiles) {
-    float scale = pair_scale();
-    float residual = 0.0f, largest = largest_norm_ * scale;
+    float scale = pair_scale(), residual = 0.0f, largest = largest_norm_ * scale;
     int64_t pairs = (s_.dim + 1) / 2;
-    int32_t* steps = reinterpret_cast<int32_t*>(static_cast<float*>(steps_));
+    auto* steps = reinterpret_cast<int32_t*>(static_cast<float*>(steps_));
     for (int64_t i = 0; i < tiles * kTileRows; ++i) {
       const float* row = rows_ + i * stride_;
-      int32_t* to = steps + i / kTileRows * pairs * kTileRows + i % kTileRows;
-      float square = 0.0f;
-#pragma omp simd reduction(+ : square)
-      for (int64_t d = 0; d < stride_; ++d) {
+      float square = sum_padded(stride_, [&](int64_t d) {
         float value = row[d] * scale, rounded = round_even(value);
         words_[d] = static_cast<int16_t>(rounded);
-        square += (value - rounded) * (value - rounded);
-      }
+        return (value - rounded) * (value - rounded);
+      });
+      int32_t* to = steps + i / kTileRows * pairs * kTileRows + i % kTileRows;
       for (int64_t pair = 0; pair < pairs; ++pair) memcpy(to + pair * kTileRows, words_ + 2 * pair, sizeof(int32_t));
       residual = square > residual ? square : residual;
     }
-    residual = norm_at_least(residual, s_.dim) + 0x1p-22f * largest;
+    // A row itself was rounded to float before.
+    residual = norm_at_least(residual) + 0x1p-22f * largest;
     largest += residual;
 
-    float product_scale = scale * kPairScale;
+    float product_scale = scale * kPairScale, residual_scale = residual * kPairScale;
+    const float *half_norm = packed_->half_norm, *norm = packed_->norm, *code_residual = packed_->residual;
     auto error = [&](int64_t k) {
-      return residual * (packed_->norm[k] * kPairScale) + largest * packed_->residual[k] +
-             0x1p-20f * (product_scale * packed_->half_norm[k]) + 8.0f;
+      return residual_scale * norm[k] + largest * code_residual[k] + 0x1p-20f * (product_scale * half_norm[k]) + 8.0f;
     };
-    int32_t* start = reinterpret_cast<int32_t*>(static_cast<float*>(start_));
+    auto* start = reinterpret_cast<int32_t*>(static_cast<float*>(start_));
     for (int64_t k = 0; k < codes_; ++k) {
-      float value = product_scale * packed_->half_norm[k] - error(k);
-      start[k] = static_cast<int32_t>(value < 2147483520.0f ? value : 2147483520.0f);
+      float value = product_scale * half_norm[k] - error(k);
+      start[k] = static_cast<int32_t>(value < kLargestStart ? value : kLargestStart);
     }
-    int32_t* smallest = reinterpret_cast<int32_t*>(static_cast<float*>(smallest_));
-    score_block<PairVector>(static_cast<const int32_t*>(steps), tiles, packed_->panel_pairs, packed_->panels, pairs,
-                            static_cast<const int32_t*>(start), smallest);
-    int64_t budget = kMostLanes * count;
+    auto* minima = reinterpret_cast<LaneMinima<PairVector, int32_t>*>(static_cast<LaneMinima<FloatVector, float>*>(minima_));
+    score_block(static_cast<const int32_t*>(steps), tiles, packed_->panel_pairs, packed_->panels, pairs, static_cast<const int32_t*>(start),
+                minima);
+    int64_t budget = count * (kFewCodes + codes_ / kFewCodes);
     for (int64_t i = 0; i < count; ++i) {
-      RowMinima<PairVector, int32_t> minima(smallest, groups_.count, i);
-      budget -= decide(i, minima, error, budget);
-      if (budget <= 0) return i;
+      budget -= decide(i, minima[i], error, budget);
+      if (budget < 0) return i;
     }
     return count;
   }
@@ -278,55 +284,52 @@ class Searcher {
 #endif
 
   // Finds the nearest code of row i among those whose score, less its error, is at most the smallest score and its error. Returns how many
-  // lanes held such codes; gives up above `budget`.
-  template <class Minima, class Error>
-  int64_t decide(int64_t i, const Minima& minima, const Error& error, int64_t budget) {
+  // they were; gives up above `budget`.
+  template <class Vector, class Element, class Error>
+  int64_t decide(int64_t i, const LaneMinima<Vector, Element>& minima, const Error& error, int64_t budget) {
     int64_t& index = s_.indices[head_ * s_.rows + first_row_ + i];
     candidates_.clear();
-    if (kind_[i] == Row::not_finite) {
+    if (kind_[i] != Row::usual) {
       index = 0;
+      if (kind_[i] == Row::too_large) {
+        for (int64_t k = 0; k < s_.codes; ++k) add_candidate(k);
+        index = decide_in_float64(i);
+      }
       return 0;
     }
-    if (kind_[i] == Row::too_large) {
-      for (int64_t k = 0; k < s_.codes; ++k)
-        if (packed_->half_norm[k] < kNeverNearest) candidates_.push_back(k);
-      index = decide_in_float64(i);
-      return 0;
-    }
-    auto least = minima.least();
+    Vector all_least = Vector::load(minima.least);
+    Element least = Vector::smallest(all_least);
+    int best_lane = __builtin_ctz(Vector::at_most(all_least, Vector::broadcast(least)));
     float slack = 0.0f;
-    Minima::for_each_at_most(minima, least, [&](int64_t group, int lane) {
-      for_each_code(group, lane, [&](int64_t k) {
-        float e = packed_->half_norm[k] < kNeverNearest ? error(k) : 0.0f;
-        slack = e > slack ? e : slack;
-      });
-      return false;
-    });
-    auto bound = least + static_cast<decltype(least)>(2.0f * slack);
-    int64_t lanes = 0;
-    Minima::for_each_at_most(minima, bound, [&](int64_t group, int lane) {
-      for_each_code(group, lane, [&](int64_t k) {
-        if (packed_->half_norm[k] < kNeverNearest) candidates_.push_back(k);
-      });
-      return ++lanes <= budget;
-    });
-    if (lanes <= budget) index = decide_in_float32(i);
-    return lanes;
+    for (int v = 0; v < kTileVectors; ++v) {
+      int64_t k = code_at(minima.panel[best_lane], v, best_lane);
+      float e = packed_->half_norm[k] < kNeverNearest ? error(k) : 0.0f;
+      slack = e > slack ? e : slack;
+    }
+    Vector bound = Vector::broadcast(least + static_cast<Element>(2.0f * slack));
+    uint32_t several = Vector::at_most(Vector::load(minima.second), bound), one = Vector::at_most(all_least, bound) & ~several;
+    for (; one != 0; one &= one - 1) add_lane(minima.panel[__builtin_ctz(one)], __builtin_ctz(one));
+    if (__builtin_expect(several != 0, 0)) {
+      if (static_cast<int64_t>(candidates_.size()) + __builtin_popcount(several) * codes_ / kLanes > budget) return budget + 1;
+      for (; several != 0; several &= several - 1)
+        for (int64_t panel = 0; panel < packed_->panels; ++panel) add_lane(panel, __builtin_ctz(several));
+    }
+    index = decide_in_float32(i);
+    return static_cast<int64_t>(candidates_.size());
   }
 
-  template <class F>
-  void for_each_code(int64_t group, int lane, F f) const {
-    int64_t end = std::min((group + 1) * groups_.panels, packed_->panels);
-    for (int64_t panel = group * groups_.panels; panel < end; ++panel)
-      for (int v = 0; v < kTileVectors; ++v) f(panel * kPanelCodes + v * kLanes + lane);
+  template <class Element>
+  static int64_t code_at(Element panel, int v, int lane) {
+    return static_cast<int64_t>(panel) * kPanelCodes + v * kLanes + lane;
   }
 
-  float score(const float* row, int64_t k) const {
-    const float* code = packed_->rows + k * stride_;
-    float product = 0.0f;
-#pragma omp simd reduction(+ : product)
-    for (int64_t d = 0; d < stride_; ++d) product += row[d] * code[d];
-    return packed_->half_norm[k] - product;
+  void add_candidate(int64_t k) {
+    if (packed_->half_norm[k] < kNeverNearest) candidates_.push_back(k);
+  }
+
+  template <class Element>
+  void add_lane(Element panel, int lane) {
+    for (int v = 0; v < kTileVectors; ++v) add_candidate(code_at(panel, v, lane));
   }
 
   int64_t decide_in_float32(int64_t i) {
@@ -334,15 +337,21 @@ class Searcher {
     if (candidates_.size() > scores_.size()) scores_.resize(candidates_.size());
     float bound = std::numeric_limits<float>::infinity();
     for (size_t c = 0; c < candidates_.size(); ++c) {
-      float value = score(row, candidates_[c]), e = float_error(candidates_[c], norm_[i]);
-      scores_[c] = value - e;
-      bound = value + e < bound ? value + e : bound;
+      int64_t k = candidates_[c];
+      const float* code = packed_->rows + k * stride_;
+      float score = packed_->half_norm[k] - sum_padded(stride_, [&](int64_t d) { return row[d] * code[d]; });
+      float e = float_error(k, norm_[i]);
+      scores_[c] = score - e;
+      bound = score + e < bound ? score + e : bound;
     }
     size_t kept = 0;
-    for (size_t c = 0; c < candidates_.size(); ++c)
-      if (scores_[c] <= bound) candidates_[kept++] = candidates_[c];
+    for (size_t c = 0; c < candidates_.size(); ++c) {
+      candidates_[kept] = candidates_[c];
+      kept += scores_[c] <= bound;
+    }
+    if (kept == 1) return candidates_[0];
     candidates_.resize(kept);
-    return kept == 1 ? candidates_[0] : decide_in_float64(i);
+    return decide_in_float64(i);
   }
 
   int64_t decide_in_float64(int64_t i) {
@@ -372,7 +381,6 @@ class Searcher {
 
   // Copies the code of row i and measures its distance.
   void finish(int64_t i) {
-    if (!s_.quantized && !s_.errors) return;
     int64_t row = head_ * s_.rows + first_row_ + i, begin = row * s_.dim;
     const T* x = load_row<T>(s_.x, head_, first_row_ + i, s_.dim, x_);
     const T* code = load_row<T>(s_.codebook, head_, s_.indices[row], s_.dim, code_);
@@ -389,18 +397,18 @@ class Searcher {
     s_.errors[row] = total;
   }
 
-  static constexpr int64_t kMostLanes = 4;  // a row, on average over a block: more cost more than a screen in float
+  static constexpr int64_t kFewCodes = 16;            // see screen_pairs: rechecking more costs as much as a screen in float
+  static constexpr float kLargestStart = 2147483520.0f;  // the largest float below 2^31
 
   const Search& s_;
   const PackedCodes* packed_ = nullptr;
   int64_t head_ = 0, first_row_ = 0;
-  Groups groups_;
   int64_t stride_, codes_;
-  Buffer<float> rows_, steps_, smallest_, start_;
-  Buffer<T> x_, code_;
+  Buffer<float> rows_, steps_, start_;
+  Buffer<LaneMinima<FloatVector, float>> minima_;
+  Buffer<T> x_, mean_, code_, out_;
   Buffer<double> wide_x_, wide_best_, wide_code_;
-  Buffer<T> out_;
-  float rounding_, largest_norm_ = 0.0f;
+  float rounding_, norm_factor_, norm_underflow_, largest_norm_ = 0.0f;
   float norm_[kBlockRows];
   Row kind_[kBlockRows];
   std::vector<int64_t> candidates_;
