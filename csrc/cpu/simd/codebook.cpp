@@ -133,8 +133,7 @@ FASTVAE_INLINE float sum_padded(int64_t stride, F term) {
 #pragma omp simd
     for (int64_t j = 0; j < kRowAlignment; ++j) lanes[j] += term(begin + j);
   float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < kRowAlignment; ++j) total += lanes[j];
+  for (int j = 0; j < kRowAlignment; j += kLanes) total += FloatVector::sum(FloatVector::load(lanes + j));
   return total;
 }
 
@@ -147,9 +146,14 @@ class Searcher {
         stride_(padded(search.dim)),
         codes_(search.packed[0].panels * kPanelCodes),
         rows_(kBlockRows * stride_),
-        steps_(kBlockRows * (search.dim + 1)),
+        steps_(kBlockRows * search.dim),
         start_(codes_),
         minima_(kBlockRows),
+#if defined(__AVX512VNNI__)
+        pair_steps_(search.pairs ? kBlockRows * (search.dim + 1) / 2 : 0),
+        pair_start_(search.pairs ? codes_ : 0),
+        pair_minima_(search.pairs ? kBlockRows : 0),
+#endif
         x_(stride_),
         mean_(stride_),
         code_(search.dim),
@@ -195,8 +199,10 @@ class Searcher {
   void prepare(int64_t i) {
     const T* x = load_row<T>(s_.x, head_, first_row_ + i, s_.dim, x_);
     if (x != x_ && s_.dim != stride_) {
-      std::copy(x, x + s_.dim, static_cast<T*>(x_));
-      x = x_;
+      T* copy = x_;
+#pragma omp simd
+      for (int64_t d = 0; d < s_.dim; ++d) copy[d] = x[d];
+      x = copy;
     }
     float* row = rows_ + i * stride_;
     const T *mean = mean_, scale = static_cast<T>(packed_->scale);
@@ -237,7 +243,7 @@ class Searcher {
   int64_t screen_pairs(int64_t count, int64_t tiles) {
     float scale = pair_scale(), residual = 0.0f, largest = largest_norm_ * scale;
     int64_t pairs = (s_.dim + 1) / 2;
-    auto* steps = reinterpret_cast<int32_t*>(static_cast<float*>(steps_));
+    int32_t* steps = pair_steps_;
     for (int64_t i = 0; i < tiles * kTileRows; ++i) {
       const float* row = rows_ + i * stride_;
       float square = sum_padded(stride_, [&](int64_t d) {
@@ -258,12 +264,12 @@ class Searcher {
     auto error = [&](int64_t k) {
       return residual_scale * norm[k] + largest * code_residual[k] + 0x1p-20f * (product_scale * half_norm[k]) + 8.0f;
     };
-    auto* start = reinterpret_cast<int32_t*>(static_cast<float*>(start_));
+    int32_t* start = pair_start_;
     for (int64_t k = 0; k < codes_; ++k) {
       float value = product_scale * half_norm[k] - error(k);
       start[k] = static_cast<int32_t>(value < kLargestStart ? value : kLargestStart);
     }
-    auto* minima = reinterpret_cast<LaneMinima<PairVector, int32_t>*>(static_cast<LaneMinima<FloatVector, float>*>(minima_));
+    LaneMinima<PairVector, int32_t>* minima = pair_minima_;
     score_block(static_cast<const int32_t*>(steps), tiles, packed_->panel_pairs, packed_->panels, pairs, static_cast<const int32_t*>(start),
                 minima);
     int64_t budget = count * (kFewCodes + codes_ / kFewCodes);
@@ -406,6 +412,11 @@ class Searcher {
   int64_t stride_, codes_;
   Buffer<float> rows_, steps_, start_;
   Buffer<LaneMinima<FloatVector, float>> minima_;
+#if defined(__AVX512VNNI__)
+  Buffer<int32_t> pair_steps_, pair_start_;
+  Buffer<LaneMinima<PairVector, int32_t>> pair_minima_;
+  int16_t words_[kLongestPairs];
+#endif
   Buffer<T> x_, mean_, code_, out_;
   Buffer<double> wide_x_, wide_best_, wide_code_;
   float rounding_, norm_factor_, norm_underflow_, largest_norm_ = 0.0f;
@@ -414,9 +425,6 @@ class Searcher {
   std::vector<int64_t> candidates_;
   std::vector<float> scores_;
   std::vector<double> distances_;
-#if defined(__AVX512VNNI__)
-  int16_t words_[kLongestPairs];
-#endif
 };
 
 template <class T>

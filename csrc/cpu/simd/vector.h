@@ -14,6 +14,13 @@ inline namespace FASTVAE_ISA {
 
 #if defined(__AVX512F__)
 
+// gcc 12 may store 16 bits of a mask that it widens and load 32, unless the wide value has to be in a register once.
+FASTVAE_INLINE uint32_t bits_of(__mmask16 mask) {
+  uint32_t bits = mask;
+  __asm__("" : "+r"(bits));
+  return bits;
+}
+
 struct FloatVector {
   static constexpr int kLanes = 16;
   __m512 v;
@@ -29,7 +36,8 @@ struct FloatVector {
     return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), yes.v)};
   }
   FASTVAE_INLINE float smallest(FloatVector a) { return _mm512_reduce_min_ps(a.v); }
-  FASTVAE_INLINE uint32_t at_most(FloatVector a, FloatVector b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
+  FASTVAE_INLINE float sum(FloatVector a) { return _mm512_reduce_add_ps(a.v); }
+  FASTVAE_INLINE uint32_t at_most(FloatVector a, FloatVector b) { return bits_of(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)); }
 };
 
 #elif defined(__AVX2__)
@@ -51,6 +59,11 @@ struct FloatVector {
     __m128 half = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     half = _mm_min_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_min_ss(half, _mm_movehdup_ps(half)));
+  }
+  FASTVAE_INLINE float sum(FloatVector a) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
   FASTVAE_INLINE uint32_t at_most(FloatVector a, FloatVector b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)));
@@ -83,6 +96,7 @@ struct FloatVector {
     for (int lane = 1; lane < kLanes; ++lane) least = a.v[lane] < least ? a.v[lane] : least;
     return least;
   }
+  FASTVAE_INLINE float sum(FloatVector a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
   FASTVAE_INLINE uint32_t at_most(FloatVector a, FloatVector b) {
     uint32_t mask = 0;
     for (int lane = 0; lane < kLanes; ++lane) mask |= static_cast<uint32_t>(a.v[lane] <= b.v[lane]) << lane;
@@ -113,7 +127,7 @@ struct PairVector {
     return {_mm512_mask_mov_epi32(no.v, _mm512_cmplt_epi32_mask(a.v, b.v), yes.v)};
   }
   FASTVAE_INLINE int32_t smallest(PairVector a) { return _mm512_reduce_min_epi32(a.v); }
-  FASTVAE_INLINE uint32_t at_most(PairVector a, PairVector b) { return _mm512_cmple_epi32_mask(a.v, b.v); }
+  FASTVAE_INLINE uint32_t at_most(PairVector a, PairVector b) { return bits_of(_mm512_cmple_epi32_mask(a.v, b.v)); }
 };
 
 #endif
