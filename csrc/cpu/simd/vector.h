@@ -14,10 +14,10 @@ inline namespace FASTVAE_ISA {
 
 #if defined(__AVX512F__)
 
-// gcc 12 may store 16 bits of a mask that it widens and load 32, unless the wide value has to be in a register once.
+// In assembly: where gcc 12 widens a mask into the stack, it stores 16 bits of it and loads 32.
 FASTVAE_INLINE uint32_t bits_of(__mmask16 mask) {
-  uint32_t bits = mask;
-  __asm__("" : "+r"(bits));
+  uint32_t bits;
+  __asm__("kmovw %1, %0" : "=r"(bits) : "k"(mask));
   return bits;
 }
 
