@@ -4,6 +4,7 @@
 #include <string>
 
 #include "common/philox.h"
+#include "cpu/codebook.h"
 #include "cpu/isa.h"
 #include "cpu/tensor.h"
 
@@ -40,6 +41,15 @@ py::tuple philox4x32_words(std::tuple<uint32_t, uint32_t, uint32_t, uint32_t> c,
   return py::make_tuple(words.w[0], words.w[1], words.w[2], words.w[3]);
 }
 
+py::dict statistics_of_codebook(bool reset) {
+  SearchCounts counts = codebook_statistics(reset);
+  py::dict result;
+  result["rows"] = counts.rows;
+  result["rechecked"] = counts.rechecked;
+  result["screened_again"] = counts.screened_again;
+  return result;
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -58,6 +68,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_instruction_set", &fastvae::set_instruction_set, py::arg("name"), "Chooses one for the whole process.");
   m.def("last_instruction_set", &fastvae::last_instruction_set, py::arg("family"), "The compiled path that a family's last call took.");
   m.def("philox4x32", &fastvae::philox4x32_words, py::arg("counter"), py::arg("key"), "One block of random words.");
+  m.def("codebook_statistics", &fastvae::statistics_of_codebook, py::arg("reset") = false,
+        "Vectors searched by all calls so far, those decided in float64, and those that 16-bit integers left to float32.");
   m.def("set_poison", &fastvae::set_poison, py::arg("on"), "Fills what operators allocate with NaN: for tests.");
   m.def("build_info", &fastvae::build_info, "Compiler, flags and the oldest torch that the library runs with.");
 }

@@ -213,3 +213,50 @@ def group_norm_forward(input, num_groups, weight, bias, eps, activation):
 def group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation):
     grads = (input.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (weight, bias))
     return empty_in_layout(input), *grads
+@_define("codebook_nearest", "(Tensor x, Tensor codebook, bool with_distance) -> (Tensor indices, Tensor distance)")
+def codebook_nearest(x, codebook, with_distance):
+    """For ``x`` (heads, rows, dim) and ``codebook`` (heads, codes, dim): int64 indices (heads, rows) and, where ``with_distance``, the squared
+    distances in the accumulation dtype."""
+    distance = x.new_empty(x.shape[:2] if with_distance else (0,), dtype=accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape[:2], dtype=torch.int64), distance
+
+
+@_define(
+    "codebook_quantize",
+    "(Tensor x, Tensor codebook, SymInt batch, int reduction, float loss_weight) -> (Tensor quantized, Tensor indices, Tensor loss)",
+)
+def codebook_quantize(x, codebook, batch, reduction, loss_weight):
+    """The codes nearest to the rows of ``x`` in its dtype, their indices, and ``loss_weight`` times the reduced squared errors.
+
+    ``batch`` samples share the rows of each head evenly; the loss is of ``x``'s shape for "none", (batch,) for "sample", else 0-dim."""
+    dtype = x.dtype if reduction == REDUCTIONS["none"] else accumulation_dtype(x.dtype)
+    shape = x.shape if reduction == REDUCTIONS["none"] else (batch,) if reduction == REDUCTIONS["sample"] else ()
+    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty(shape, dtype=dtype)
+
+
+@_define(
+    "codebook_quantize_backward",
+    "(Tensor? grad_quantized, Tensor? grad_loss, Tensor x, Tensor codebook, Tensor indices, SymInt batch, int reduction, "
+    "float codebook_cost, float commitment_cost, bool rotation, bool with_codebook) -> (Tensor grad_x, Tensor grad_codebook)",
+)
+def codebook_quantize_backward(
+    grad_quantized, grad_loss, x, codebook, indices, batch, reduction, codebook_cost, commitment_cost, rotation, with_codebook
+):
+    return x.new_empty(x.shape), _empty_if(with_codebook, codebook)
+
+
+@_define("codebook_sums", "(Tensor x, Tensor indices, SymInt codes) -> (Tensor counts, Tensor sums)")
+def codebook_sums(x, indices, codes):
+    """How many rows of ``x`` (heads, rows, dim) fell on each code (int64) and their sums in the accumulation dtype, added in row order.
+
+    A negative index leaves its row out."""
+    counts = x.new_empty((x.shape[0], codes), dtype=torch.int64)
+    return counts, x.new_empty((x.shape[0], codes, x.shape[2]), dtype=accumulation_dtype(x.dtype))
+
+
+@_define(
+    "codebook_ema_",
+    "(Tensor(a!) codebook, Tensor(b!) ema_count, Tensor(c!) ema_sum, Tensor counts, Tensor sums, float decay, float eps) -> ()",
+)
+def codebook_ema_(codebook, ema_count, ema_sum, counts, sums, decay, eps):
+    """One step of the exponential moving averages, and the codebook as their quotient."""

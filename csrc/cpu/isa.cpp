@@ -8,7 +8,7 @@ namespace fastvae {
 namespace {
 
 Isa widest() {
-  for (Isa isa : {Isa::avx512, Isa::avx2})
+  for (Isa isa : {Isa::avx512_vnni, Isa::avx512, Isa::avx2})
     if (isa_available(isa)) return isa;
   return Isa::baseline;
 }
@@ -29,6 +29,7 @@ bool isa_available(Isa isa) {
   if (isa == Isa::avx512)
     return isa_available(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx512_vnni) return isa_available(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
 #endif
   return isa == Isa::baseline;
 }

@@ -3,9 +3,9 @@
 
 namespace fastvae {
 
-enum class Isa { baseline, avx2, avx512 };
-constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
-constexpr int kIsaCount = 3;
+enum class Isa { baseline, avx2, avx512, avx512_vnni };
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_vnni"};
+constexpr int kIsaCount = 4;
 
 bool isa_available(Isa isa);  // compiled in, and the processor has it
 Isa isa_in_use();             // the widest, unless set_isa chose another
@@ -16,6 +16,8 @@ enum class Family { latent, reconstruction, jacobian };
 constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "jacobian"};
 enum class Family { latent, reconstruction, group_norm };
 constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "group_norm"};
+enum class Family { latent, reconstruction, codebook };
+constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "codebook"};
 constexpr int kFamilyCount = 3;
 
 void record_run(Family family, const char* isa_name);
@@ -25,11 +27,19 @@ const char* last_run(Family family);  // nullptr where nothing ran
 #define FASTVAE_DECLARE_KERNELS(Table, stem) \
   extern const Table stem##_kernels_baseline, stem##_kernels_avx2, stem##_kernels_avx512;
 #define FASTVAE_SELECT_KERNELS(stem)                                                                  \
-  (isa_in_use() == Isa::avx512 ? stem##_kernels_avx512                                                \
+  (isa_in_use() >= Isa::avx512 ? stem##_kernels_avx512                                                \
                                : (isa_in_use() == Isa::avx2 ? stem##_kernels_avx2 : stem##_kernels_baseline))
+// For a family that 16-bit integer products serve (setup.py compiles it for them too).
+#define FASTVAE_DECLARE_VNNI_KERNELS(Table, stem) \
+  FASTVAE_DECLARE_KERNELS(Table, stem)            \
+  extern const Table stem##_kernels_avx512_vnni;
+#define FASTVAE_SELECT_VNNI_KERNELS(stem) \
+  (isa_in_use() == Isa::avx512_vnni ? stem##_kernels_avx512_vnni : FASTVAE_SELECT_KERNELS(stem))
 #else
 #define FASTVAE_DECLARE_KERNELS(Table, stem) extern const Table stem##_kernels_baseline;
 #define FASTVAE_SELECT_KERNELS(stem) (stem##_kernels_baseline)
+#define FASTVAE_DECLARE_VNNI_KERNELS(Table, stem) FASTVAE_DECLARE_KERNELS(Table, stem)
+#define FASTVAE_SELECT_VNNI_KERNELS(stem) FASTVAE_SELECT_KERNELS(stem)
 #endif
 
 }  // namespace fastvae

@@ -25,6 +25,8 @@ int32_t shim_dtype(ScalarType dtype) {
       return aoti_torch_dtype_uint8();
     case ScalarType::Bool:
       return aoti_torch_dtype_bool();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
     default:
       STD_TORCH_CHECK(false, "fastvae: a dtype that no kernel gives");
   }

@@ -2,6 +2,7 @@
 
 from fastvae.functional.jacobian import JacobianMethod, contractive_penalty, explain_jacobian_method, jacobian_frobenius
 from fastvae.functional.group_norm import group_norm_silu
+from fastvae.functional.codebook import VQ, codebook_ema_update_, vector_quantize, vq_nearest
 from fastvae.functional.latent import kl_normal, reparameterize, reparameterize_kl
 from fastvae.functional.reconstruction import (
     ELBO,
@@ -19,6 +20,10 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "contractive_penalty",
+    "VQ",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "codebook_ema_update_",
     "elbo_loss",
     "explain_jacobian_method",
     "gaussian_nll",
@@ -29,4 +34,6 @@ __all__ = [
     "reparameterize",
     "reparameterize_kl",
     "vae_loss",
+    "vector_quantize",
+    "vq_nearest",
 ]

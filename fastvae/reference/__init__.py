@@ -6,3 +6,6 @@ __all__ = ["jacobian", "latent", "reconstruction"]
 from fastvae.reference import group_norm, latent, reconstruction
 
 __all__ = ["group_norm", "latent", "reconstruction"]
+from fastvae.reference import codebook, latent, reconstruction
+
+__all__ = ["codebook", "latent", "reconstruction"]

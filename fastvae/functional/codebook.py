@@ -1,0 +1,202 @@
+"""Vector quantization: exact nearest codes, their gradients and losses, and the moving average of a codebook."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae import _backend
+from fastvae._ops import OVERLOADS
+from fastvae.functional._autograd import apply, first_derivative_only
+from fastvae.functional._checks import check_choice, check_device, check_like, check_nonnegative, check_reduction, check_shape, check_tensor
+
+GRADIENTS = ("straight_through", "rotation")
+
+
+class VQ(NamedTuple):
+    """What vector quantization gives."""
+
+    quantized: Tensor
+    indices: Tensor
+    loss: Tensor
+
+
+class _VectorQuantize(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, codebook, batch, reduction, codebook_cost, commitment_cost, rotation, backend):
+        return OVERLOADS["codebook_quantize", backend](x, codebook, batch, reduction, codebook_cost + commitment_cost)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, codebook, *ctx.arguments, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, codebook, output[1])
+
+    @staticmethod
+    @first_derivative_only("fastvae.reference.codebook")
+    def backward(ctx, grad_quantized, _, grad_loss):
+        with_codebook = ctx.needs_input_grad[1]
+        grad_x, grad_codebook = OVERLOADS["codebook_quantize_backward", ctx.backend](
+            grad_quantized, grad_loss, *ctx.saved_tensors, *ctx.arguments, with_codebook
+        )
+        return grad_x, grad_codebook if with_codebook else None, *(None,) * 6
+
+
+def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    r"""The nearest code of each vector, exactly: :math:`\arg\min_k \lVert x - c_k \rVert^2`, without the matrix of all distances.
+
+    On the CPU the index is that of the smallest real-valued distance between the given inputs, the lowest one where distances are equal: a
+    low-precision product leaves the codes that its rounding error cannot rule out, and float64, then exact arithmetic, decides among them
+    (for float64 inputs: float64). It does not depend on the number of threads or the instruction set. A vector with NaN or infinite values
+    has the index 0.
+
+    Args:
+        x: vectors, ``(..., dim)``; float32, bfloat16, float16 or float64. With several heads ``(heads, ..., dim)``.
+        codebook: the codes, ``(codes, dim)``, or ``(heads, codes, dim)``: one codebook a head. Any floating dtype.
+        return_distance: returns the squared distances too, in float32 (float64 for float64).
+
+    Returns:
+        int64 indices in the shape of ``x`` without its last dimension, or ``(indices, squared distances)``.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it; on the CPU also for a codebook with NaN or infinite values.
+    """
+    rows, codes = _flatten(x, codebook)
+    backend = _backend.resolve("codebook_nearest", x.device, x.dtype)
+    indices, distance = OVERLOADS["codebook_nearest", backend](rows.detach(), codes.detach(), return_distance)
+    indices = indices.view(x.shape[:-1])
+    return (indices, distance.view(x.shape[:-1])) if return_distance else indices
+
+
+def vector_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    commitment_cost: float = 0.25,
+    gradient: str = "straight_through",
+    reduction: str = "mean",
+    codebook_cost: float = 1.0,
+) -> VQ:
+    r"""Replaces each vector with its nearest code, with a gradient and the losses of a VQ-VAE, in one pass.
+
+    .. math:: \gamma\, \lVert \mathrm{sg}[x] - c \rVert^2 + \beta\, \lVert x - \mathrm{sg}[c] \rVert^2
+
+    where :math:`c` is the nearest code (see :func:`vq_nearest`), :math:`\mathrm{sg}` stops the gradient, :math:`\beta` is
+    ``commitment_cost`` and :math:`\gamma` ``codebook_cost`` (van den Oord et al., *Neural Discrete Representation Learning*, 2017). The
+    codebook learns from the loss alone.
+
+    Args:
+        x, codebook: as in :func:`vq_nearest`.
+        commitment_cost: :math:`\beta`, the weight of the term that pulls ``x`` to its code.
+        gradient: what ``x`` receives from ``quantized``: ``"straight_through"``, its gradient unchanged, or ``"rotation"``, its gradient
+            turned and scaled by the rotation that takes ``x`` to its code (Fifty et al., *Restructuring Vector Quantization with the
+            Rotation Trick*, 2024).
+        reduction: of the squared errors: ``"mean"`` over elements, ``"none"`` elementwise, ``"sum"``; with one head also ``"sample"``
+            sum over all but the first dimension, and ``"batchmean"`` mean of those.
+        codebook_cost: :math:`\gamma`, the weight of the term that pulls the codes to the vectors; 0 where
+            :func:`codebook_ema_update_` moves them.
+
+    Returns:
+        ``VQ(quantized, indices, loss)``: the codes in the shape and dtype of ``x``, int64 indices, and the loss in float32 (float64 for
+        float64; the dtype of ``x`` for ``"none"``).
+
+    Raises:
+        TypeError, ValueError: as in :func:`vq_nearest`.
+    """
+    check_choice("gradient", gradient, GRADIENTS)
+    number = check_reduction(reduction)
+    costs = check_nonnegative("codebook_cost", codebook_cost), check_nonnegative("commitment_cost", commitment_cost)
+    rows, codes = _flatten(x, codebook)
+    if codebook.ndim == 3 and reduction in ("sample", "batchmean"):
+        raise ValueError(f"reduction: got {reduction!r} with several heads, takes 'none', 'sum' or 'mean'")
+    batch = x.shape[0] if x.ndim > 1 else 1
+    backend = _backend.resolve("codebook_quantize", x.device, x.dtype)
+    quantized, indices, loss = apply(_VectorQuantize, rows, codes, batch, number, *costs, gradient == "rotation", backend)
+    return VQ(quantized.view(x.shape), indices.view(x.shape[:-1]), loss.view(x.shape) if reduction == "none" else loss)
+
+
+@torch.no_grad()
+def codebook_ema_update_(
+    codebook: Tensor, ema_count: Tensor, ema_sum: Tensor, x: Tensor, indices: Tensor, *, decay: float = 0.99, eps: float = 1e-5
+) -> Tensor:
+    r"""Moves each code towards the mean of the vectors that fell on it, by exponential moving averages, in place.
+
+    .. math:: n_k \leftarrow \alpha n_k + (1-\alpha) \lvert S_k \rvert, \quad m_k \leftarrow \alpha m_k + (1-\alpha) \sum_{i \in S_k} x_i,
+              \quad c_k = \frac{m_k}{\hat n_k}, \quad \hat n_k = \frac{n_k + \epsilon}{\sum_j n_j + K \epsilon} \sum_j n_j
+
+    van den Oord et al. (2017), appendix A.1. The sums are taken in the order of the vectors: the same call gives the same bits.
+
+    Args:
+        codebook: ``(codes, dim)`` or ``(heads, codes, dim)``, float32 or float64; written.
+        ema_count: :math:`n`, ``codebook.shape[:-1]``; written.
+        ema_sum: :math:`m`, the shape of ``codebook``; written.
+        x: vectors as in :func:`vq_nearest`.
+        indices: int64, ``x.shape[:-1]``; each below ``codes``, or negative for a vector that is left out.
+        decay: :math:`\alpha` in [0, 1].
+        eps: :math:`\epsilon`, so that an unused code does not divide by 0.
+
+    Returns:
+        How many vectors fell on each code, int64, in the shape of ``ema_count``.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it.
+    """
+    counts, sums = codebook_sums(x, indices, codebook)
+    codebook_ema_step_(codebook, ema_count, ema_sum, counts, sums, decay=decay, eps=eps)
+    return counts
+
+
+def codebook_sums(x: Tensor, indices: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """The first half of :func:`codebook_ema_update_`: what several processes add up before the second.
+
+    Returns:
+        ``(counts, sums)``: how many vectors fell on each code, int64, and their sums in the shape of ``codebook``.
+    """
+    rows, codes = _flatten(x, codebook)
+    check_tensor("indices", indices, (torch.int64,))
+    check_device("indices", indices, "x", x)
+    check_shape("indices", indices, x.shape[:-1], "the shape of x without its last dimension")
+    backend = _backend.resolve("codebook_sums", x.device, x.dtype)
+    counts, sums = OVERLOADS["codebook_sums", backend](rows.detach(), indices.reshape(rows.shape[:2]), codes.shape[1])
+    return counts.view(codebook.shape[:-1]), sums.view(codebook.shape)
+
+
+def codebook_ema_step_(
+    codebook: Tensor, ema_count: Tensor, ema_sum: Tensor, counts: Tensor, sums: Tensor, *, decay: float = 0.99, eps: float = 1e-5
+) -> None:
+    """The second half of :func:`codebook_ema_update_`, with the counts and sums of :func:`codebook_sums`."""
+    check_tensor("codebook", codebook, (torch.float32, torch.float64))
+    check_like("ema_sum", ema_sum, "codebook", codebook)
+    check_tensor("ema_count", ema_count, (codebook.dtype,))
+    check_device("ema_count", ema_count, "codebook", codebook)
+    check_shape("ema_count", ema_count, codebook.shape[:-1], "the shape of codebook without its last dimension")
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        raise ValueError(f"decay: got {decay!r}, takes a number in [0, 1]")
+    check_nonnegative("eps", eps)
+    backend = _backend.resolve("codebook_ema_", codebook.device, codebook.dtype)
+    state = codebook.detach(), ema_count, ema_sum, counts, sums
+    # A view writes through; operators see (heads, codes, dim).
+    heads = state if codebook.ndim == 3 else tuple(t[None] for t in state)
+    OVERLOADS["codebook_ema_", backend](*heads, float(decay), float(eps))
+
+
+def _flatten(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` as (heads, rows, dim) and the codebook as (heads, codes, dim)."""
+    check_tensor("x", x)
+    check_tensor("codebook", codebook)
+    check_device("codebook", codebook, "x", x)
+    if codebook.ndim not in (2, 3):
+        raise ValueError(f"codebook: got shape {tuple(codebook.shape)}, takes (codes, dim) or (heads, codes, dim)")
+    if 0 in codebook.shape:
+        raise ValueError(f"codebook: got shape {tuple(codebook.shape)}, takes at least one code of at least one dimension")
+    if x.ndim == 0 or x.shape[-1] != codebook.shape[-1]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes (..., {codebook.shape[-1]}), the last dimension of codebook")
+    if codebook.ndim == 2:
+        return x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]), codebook[None]
+    if x.ndim < 2 or x.shape[0] != codebook.shape[0]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes ({codebook.shape[0]}, ..., {codebook.shape[-1]}), one slice a head of codebook")
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), codebook

@@ -1,0 +1,153 @@
+"""Vector quantization in plain PyTorch: the definition, the oracle of the tests and the last fallback."""
+
+import torch
+from torch import Tensor
+
+from fastvae._ops import REDUCTIONS, accumulation_dtype
+from fastvae.reference._reduce import reduction_scale
+
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    """Indices of the codes nearest to ``x`` (heads, rows, dim): squared distances in float64, the lowest index where they are equal."""
+    wide = codebook.double()
+    rows = max(_CHUNK_ELEMENTS // max(codebook[0].numel(), 1), 1)
+    return torch.stack([_nearest_in(rows, x_head, code_head) for x_head, code_head in zip(x, wide, strict=True)])
+
+
+def _nearest_in(rows: int, x: Tensor, codebook: Tensor) -> Tensor:
+    chunks = [((chunk.double()[:, None] - codebook) ** 2).sum(-1).argmin(-1) for chunk in x.split(rows)]
+    indices = torch.cat(chunks) if x.shape[0] else x.new_empty((0,), dtype=torch.int64)
+    return torch.where(torch.isfinite(x).all(-1), indices, 0)
+
+
+def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
+    """The codes (heads, rows, dim) at ``indices`` (heads, rows)."""
+    return codebook.gather(1, indices[..., None].expand(*indices.shape, codebook.shape[-1]))
+
+
+def quantize(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    commitment_cost: float = 0.25,
+    codebook_cost: float = 1.0,
+    gradient: str = "straight_through",
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fastvae.functional.vector_quantize` for ``x`` (heads, rows, dim), written with ``detach`` so that autograd derives the rest."""
+    indices = nearest(x.detach(), codebook.detach())
+    dtype = accumulation_dtype(x.dtype)
+    wide, codes = x.to(dtype), lookup(codebook, indices).to(dtype)
+    errors = codebook_cost * (codes - wide.detach()) ** 2 + commitment_cost * (codes.detach() - wide) ** 2
+    if gradient == "rotation":
+        quantized = rotate(wide, codes.detach())
+    else:
+        quantized = wide + (codes - wide).detach()
+    return quantized.to(x.dtype), indices, _reduce(errors, x.shape[1], REDUCTIONS[reduction], x.dtype)
+
+
+def rotate(x: Tensor, codes: Tensor) -> Tensor:
+    """``codes`` as a rotation and scaling of ``x`` that is held constant."""
+    x_norm, code_norm = (t.detach().norm(dim=-1, keepdim=True) for t in (x, codes))
+    tiny = torch.finfo(x.dtype).tiny
+    x_unit, code_unit = x.detach() / x_norm.clamp(min=tiny), codes / code_norm.clamp(min=tiny)
+    between = x_unit + code_unit
+    between = between / between.norm(dim=-1, keepdim=True).clamp(min=tiny)
+
+    def dot(a, b):
+        return (a * b).sum(-1, keepdim=True)
+
+    turned = x - 2 * between * dot(between, x) + 2 * code_unit * dot(x_unit, x)
+    scaled = turned * (code_norm / x_norm.clamp(min=tiny))
+    return scaled + (codes - scaled).detach()
+
+
+def _reduce(errors: Tensor, batch: int, reduction: int, dtype: torch.dtype) -> Tensor:
+    if reduction == REDUCTIONS["none"]:
+        return errors.to(dtype)
+    if reduction == REDUCTIONS["sample"]:
+        return errors.reshape(batch, -1).sum(1) if errors.numel() else errors.new_zeros((batch,))
+    return errors.sum() * _scale(errors.shape, batch, reduction)
+
+
+def _scale(shape: torch.Size, batch: int, reduction: int) -> float:
+    return reduction_scale(shape if reduction == REDUCTIONS["mean"] else torch.Size((batch,)), reduction)
+
+
+def _check_finite(codebook: Tensor) -> None:
+    if codebook.device.type == "cpu" and not torch.isfinite(codebook).all():
+        raise ValueError("codebook: got NaN or infinite values, takes finite ones")
+
+
+@torch.library.impl("fastvae::codebook_nearest.reference", "CompositeExplicitAutograd")
+def _codebook_nearest(x, codebook, with_distance):
+    _check_finite(codebook)
+    indices, dtype = nearest(x, codebook), accumulation_dtype(x.dtype)
+    if not with_distance:
+        return indices, x.new_empty((0,), dtype=dtype)
+    return indices, ((x.double() - lookup(codebook, indices).double()) ** 2).sum(-1).to(dtype)
+
+
+@torch.library.impl("fastvae::codebook_quantize.reference", "CompositeExplicitAutograd")
+def _codebook_quantize(x, codebook, batch, reduction, loss_weight):
+    _check_finite(codebook)
+    indices, dtype = nearest(x, codebook), accumulation_dtype(x.dtype)
+    codes = lookup(codebook, indices).to(dtype)
+    errors = loss_weight * (x.to(dtype) - codes) ** 2
+    return codes.to(x.dtype), indices, _reduce(errors, batch, reduction, x.dtype)
+
+
+@torch.library.impl("fastvae::codebook_quantize_backward.reference", "CompositeExplicitAutograd")
+def _codebook_quantize_backward(
+    grad_quantized, grad_loss, x, codebook, indices, batch, reduction, codebook_cost, commitment_cost, rotation, with_codebook
+):
+    dtype = accumulation_dtype(x.dtype)
+    wide, codes = x.to(dtype), lookup(codebook, indices).to(dtype)
+    grad_x, grad_codebook = torch.zeros_like(wide), torch.zeros(codebook.shape if with_codebook else (0,), dtype=dtype, device=x.device)
+    if grad_quantized is not None:
+        incoming = grad_quantized.to(dtype)
+        grad_x = grad_x + (_rotate_back(incoming, wide, codes) if rotation else incoming)
+    if grad_loss is not None:
+        weight = _expand(grad_loss.to(dtype), x.shape, batch, reduction)
+        pull = 2.0 * weight * (wide - codes)
+        grad_x = grad_x + commitment_cost * pull
+        if with_codebook:
+            grad_codebook.scatter_add_(1, indices[..., None].expand(x.shape), -codebook_cost * pull)
+    return grad_x.to(x.dtype).contiguous(), grad_codebook.to(codebook.dtype)
+
+
+def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(rotate(leaf, codes), leaf, grad)[0]
+
+
+def _expand(grad_loss: Tensor, shape: torch.Size, batch: int, reduction: int) -> Tensor:
+    if reduction == REDUCTIONS["none"]:
+        return grad_loss
+    if reduction == REDUCTIONS["sample"]:
+        rows = shape[1] // max(batch, 1)
+        return grad_loss.repeat_interleave(rows).view(1, -1, 1)
+    return grad_loss * _scale(shape, batch, reduction)
+
+
+@torch.library.impl("fastvae::codebook_sums.reference", "CompositeExplicitAutograd")
+def _codebook_sums(x, indices, codes):
+    # One bin more, for the rows that are left out.
+    bins = torch.where(indices < 0, codes, indices)
+    counts = torch.zeros((x.shape[0], codes + 1), dtype=torch.int64, device=x.device)
+    counts.scatter_add_(1, bins, torch.ones_like(bins))
+    sums = torch.zeros((x.shape[0], codes + 1, x.shape[2]), dtype=accumulation_dtype(x.dtype), device=x.device)
+    sums.scatter_add_(1, bins[..., None].expand(x.shape), x.to(sums.dtype))
+    return counts[:, :codes].contiguous(), sums[:, :codes].contiguous()
+
+
+@torch.library.impl("fastvae::codebook_ema_.reference", "CompositeExplicitAutograd")
+def _codebook_ema_(codebook, ema_count, ema_sum, counts, sums, decay, eps):
+    ema_count.mul_(decay).add_(counts.to(ema_count.dtype), alpha=1.0 - decay)
+    ema_sum.mul_(decay).add_(sums.to(ema_sum.dtype), alpha=1.0 - decay)
+    total = ema_count.sum(-1, keepdim=True)
+    smoothed = (ema_count + eps) / (total + codebook.shape[1] * eps) * total
+    codebook.copy_(torch.where(smoothed[..., None] > 0, ema_sum / smoothed[..., None], codebook))
