@@ -87,9 +87,7 @@ def latent_forward(
     "Tensor active, SymInt? num_samples, int reduction, float clamp_min, float clamp_max) "
     "-> (Tensor grad_mu, Tensor grad_logvar, Tensor grad_prior_mu, Tensor grad_prior_logvar)",
 )
-def latent_backward(
-    grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max
-):
+def latent_backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max):
     prior = prior_mu is not None
     return _empty_like(mu), _empty_like(mu), _empty_if(prior, mu), _empty_if(prior, mu)
 
@@ -159,9 +157,7 @@ def jacobian_forward(hidden, weight, activation, alpha, reduction, grad_scale, w
     "(Tensor grad_output, Tensor hidden, Tensor weight, Tensor squared_norms, int activation, float alpha, int reduction, "
     "bool with_grad_hidden, bool with_grad_weight) -> (Tensor grad_hidden, Tensor grad_weight)",
 )
-def jacobian_backward(
-    grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight
-):
+def jacobian_backward(grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight):
     return _empty_if(with_grad_hidden, hidden), _empty_if(with_grad_weight, weight)
 
 
@@ -179,6 +175,8 @@ def jacobian_gram_reduce(left, inner, outer, product, with_grad):
     """The scaled matrix ``outer left inner`` against ``product``, which has its shape, contracted over k, over r, and over b (not over b
     where ``left`` has a batch dimension), the factor that the result stands for left out: (dots, grad_inner, grad_left)."""
     return outer.new_empty(outer.shape), _empty_if(with_grad, inner), _empty_if(with_grad, left)
+
+
 def channels_are_last(tensor: Tensor) -> bool:
     """Whether the channels (dimension 1) lie side by side and the rest is dense: ``torch.channels_last``, in any number of dimensions."""
     return not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
@@ -213,6 +211,8 @@ def group_norm_forward(input, num_groups, weight, bias, eps, activation):
 def group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation):
     grads = (input.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (weight, bias))
     return empty_in_layout(input), *grads
+
+
 @_define("codebook_nearest", "(Tensor x, Tensor codebook, bool with_distance) -> (Tensor indices, Tensor distance)")
 def codebook_nearest(x, codebook, with_distance):
     """For ``x`` (heads, rows, dim) and ``codebook`` (heads, codes, dim): int64 indices (heads, rows) and, where ``with_distance``, the squared

@@ -31,9 +31,12 @@ FASTVAE_INLINE float fma(float a, float b, float c) { return a * b + c; }
 #endif
 FASTVAE_INLINE double fma(double a, double b, double c) { return a * b + c; }
 
+// Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, for numbers below 2^22.
+constexpr float kRound = 12582912.0f;
+
+FASTVAE_INLINE float round_even(float x) { return (x + kRound) - kRound; }
+
 FASTVAE_INLINE float exp(float x) {
-  // Adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits.
-  constexpr float kRound = 12582912.0f;
   float t = fma(x, 1.44269504f, kRound), n = t - kRound;
   // ln 2 in two parts, the first exact in 10 bits.
   float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));

@@ -12,13 +12,9 @@ Isa isa_in_use();             // the widest, unless set_isa chose another
 void set_isa(Isa isa);
 
 // Each compiled path says that it ran: the tests prove that they reach it.
-enum class Family { latent, reconstruction, jacobian };
-constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "jacobian"};
-enum class Family { latent, reconstruction, group_norm };
-constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "group_norm"};
-enum class Family { latent, reconstruction, codebook };
-constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "codebook"};
-constexpr int kFamilyCount = 3;
+enum class Family { latent, reconstruction, jacobian, codebook, group_norm };
+constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "jacobian", "codebook", "group_norm"};
+constexpr int kFamilyCount = 5;
 
 void record_run(Family family, const char* isa_name);
 const char* last_run(Family family);  // nullptr where nothing ran

@@ -1,8 +1,8 @@
 """The public functions: argument checks, documentation, and below each its ``torch.autograd.Function``."""
 
-from fastvae.functional.jacobian import JacobianMethod, contractive_penalty, explain_jacobian_method, jacobian_frobenius
-from fastvae.functional.group_norm import group_norm_silu
 from fastvae.functional.codebook import VQ, codebook_ema_update_, vector_quantize, vq_nearest
+from fastvae.functional.group_norm import group_norm_silu
+from fastvae.functional.jacobian import JacobianMethod, contractive_penalty, explain_jacobian_method, jacobian_frobenius
 from fastvae.functional.latent import kl_normal, reparameterize, reparameterize_kl
 from fastvae.functional.reconstruction import (
     ELBO,
@@ -16,19 +16,17 @@ from fastvae.functional.reconstruction import (
 
 __all__ = [
     "ELBO",
+    "VQ",
     "JacobianMethod",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
-    "contractive_penalty",
-    "VQ",
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
     "codebook_ema_update_",
+    "contractive_penalty",
     "elbo_loss",
     "explain_jacobian_method",
     "gaussian_nll",
-    "jacobian_frobenius",
     "group_norm_silu",
+    "jacobian_frobenius",
     "kl_normal",
     "mse_loss",
     "reparameterize",

@@ -11,6 +11,7 @@ from fastvae.models.autoencoder import (
     linear_coders,
     mlp_coders,
 )
+from fastvae.models.conv_vae import ResidualConvVAE
 from fastvae.models.vae import MLPVAE, VAE, ConvVAE, VAEOutput
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ContractiveAE",
     "ConvVAE",
     "DenoisingAE",
+    "ResidualConvVAE",
     "SparseAE",
     "StackedAE",
     "VAEOutput",
@@ -28,7 +30,3 @@ __all__ = [
     "linear_coders",
     "mlp_coders",
 ]
-from fastvae.models.conv_vae import ResidualConvVAE
-from fastvae.models.vae import MLPVAE, VAE, ConvVAE, VAEOutput
-
-__all__ = ["MLPVAE", "VAE", "ConvVAE", "ResidualConvVAE", "VAEOutput"]
