@@ -12,7 +12,7 @@ BACKENDS = ("cpp", "cuda", "triton", "reference")
 # Mirrored by csrc/common/reduction.h and by the constexprs in kernels/.
 REDUCTIONS = {"none": 0, "sample": 1, "batchmean": 2, "sum": 3, "mean": 4}
 LIKELIHOODS = {"bce_with_logits": 0, "bce": 1, "mse": 2, "gaussian": 3}
-ACTIVATIONS = {"none": 0, "silu": 1}
+NORM_ACTIVATIONS = {"none": 0, "silu": 1}
 
 OVERLOADS: dict[tuple[str, str], torch._ops.OpOverload] = {}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvae import _backend
-from fastvae._ops import ACTIVATIONS, OVERLOADS
+from fastvae._ops import NORM_ACTIVATIONS, OVERLOADS
 from fastvae.functional._autograd import apply, first_derivative_only
 from fastvae.functional._checks import check_choice, check_device, check_shape, check_tensor
 
@@ -81,9 +81,9 @@ def group_norm_silu(
             _check_parameter(name, value, input)
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps!r}, takes a finite number >= 0")
-    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("activation", activation, NORM_ACTIVATIONS)
     backend = _backend.resolve("group_norm_forward", input.device, input.dtype)
-    return apply(_GroupNorm, input, num_groups, weight, bias, float(eps), ACTIVATIONS[activation], backend)[0]
+    return apply(_GroupNorm, input, num_groups, weight, bias, float(eps), NORM_ACTIVATIONS[activation], backend)[0]
 
 
 def _check_parameter(name: str, value, input: Tensor) -> None:

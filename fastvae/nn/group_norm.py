@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
-from fastvae._ops import ACTIVATIONS
+from fastvae._ops import NORM_ACTIVATIONS
 from fastvae.functional._checks import check_choice
 
 
@@ -32,7 +32,7 @@ class GroupNormSiLU(nn.GroupNorm):
         *,
         activation: str = "silu",
     ):
-        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("activation", activation, NORM_ACTIVATIONS)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
         self.activation = activation
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastvae._ops import ACTIVATIONS, accumulation_dtype, empty_in_layout
+from fastvae._ops import NORM_ACTIVATIONS, accumulation_dtype, empty_in_layout
 
 
 def _groups(input: Tensor, num_groups: int) -> Tensor:
@@ -52,7 +52,7 @@ def _group_norm_forward(input, num_groups, weight, bias, eps, activation):
     mean, rstd = _statistics(_groups(wide, num_groups), eps)
     normal = _normalise(wide, mean, rstd)
     affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
-    output = torch.nn.functional.silu(affine) if activation == ACTIVATIONS["silu"] else affine
+    output = torch.nn.functional.silu(affine) if activation == NORM_ACTIVATIONS["silu"] else affine
     return _in_layout(output, input), mean, rstd
 
 
@@ -61,7 +61,7 @@ def _group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_group
     wide, grad = (t.to(accumulation_dtype(input.dtype)) for t in (input, grad_output))
     normal = _normalise(wide, mean, rstd)
     scale = _per_channel(weight, normal, 1.0)
-    if activation == ACTIVATIONS["silu"]:
+    if activation == NORM_ACTIVATIONS["silu"]:
         affine = normal * scale + _per_channel(bias, normal, 0.0)
         sigmoid = torch.sigmoid(affine)
         grad = grad * sigmoid * (1.0 + affine * (1.0 - sigmoid))
