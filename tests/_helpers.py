@@ -175,3 +175,8 @@ class Recorder(TorchDispatchMode):
     def backends(self) -> set[str]:
         """The backends of the package's operators that ran."""
         return {func._overloadname for func in self.operators if func.namespace == "fastvae"}
+
+
+def compiled_path(family: str, instruction_set: str) -> str:
+    """The path of ``family`` where an instruction set is chosen: avx512_vnni has kernels of its own for the codebook's integer products."""
+    return "avx512" if instruction_set == "avx512_vnni" and family != "codebook" else instruction_set

@@ -198,5 +198,7 @@ def _flatten(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     if codebook.ndim == 2:
         return x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]), codebook[None]
     if x.ndim < 2 or x.shape[0] != codebook.shape[0]:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, takes ({codebook.shape[0]}, ..., {codebook.shape[-1]}), one slice a head of codebook")
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, takes ({codebook.shape[0]}, ..., {codebook.shape[-1]}), one slice a head of codebook"
+        )
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), codebook

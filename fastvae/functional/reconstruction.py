@@ -168,9 +168,7 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", *, grad_sca
     return _loss("mse", input, target, None, None, None, reduction, grad_scale)
 
 
-def gaussian_nll(
-    input: Tensor, target: Tensor, logvar: Tensor | float, reduction: str = "batchmean", *, grad_scale: float = 1.0
-) -> Tensor:
+def gaussian_nll(input: Tensor, target: Tensor, logvar: Tensor | float, reduction: str = "batchmean", *, grad_scale: float = 1.0) -> Tensor:
     r"""Negative log-likelihood of a Gaussian decoder, in nats, with its full constant.
 
     .. math:: \tfrac12 \left( \log 2\pi + \log\sigma^2 + \frac{(t - x)^2}{\sigma^2} \right)

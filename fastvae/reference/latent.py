@@ -102,9 +102,7 @@ def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor, *, logvar_clamp=(-30
     return (wide_mu + torch.exp(0.5 * wide_logvar) * eps.to(wide_mu.dtype)).to(mu.dtype)
 
 
-def kl_normal(
-    mu, logvar, prior_mu=None, prior_logvar=None, *, reduction="batchmean", free_bits=0.0, logvar_clamp=(-30.0, 20.0)
-) -> Tensor:
+def kl_normal(mu, logvar, prior_mu=None, prior_logvar=None, *, reduction="batchmean", free_bits=0.0, logvar_clamp=(-30.0, 20.0)) -> Tensor:
     """:func:`fastvae.functional.kl_normal`, differentiable any number of times."""
     wide = _prepare((mu, logvar, prior_mu, prior_logvar), _limits(logvar_clamp))
     return _reduce_kl(kl_elements(*wide), REDUCTIONS[reduction], free_bits, mu.dtype)[0]
@@ -133,9 +131,7 @@ def _latent_forward(
 
 
 @torch.library.impl("fastvae::latent_backward.reference", "CompositeExplicitAutograd")
-def _latent_backward(
-    grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max
-):
+def _latent_backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max):
     tensors = (mu, logvar, prior_mu, prior_logvar)
     wide_mu, wide_logvar, *prior = _prepare(tensors, (clamp_min, clamp_max))
     grads = [torch.zeros_like(wide_mu), torch.zeros_like(wide_mu), None, None]

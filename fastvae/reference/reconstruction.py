@@ -115,9 +115,7 @@ def _reconstruction_forward(input, target, weight, pos_weight, logvar, likelihoo
 
 
 @torch.library.impl("fastvae::reconstruction_backward.reference", "CompositeExplicitAutograd")
-def _reconstruction_backward(
-    grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, with_target
-):
+def _reconstruction_backward(grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, with_target):
     spread = expand_gradient(grad_output, input.shape, reduction)
     return _gradients(spread, input, target, weight, pos_weight, logvar, likelihood, with_target)
 
