@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from _helpers import (
     LAYOUTS,
+    TOLERANCES,
     Recorder,
     Source,
     accumulated,
     assert_close,
+    compiled_places,
     each_place,
     each_place_and_dtype,
     lay_out,
     leaf,
     places,
+    threads,
     wide_leaf,
 )
 from hypothesis import example, given
