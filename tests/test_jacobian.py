@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from _helpers import (
     LAYOUTS,
+    TOLERANCES,
     Recorder,
     Source,
     accumulated,
     assert_close,
+    compiled_places,
     each_place,
     each_place_and_dtype,
     lay_out,
     leaf,
     places,
+    threads,
     wide_leaf,
 )
 from hypothesis import example, given
@@ -25,6 +28,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
 
+import fastvae
 from fastvae import _ops
 from fastvae import functional as FV
 from fastvae._ops import ACTIVATIONS, REDUCTIONS
@@ -165,7 +169,7 @@ def test_the_oracle_is_the_norm_of_torch_s_jacobian(activation, default):
         torch.testing.assert_close(gradient, expected_gradient)
 
 
-@each_place(OPERATOR)
+@each_place(OPERATOR, dtype=torch.float64)
 @each_activation
 @pytest.mark.parametrize("reduction", ["batchmean", "sample", "none"])
 def test_gradcheck(place, activation, reduction):
@@ -252,25 +256,35 @@ def test_nan_in_nan_out(place, activation, poisoned):
     assert leaves[1].grad[6].isfinite().all()
 
 
-@each_place(OPERATOR)
-def test_two_runs_agree_bitwise_whatever_the_number_of_threads(place):
+def run_once(place) -> list[torch.Tensor]:
     source = Source(place.device)
-    tensors = [leaf(source.uniform(300, 100)), leaf(source.normal(100, 1000))]
+    tensors, results = [leaf(source.uniform(300, 100)), leaf(source.normal(100, 1000))], []
+    for reduction in REDUCTIONS:
+        penalty = FV.contractive_penalty(*tensors, reduction=reduction)
+        results += [penalty, *torch.autograd.grad(penalty.sum(), tensors)]
+    return results
 
-    def run():
-        results = []
-        for reduction in REDUCTIONS:
-            penalty = FV.contractive_penalty(*tensors, reduction=reduction)
-            results += [penalty, *torch.autograd.grad(penalty.sum(), tensors)]
-        return results
 
-    threads, runs = torch.get_num_threads(), []
-    for count in (1, 1, 2, 3):
-        torch.set_num_threads(count)
-        runs.append(run())
-    torch.set_num_threads(threads)
-    others = runs[1:] if place.backend == "cpp" else runs[1:2]
-    assert all(torch.equal(a, b) for other in others for a, b in zip(runs[0], other, strict=True))
+@each_place(OPERATOR)
+def test_two_runs_agree_bitwise(place):
+    assert all(torch.equal(a, b) for a, b in zip(run_once(place), run_once(place), strict=True))
+
+
+@pytest.mark.parametrize("place", compiled_places(OPERATOR), ids=str)
+def test_the_number_of_threads_changes_no_bit(place):
+    runs = []
+    for count in (1, 3):
+        with threads(count):
+            runs.append(run_once(place))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@each_activation
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_each_instruction_set(instruction_set, activation, dtype):
+    for case in (Case(activation, 41, 70, 1033), Case(activation, 5, 33, 7, reduction="none", layout="sliced")):
+        check("cpu", dtype, case)
+        assert fastvae._C.last_instruction_set("jacobian") == instruction_set
 
 
 @pytest.mark.parametrize("place", [p for p in places(OPERATOR) if p.backend != "reference"], ids=str)
@@ -368,14 +382,14 @@ def compare_with_the_oracle(encoder, x, method, **options) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@each_place(OPERATOR)
+@each_place(OPERATOR, dtype=torch.float64)
 @each_activation
 @pytest.mark.parametrize("method", ["closed_form", "gram", "auto"])
 def test_one_layer(place, activation, method):
     compare_with_the_oracle(mlp((6, 9), activation).to(place.device), Source(place.device).normal(5, 6), method)
 
 
-@each_place(GRAM)
+@each_place(GRAM, dtype=torch.float64)
 @each_activation
 @pytest.mark.parametrize("sizes", [(20, 8, 5), (3, 12, 7), (16, 9, 7, 5), (20, 6, 30, 25), (5, 9, 6, 8, 4)], ids=str)
 def test_gram(place, activation, sizes):
@@ -383,7 +397,7 @@ def test_gram(place, activation, sizes):
     compare_with_the_oracle(mlp(sizes, activation).to(place.device), Source(place.device).normal(4, sizes[0]), "gram")
 
 
-@each_place(GRAM)
+@each_place(GRAM, dtype=torch.float64)
 @pytest.mark.parametrize("sizes", [(20, 8, 5), (9, 7, 8, 5), (5, 9, 6, 8, 4)], ids=str)
 def test_every_order_of_multiplication_gives_the_same(place, sizes, monkeypatch):
     depth = len(sizes) - 1
@@ -393,7 +407,7 @@ def test_every_order_of_multiplication_gives_the_same(place, sizes, monkeypatch)
         compare_with_the_oracle(mlp(sizes).to(place.device), Source(place.device).normal(3, sizes[0]), "gram")
 
 
-@each_place(GRAM)
+@each_place(GRAM, dtype=torch.float64)
 def test_a_batch_of_many_chunks(place, monkeypatch):
     monkeypatch.setattr("fastvae.functional.jacobian._GRAM_ELEMENTS", 3 * 5 * 8)
     encoder, x = mlp((20, 8, 5)).to(place.device), Source(place.device).normal(11, 20)
@@ -401,7 +415,7 @@ def test_a_batch_of_many_chunks(place, monkeypatch):
     compare_with_the_oracle(mlp((20, 8, 6, 5)).to(place.device), x, "gram")
 
 
-@each_place(GRAM)
+@each_place(GRAM, dtype=torch.float64)
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "sample"])
 def test_gradcheck_of_gram(place, reduction):
     encoder = mlp((6, 4, 3), "tanh").double().to(place.device)
@@ -442,7 +456,7 @@ def test_operations_of_a_plan():
         assert chosen <= explicit
 
 
-@each_place(GRAM)
+@each_place(GRAM, dtype=torch.float64)
 def test_what_an_mlp_may_hold(place):
     """Nested Sequentials, Flatten, Identity, dropout and batch-norm in evaluation mode, layers without activation, without bias."""
     torch.manual_seed(0)
@@ -460,7 +474,7 @@ def test_what_an_mlp_may_hold(place):
     compare_with_the_oracle(nn.Linear(6, 3).to(place.device), Source(place.device).normal(6, 6), "closed_form")
 
 
-@each_place(OPERATOR)
+@each_place(OPERATOR, dtype=torch.float64)
 @pytest.mark.parametrize("encoder", ["mlp", "conv"])
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_autograd(place, encoder, chunk_size):
@@ -561,7 +575,7 @@ def test_chunks_bound_what_the_backward_pass_keeps():
         assert kept(method, 8) < 0.2 * kept(method, None)
 
 
-@each_place(GRAM)
+@each_place(GRAM, dtype=torch.float64)
 @pytest.mark.parametrize("method", ["gram", "closed_form"])
 @pytest.mark.parametrize("chunk_size", [1, 3, 5, 64])
 def test_chunks_of_exact_methods(place, method, chunk_size):

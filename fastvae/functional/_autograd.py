@@ -53,6 +53,11 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def graph_is_retained() -> bool:
+    """Whether another backward pass may follow, for which a saved gradient must stay as it is: it is not handed out then."""
+    return not transformed() and torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def apply(function: type[torch.autograd.Function], *args):
     """``function.apply(*args)`` at half its cost: ``args`` are complete and positional, so binding them to the signature (30 us) is left out."""
     if transformed():

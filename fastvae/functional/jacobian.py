@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvae import _backend
 from fastvae._ops import ACTIVATIONS, OVERLOADS, REDUCTIONS, accumulation_dtype
 from fastvae.functional import _chain
-from fastvae.functional._autograd import apply, first_derivative_only, transformed
+from fastvae.functional._autograd import apply, first_derivative_only, graph_is_retained, transformed
 from fastvae.functional._checks import check_choice, check_device, check_reduction, check_scale, check_tensor
 from fastvae.reference._reduce import reduction_scale
 from fastvae.reference.jacobian import DEFAULT_ALPHAS
@@ -40,7 +40,6 @@ class _ContractivePenalty(torch.autograd.Function):
         ctx.mark_non_differentiable(squared_norms, grad_hidden, grad_weight)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, squared_norms, grad_hidden, grad_weight)
-        # Given away once: autograd may accumulate into what it was given.
         ctx.written = any(with_grads)
 
     @staticmethod
@@ -48,18 +47,26 @@ class _ContractivePenalty(torch.autograd.Function):
     def backward(ctx, grad_output, *_):
         if grad_output is None:
             return (None,) * 9
-        hidden, weight, squared_norms, *grads = ctx.saved_tensors
-        if ctx.written and not transformed():
-            factor = grad_output.item() / ctx.grad_scale
-            if factor != 1.0:
-                # An alias that autograd's version check does not see.
-                grads = [grad.data.mul_(factor) for grad in grads]
-        else:
+        hidden, weight, squared_norms, *written = ctx.saved_tensors
+        grads = _rescale(written, grad_output, ctx.grad_scale) if ctx.written else None
+        if grads is None:
             grads = OVERLOADS["jacobian_backward", ctx.backend](
                 grad_output, hidden, weight, squared_norms, ctx.activation, ctx.alpha, ctx.reduction, *ctx.needs_input_grad[:2]
             )
-        ctx.written = False
         return *(grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
+
+
+def _rescale(written: list[Tensor], grad_output: Tensor, expected: float) -> list[Tensor] | None:
+    """The gradients that the forward pass wrote, times ``grad_output / expected``, in place; None where they cannot serve."""
+    if transformed() or graph_is_retained():
+        return None
+    factor = grad_output.item() / expected
+    if factor == 1.0:
+        return written
+    if any(grad.element_size() == 2 for grad in written):
+        return None  # they would be rounded twice
+    # On an alias that autograd's version check does not see.
+    return [grad.data.mul_(factor) for grad in written]
 
 
 def contractive_penalty(
@@ -101,17 +108,20 @@ def contractive_penalty(
     _check_layer(hidden, weight)
     number, scale = check_reduction(reduction), check_scale(grad_scale)
     backend = _backend.resolve("jacobian_forward", hidden.device, hidden.dtype)
-    with_grads = _written_gradients(hidden, weight, reduction)
+    with_grads = _written_gradients(hidden, weight, reduction, scale)
     return apply(
         _ContractivePenalty, hidden, weight, ACTIVATIONS[activation], _check_alpha(activation, alpha), number, scale, *with_grads, backend
     )[0]
 
 
-def _written_gradients(hidden, weight, reduction) -> tuple[bool, bool]:
-    """Which gradients the forward pass writes. Elsewhere than on the CPU, looking at the incoming gradient would make the device wait."""
+def _written_gradients(hidden, weight, reduction, grad_scale) -> tuple[bool, bool]:
+    """Which gradients the forward pass writes: on the CPU, as looking at the incoming one would make another device wait; and in float16
+    only where ``grad_scale`` names the loss scale, without which they underflow."""
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     scalar = reduction in ("batchmean", "sum", "mean")
-    written = scalar and torch.is_grad_enabled() and hidden.device.type == "cpu" and not transformed()
-    return written and hidden.requires_grad, written and weight.requires_grad
+    underflows = grad_scale == 1.0 and any(w and t.dtype == torch.float16 for w, t in zip(wanted, (hidden, weight), strict=True))
+    written = scalar and not underflows and hidden.device.type == "cpu" and not transformed()
+    return written and wanted[0], written and wanted[1]
 
 
 def _check_layer(hidden, weight) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastvae import _backend
 from fastvae._backend import FLOATS
 from fastvae._ops import LIKELIHOODS, OVERLOADS
-from fastvae.functional._autograd import apply, first_derivative_only, transformed
+from fastvae.functional._autograd import apply, first_derivative_only, graph_is_retained, transformed
 from fastvae.functional._checks import (
     check_choice,
     check_device,
@@ -51,7 +51,7 @@ class _Reconstruction(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 10
         *tensors, grad_input, grad_logvar = ctx.saved_tensors
-        if ctx.with_grad and not _graph_is_retained():
+        if ctx.with_grad and not graph_is_retained():
             grads = _rescale(ctx, grad_output, grad_input), None, _rescale(ctx, grad_output, grad_logvar)
         else:
             grads = OVERLOADS["reconstruction_backward", ctx.backend](
@@ -60,11 +60,6 @@ class _Reconstruction(torch.autograd.Function):
         grad_target = grads[1] if ctx.needs_input_grad[1] else None
         grad_logvar = None if tensors[4] is None else grads[2]
         return grads[0], grad_target, None, None, grad_logvar, *(None,) * 5
-
-
-def _graph_is_retained() -> bool:
-    """Whether another backward pass may follow, for which the saved gradient must stay as it is: it is not handed out then."""
-    return not transformed() and torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _rescale(ctx, grad_output: Tensor, grad: Tensor) -> Tensor:
