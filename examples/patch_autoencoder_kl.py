@@ -2,7 +2,8 @@
 
     python examples/patch_autoencoder_kl.py
 
-Needs ``pip install diffusers``. The model is randomly initialised and smaller than Stable Diffusion's; a checkpoint loads before or after the patch alike.
+Needs ``pip install diffusers``. The model is randomly initialised and smaller than Stable Diffusion's; a checkpoint loads before or after
+the patch alike.
 """
 
 import argparse

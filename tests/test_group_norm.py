@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from _helpers import LAYOUTS, Source, assert_close, each_place, each_place_and_dtype, lay_out, leaf, places, wide_leaf
+from _helpers import LAYOUTS, Place, Source, assert_close, each_place, each_place_and_dtype, lay_out, leaf, places, wide_leaf
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -17,6 +17,8 @@ from fastvae._ops import ACTIVATIONS, OVERLOADS
 from fastvae.reference import group_norm as reference
 
 OPERATOR = "group_norm_forward"
+# Triton's interpreter takes seconds for what a kernel does in microseconds: it gets smaller tensors.
+INTERPRETED = Place("cpu", "triton")
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def test_matches_float64(place, dtype, case):
 )
 def test_many_pieces(place, dtype, layout, shape, groups):
     """Groups that several items share, and rows wider than the kernels' columns."""
+    if place == INTERPRETED:
+        shape = (*shape[:2], *(min(length, 61) for length in shape[2:]))
     check(place.device, dtype, Case(shape, groups, layout=layout, grad_layout=layout))
 
 
@@ -120,14 +124,16 @@ def test_many_pieces(place, dtype, layout, shape, groups):
 @pytest.mark.parametrize("mean", [1e2, 1e4, -1e4])
 def test_a_large_mean_with_a_small_variance(place, layout, mean):
     """E[x^2] - E[x]^2 would lose all digits of the variance, and a mean in float32 an error of 5e-4 standard deviations."""
-    check(place.device, torch.float32, Case((2, 24, 40, 40), 6, layout=layout, mean=mean))
+    length = 20 if place == INTERPRETED else 40
+    check(place.device, torch.float32, Case((2, 24, length, length), 6, layout=layout, mean=mean))
 
 
 @each_place(OPERATOR)
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize("where", [0, 5, -1])
 def test_an_outlier_does_not_spoil_the_statistics(place, layout, where):
-    x = Source(place.device).normal(1, 4, 150, 150)
+    length = 60 if place == INTERPRETED else 150
+    x = Source(place.device).normal(1, 4, length, length)
     x.view(4, -1)[:, where] = 1e6
     y = FV.group_norm_silu(arrange(x, layout), 2, activation="none")
     expected = F.group_norm(x.double(), 2)
@@ -137,17 +143,17 @@ def test_an_outlier_does_not_spoil_the_statistics(place, layout, where):
 @each_place(OPERATOR)
 def test_weight_gradients_of_a_million_elements(place):
     """131072 terms a sum: the error is that of the terms' rounding, which grows with the root of their number, and not that of the sum."""
-    source = Source(place.device)
-    x, incoming = (last(source.normal(2, 8, 256, 256)) for _ in range(2))
+    source, length = Source(place.device), 64 if place == INTERPRETED else 256
+    x, incoming = (last(source.normal(2, 8, length, length)) for _ in range(2))
     parameters = [leaf(source.normal(8)) for _ in range(2)]
     gradients = torch.autograd.grad(FV.group_norm_silu(x, 4, *parameters), parameters, incoming)
     wide = [wide_leaf(p) for p in parameters]
     expected = torch.autograd.grad(oracle(x.double(), 4, *wide, "silu"), wide, incoming.double())
     for actual, exact in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2.5e-7 * 131072**0.5)
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2.5e-7 * (2 * length**2) ** 0.5)
 
 
-@each_place(OPERATOR)
+@each_place(OPERATOR, dtype=torch.float64)
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
