@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from _helpers import LAYOUTS, Source, assert_close, compiled_path, each_place, each_place_and_dtype, lay_out, leaf, places, wide_leaf
+from _helpers import LAYOUTS, Place, Source, assert_close, compiled_path, each_place, each_place_and_dtype, lay_out, leaf, places, wide_leaf
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -17,6 +17,13 @@ from fastvae._ops import NORM_ACTIVATIONS, OVERLOADS
 from fastvae.reference import group_norm as reference
 
 OPERATOR = "group_norm_forward"
+# Triton's interpreter takes seconds for what a kernel does in microseconds: it gets smaller tensors.
+INTERPRETED = Place("cpu", "triton")
+
+
+def roundings(place: Place, dtype: torch.dtype) -> int:
+    """In units of a rounding to nearest: Triton's interpreter cuts a float32 off where it makes a bfloat16 of it."""
+    return 2 if place == INTERPRETED and dtype == torch.bfloat16 else 1
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,8 @@ def oracle(x, groups, weight, bias, activation, eps=1e-5):
     return F.silu(u) if activation == "silu" else u
 
 
-def check(device: str, dtype: torch.dtype, case: Case) -> None:
-    source = Source(device, dtype, case.seed)
+def check(place: Place, dtype: torch.dtype, case: Case) -> None:
+    source, ulps = Source(place.device, dtype, case.seed), roundings(place, dtype)
     x = leaf(arrange((source.normal(*case.shape, dtype=torch.float64) + case.mean).to(dtype), case.layout))
     parameters = [leaf(source.normal(case.shape[1])) for _ in range(2)] if case.affine else []
     weight, bias = parameters or (None, None)
@@ -61,17 +68,17 @@ def check(device: str, dtype: torch.dtype, case: Case) -> None:
     expected = oracle(wide[0], case.groups, *(wide[1:] or (None, None)), case.activation)
     # The normalisation cancels x and its mean, of some ulps each.
     scale = 1.0 + float(expected.detach().abs().max())
-    assert_close(y.detach(), expected.detach(), dtype, magnitude=scale)
+    assert_close(y.detach(), expected.detach(), dtype, magnitude=scale, roundings=ulps)
     incoming = arrange(source.normal(*case.shape), case.grad_layout)
     gradients = torch.autograd.grad(y, leaves, incoming)
     oracles = torch.autograd.grad(expected, wide, incoming.double())
     # What the gradient of x cancels: the incoming one, scaled, and its projections.
     rstd = 1.0 / float((wide[0].detach().reshape(case.shape[0], case.groups, -1).var(2, correction=0) + 1e-5).sqrt().min())
     largest = rstd * 4.0 * float(incoming.double().abs().max()) * (float(parameters[0].detach().abs().max()) if parameters else 1.0)
-    assert_close(gradients[0], oracles[0], dtype, magnitude=max(largest, float(oracles[0].abs().max())))
+    assert_close(gradients[0], oracles[0], dtype, magnitude=max(largest, float(oracles[0].abs().max())), roundings=ulps)
     for actual, expected_gradient in zip(gradients[1:], oracles[1:], strict=True):
         terms = case.shape[0] * math.prod(case.shape[2:])
-        assert_close(actual, expected_gradient, dtype, magnitude=terms**0.5 * 4.0)
+        assert_close(actual, expected_gradient, dtype, magnitude=terms**0.5 * 4.0, roundings=ulps)
 
 
 shapes = st.builds(
@@ -102,7 +109,7 @@ cases = st.builds(
 @example(case=Case((5, 20), 4))
 @example(case=Case((3, 1, 1, 1), 1))
 def test_matches_float64(place, dtype, case):
-    check(place.device, dtype, case)
+    check(place, dtype, case)
 
 
 @each_place_and_dtype(OPERATOR)
@@ -112,7 +119,9 @@ def test_matches_float64(place, dtype, case):
 )
 def test_many_pieces(place, dtype, layout, shape, groups):
     """Groups that several items share, and rows wider than the kernels' columns."""
-    check(place.device, dtype, Case(shape, groups, layout=layout, grad_layout=layout))
+    if place == INTERPRETED:
+        shape = (*shape[:2], *(min(length, 61) for length in shape[2:]))
+    check(place, dtype, Case(shape, groups, layout=layout, grad_layout=layout))
 
 
 @each_place(OPERATOR)
@@ -120,14 +129,16 @@ def test_many_pieces(place, dtype, layout, shape, groups):
 @pytest.mark.parametrize("mean", [1e2, 1e4, -1e4])
 def test_a_large_mean_with_a_small_variance(place, layout, mean):
     """E[x^2] - E[x]^2 would lose all digits of the variance, and a mean in float32 an error of 5e-4 standard deviations."""
-    check(place.device, torch.float32, Case((2, 24, 40, 40), 6, layout=layout, mean=mean))
+    length = 20 if place == INTERPRETED else 40
+    check(place, torch.float32, Case((2, 24, length, length), 6, layout=layout, mean=mean))
 
 
 @each_place(OPERATOR)
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize("where", [0, 5, -1])
 def test_an_outlier_does_not_spoil_the_statistics(place, layout, where):
-    x = Source(place.device).normal(1, 4, 150, 150)
+    length = 60 if place == INTERPRETED else 150
+    x = Source(place.device).normal(1, 4, length, length)
     x.view(4, -1)[:, where] = 1e6
     y = FV.group_norm_silu(arrange(x, layout), 2, activation="none")
     expected = F.group_norm(x.double(), 2)
@@ -137,17 +148,17 @@ def test_an_outlier_does_not_spoil_the_statistics(place, layout, where):
 @each_place(OPERATOR)
 def test_weight_gradients_of_a_million_elements(place):
     """131072 terms a sum: the error is that of the terms' rounding, which grows with the root of their number, and not that of the sum."""
-    source = Source(place.device)
-    x, incoming = (last(source.normal(2, 8, 256, 256)) for _ in range(2))
+    source, length = Source(place.device), 64 if place == INTERPRETED else 256
+    x, incoming = (last(source.normal(2, 8, length, length)) for _ in range(2))
     parameters = [leaf(source.normal(8)) for _ in range(2)]
     gradients = torch.autograd.grad(FV.group_norm_silu(x, 4, *parameters), parameters, incoming)
     wide = [wide_leaf(p) for p in parameters]
     expected = torch.autograd.grad(oracle(x.double(), 4, *wide, "silu"), wide, incoming.double())
     for actual, exact in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2.5e-7 * 131072**0.5)
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=4e-7 * (2 * length**2) ** 0.5)
 
 
-@each_place(OPERATOR)
+@each_place(OPERATOR, dtype=torch.float64)
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("activation", NORM_ACTIVATIONS)
@@ -178,9 +189,10 @@ def test_float32_parameters_with_16_bit_input(place, dtype, only):
     full = {"weight": torch.ones(12, dtype=torch.float64), "bias": torch.zeros(12, dtype=torch.float64), **wide}
     wide_x = wide_leaf(x)
     expected = oracle(wide_x, 4, full["weight"], full["bias"], "silu")
-    assert_close(y.detach(), expected.detach(), dtype)
+    ulps = roundings(place, dtype)
+    assert_close(y.detach(), expected.detach(), dtype, roundings=ulps)
     exact = torch.autograd.grad(expected, [wide_x, *wide.values()], incoming.double())
-    assert_close(gradients[0], exact[0], dtype, magnitude=4.0)
+    assert_close(gradients[0], exact[0], dtype, magnitude=4.0, roundings=ulps)
     for actual, gradient in zip(gradients[1:], exact[1:], strict=True):
         assert_close(actual, gradient, torch.float32, magnitude=50.0)
 
@@ -284,7 +296,7 @@ def test_far_from_zero(place, dtype):
         weight = leaf(torch.full((1,), gain, dtype=dtype, device=place.device))
         y = FV.group_norm_silu(x, 1, weight, eps=0.0)
         expected = F.silu(x.double() * gain)
-        assert_close(y.detach(), expected, dtype)
+        assert_close(y.detach(), expected, dtype, roundings=roundings(place, dtype))
         (gradient,) = torch.autograd.grad(y[..., 4:].sum(), weight)
         slope = torch.func.grad(F.silu)(torch.tensor(gain, dtype=torch.float64))
         torch.testing.assert_close(gradient.double().item(), 4.0 * float(slope), rtol=5e-3, atol=1e-6)
@@ -336,10 +348,11 @@ def test_every_instruction_set(name, dtype):
     try:
         fastvae._C.set_instruction_set(name)
         with fastvae.use_backend("cpp"):
+            place = Place("cpu", "cpp")
             for layout in ("contiguous", "last"):
                 case = Case((2, 36, 19, 21), 6, layout=layout, grad_layout=layout)
-                check("cpu", dtype, case)
-                check("cpu", dtype, replace(case, activation="none", affine=False))
+                check(place, dtype, case)
+                check(place, dtype, replace(case, activation="none", affine=False))
         assert fastvae._C.last_instruction_set("group_norm") == compiled_path("group_norm", name)
     finally:
         fastvae._C.set_instruction_set(used)
