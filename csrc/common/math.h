@@ -1,5 +1,5 @@
 // Branch-free exp, log, log1p and sincos that a compiler vectorises: ternaries instead of branches, NaN and infinities as in <cmath>.
-// The float polynomials are minimax fits of degree 5 to 8 with errors of about one unit in the last place.
+// The float polynomials are minimax fits with errors of one or two units in the last place.
 #pragma once
 
 #include <cmath>
@@ -31,29 +31,24 @@ FASTVAE_INLINE float fma(float a, float b, float c) { return a * b + c; }
 #endif
 FASTVAE_INLINE double fma(double a, double b, double c) { return a * b + c; }
 
-// Without the instruction, rounding would be a library call.
-#if defined(__SSE4_1__) || defined(__aarch64__) || defined(__CUDA_ARCH__)
-FASTVAE_INLINE float round_even(float x) { return rintf(x); }
-#else
-FASTVAE_INLINE float round_even(float x) { return static_cast<float>(static_cast<int32_t>(x + (x < 0.0f ? -0.5f : 0.5f))); }
-#endif
-
 FASTVAE_INLINE float exp(float x) {
-  float n = round_even(x * 1.44269504f);
+  // Adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits.
+  constexpr float kRound = 12582912.0f;
+  float t = fma(x, 1.44269504f, kRound), n = t - kRound;
   // ln 2 in two parts, the first exact in 10 bits.
   float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
-  // Twice the polynomial times half the power of two: the power stays a normal number up to the overflow of the result.
-  float p = 3.9751383000e-4f;
-  p = fma(p, r, 2.7963999014e-3f);
-  p = fma(p, r, 1.6666904615e-2f);
-  p = fma(p, r, 8.3331591788e-2f);
-  p = fma(p, r, 3.3333330918e-1f);
-  p = fma(p, r, 1.0000000240f);
-  p = fma(p * r, r, fma(r, 2.0f, 2.0f));
-  float value = p * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 126) << 23);
-  // Denormal results are 0. A NaN passes both comparisons.
+  float p = 1.9875691500e-4f;
+  p = fma(p, r, 1.3981999507e-3f);
+  p = fma(p, r, 8.3334519073e-3f);
+  p = fma(p, r, 4.1665795894e-2f);
+  p = fma(p, r, 1.6666665459e-1f);
+  p = fma(p, r, 5.0000001201e-1f);
+  p = fma(p, r, 1.0f);
+  p = fma(p, r, 1.0f);
+  float value = bits_to_float(float_to_bits(p) + (float_to_bits(t) << 23));
+  // Denormal results are 0. A NaN fails the second comparison and passes through the sum.
   value = x < -87.3f ? 0.0f : value;
-  return x > 88.72f ? INFINITY : value;
+  return x <= 88.72f ? value : x + INFINITY;
 }
 FASTVAE_INLINE double exp(double x) { return ::exp(x); }
 
@@ -87,12 +82,20 @@ FASTVAE_INLINE float log(float x) {
 }
 FASTVAE_INLINE double log(double x) { return ::log(x); }
 
-// log(1 + x) for x > -1 given 1 / (1 + x); the quotient gives back what rounding 1 + x lost.
-FASTVAE_INLINE float log1p_given_reciprocal(float x, float reciprocal) {
-  float u = 1.0f + x;
-  return log_normal(u) + (x - (u - 1.0f)) * reciprocal;
+// log(1 + x) for x in [0, 1]: a polynomial for log(1 + x) / x, so that small x keep their relative accuracy.
+FASTVAE_INLINE float log1p_unit(float x) {
+  float p = 5.232694093e-3f;
+  p = fma(p, x, -2.950523980e-2f);
+  p = fma(p, x, 7.822595537e-2f);
+  p = fma(p, x, -1.366324574e-1f);
+  p = fma(p, x, 1.910600662e-1f);
+  p = fma(p, x, -2.484298199e-1f);
+  p = fma(p, x, 3.331909776e-1f);
+  p = fma(p, x, -4.999949336e-1f);
+  p = fma(p, x, 9.999999404e-1f);
+  return p * x;
 }
-FASTVAE_INLINE double log1p_given_reciprocal(double x, double) { return ::log1p(x); }
+FASTVAE_INLINE double log1p_unit(double x) { return ::log1p(x); }
 
 FASTVAE_INLINE float sqrt(float x) { return ::sqrtf(x); }
 

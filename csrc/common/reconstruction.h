@@ -17,8 +17,8 @@ struct BCEWithLogits {
   FASTVAE_INLINE LossTerms<T> terms(T x, T t) {
     T e = exp(-absolute(x)), r = T(1) / (T(1) + e);
     T sigmoid = x < T(0) ? e * r : r;
-    T hinge = x < T(0) ? -x : T(0);
-    return {fma(T(1) - t, x, hinge + log1p_given_reciprocal(e, r)), sigmoid - t, -x, T(0)};
+    T hinge = -x > T(0) ? -x : T(0);
+    return {fma(T(1) - t, x, hinge + log1p_unit(e)), sigmoid - t, -x, T(0)};
   }
 };
 
@@ -28,8 +28,8 @@ struct WeightedBCEWithLogits {
   FASTVAE_INLINE LossTerms<T> terms(T x, T t, T p) {
     T e = exp(-absolute(x)), r = T(1) / (T(1) + e);
     T complement = x < T(0) ? r : e * r;  // sigmoid(-x)
-    T hinge = x < T(0) ? -x : T(0);
-    T softplus = hinge + log1p_given_reciprocal(e, r);  // of -x
+    T hinge = -x > T(0) ? -x : T(0);
+    T softplus = hinge + log1p_unit(e);  // of -x
     T excess = p - T(1), factor = fma(excess, t, T(1));
     return {fma(T(1) - t, x, factor * softplus), fma(-factor, complement, T(1) - t), fma(excess, softplus, -x), T(0)};
   }
@@ -51,7 +51,7 @@ struct BCE {
     return value < T(-100) ? T(-100) : value;
   }
   FASTVAE_INLINE float log_complement(float x, float complement) {
-    // As in log1p_given_reciprocal; at x = 1 the logarithm is -inf and the correction must not turn it into NaN.
+    // What rounding 1 - x lost comes back; at x = 1 the logarithm is -inf and the correction must not turn it into NaN.
     float correction = ((1.0f - complement) - x) / complement;
     return log(complement) + (complement == 0.0f ? 0.0f : correction);
   }

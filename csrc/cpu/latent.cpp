@@ -76,7 +76,7 @@ Tensor active_dimensions(const LatentInputs& in, const Tensor& mu, double free_b
   for (int64_t d = 0; d < inner; ++d) {
     double total = 0.0;
     for (int64_t b = 0; b < blocks; ++b) total += sums[b * inner + d];
-    out[d] = total / static_cast<double>(batch) > free_bits;
+    out[d] = !(total / static_cast<double>(batch) <= free_bits);  // a NaN stays
   }
   return active;
 }

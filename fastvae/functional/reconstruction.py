@@ -285,13 +285,13 @@ def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad
     options = check_reduction(reduction), _check_scale(grad_scale), _writes_gradient(input, target, logvar, reduction)
     backend = _backend.resolve("reconstruction_forward", input.device, input.dtype)
     order = None if input.is_contiguous() else _memory_order(input, reduction)
-    shared = (_share(value, input.shape, order) for value in (weight, pos_weight))
+    shared = [_share(value, input.shape, order) for value in (weight, pos_weight)]
     logvar = _share(logvar, input.shape, order, MAX_SHARED_LOGVAR)
     if order is not None:
         input, target = input.permute(order), target.permute(order)
     loss = apply(_Reconstruction, input, target, *shared, logvar, LIKELIHOODS[likelihood], *options, backend)[0]
     if order is not None and reduction == "none":
-        return loss.permute(sorted(range(len(order)), key=order.__getitem__))
+        return loss.permute([order.index(d) for d in range(len(order))])
     return loss
 
 
@@ -327,7 +327,7 @@ def _share(value: Tensor | None, shape: torch.Size, order: list[int] | None, lon
     """A broadcast argument in as many dimensions as the input, in its memory order, and expanded where a kernel could not index it."""
     if value is None:
         return None
-    value = value.view(*(1,) * (len(shape) - value.ndim), *value.shape)
+    value = value.view((*(1,) * (len(shape) - value.ndim), *value.shape))
     if order is not None:
         value, shape = value.permute(order), [shape[d] for d in order]
     too_long = value.shape != tuple(shape) and value.numel() > longest
@@ -336,13 +336,14 @@ def _share(value: Tensor | None, shape: torch.Size, order: list[int] | None, lon
 
 def _is_one_run(sizes, shape) -> bool:
     """Whether the dimensions that are not broadcast stand side by side: element e then reads value (e // inner) % period."""
-    kinds = [size != 1 for size, full in zip(sizes, shape, strict=True) if full != 1]
-    return sum(a != b for a, b in zip([False, *kinds], [*kinds, False], strict=True)) <= 2
+    # As text: with dynamic shapes torch.compile then decides each comparison.
+    read = "".join("x" if size != 1 else "." for size, full in zip(sizes, shape, strict=True) if full != 1)
+    return "." not in read.strip(".")
 
 
 def _memory_order(input: Tensor, reduction: str) -> list[int] | None:
     """The order of dimensions in which a dense permuted tensor is contiguous, so that it is served without a copy."""
-    order = sorted(range(input.ndim), key=lambda d: (-input.stride(d), d))
+    order = list(input.dim_order())
     needs_batch_first = reduction in ("sample", "batchmean")
     if (needs_batch_first and order[0] != 0) or not input.permute(order).is_contiguous():
         return None

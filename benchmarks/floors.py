@@ -1,0 +1,72 @@
+"""Holds figures against ``floors.toml``, the speed that has to be reached."""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from benchmarks.devices import Cpu
+from benchmarks.registry import OURS
+from benchmarks.results import Figure
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILE = Path(__file__).with_name("floors.toml")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was asked of a provider of a case, and what was measured: ``None`` where nothing was."""
+
+    device: str
+    case: str
+    provider: str
+    least: float
+    measured: float | None
+
+    @property
+    def falls_short(self) -> bool:
+        return self.measured is not None and self.measured < self.least
+
+    def __str__(self) -> str:
+        measured = "not measured" if self.measured is None else f"{self.measured:.2f}"
+        shortfall = " FALLS SHORT" if self.falls_short else ""
+        return f"{self.device:<5}{self.case:<55}{self.provider:<25}>= {self.least:<7g}{measured}{shortfall}"
+
+
+def judge(figures: Iterable[Figure], floors: dict) -> list[Verdict]:
+    """A verdict for each floor and each case it matches; ``figures`` are the newest ones."""
+    verdicts = []
+    for device, section in floors.items():
+        rows = [row for row in figures if row.device == device and _same_machine(row, section)]
+        for floor in section["floors"]:
+            mode = floor.get("mode", section["mode"])
+            matching = [row for row in rows if row.mode == mode and fnmatchcase(row.case, floor["case"])]
+            verdicts += _judge(device, floor, matching)
+    return verdicts
+
+
+def _same_machine(row: Figure, section: dict) -> bool:
+    if "device_name" in section:
+        return row.device_name == section["device_name"]
+    return row.device_name == Cpu().name and row.threads == section["threads"]
+
+
+def _judge(device: str, floor: dict, rows: list[Figure]) -> list[Verdict]:
+    verdicts = []
+    for case in sorted({row.case for row in rows}) or [floor["case"]]:
+        found = {row.provider: row for row in rows if row.case == case}
+        for provider, least in floor["at_least"].items():
+            verdicts.append(Verdict(device, case, provider, least, found[provider].ratio if provider in found else None))
+        if "share_of_roof" in floor:
+            share = found[OURS].rate / found[OURS].roof_rate if OURS in found else None
+            verdicts.append(Verdict(device, case, "share of the roof", floor["share_of_roof"], share))
+    return verdicts
+
+
+def load(path: Path = FILE) -> dict:
+    return tomllib.loads(path.read_text())
