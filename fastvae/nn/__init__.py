@@ -3,6 +3,7 @@
 from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty, MSELoss, VAELoss
 from fastvae.nn.sampling import Reparameterize
 from fastvae.nn.schedules import CapacitySchedule, CosineSchedule, CyclicalSchedule, LinearSchedule
+from fastvae.nn.vector_quantizer import ResidualVectorQuantizer, VectorQuantizer, VQOutput
 
 __all__ = [
     "BCELoss",
@@ -15,5 +16,8 @@ __all__ = [
     "LinearSchedule",
     "MSELoss",
     "Reparameterize",
+    "ResidualVectorQuantizer",
     "VAELoss",
+    "VQOutput",
+    "VectorQuantizer",
 ]
