@@ -128,8 +128,8 @@ def mixed_rows(source, n, d, k):
 
 
 DATA = (
-    random, clustered, duplicated, all_equal, nearly_duplicated, on_the_codes, midway, permuted_ties, offset, tiny, denormal, huge, far_rows,
-    outliers, mixed_rows,
+    random, clustered, duplicated, all_equal, nearly_duplicated, on_the_codes, midway, permuted_ties, offset, tiny, denormal, huge,
+    far_rows, outliers, mixed_rows,
 )  # fmt: skip
 
 
