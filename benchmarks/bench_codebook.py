@@ -3,6 +3,7 @@
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.registry import Case, Inputs, Results, Unavailable, WrongResult, compiled
@@ -142,7 +143,7 @@ def layer_inputs(size, dtype, device) -> Inputs:
     return Inputs(inputs.leaves, inputs.others, incoming=(torch.randn(size[:2], dtype=dtype, device=device), None))
 
 
-def _step(layer, x: Tensor, codebook: Tensor, incoming):
+def _step(layer, x: Tensor, incoming):
     """Forward and backward of a layer whose codebook moves, from the same codebook each time."""
 
     def operation():
@@ -164,7 +165,37 @@ def fused_step(inputs: Inputs):
         output = layer(x)
         return output.quantized, output.loss
 
-    return _step(call_layer, x, codebook, inputs.incoming)
+    return _step(call_layer, x, inputs.incoming)
+
+
+def quantize_and_move(x, codebook, ema_count, ema_sum, decay=1.0, eps=1e-5):
+    """The step in plain PyTorch."""
+    with torch.no_grad():
+        indices = torch.cdist(x, codebook).argmin(-1)
+        codes = codebook[indices]
+    quantized = x + (codes - x).detach()
+    loss = F.mse_loss(x, codes)
+    with torch.no_grad():
+        one_hot = F.one_hot(indices, len(codebook)).type(x.dtype)
+        ema_count.lerp_(one_hot.sum(0), 1 - decay)
+        ema_sum.lerp_(one_hot.T @ x, 1 - decay)
+        total = ema_count.sum()
+        codebook.copy_(ema_sum / ((ema_count + eps) / (total + len(codebook) * eps) * total)[:, None])
+    return quantized, loss
+
+
+def plain_step(function):
+    def provide(inputs: Inputs):
+        x, codebook = inputs.leaves["x"], inputs.others["codebook"].clone()
+        state = codebook, torch.ones_like(codebook[:, 0]), codebook.clone()
+        return _step(lambda x: function(x, *state), x, inputs.incoming)
+
+    return provide
+
+
+def compiled_step(inputs: Inputs):
+    compiled(quantize_and_move)(inputs)  # raises where there is no compiler
+    return plain_step(torch.compile(quantize_and_move))(inputs)
 
 
 def vector_quantize_pytorch_step(inputs: Inputs):
@@ -181,7 +212,7 @@ def vector_quantize_pytorch_step(inputs: Inputs):
         quantized, _, loss = layer(x[None])
         return quantized[0], loss.sum()
 
-    return _step(call_layer, x, codebook, inputs.incoming)
+    return _step(call_layer, x, inputs.incoming)
 
 
 def _training_step(size, quick=False) -> Case:
@@ -191,7 +222,12 @@ def _training_step(size, quick=False) -> Case:
         size=size,
         tiny=(60, 5, 20),
         setup=layer_inputs,
-        providers={"vector-quantize-pytorch": vector_quantize_pytorch_step, "fastvae": fused_step},
+        providers={
+            "eager": plain_step(quantize_and_move),
+            "compile": compiled_step,
+            "vector-quantize-pytorch": vector_quantize_pytorch_step,
+            "fastvae": fused_step,
+        },
         outputs=("quantized", "loss"),
         work=products,
         unit="FLOP",
