@@ -215,8 +215,8 @@ def group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_groups
 
 @_define("codebook_nearest", "(Tensor x, Tensor codebook, bool with_distance) -> (Tensor indices, Tensor distance)")
 def codebook_nearest(x, codebook, with_distance):
-    """For ``x`` (heads, rows, dim) and ``codebook`` (heads, codes, dim): int64 indices (heads, rows) and, where ``with_distance``, the squared
-    distances in the accumulation dtype."""
+    """For ``x`` (heads, rows, dim) and ``codebook`` (heads, codes, dim): int64 indices (heads, rows) and, where ``with_distance``, the
+    squared distances in the accumulation dtype."""
     distance = x.new_empty(x.shape[:2] if with_distance else (0,), dtype=accumulation_dtype(x.dtype))
     return x.new_empty(x.shape[:2], dtype=torch.int64), distance
 

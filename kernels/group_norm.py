@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvae._ops import ACTIVATIONS, channels_are_last, empty_in_layout
+from fastvae._ops import NORM_ACTIVATIONS, channels_are_last, empty_in_layout
 from fastvae.kernels import _device, _launch
 
-SILU = tl.constexpr(ACTIVATIONS["silu"])
+SILU = tl.constexpr(NORM_ACTIVATIONS["silu"])
 
 # Elements of a group that one program holds: 16 registers a thread for the input, as many for the gradient.
 ON_CHIP = 2048

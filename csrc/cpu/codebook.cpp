@@ -44,7 +44,7 @@ class Packing {
   Tensor allocate() {
     int64_t codes = panels() * kernels().codes_per_panel, dim = search_.dim;
     int64_t padded = (dim + kRowAlignment - 1) / kRowAlignment * kRowAlignment, pairs = search_.pairs ? (dim + 1) / 2 : 0;
-    std::vector<int64_t> sizes{dim * 2, dim, codes * padded, codes * dim, codes * pairs, codes, codes, codes};
+    std::vector<int64_t> sizes{dim * 2, codes * padded, codes * dim, codes * pairs, codes, codes, codes};
     int64_t words = 0;
     for (int64_t& size : sizes) {
       size = (size + 15) / 16 * 16;
@@ -54,19 +54,18 @@ class Packing {
     float* next = static_cast<float*>(storage.mutable_data_ptr());
     for (PackedCodes& packed : heads_) {
       packed.panels = panels();
-      float* parts[8];
-      for (int i = 0; i < 8; ++i) {
+      float* parts[7];
+      for (int i = 0; i < 7; ++i) {
         parts[i] = next;
         next += sizes[i];
       }
       packed.mean = reinterpret_cast<double*>(parts[0]);
-      packed.float_mean = parts[1];
-      packed.rows = parts[2];
-      packed.panel_rows = parts[3];
-      packed.panel_pairs = reinterpret_cast<int32_t*>(parts[4]);
-      packed.half_norm = parts[5];
-      packed.norm = parts[6];
-      packed.residual = parts[7];
+      packed.rows = parts[1];
+      packed.panel_rows = parts[2];
+      packed.panel_pairs = reinterpret_cast<int32_t*>(parts[3]);
+      packed.half_norm = parts[4];
+      packed.norm = parts[5];
+      packed.residual = parts[6];
     }
     return storage;
   }
@@ -88,6 +87,7 @@ class Packing {
     // Both ends leave the factor itself a normal float, or double.
     int limit = search_.wide ? 1000 : 120;
     heads_[head].scale = std::ldexp(1.0, std::clamp(-exponent, -limit, limit));
+    heads_[head].pairs = search_.pairs && exponent <= limit;
     std::vector<bool> skipped = repeated(head, hashes);
     torch::stable::parallel_for(0, panels(), 8, [&](int64_t begin, int64_t end) { kernels().pack(search_, head, skipped, begin, end); });
   }
@@ -104,8 +104,7 @@ class Packing {
     }
     for (int64_t d = 0; d < dim; ++d) {
       mean[d] /= static_cast<double>(count);
-      heads_[head].float_mean[d] = static_cast<float>(mean[d]);
-      if (!search_.wide) mean[d] = heads_[head].float_mean[d];
+      if (!search_.wide) mean[d] = static_cast<float>(mean[d]);
     }
   }
 
@@ -283,8 +282,8 @@ std::tuple<Tensor, Tensor> codebook_sums(const Tensor& x, const Tensor& indices,
   return {counts, sums};
 }
 
-std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad_quantized, const OptionalTensor& grad_loss, const Tensor& x,
-                                                      const Tensor& codebook, const Tensor& indices, int64_t batch,
+std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad_quantized, const OptionalTensor& grad_loss,
+                                                      const Tensor& x, const Tensor& codebook, const Tensor& indices, int64_t batch,
                                                       int64_t reduction_number, double codebook_cost, double commitment_cost, bool rotation,
                                                       bool with_codebook) {
   auto reduction = static_cast<Reduction>(reduction_number);

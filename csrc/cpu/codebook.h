@@ -23,8 +23,8 @@ struct Rows {
 struct PackedCodes {
   int64_t panels = 0;              // of codes_per_panel each
   double scale = 1.0;              // a power of two; the largest norm is about 1 after it
-  double* mean = nullptr;          // (dim)
-  float* float_mean = nullptr;     // the same numbers, unless some input is float64
+  bool pairs = false;              // whether it is below kLargestNorm, so that 16-bit integers can hold the codes
+  double* mean = nullptr;          // (dim); floats, unless some input is float64
   float* rows = nullptr;           // (code, padded dim)
   float* panel_rows = nullptr;     // (panel, dim, code in panel), negative
   int32_t* panel_pairs = nullptr;  // the same times kPairScale as pairs of 16-bit integers, (panel, (dim + 1) / 2, code in panel)
@@ -33,8 +33,8 @@ struct PackedCodes {
   float* residual = nullptr;       // at least the norm of what rounding to 16 bits took away, in units of 1 / kPairScale
 };
 
-constexpr float kNeverNearest = 1e30f;   // a half norm
-constexpr double kLargestNorm = 0.97;    // below which scale keeps all norms: sums of products of pairs then stay below 2^31
+constexpr float kNeverNearest = 1e30f;  // a half norm
+constexpr double kLargestNorm = 0.97;   // below which scale keeps all norms: sums of products of pairs then stay below 2^31
 constexpr float kPairScale = 32768.0f;
 constexpr int64_t kLongestPairs = 4096;  // dimensions for which that holds with the rounding of each element
 constexpr int64_t kRowAlignment = 16;    // of the padded dim
@@ -43,7 +43,7 @@ struct Search {
   Rows x, codebook;
   int64_t heads, rows, codes, dim;
   bool wide;                  // double arithmetic: x or codebook are float64
-  bool pairs;                 // screen with 16-bit integers
+  bool pairs;                 // pack and screen 16-bit integers too
   const PackedCodes* packed;  // one a head
   int64_t* indices;           // (heads, rows)
 
@@ -83,7 +83,7 @@ struct Segments {
   int64_t count;          // positions
   View grad_loss;
   double factor;
-  Output sums;      // (heads, codes, dim)
+  Output sums;  // (heads, codes, dim)
   int64_t num_codes;
   double* partial;  // (pieces, 2, dim): what a piece's first and last code, shared with its neighbours, sum to
 };

@@ -20,17 +20,14 @@ void record_run(Family family, const char* isa_name);
 const char* last_run(Family family);  // nullptr where nothing ran
 
 #if defined(__x86_64__)
-#define FASTVAE_DECLARE_KERNELS(Table, stem) \
-  extern const Table stem##_kernels_baseline, stem##_kernels_avx2, stem##_kernels_avx512;
-#define FASTVAE_SELECT_KERNELS(stem)                                                                  \
-  (isa_in_use() >= Isa::avx512 ? stem##_kernels_avx512                                                \
-                               : (isa_in_use() == Isa::avx2 ? stem##_kernels_avx2 : stem##_kernels_baseline))
+#define FASTVAE_DECLARE_KERNELS(Table, stem) extern const Table stem##_kernels_baseline, stem##_kernels_avx2, stem##_kernels_avx512;
+#define FASTVAE_SELECT_KERNELS(stem) \
+  (isa_in_use() >= Isa::avx512 ? stem##_kernels_avx512 : (isa_in_use() == Isa::avx2 ? stem##_kernels_avx2 : stem##_kernels_baseline))
 // For a family that 16-bit integer products serve (setup.py compiles it for them too).
 #define FASTVAE_DECLARE_VNNI_KERNELS(Table, stem) \
   FASTVAE_DECLARE_KERNELS(Table, stem)            \
   extern const Table stem##_kernels_avx512_vnni;
-#define FASTVAE_SELECT_VNNI_KERNELS(stem) \
-  (isa_in_use() == Isa::avx512_vnni ? stem##_kernels_avx512_vnni : FASTVAE_SELECT_KERNELS(stem))
+#define FASTVAE_SELECT_VNNI_KERNELS(stem) (isa_in_use() == Isa::avx512_vnni ? stem##_kernels_avx512_vnni : FASTVAE_SELECT_KERNELS(stem))
 #else
 #define FASTVAE_DECLARE_KERNELS(Table, stem) extern const Table stem##_kernels_baseline;
 #define FASTVAE_SELECT_KERNELS(stem) (stem##_kernels_baseline)

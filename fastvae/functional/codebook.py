@@ -178,10 +178,14 @@ def codebook_ema_step_(
         raise ValueError(f"decay: got {decay!r}, takes a number in [0, 1]")
     check_nonnegative("eps", eps)
     backend = _backend.resolve("codebook_ema_", codebook.device, codebook.dtype)
-    state = codebook.detach(), ema_count, ema_sum, counts, sums
-    # A view writes through; operators see (heads, codes, dim).
-    heads = state if codebook.ndim == 3 else tuple(t[None] for t in state)
+    state = codebook.detach(), ema_count, ema_sum
+    # Operators see (heads, codes, dim), contiguous; a view writes through.
+    written = [t.contiguous() for t in state]
+    heads = [t if codebook.ndim == 3 else t[None] for t in (*written, counts, sums)]
     OVERLOADS["codebook_ema_", backend](*heads, float(decay), float(eps))
+    for tensor, copy in zip(state, written, strict=True):
+        if copy is not tensor:
+            tensor.copy_(copy)
 
 
 def _flatten(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +202,6 @@ def _flatten(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     if codebook.ndim == 2:
         return x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]), codebook[None]
     if x.ndim < 2 or x.shape[0] != codebook.shape[0]:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)}, takes ({codebook.shape[0]}, ..., {codebook.shape[-1]}), one slice a head of codebook"
-        )
+        expected = f"({codebook.shape[0]}, ..., {codebook.shape[-1]})"
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes {expected}, one slice a head of codebook")
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), codebook

@@ -6,6 +6,7 @@ from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty
 from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
 from fastvae.nn.sampling import Reparameterize
 from fastvae.nn.schedules import CapacitySchedule, CosineSchedule, CyclicalSchedule, LinearSchedule
+from fastvae.nn.vector_quantizer import ResidualVectorQuantizer, VectorQuantizer, VQOutput
 
 __all__ = [
     "BCELoss",
@@ -24,5 +25,8 @@ __all__ = [
     "Reparameterize",
     "SaltAndPepper",
     "StandardScaler",
+    "ResidualVectorQuantizer",
     "VAELoss",
+    "VQOutput",
+    "VectorQuantizer",
 ]

@@ -36,32 +36,39 @@ def quantize(
     gradient: str = "straight_through",
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`fastvae.functional.vector_quantize` for ``x`` (heads, rows, dim), written with ``detach`` so that autograd derives the rest."""
+    """:func:`fastvae.functional.vector_quantize` for ``x`` (heads, rows, dim), differentiable by autograd."""
     indices = nearest(x.detach(), codebook.detach())
     dtype = accumulation_dtype(x.dtype)
     wide, codes = x.to(dtype), lookup(codebook, indices).to(dtype)
     errors = codebook_cost * (codes - wide.detach()) ** 2 + commitment_cost * (codes.detach() - wide) ** 2
-    if gradient == "rotation":
-        quantized = rotate(wide, codes.detach())
-    else:
-        quantized = wide + (codes - wide).detach()
+    quantized = rotate(wide, codes) if gradient == "rotation" else wide + (codes - wide).detach()
     return quantized.to(x.dtype), indices, _reduce(errors, x.shape[1], REDUCTIONS[reduction], x.dtype)
 
 
 def rotate(x: Tensor, codes: Tensor) -> Tensor:
-    """``codes`` as a rotation and scaling of ``x`` that is held constant."""
-    x_norm, code_norm = (t.detach().norm(dim=-1, keepdim=True) for t in (x, codes))
+    """``codes`` as a rotation and scaling of ``x``, held constant: I - 2 r r^T + 2 c x^T for unit x and c, r halfway between them."""
+    x_unit, code_unit, between, scale = _rotation(x.detach(), codes.detach())
+    scaled = scale * (x - 2 * between * _dot(between, x) + 2 * code_unit * _dot(x_unit, x))
+    return scaled + (codes - scaled).detach()
+
+
+def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
+    """The transpose of :func:`rotate`."""
+    x_unit, code_unit, between, scale = _rotation(x, codes)
+    return scale * (grad - 2 * between * _dot(between, grad) + 2 * x_unit * _dot(code_unit, grad))
+
+
+def _rotation(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tiny = torch.finfo(x.dtype).tiny
-    x_unit, code_unit = x.detach() / x_norm.clamp(min=tiny), codes / code_norm.clamp(min=tiny)
+    x_norm, code_norm = (t.norm(dim=-1, keepdim=True) for t in (x, codes))
+    x_unit, code_unit = x / x_norm.clamp(min=tiny), codes / code_norm.clamp(min=tiny)
     between = x_unit + code_unit
     between = between / between.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    return x_unit, code_unit, between, code_norm / x_norm.clamp(min=tiny)
 
-    def dot(a, b):
-        return (a * b).sum(-1, keepdim=True)
 
-    turned = x - 2 * between * dot(between, x) + 2 * code_unit * dot(x_unit, x)
-    scaled = turned * (code_norm / x_norm.clamp(min=tiny))
-    return scaled + (codes - scaled).detach()
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
 
 
 def _reduce(errors: Tensor, batch: int, reduction: int, dtype: torch.dtype) -> Tensor:
@@ -116,12 +123,6 @@ def _codebook_quantize_backward(
         if with_codebook:
             grad_codebook.scatter_add_(1, indices[..., None].expand(x.shape), -codebook_cost * pull)
     return grad_x.to(x.dtype).contiguous(), grad_codebook.to(codebook.dtype)
-
-
-def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        return torch.autograd.grad(rotate(leaf, codes), leaf, grad)[0]
 
 
 def _expand(grad_loss: Tensor, shape: torch.Size, batch: int, reduction: int) -> Tensor:

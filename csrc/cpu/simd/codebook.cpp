@@ -77,6 +77,7 @@ float rounding_of_sum(int64_t terms) {
 
 constexpr float kUnderflow = 0x1p-110f;  // more than all products of one score that vanish
 
+#if defined(__AVX512VNNI__)
 void pack_pairs(const PackedCodes& packed, const float* code, int64_t k, int64_t dim) {
   int64_t pairs = (dim + 1) / 2;
   int32_t* column = packed.panel_pairs + k / kPanelCodes * pairs * kPanelCodes + k % kPanelCodes;
@@ -85,15 +86,17 @@ void pack_pairs(const PackedCodes& packed, const float* code, int64_t k, int64_t
     int32_t words[2] = {0, 0};
     for (int64_t i = 0; i < 2 && 2 * pair + i < dim; ++i) {
       float value = code[2 * pair + i] * kPairScale;
-      words[i] = static_cast<int32_t>(round_even(value));
+      words[i] = static_cast<int32_t>(std::rint(value));
       double rest = static_cast<double>(value) - words[i];
       square += rest * rest;
     }
-    column[pair * kPanelCodes] = static_cast<int32_t>((static_cast<uint32_t>(-words[0]) & 0xffffu) | (static_cast<uint32_t>(-words[1]) << 16));
+    column[pair * kPanelCodes] =
+        static_cast<int32_t>((static_cast<uint32_t>(-words[0]) & 0xffffu) | (static_cast<uint32_t>(-words[1]) << 16));
   }
   // The code itself was rounded to float before.
   packed.residual[k] = static_cast<float>(std::sqrt(square) * (1.0 + 1e-6) + packed.norm[k] * kPairScale * 0x1p-23);
 }
+#endif
 
 void pack(const Search& s, int64_t head, const std::vector<bool>& skipped, int64_t begin_panel, int64_t end_panel) {
   const PackedCodes& packed = s.packed[head];
@@ -117,7 +120,9 @@ void pack(const Search& s, int64_t head, const std::vector<bool>& skipped, int64
     packed.norm[k] = used ? static_cast<float>(std::sqrt(square) * (1.0 + 1e-6)) : 0.0f;
     float* column = packed.panel_rows + k / kPanelCodes * s.dim * kPanelCodes + k % kPanelCodes;
     for (int64_t d = 0; d < s.dim; ++d) column[d * kPanelCodes] = -row[d];
-    if (s.pairs) pack_pairs(packed, row, k, s.dim);
+#if defined(__AVX512VNNI__)
+    if (packed.pairs) pack_pairs(packed, row, k, s.dim);
+#endif
   }
 }
 
@@ -181,8 +186,10 @@ class Searcher {
 
     int64_t done = 0;
 #if defined(__AVX512VNNI__)
-    if (s_.pairs) done = screen_pairs(count, tiles);
-    counts.screened_again += s_.pairs ? count - done : 0;
+    if (packed_->pairs) {
+      done = screen_pairs(count, tiles);
+      counts.screened_again += count - done;
+    }
 #endif
     if (done < count) screen_floats(done, count, tiles);
     if (s_.quantized || s_.errors)
@@ -247,7 +254,7 @@ class Searcher {
     for (int64_t i = 0; i < tiles * kTileRows; ++i) {
       const float* row = rows_ + i * stride_;
       float square = sum_padded(stride_, [&](int64_t d) {
-        float value = row[d] * scale, rounded = round_even(value);
+        float value = row[d] * scale, rounded = std::rint(value);
         words_[d] = static_cast<int16_t>(rounded);
         return (value - rounded) * (value - rounded);
       });
@@ -403,7 +410,7 @@ class Searcher {
     s_.errors[row] = total;
   }
 
-  static constexpr int64_t kFewCodes = 16;            // see screen_pairs: rechecking more costs as much as a screen in float
+  static constexpr int64_t kFewCodes = 16;               // see screen_pairs: rechecking more costs as much as a screen in float
   static constexpr float kLargestStart = 2147483520.0f;  // the largest float below 2^31
 
   const Search& s_;
@@ -541,7 +548,7 @@ constexpr bool kHasPairs = false;
 }  // namespace
 }  // namespace FASTVAE_ISA
 
-const CodebookKernels FASTVAE_CONCAT(codebook_kernels_, FASTVAE_ISA) = {
-    kPanelCodes, kBlockRows, kHasPairs, write_doubles, convert_row, measure, pack, search, backward, sum_segments};
+const CodebookKernels FASTVAE_CONCAT(codebook_kernels_, FASTVAE_ISA) = {kPanelCodes, kBlockRows, kHasPairs, write_doubles, convert_row,
+                                                                        measure,     pack,       search,    backward,      sum_segments};
 
 }  // namespace fastvae

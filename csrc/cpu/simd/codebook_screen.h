@@ -1,5 +1,5 @@
-// The search's inner product: scores |c|^2 / 2 - x.c of a block of rows and all codes, less a bound of their error, of which the two smallest
-// in each vector lane are kept.
+// The search's inner product: scores |c|^2 / 2 - x.c of a block of rows and all codes, less a bound of their error, of which the two
+// smallest in each vector lane are kept.
 #pragma once
 
 #include <limits>
@@ -21,8 +21,8 @@ constexpr int kPanelCodes = kTileVectors * kLanes;
 constexpr int kBlockRows = 96;
 static_assert(kBlockRows % kTileRows == 0, "a block is whole tiles");
 
-// What of a row's scores is kept, for each lane: the smallest, the second smallest, and the panel of the smallest. Of the codes that share a
-// lane in one panel only the best counts.
+// What of a row's scores is kept, for each lane: the smallest, the second smallest, and the panel of the smallest. Of the codes that share
+// a lane in one panel only the best counts.
 template <class Vector, class Element>
 struct LaneMinima {
   Element least[kLanes], second[kLanes], panel[kLanes];

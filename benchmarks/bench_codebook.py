@@ -1,0 +1,247 @@
+"""Exact nearest codes and the training step of a quantizer."""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.registry import Case, Inputs, Results, Unavailable, WrongResult, compiled
+from fastvae import functional as FV
+from fastvae.nn import VectorQuantizer
+
+CHECKED_ROWS = 64
+
+
+def cdist_argmin(x, codebook):
+    return torch.cdist(x, codebook).argmin(-1)
+
+
+def addmm_argmin(x, codebook):
+    """As one who knows would write it: no root, no norm of x, in place."""
+    return torch.addmm(codebook.square().sum(-1), x, codebook.T, alpha=-2).argmin(-1)
+
+
+def call(function):
+    """The provider that calls ``function(x, codebook)`` without gradients."""
+
+    def provide(inputs: Inputs):
+        x, codebook = inputs.leaves["x"], inputs.others["codebook"]
+
+        def operation():
+            with torch.no_grad():
+                return function(x, codebook)
+
+        return operation
+
+    return provide
+
+
+def compiled_call(function):
+    def provide(inputs: Inputs):
+        compiled(function)  # raises where there is no compiler
+        return call(torch.compile(function))(inputs)
+
+    return provide
+
+
+def fused(inputs: Inputs):
+    """Exact, so it is held against float64 on some rows before it is timed."""
+    operation = call(FV.vq_nearest)(inputs)
+    x, codebook = inputs.leaves["x"].detach()[:CHECKED_ROWS].double(), inputs.others["codebook"].double()
+    distances = torch.stack([((row - codebook) ** 2).sum(-1) for row in x])
+    if not torch.equal(operation()[:CHECKED_ROWS], distances.argmin(-1)):
+        raise WrongResult("fastvae: an index is not that of float64")
+    return operation
+
+
+def without_integers(inputs: Inputs):
+    """With 32-bit floating-point products alone, as on a processor that has no faster ones."""
+    extension = sys.modules.get("fastvae._C")
+    if extension is None or "avx512_vnni" not in extension.instruction_sets():
+        raise Unavailable("this processor has no faster products to leave out")
+    operation, fastest = fused(inputs), extension.instruction_set()
+
+    def slower():
+        extension.set_instruction_set("avx512")
+        try:
+            return operation()
+        finally:
+            extension.set_instruction_set(fastest)
+
+    return slower
+
+
+def faiss_flat(inputs: Inputs):
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise Unavailable("faiss is not installed") from None
+    x, codebook = inputs.leaves["x"].detach(), inputs.others["codebook"]
+    if x.device.type != "cpu":
+        raise Unavailable("faiss is installed for the CPU")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(codebook.shape[1])
+    index.add(codebook.numpy())
+    rows = x.numpy()
+    return lambda: torch.from_numpy(index.search(rows, 1)[1][:, 0])
+
+
+def random(size, dtype, device) -> Inputs:
+    n, d, k = size
+    x, codebook = torch.randn(n, d, dtype=dtype, device=device), torch.randn(k, d, dtype=dtype, device=device)
+    return Inputs({"x": x.requires_grad_()}, {"codebook": codebook})
+
+
+def structured(size, dtype, device) -> Inputs:
+    """Correlated vectors in clusters of unequal size, and a codebook that has been fitted to them."""
+    n, d, k = size
+    basis = torch.randn(d, d, dtype=dtype, device=device) * torch.logspace(0, -2, d, dtype=dtype, device=device)[:, None]
+    centres = torch.randn(max(k // 4, 1), d, dtype=dtype, device=device)
+    which = (torch.rand(n, device=device) ** 2 * len(centres)).long()
+    x = 3 + (centres[which] + 0.3 * torch.randn(n, d, dtype=dtype, device=device)) @ basis
+    layer = VectorQuantizer(k, d, kmeans_iters=3).to(device)
+    layer(x)
+    return Inputs({"x": x.requires_grad_()}, {"codebook": layer.codebook})
+
+
+def distances_of_indices(results: Results, inputs: Inputs) -> Results:
+    """Rounding may take a code that is as near to within its error: what has to agree is how near."""
+    x, codebook = inputs.leaves["x"].detach().double(), inputs.others["codebook"].double()
+    return {"distance": (x - codebook[results["indices"]]).norm(dim=-1)}
+
+
+def products(inputs: Inputs) -> float:
+    """The floating-point operations of all inner products."""
+    return 2.0 * inputs.leaves["x"].numel() * len(inputs.others["codebook"])
+
+
+def _nearest(name, size, ours=fused, setup=random, quick=False) -> Case:
+    return Case(
+        family="codebook",
+        name=name,
+        size=size,
+        tiny=(50, size[1] // 2, 70),
+        setup=setup,
+        providers={
+            "eager": call(cdist_argmin),
+            "addmm": call(addmm_argmin),
+            "compile": compiled_call(cdist_argmin),
+            "faiss": faiss_flat,
+            "fastvae": ours,
+        },
+        outputs=("indices",),
+        work=products,
+        unit="FLOP",
+        compare=distances_of_indices,
+        quick=quick,
+    )
+
+
+def layer_inputs(size, dtype, device) -> Inputs:
+    inputs = random(size, dtype, device)
+    return Inputs(inputs.leaves, inputs.others, incoming=(torch.randn(size[:2], dtype=dtype, device=device), None))
+
+
+def _step(layer, x: Tensor, incoming):
+    """Forward and backward of a layer whose codebook moves, from the same codebook each time."""
+
+    def operation():
+        x.grad = None
+        quantized, loss = layer(x)
+        torch.autograd.backward((quantized, loss), incoming)
+        return quantized, loss
+
+    return operation
+
+
+def fused_step(inputs: Inputs):
+    x, codebook = inputs.leaves["x"], inputs.others["codebook"]
+    layer = VectorQuantizer(*codebook.shape, decay=1.0, commitment_cost=1.0).to(x.device)
+    layer.codebook.copy_(codebook)
+    layer.ema_sum.copy_(codebook)
+
+    def call_layer(x):
+        output = layer(x)
+        return output.quantized, output.loss
+
+    return _step(call_layer, x, inputs.incoming)
+
+
+def quantize_and_move(x, codebook, ema_count, ema_sum, decay=1.0, eps=1e-5):
+    """The step in plain PyTorch."""
+    with torch.no_grad():
+        indices = torch.cdist(x, codebook).argmin(-1)
+        codes = codebook[indices]
+    quantized = x + (codes - x).detach()
+    loss = F.mse_loss(x, codes)
+    with torch.no_grad():
+        one_hot = F.one_hot(indices, len(codebook)).type(x.dtype)
+        ema_count.lerp_(one_hot.sum(0), 1 - decay)
+        ema_sum.lerp_(one_hot.T @ x, 1 - decay)
+        total = ema_count.sum()
+        codebook.copy_(ema_sum / ((ema_count + eps) / (total + len(codebook) * eps) * total)[:, None])
+    return quantized, loss
+
+
+def plain_step(function):
+    def provide(inputs: Inputs):
+        x, codebook = inputs.leaves["x"], inputs.others["codebook"].clone()
+        state = codebook, torch.ones_like(codebook[:, 0]), codebook.clone()
+        return _step(lambda x: function(x, *state), x, inputs.incoming)
+
+    return provide
+
+
+def compiled_step(inputs: Inputs):
+    compiled(quantize_and_move)(inputs)  # raises where there is no compiler
+    return plain_step(torch.compile(quantize_and_move))(inputs)
+
+
+def vector_quantize_pytorch_step(inputs: Inputs):
+    try:
+        from vector_quantize_pytorch import VectorQuantize
+    except ModuleNotFoundError:
+        raise Unavailable("vector-quantize-pytorch is not installed") from None
+    x, codebook = inputs.leaves["x"], inputs.others["codebook"]
+    layer = VectorQuantize(codebook.shape[1], codebook.shape[0], decay=1.0, commitment_weight=1.0, rotation_trick=False).to(x.device)
+    layer.codebook = codebook
+    layer._codebook.embed_avg.copy_(codebook[None])
+
+    def call_layer(x):
+        quantized, _, loss = layer(x[None])
+        return quantized[0], loss.sum()
+
+    return _step(call_layer, x, inputs.incoming)
+
+
+def _training_step(size, quick=False) -> Case:
+    return Case(
+        family="codebook",
+        name="vq_training_step",
+        size=size,
+        tiny=(60, 5, 20),
+        setup=layer_inputs,
+        providers={
+            "eager": plain_step(quantize_and_move),
+            "compile": compiled_step,
+            "vector-quantize-pytorch": vector_quantize_pytorch_step,
+            "fastvae": fused_step,
+        },
+        outputs=("quantized", "loss"),
+        work=products,
+        unit="FLOP",
+        quick=quick,
+    )
+
+
+CASES = (
+    _nearest("vq_nearest", (8192, 64, 512), quick=True),
+    _nearest("vq_nearest", (32768, 64, 1024)),
+    _nearest("vq_nearest_without_bf16", (32768, 64, 1024), ours=without_integers),
+    _nearest("vq_nearest_structured", (32768, 64, 1024), setup=structured),
+    _nearest("vq_nearest", (16384, 256, 8192)),
+    _nearest("vq_nearest", (65536, 8, 1024), quick=True),
+    _nearest("vq_nearest", (65536, 4, 16384)),
+    _training_step((32768, 64, 1024)),
+)
