@@ -37,10 +37,9 @@ def version() -> str:
 
 def compiler() -> str | None:
     """The C++ compiler: CXX, or the platform's."""
-    for command in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if command is not None:
-            return command if shutil.which(shlex.split(command)[0]) else None if command == os.environ.get("CXX") else None
-    return None
+    chosen = os.environ.get("CXX")
+    candidates = (chosen,) if chosen else ("c++", "g++", "clang++")
+    return next((command for command in candidates if shutil.which(shlex.split(command)[0])), None)
 
 
 def wants_extension() -> bool:
@@ -104,6 +103,7 @@ def write_ninja(path: Path, library: Path) -> None:
         compile_source(ROOT / "csrc/module.cpp", "module", *include_flags(), described, f'-DFASTVAE_TORCH_TARGET=\\"{TORCH_TARGET}\\"')
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
             compile_source(source, source.stem, *include_flags())
+        # The baseline comes first: of the standard library's inline functions the linker keeps the first copy, which every processor runs.
         for source in sorted((ROOT / "csrc/cpu/simd").glob("*.cpp")):
             for isa, isa_flags in sets.items():
                 compile_source(source, f"{source.stem}.{isa}", *MATH_FLAGS, *isa_flags, f"-DFASTVAE_ISA={isa}")

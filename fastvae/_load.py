@@ -9,7 +9,7 @@ from fastvae import _backend, reference  # noqa: F401
 
 
 def load_implementations() -> None:
-    _load("cpp", "fastvae._C", "built without C++ (see `python -m fastvae info`)")
+    _load("cpp", "fastvae._C", "built without C++ (with a compiler: pip install --no-build-isolation .)")
     if torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1":
         _load("triton", "fastvae.kernels", "Triton is not installed (pip install triton)")
     else:

@@ -42,12 +42,16 @@ class _ReparameterizeKL(torch.autograd.Function):
         ctx.mark_non_differentiable(active, noise, *absent)
         ctx.save_for_backward(*tensors, noise if keep_noise else eps, None if keep_noise else seed, active)
         ctx.arguments = num_samples, reduction, clamp_min, clamp_max
+        ctx.with_kl = with_kl
         ctx.backend = backend
 
     @staticmethod
     @first_derivative_only("fastvae.reference.latent")
     def backward(ctx, grad_z, grad_kl, *_):
         mu, logvar, prior_mu, prior_logvar, eps, seed, active = ctx.saved_tensors
+        # What the forward pass did not give has no gradient, though torch.compile brings zeros for it.
+        grad_z = None if eps is None and seed is None else grad_z
+        grad_kl = grad_kl if ctx.with_kl else None
         grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar = OVERLOADS["latent_backward", ctx.backend](
             grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, *ctx.arguments
         )

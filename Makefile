@@ -1,0 +1,81 @@
+# The two commands of a newcomer are `make demo` and `make test`; each sets up all that it needs in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
+
+# What `make bench` passes on, e.g. ARGS="latent --quick"; what `make gpu-pass` writes to and runs.
+ARGS ?=
+OUT ?= out/gpu-pass
+STAGES ?=
+
+NATIVE := $(shell find csrc -type f)
+CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+.PHONY: demo test test-native test-interpret test-offline bench lint format build setup clean gpu-pass
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+demo: build
+	$(RUN) -m fastvae demo
+
+test: test-native test-interpret test-offline
+
+test-native: build
+	$(RUN) -m pytest tests --ignore=tests/interpret --ignore=tests/offline
+
+# Triton decides at import whether it interprets, so its two suites have processes of their own.
+test-interpret: build
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret
+
+test-offline: build
+	$(RUN) -m pytest tests/offline
+
+bench: build
+	$(RUN) -m benchmarks $(ARGS)
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: setup
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+# On a GPU machine the torch that is installed there is used, and nothing is downloaded.
+gpu-pass:
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then python=$(PYTHON); else $(MAKE) setup && python=$(RUN) || exit 1; fi; \
+	$$python tools/gpu_pass.py $(OUT) $(if $(STAGES),--stages $(STAGES))
+
+build: $(VENV)/.built
+
+setup: $(VENV)/.installed
+
+$(VENV)/.python:
+	@$(PYTHON) -c "import sys; sys.exit('fastvae needs Python 3.10 or newer' if sys.version_info < (3, 10) else 0)"
+	@echo "Setting up $(VENV): some minutes, once."
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first and by itself: where pip is offered a CPU build of that version, it is taken and nothing later replaces it.
+$(VENV)/.torch: $(VENV)/.python requirements/constraints.txt
+	$(PIP) torch
+	$(PIP) "setuptools>=77" wheel pybind11 ninja numpy
+	touch $@
+
+# Only the Python side: pip would compile everything anew each time, and hide what the compiler says.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	FASTVAE_BUILD=0 $(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
+	$(RUN) setup.py build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks $(VENV)/.built
+	find fastvae kernels tests benchmarks tools -name "__pycache__" -prune -exec rm -rf {} +
+	rm -f fastvae/*.so

@@ -1,0 +1,127 @@
+"""What is installed, and which backend serves what: ``python -m fastvae.info``."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+
+from fastvae import __version__, _backend, _ops
+
+# Each has its row in docs/backends.md.
+ENVIRONMENT = (
+    "FASTVAE_BACKEND",
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "FASTVAE_BUILD",
+    "CXX",
+    "CXXFLAGS",
+)
+
+
+def collect() -> dict:
+    """The facts about this installation, ready for JSON.
+
+    Returns:
+        ``versions``; ``instruction_set`` in use and ``instruction_sets`` to choose from (``None`` and empty without the C++ module);
+        ``build`` of the C++ module; ``threads``; ``backends[device][backend]``, each with the ``dtypes`` it serves and, where it serves
+        none or only some operators, the ``reason``; ``environment``; ``cuda_devices``. No CUDA context is made where torch sees no device.
+    """
+    extension = sys.modules.get("fastvae._C")
+    return {
+        "versions": _versions(),
+        "instruction_set": extension.instruction_set() if extension else None,
+        "instruction_sets": list(extension.instruction_sets()) if extension else [],
+        "build": dict(extension.build_info()) if extension else {},
+        "threads": {"torch": torch.get_num_threads(), "processors": os.cpu_count()},
+        "backends": {device: {name: _support(name, device) for name in _ops.BACKENDS} for device in _devices()},
+        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+        "cuda_devices": _cuda_devices(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "fastvae": __version__,
+        "torch": str(torch.__version__),
+        "torch_cuda": torch.version.cuda,
+        "torch_hip": torch.version.hip,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _triton_version() -> str | None:
+    """Without importing it; builds for other devices come under other distribution names."""
+    names = importlib.metadata.packages_distributions().get("triton")
+    return importlib.metadata.version(names[0]) if names else None
+
+
+def _devices() -> tuple[str, ...]:
+    """The device types that this torch is built for, of those the package serves."""
+    return ("cpu", "cuda") if torch.version.cuda or torch.version.hip else ("cpu",)
+
+
+def _support(backend: str, device: str) -> dict:
+    """The dtypes in which a backend serves every operator it has for a device, and why it does not serve all of them."""
+    operators = _ops.operators()
+    served = [op for op in operators if any(backend in _backend.serving(op, device, dtype) for dtype in _backend.DTYPES[backend])]
+    if not served:
+        return {"dtypes": [], "reason": _backend.UNAVAILABLE.get(backend, f"it has no operators for {device} tensors")}
+    missing = [op for op in operators if op not in served]
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in _backend.DTYPES[backend]]
+    return {"dtypes": dtypes, "reason": f"it lacks {', '.join(missing)}" if missing else None}
+
+
+def _cuda_devices() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices]
+
+
+def report(facts: dict) -> str:
+    """``collect()`` as text."""
+    lines = [*_section("versions", facts["versions"])]
+    lines += _section("threads", facts["threads"])
+    lines += _section("C++ module", _describe_extension(facts))
+    for device, backends in facts["backends"].items():
+        lines += _section(f"backends for {device} tensors", {name: _describe_support(support) for name, support in backends.items()})
+    lines += _section("CUDA devices", _describe_devices(facts))
+    lines += _section("environment", {name: "not set" if value is None else value for name, value in facts["environment"].items()})
+    return "\n".join(lines)
+
+
+def _section(title: str, entries: dict) -> list[str]:
+    return [title, *(f"  {name:<22}{'none' if value is None else value}" for name, value in entries.items())]
+
+
+def _describe_extension(facts: dict) -> dict[str, str]:
+    if facts["instruction_set"] is None:
+        return {"not loaded": facts["backends"]["cpu"]["cpp"]["reason"]}
+    in_use = {"instruction set": f"{facts['instruction_set']} (of {', '.join(facts['instruction_sets'])})"}
+    return in_use | facts["build"]
+
+
+def _describe_support(support: dict) -> str:
+    if not support["dtypes"]:
+        return f"no: {support['reason']}"
+    return f"yes: {', '.join(support['dtypes'])}" + (f", but {support['reason']}" if support["reason"] else "")
+
+
+def _describe_devices(facts: dict) -> dict[str, str]:
+    if facts["cuda_devices"]:
+        return {str(index): device for index, device in enumerate(facts["cuda_devices"])}
+    return {"none": "torch sees no device" if "cuda" in facts["backends"] else "this torch is built without CUDA"}
+
+
+def main() -> None:
+    """Prints the report."""
+    print(report(collect()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The report of what is installed and which backend serves what."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import _backend, _ops, info
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """A stand-in for the C++ module."""
+    module = types.SimpleNamespace(
+        instruction_set=lambda: "avx2",
+        instruction_sets=lambda: ("baseline", "avx2"),
+        build_info=lambda: {"compiler": "a compiler", "flags": "-O3"},
+    )
+    monkeypatch.setitem(sys.modules, "fastvae._C", module)
+    return module
+
+
+def test_facts_survive_json():
+    facts = info.collect()
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_versions_are_those_of_the_process():
+    versions = info.collect()["versions"]
+    assert versions["fastvae"] == fastvae.__version__
+    assert versions["torch"] == torch.__version__
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_every_backend_serves_or_says_why_not():
+    for backends in info.collect()["backends"].values():
+        assert set(backends) == set(_ops.BACKENDS)
+        assert all(support["dtypes"] or support["reason"] for support in backends.values())
+
+
+def test_reference_serves_every_dtype():
+    expected = [str(dtype).removeprefix("torch.") for dtype in _backend.FLOATS]
+    assert info.collect()["backends"]["cpu"]["reference"] == {"dtypes": expected, "reason": None}
+
+
+def test_backend_that_serves_is_the_one_that_calls_use():
+    backends = info.collect()["backends"]["cpu"]
+    for dtype in _backend.FLOATS:
+        in_use = _backend.resolve("latent_forward", torch.device("cpu"), dtype)
+        assert str(dtype).removeprefix("torch.") in backends[in_use]["dtypes"]
+
+
+def test_reason_of_a_missing_backend_is_the_loader_s(monkeypatch):
+    monkeypatch.setattr(_backend, "serving", lambda op, device, dtype: ("reference",))
+    monkeypatch.setitem(_backend.UNAVAILABLE, "cuda", "no compiler for it")
+    assert info.collect()["backends"]["cpu"]["cuda"] == {"dtypes": [], "reason": "no compiler for it"}
+
+
+def test_backend_that_lacks_operators_names_them(monkeypatch):
+    monkeypatch.setattr(_backend, "serving", lambda op, device, dtype: ("cpp",) if op == "latent_forward" else ())
+    reason = info.collect()["backends"]["cpu"]["cpp"]["reason"]
+    assert "reconstruction_forward" in reason
+    assert "latent_forward" not in reason
+
+
+@pytest.mark.usefixtures("extension")
+def test_instruction_set_and_build_come_from_the_extension():
+    facts = info.collect()
+    assert (facts["instruction_set"], facts["instruction_sets"]) == ("avx2", ["baseline", "avx2"])
+    text = info.report(facts)
+    assert "avx2 (of baseline, avx2)" in text
+    assert "a compiler" in text
+
+
+def test_without_the_extension_the_report_says_why(monkeypatch):
+    monkeypatch.delitem(sys.modules, "fastvae._C", raising=False)
+    monkeypatch.setattr(_backend, "serving", lambda op, device, dtype: ("reference",))
+    monkeypatch.setitem(_backend.UNAVAILABLE, "cpp", "built without a compiler")
+    facts = info.collect()
+    assert (facts["instruction_set"], facts["instruction_sets"], facts["build"]) == (None, [], {})
+    assert "built without a compiler" in info.report(facts)
+
+
+def test_environment_shows_what_is_set(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("CXXFLAGS", raising=False)
+    facts = info.collect()
+    assert facts["environment"]["OMP_NUM_THREADS"] == "3"
+    assert facts["environment"]["CXXFLAGS"] is None
+    lines = {line.split()[0]: line for line in info.report(facts).splitlines()}
+    assert lines["OMP_NUM_THREADS"].endswith(" 3")
+    assert lines["CXXFLAGS"].endswith("not set")
+
+
+def test_cuda_devices_are_those_torch_sees():
+    assert len(info.collect()["cuda_devices"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+@pytest.mark.parametrize("arguments", [["fastvae.info"], ["fastvae", "info"]], ids=" ".join)
+def test_command_prints_the_report(arguments):
+    result = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"versions\n  fastvae               {fastvae.__version__}\n")

@@ -1,0 +1,199 @@
+"""Builds, tests, sanitizes and benchmarks on this machine within a time budget: ``make gpu-pass OUT=dir STAGES="build test"``.
+
+Every stage writes ``OUT/<stage>.log`` and the summary is rewritten after each, so what was found stays when a later stage fails. Nothing is
+downloaded: the torch, compiler and test packages of the Python that runs this are used. Without a GPU it names what it cannot do and runs
+the rest.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Seconds in all. A GPU is often had for ten minutes at a time.
+BUDGET_WITH_GPU, BUDGET_WITHOUT = 540, 1800
+NATIVE_TESTS = ("pytest", "tests", "--ignore=tests/interpret", "--ignore=tests/offline", "-q")
+# compute-sanitizer slows kernels down so much that it gets one small test of each family.
+SANITIZED_TESTS = (*NATIVE_TESTS, "-k", "odd_sizes and float32 and cuda and not reference")
+
+
+@dataclass(frozen=True)
+class Machine:
+    gpu: str | None
+    sanitizer: str | None
+
+
+@dataclass(frozen=True)
+class Command:
+    arguments: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    weight: int  # its part of the time that is left
+    commands: tuple[Command, ...]
+    impossible: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    stage: str
+    status: str  # passed, failed, timed out, or impossible
+    seconds: float
+    detail: str
+
+
+def look_at_machine() -> Machine:
+    """In a process of its own, so that this one holds no GPU memory."""
+    probe = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    gpu = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+    return Machine(gpu or None, shutil.which("compute-sanitizer"))
+
+
+def python(*module: str, **environment: str) -> Command:
+    return Command((sys.executable, "-m", *module), environment)
+
+
+def stages(machine: Machine, out: Path) -> dict[str, Stage]:
+    """Every stage by name, in the order in which they run."""
+    build = Command((sys.executable, "setup.py", "build_ext", "--inplace"), {"FASTVAE_BUILD": "1"})
+    every = (
+        Stage("build", 2, (build, python("fastvae.info"))),
+        Stage("test", 4, _tests(machine)),
+        Stage("interpret", 3, (python("pytest", "tests/interpret", "-q", TRITON_INTERPRET="1"),)),
+        Stage("offline", 3, (python("pytest", "tests/offline", "-q"),)),
+        _sanitize(machine),
+        Stage("bench", 3, _benchmarks(machine, out)),
+    )
+    return {stage.name: stage for stage in every}
+
+
+def _tests(machine: Machine) -> tuple[Command, ...]:
+    if machine.gpu is None:
+        return (python(*NATIVE_TESTS),)
+    # What only this machine shows comes first, should the time run out.
+    return python(*NATIVE_TESTS, "-k", "cuda"), python(*NATIVE_TESTS, "-k", "not cuda")
+
+
+def _sanitize(machine: Machine) -> Stage:
+    if machine.gpu is None:
+        return Stage("sanitize", 0, (), "compute-sanitizer watches kernels on an NVIDIA GPU, and torch sees none")
+    if machine.sanitizer is None:
+        return Stage("sanitize", 0, (), "compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)")
+    # Each tensor gets an allocation of its own: inside torch's cached blocks an overrun would be a legal access.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    prefix = (machine.sanitizer, "--error-exitcode=1", "--target-processes=all")
+    tests = (sys.executable, "-m", *SANITIZED_TESTS)
+    return Stage("sanitize", 2, tuple(Command((*prefix, f"--tool={tool}", *tests), environment) for tool in ("memcheck", "racecheck")))
+
+
+def _benchmarks(machine: Machine, out: Path) -> tuple[Command, ...]:
+    if machine.gpu is None:
+        return (python("benchmarks", "--device", "cpu", "--quick", "--out", str(out / "bench-quick.csv")),)
+    quick = python("benchmarks", "--device", "cuda", "--quick", "--out", str(out / "bench-quick.csv"))
+    return quick, python("benchmarks", "--device", "cuda", "--out", str(out / "bench.csv"))
+
+
+def default_stages(machine: Machine) -> list[str]:
+    """On a GPU what only a GPU shows; elsewhere also the suites that prove the GPU kernels without one."""
+    return ["build", "test", "sanitize", "bench"] if machine.gpu else ["build", "test", "interpret", "offline", "sanitize", "bench"]
+
+
+def share(remaining: float, weights: list[int]) -> float:
+    """The seconds for the first of the stages with these weights: what earlier stages left over goes to the later ones."""
+    return max(0.0, remaining) * weights[0] / max(1, sum(weights))
+
+
+def run_stage(stage: Stage, out: Path, seconds: float) -> Result:
+    """Runs the stage's commands, which do not need each other: one that fails leaves the others their time."""
+    if stage.impossible:
+        return Result(stage.name, "impossible", 0.0, stage.impossible)
+    start = time.monotonic()
+    log = out / f"{stage.name}.log"
+    log.write_text("")
+    outcomes = [_run(command, log, start + seconds - time.monotonic()) for command in stage.commands]
+    status, detail = next((outcome for outcome in outcomes if outcome[0] != "passed"), outcomes[-1])
+    return Result(stage.name, status, time.monotonic() - start, detail)
+
+
+def _run(command: Command, log: Path, seconds: float) -> tuple[str, str]:
+    """How the command ended, and its last line."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | command.environment
+    with log.open("a") as stream:
+        stream.write(f"$ {shlex.join(command.arguments)}\n")
+        stream.flush()
+        process = subprocess.Popen(
+            command.arguments, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+        )
+        try:
+            status = "failed" if process.wait(max(0.0, seconds)) else "passed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = "timed out"
+    return status, last_line(log.read_text(errors="replace"))
+
+
+def last_line(text: str) -> str:
+    return next((line.strip("= ") for line in reversed(text.splitlines()) if line.strip("= ")), "")
+
+
+def summary(machine: Machine, results: list[Result]) -> str:
+    lines = [f"# GPU pass: {machine.gpu or 'no GPU'}", ""]
+    if machine.gpu is None:
+        lines += ["torch sees no GPU here: no CUDA test, no sanitizer and no GPU timing was run. What follows ran on the CPU.", ""]
+    lines += ["| stage | status | seconds | last line |", "|---|---|---|---|"]
+    lines += [f"| {r.stage} | {r.status} | {r.seconds:.0f} | {r.detail.replace('|', '/')} |" for r in results]
+    return "\n".join(lines) + "\n"
+
+
+def passed(results: list[Result]) -> bool:
+    """Whether all that could run did, and passed."""
+    return all(result.status in ("passed", "impossible") for result in results)
+
+
+def write_summary(machine: Machine, results: list[Result], out: Path) -> None:
+    facts = {"gpu": machine.gpu, "passed": passed(results), "stages": [asdict(result) for result in results]}
+    (out / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (out / "summary.md").write_text(summary(machine, results))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder for the logs, the CSV files and the summary")
+    names = list(stages(Machine(None, None), Path()))
+    parser.add_argument("--stages", nargs="*", choices=names, help="what to run; by default all that this machine can")
+    parser.add_argument("--budget", type=float, help=f"seconds in all (default: {BUDGET_WITH_GPU} with a GPU, {BUDGET_WITHOUT} without)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    machine = look_at_machine()
+    wanted = options.stages or default_stages(machine)
+    selected = [stage for name, stage in stages(machine, out).items() if name in wanted]
+    deadline = time.monotonic() + (options.budget or (BUDGET_WITH_GPU if machine.gpu else BUDGET_WITHOUT))
+    results: list[Result] = []
+    for index, stage in enumerate(selected):
+        seconds = share(deadline - time.monotonic(), [later.weight for later in selected[index:]])
+        print(f"{stage.name}: {stage.impossible or f'at most {seconds:.0f} s'}", flush=True)
+        results.append(run_stage(stage, out, seconds))
+        write_summary(machine, results, out)
+    print(summary(machine, results))
+    return 0 if passed(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
