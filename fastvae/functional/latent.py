@@ -100,7 +100,7 @@ def reparameterize(
     _check_pair(mu, logvar)
     shape = _sample_shape(mu, num_samples)
     eps, seed = _noise_source(mu, shape, eps, generator, seed)
-    backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
     options = 0, 0.0, *_check_clamp(logvar_clamp), _keeps_noise(backend, seed, mu, logvar)
     return apply(_ReparameterizeKL, mu, logvar, None, None, eps, seed, num_samples, False, *options, backend)[0]
 
@@ -139,7 +139,7 @@ def kl_normal(
     """
     _check_pair(mu, logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
-    backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
     options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
     return apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, None, None, None, True, *options, False, backend)[1]
 
@@ -166,7 +166,7 @@ def reparameterize_kl(
     _check_pair(mu, logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
     eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)
-    backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
     options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
     keep_noise = _keeps_noise(backend, seed, mu, logvar)
     noise = eps, seed, num_samples
