@@ -119,7 +119,7 @@ def _describe_devices(facts: dict) -> dict[str, str]:
 
 
 def main() -> None:
-    """Prints the report."""
+    """Prints what is installed, and which backend serves what."""
     print(report(collect()))
 
 

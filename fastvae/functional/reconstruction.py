@@ -285,7 +285,7 @@ def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad
     options = check_reduction(reduction), _check_scale(grad_scale), _writes_gradient(input, target, logvar, reduction)
     backend = _backend.resolve("reconstruction_forward", input.device, input.dtype, input.numel())
     order = None if input.is_contiguous() else _memory_order(input, reduction)
-    shared = (_share(value, input.shape, order) for value in (weight, pos_weight))
+    shared = [_share(value, input.shape, order) for value in (weight, pos_weight)]
     logvar = _share(logvar, input.shape, order, MAX_SHARED_LOGVAR)
     if order is not None:
         input, target = input.permute(order), target.permute(order)

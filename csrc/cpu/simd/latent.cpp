@@ -46,6 +46,9 @@ struct Tile {
       prior_mu = load(in.prior_mu, begin, count, prior_mu_buffer);
       prior_logvar = load(in.prior_logvar, begin, count, prior_logvar_buffer);
     }
+  }
+
+  void compute_sigma(int64_t count) {
     for (int64_t i = 0; i < count; ++i) sigma[i] = exp(T(0.5) * clamp(logvar[i], low, high));
   }
 
@@ -77,8 +80,6 @@ void sample(const LatentForward& p, Tile<T>& tile, int64_t begin, int64_t count)
   for (int64_t s = 0; s < p.samples; ++s) {
     int64_t first = s * p.numel + begin;
     T* z = destination(p.z, first, z_buffer);
-    // Memory is fetched while the random words are computed.
-    prefetch_to_write(z, count);
     const T* eps = tile.noise(p, first, count);
     if (p.kept_eps) write(p.kept_eps, first, count, eps);
 #pragma omp simd
@@ -101,13 +102,41 @@ void forward_kl(const LatentForward& p, const Tile<T>& tile, int64_t item, int64
   if (p.sums) accumulate(p.partition, item, begin, count, kl, p.sums);
 }
 
+// The common case, one sample and the total KL against the standard normal, in one loop whose values stay in registers.
+template <class T>
+void plain_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t begin, int64_t count) {
+  T z_buffer[kTile];
+  T* z = destination(p.z, begin, z_buffer);
+  // Memory is fetched while the random words are computed.
+  prefetch_to_write(z, count);
+  const T *eps = tile.noise(p, begin, count), *mu = tile.mu, *logvar = tile.logvar;
+  if (p.kept_eps) write(p.kept_eps, begin, count, eps);
+  T low = tile.low, high = tile.high, total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < count; ++i) {
+    T inside = clamp(logvar[i], low, high), sigma = exp(T(0.5) * inside);
+    z[i] = fma(sigma, eps[i], mu[i]);
+    total += kl_standard(mu[i], inside, sigma * sigma);
+  }
+  store(p.z, begin, count, z);
+  p.sums[p.partition.slot(item, begin)] += total;
+}
+
+template <class T>
+void general_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t begin, int64_t count) {
+  tile.compute_sigma(count);
+  if (p.z) sample(p, tile, begin, count);
+  if (p.kl || p.sums) forward_kl(p, tile, item, begin, count);
+}
+
 template <class T>
 void forward_items(const LatentForward& p, int64_t begin_item, int64_t end_item) {
   Tile<T> tile;
+  bool row_per_slot = p.partition.slots_per_row > 1 || p.partition.rows == 1;
+  bool plain = p.z && p.samples == 1 && p.sums && row_per_slot && !p.prior_mu && !p.active;
   for_each_tile(p.partition, begin_item, end_item, [&](int64_t item, int64_t begin, int64_t count) {
     tile.read(p, begin, count);
-    if (p.z) sample(p, tile, begin, count);
-    if (p.kl || p.sums) forward_kl(p, tile, item, begin, count);
+    plain ? plain_forward(p, tile, item, begin, count) : general_forward(p, tile, item, begin, count);
   });
 }
 
@@ -180,21 +209,49 @@ void write_inside(const Tile<T>& tile, const Output& output, int64_t begin, int6
   store(output, begin, count, to);
 }
 
+// The common case, one sample and one weight for the KL against the standard normal, in one loop whose values stay in registers.
+template <class T>
+void plain_backward(const LatentBackward& p, Tile<T>& tile, T weight, int64_t begin, int64_t count) {
+  Gradients<T> buffers;
+  T grad_buffer[kTile], low = tile.low, high = tile.high;
+  const T *eps = tile.noise(p, begin, count), *grad = load(p.grad_z, begin, count, grad_buffer), *mu = tile.mu, *logvar = tile.logvar;
+  T *grad_mu = destination(p.grad_mu, begin, buffers.mu), *grad_logvar = destination(p.grad_logvar, begin, buffers.logvar);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    T sigma = exp(T(0.5) * clamp(logvar[i], low, high));
+    T gradient = T(0.5) * fma(grad[i] * sigma, eps[i], weight * fma(sigma, sigma, T(-1)));
+    grad_mu[i] = fma(weight, mu[i], grad[i]);
+    grad_logvar[i] = gradient_inside(gradient, logvar[i], low, high);
+  }
+  store(p.grad_mu, begin, count, grad_mu);
+  store(p.grad_logvar, begin, count, grad_logvar);
+}
+
+template <class T>
+void general_backward(const LatentBackward& p, Tile<T>& tile, Gradients<T>& grads, int64_t begin, int64_t count) {
+  tile.compute_sigma(count);
+  memset(&grads, 0, sizeof grads);
+  if (p.grad_z) backward_z(p, tile, begin, count, grads);
+  if (p.grad_kl) backward_kl(p, tile, begin, count, grads);
+  write(p.grad_mu, begin, count, grads.mu);
+  write_inside(tile, p.grad_logvar, begin, count, tile.logvar, grads.logvar);
+  if (p.prior_mu) {
+    write(p.grad_prior_mu, begin, count, grads.prior_mu);
+    write_inside(tile, p.grad_prior_logvar, begin, count, tile.prior_logvar, grads.prior_logvar);
+  }
+}
+
 template <class T>
 void backward_items(const LatentBackward& p, int64_t begin_item, int64_t end_item) {
   Tile<T> tile;
   Gradients<T> grads;
+  bool one_weight = p.grad_kl && p.grad_kl.inner_stride == 0 && p.grad_kl.period == 1 && !p.active;
+  bool plain = p.grad_z && p.samples == 1 && one_weight && !p.prior_mu;
+  T weight = 0;
+  if (plain) kl_weights(p, 0, 1, &weight);
   for_each_tile(p.partition, begin_item, end_item, [&](int64_t, int64_t begin, int64_t count) {
     tile.read(p, begin, count);
-    memset(&grads, 0, sizeof grads);
-    if (p.grad_z) backward_z(p, tile, begin, count, grads);
-    if (p.grad_kl) backward_kl(p, tile, begin, count, grads);
-    write(p.grad_mu, begin, count, grads.mu);
-    write_inside(tile, p.grad_logvar, begin, count, tile.logvar, grads.logvar);
-    if (p.prior_mu) {
-      write(p.grad_prior_mu, begin, count, grads.prior_mu);
-      write_inside(tile, p.grad_prior_logvar, begin, count, tile.prior_logvar, grads.prior_logvar);
-    }
+    plain ? plain_backward(p, tile, weight, begin, count) : general_backward(p, tile, grads, begin, count);
   });
 }
 
@@ -206,6 +263,7 @@ void sum_dimensions(const LatentInputs& p, int64_t inner, int64_t begin_row, int
   for (int64_t i = 0; i < count; ++i) sums[i] = 0.0;
   for (int64_t row = begin_row; row < end_row; ++row) {
     tile.read(p, row * inner + dimension, count);
+    tile.compute_sigma(count);
     tile.kl(p, count, kl);
     for (int64_t i = 0; i < count; ++i) sums[i] += kl[i];
   }
