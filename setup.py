@@ -4,8 +4,8 @@ against torch's stable ABI.
 FASTVAE_BUILD=auto (default) installs pure Python with a message where there is no C++ compiler, 0 does so silently, 1 makes a missing
 compiler an error. A compile error is always an error.
 
-The CUDA kernels are built where torch has CUDA and nvcc is found (in CUDA_HOME, on the PATH, or in /usr/local/cuda). FORCE_CUDA=1 builds them
-against any torch, without a GPU, and makes a missing nvcc an error. FASTVAE_CUDA_ARCHS names the compute capabilities.
+The CUDA kernels are built where torch has CUDA and nvcc is found (in CUDA_HOME, on the PATH, or in /usr/local/cuda). FORCE_CUDA=1 builds
+them against any torch, without a GPU, and makes a missing nvcc an error. FASTVAE_CUDA_ARCHS names the compute capabilities.
 """
 
 import os
@@ -31,7 +31,7 @@ INSTRUCTION_SETS = {
     },
 }
 CUDA_ARCHS = ("8.0", "9.0", "10.0+PTX")
-CUDA_FLAGS = ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]
 # Never -ffinite-math-only: NaN must pass through. Reductions are reassociated by `omp simd` alone.
 MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
@@ -64,9 +64,10 @@ def wants_extension() -> bool:
 
 
 def nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    candidates = [shutil.which("nvcc", path=f"{home}/bin") for home in homes if home]
-    return next(filter(None, [candidates[0] if homes[0] else None, shutil.which("nvcc"), candidates[-1]]), None)
+    """The CUDA compiler: that of CUDA_HOME, of the PATH, or of the usual folder."""
+    if "CUDA_HOME" in os.environ:
+        return shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def wants_cuda() -> bool:

@@ -65,12 +65,13 @@ def preference(op: str, device_type: str, numel: int, triton_from: dict[str, int
     return order
 
 
-def choice(device_type: str) -> str | None:
-    """In words, how the order of the backends was found; ``None`` where there is no choice."""
+def choice(device_type: str) -> str:
+    """The order of the backends in words, and how it was found."""
+    order = ", ".join(PREFERENCE[device_type])
     if device_type != "cuda":
-        return None
+        return order
     measured = ", ".join(f"{op} from {numel} elements on" for op, numel in TRITON_FROM.items())
-    return f"{', '.join(PREFERENCE['cuda'])}; " + (f"triton first: {measured}" if measured else "not measured against each other")
+    return f"{order}; " + (f"triton first for {measured}" if measured else "cuda against triton is not measured")
 
 
 def resolve(op: str, device: torch.device, dtype: torch.dtype, numel: int = 0) -> str:

@@ -34,7 +34,7 @@ def _load(backend: str, module: str, reason: str) -> None:
 def _load_cuda() -> None:
     """The library asks for torch's own CUDA library, so it loads where torch has one."""
     if not CUDA_LIBRARY.exists():
-        _backend.UNAVAILABLE["cuda"] = "built without CUDA C++: there was no nvcc, or torch had no CUDA (FORCE_CUDA=1 builds it all the same)"
+        _backend.UNAVAILABLE["cuda"] = "built without CUDA C++: there was no nvcc, or torch had no CUDA (see FORCE_CUDA)"
     elif torch.version.cuda is None:
         _backend.UNAVAILABLE["cuda"] = "built with CUDA C++, but this torch has no CUDA"
     else:

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/cuda/ compiled by the C++ compiler against tests/emulation/include/, as a backend ``cuda`` for CPU tensors.
+"""The CUDA kernels on the CPU: csrc/cuda/ compiled by the C++ compiler against include/ here, as a backend ``cuda`` for CPU tensors.
 
 In a process of its own: the operators that it registers stay.
 """
@@ -18,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulation"
 # An access to a vector that is not aligned, an error on a GPU, traps.
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
+SANITIZE = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", *SANITIZE)
 DEFINES = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-include", "cuda_runtime.h")
 
 if torch.cuda.is_available():
@@ -35,7 +36,8 @@ def build() -> Path:
     library = BUILD / "emulated_cuda.so"
     with (BUILD / "build.ninja").open("w") as file:
         ninja = ninja_syntax.Writer(file, width=1000)
-        ninja.rule("compile", f"{compiler} {' '.join((*FLAGS, *includes, *DEFINES))} -MMD -MF $out.d -x c++ -c $in -o $out", depfile="$out.d")
+        flags = " ".join((*FLAGS, *includes, *DEFINES))
+        ninja.rule("compile", f"{compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out", depfile="$out.d")
         directories = " ".join(f"-L{directory}" for directory in library_paths())
         ninja.rule("link", f"{compiler} -shared $in {directories} -ltorch_cpu -o $out")
         sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), HERE / "device.cpp"]
