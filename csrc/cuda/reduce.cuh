@@ -151,8 +151,8 @@ class LossAccumulator {
   __device__ __forceinline__ void sum_rows_of_step() {
     float before = block_sum(total_);
     total_ = 0.0f;
+    // Thread 0 alone touches this turn's, and the barriers of block_sum() stand before whoever reads the values.
     if (threadIdx.x == 0) buffer().open[turn_] += before;
-    __syncthreads();
     int thread = threadIdx.x, group = sum_.group, member = thread % group, mine = thread / group;
     int rows = static_cast<int>(quotient(sum_.rows.length, end_ - 1) - row_) + 1;
     for (int first = 0; first < rows; first += kThreads / group) {

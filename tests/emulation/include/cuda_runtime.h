@@ -61,6 +61,7 @@ struct Machine {
   Fiber* running = nullptr;
   std::function<void()> kernel;
   std::mt19937 random{2026};
+  unsigned standing = 0;  // a bit a warp
   dim3 block_index, block_size, grid_size;
 };
 inline Machine machine;
@@ -112,12 +113,16 @@ inline void run_block(unsigned threads) {
   }
   for (;;) {
     bool progress = false, finished = true;
+    // Some warps stand still for long, so that the others run ahead of them as far as barriers let them.
+    if (machine.random() % 16 == 0) machine.standing = machine.random();
     for (unsigned i : shuffled(threads)) {
       Fiber& fiber = machine.fibers[i];
       if (fiber.state == State::ready) {
-        machine.running = &fiber;
-        swapcontext(&machine.scheduler, &fiber.context);
         progress = true;
+        if (!(machine.standing >> (i / kWarpSize) & 1)) {
+          machine.running = &fiber;
+          swapcontext(&machine.scheduler, &fiber.context);
+        }
       }
       finished = finished && fiber.state == State::done;
     }
