@@ -30,6 +30,11 @@ def check_like(name: str, value, like_name: str, like: Tensor) -> None:
     check_shape(name, value, like.shape, f"the shape of {like_name}")
 
 
+def check_posterior(mu_name: str, mu, logvar_name: str, logvar) -> None:
+    check_tensor(mu_name, mu)
+    check_like(logvar_name, logvar, mu_name, mu)
+
+
 def check_shape(name: str, value: Tensor, shape, what: str) -> None:
     if value.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes {what}, {tuple(shape)}")

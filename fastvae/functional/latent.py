@@ -11,8 +11,8 @@ from fastvae.functional._autograd import apply, first_derivative_only
 from fastvae.functional._checks import (
     check_device,
     check_expands,
-    check_like,
     check_nonnegative,
+    check_posterior,
     check_reduction,
     check_shape,
     check_tensor,
@@ -97,12 +97,12 @@ def reparameterize(
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it.
     """
-    _check_pair(mu, logvar)
-    shape = _sample_shape(mu, num_samples)
-    eps, seed = _noise_source(mu, shape, eps, generator, seed)
+    check_posterior("mu", mu, "logvar", logvar)
+    options = 0, 0.0, *_check_clamp(logvar_clamp)
     backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
-    options = 0, 0.0, *_check_clamp(logvar_clamp), _keeps_noise(backend, seed, mu, logvar)
-    return apply(_ReparameterizeKL, mu, logvar, None, None, eps, seed, num_samples, False, *options, backend)[0]
+    eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)
+    keep_noise = _keeps_noise(backend, seed, mu, logvar)
+    return apply(_ReparameterizeKL, mu, logvar, None, None, eps, seed, num_samples, False, *options, keep_noise, backend)[0]
 
 
 def kl_normal(
@@ -137,7 +137,7 @@ def kl_normal(
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it.
     """
-    _check_pair(mu, logvar)
+    check_posterior("mu", mu, "logvar", logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
     backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
     options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
@@ -163,20 +163,15 @@ def reparameterize_kl(
     On a GPU the noise is not stored: the backward pass draws it again from the seed. Arguments, results and errors are those of the two
     functions.
     """
-    _check_pair(mu, logvar)
+    check_posterior("mu", mu, "logvar", logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
-    eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)
-    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
     options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
+    eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)
     keep_noise = _keeps_noise(backend, seed, mu, logvar)
     noise = eps, seed, num_samples
     z, kl, *_ = apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, *noise, True, *options, keep_noise, backend)
     return z, kl
-
-
-def _check_pair(mu, logvar):
-    check_tensor("mu", mu)
-    check_like("logvar", logvar, "mu", mu)
 
 
 def _check_prior(mu, prior_mu, prior_logvar):
@@ -211,6 +206,8 @@ def _noise_source(mu, shape, eps, generator, seed):
         check_shape("eps", eps, shape, "the shape of the sample")
         return eps.to(mu.dtype), None
     if seed is None:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: got {type(generator).__name__}, takes a torch.Generator")
         return None, torch.randint(2**63 - 1, (), dtype=torch.int64, device=mu.device, generator=generator)
     if isinstance(seed, Tensor):
         check_tensor("seed", seed, (torch.int64,))
@@ -219,6 +216,8 @@ def _noise_source(mu, shape, eps, generator, seed):
         return None, seed
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: got {type(seed).__name__}, takes an integer or a 0-dim int64 tensor")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}, takes an integer of 64 bits")
     return None, torch.tensor(seed, dtype=torch.int64, device=mu.device)
 
 
@@ -231,6 +230,6 @@ def _keeps_noise(backend, seed, mu, logvar):
 def _check_clamp(limits):
     if limits is None:
         return -math.inf, math.inf
-    if len(limits) != 2 or not limits[0] <= limits[1]:
+    if not isinstance(limits, tuple | list) or len(limits) != 2 or not limits[0] <= limits[1]:
         raise ValueError(f"logvar_clamp: got {limits!r}, takes (low, high) with low <= high, or None")
     return float(limits[0]), float(limits[1])

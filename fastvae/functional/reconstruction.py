@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from fastvae import _backend
+from fastvae._backend import FLOATS
 from fastvae._ops import LIKELIHOODS, OVERLOADS
 from fastvae.functional._autograd import apply, first_derivative_only, transformed
 from fastvae.functional._checks import (
     check_choice,
     check_device,
     check_expands,
+    check_nonnegative,
+    check_posterior,
     check_reduction,
     check_shape,
     check_tensor,
@@ -38,9 +41,8 @@ class _Reconstruction(torch.autograd.Function):
         _, grad_input, grad_logvar = output
         ctx.mark_non_differentiable(grad_input, grad_logvar)
         ctx.set_materialize_grads(False)
-        # The inputs too: a second backward pass over a retained graph, or one on CUDA after the first, starts from them.
+        # The inputs too: a backward pass over a retained graph starts from them.
         ctx.save_for_backward(*tensors, grad_input, grad_logvar)
-        ctx.rescaled_in_place = False
 
     @staticmethod
     @first_derivative_only("fastvae.reference.reconstruction")
@@ -48,9 +50,8 @@ class _Reconstruction(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 10
         *tensors, grad_input, grad_logvar = ctx.saved_tensors
-        if ctx.with_grad and not ctx.rescaled_in_place:
+        if ctx.with_grad and not _graph_is_retained():
             grads = _rescale(ctx, grad_output, grad_input), None, _rescale(ctx, grad_output, grad_logvar)
-            ctx.rescaled_in_place = _rescales_in_place(grad_input)
         else:
             grads = OVERLOADS["reconstruction_backward", ctx.backend](
                 grad_output, *tensors, ctx.likelihood, ctx.reduction, ctx.needs_input_grad[1]
@@ -60,17 +61,18 @@ class _Reconstruction(torch.autograd.Function):
         return grads[0], grad_target, None, None, grad_logvar, *(None,) * 5
 
 
-def _rescales_in_place(grad: Tensor) -> bool:
-    return grad.device.type != "cpu" and not transformed()
+def _graph_is_retained() -> bool:
+    """Whether another backward pass may follow, for which the saved gradient must stay as it is: it is not handed out then."""
+    return not transformed() and torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _rescale(ctx, grad_output: Tensor, grad: Tensor) -> Tensor:
     """The gradient that the forward pass wrote, times ``grad_output / grad_scale``.
 
     On the CPU looking at ``grad_output`` is free. Elsewhere the kernel looks, and returns early where the two agree; it works in place, on
-    an alias that autograd's version check does not see, so the saved gradient serves one backward pass.
+    an alias that autograd's version check does not see.
     """
-    if _rescales_in_place(grad):
+    if grad.device.type != "cpu" and not transformed():
         OVERLOADS["reconstruction_rescale_", ctx.backend](grad.data, grad_output, ctx.grad_scale)
         return grad
     if not transformed() and grad_output.item() == ctx.grad_scale:
@@ -244,6 +246,10 @@ def elbo_loss(
     """
     check_choice("likelihood", likelihood, _ELBO_LIKELIHOODS)
     check_choice("reduction", reduction, ("batchmean", "sum", "sample"))
+    check_tensor("recon", recon)
+    _check_target("target", target, "recon", recon)
+    check_posterior("mu", mu, "logvar", logvar)
+    check_nonnegative("free_bits", free_bits)
     reconstruction = _ELBO_LIKELIHOODS[likelihood](recon, target, reduction=reduction)
     kl = kl_normal(mu, logvar, reduction=reduction, free_bits=free_bits)
     penalty = kl
@@ -263,12 +269,16 @@ def vae_loss(x: Tensor, x_recon: Tensor, mu: Tensor, log_var: Tensor) -> tuple[T
     Returns:
         ``(loss, recon_loss, kl_loss)``, sums over the batch. :func:`elbo_loss` gives nats per sample and takes logits.
     """
+    check_tensor("x_recon", x_recon)
+    _check_target("x", x, "x_recon", x_recon)
+    check_posterior("mu", mu, "log_var", log_var)
     return tuple(elbo_loss(x_recon, x, mu, log_var, likelihood="bernoulli", reduction="sum"))
 
 
 def check_unit_interval(name: str, values: Tensor) -> None:
-    """Raises where a floating tensor has values outside [0, 1] (NaN is), with how many and where the first are."""
-    if not values.is_floating_point():
+    """Raises where a tensor has values outside [0, 1] (NaN is), with how many and where the first are."""
+    check_tensor(name, values, (*FLOATS, torch.uint8))
+    if values.dtype == torch.uint8:
         return
     outside = ~((values >= 0) & (values <= 1))
     if count := int(outside.sum()):
@@ -278,11 +288,11 @@ def check_unit_interval(name: str, values: Tensor) -> None:
 
 def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad_scale):
     check_tensor("input", input)
-    _check_target(input, target)
+    _check_target("target", target, "input", input)
     for name, value in (("weight", weight), ("pos_weight", pos_weight), ("logvar", logvar)):
         if value is not None:
             _check_shared(name, value, input)
-    options = check_reduction(reduction), _check_scale(grad_scale), _writes_gradient(input, target, logvar, reduction)
+    options = check_reduction(reduction), _check_scale(grad_scale), _writes_gradient(input, target, logvar, reduction, grad_scale)
     backend = _backend.resolve("reconstruction_forward", input.device, input.dtype, input.numel())
     order = None if input.is_contiguous() else _memory_order(input, reduction)
     shared = [_share(value, input.shape, order) for value in (weight, pos_weight)]
@@ -295,10 +305,15 @@ def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad
     return loss
 
 
-def _writes_gradient(input, target, logvar, reduction) -> bool:
-    """Whether the forward pass writes the gradient: it is wanted, and one number will scale it."""
-    wanted = input.requires_grad or (logvar is not None and logvar.requires_grad)
-    return torch.is_grad_enabled() and wanted and not target.requires_grad and reduction in ("batchmean", "sum", "mean")
+def _writes_gradient(input, target, logvar, reduction, grad_scale) -> bool:
+    """Whether the forward pass writes the gradient: it is wanted, one number will scale it, and rounding it before that does no harm.
+
+    A float16 gradient that waits for its loss scale underflows, so it is written only where ``grad_scale`` names the scale.
+    """
+    learners = [t for t in (input, logvar) if t is not None and t.requires_grad]
+    underflows = grad_scale == 1.0 and any(t.dtype == torch.float16 for t in learners)
+    wanted = torch.is_grad_enabled() and learners and not target.requires_grad and not underflows
+    return bool(wanted) and reduction in ("batchmean", "sum", "mean")
 
 
 def _check_scale(grad_scale) -> float:
@@ -307,12 +322,12 @@ def _check_scale(grad_scale) -> float:
     return float(grad_scale)
 
 
-def _check_target(input, target):
-    floating = input.dtype == torch.float64
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.uint8) + ((torch.float64,) if floating else ())
-    check_tensor("target", target, dtypes)
-    check_device("target", target, "input", input)
-    check_shape("target", target, input.shape, "the shape of input")
+def _check_target(name, target, like_name, like):
+    wide = like.dtype == torch.float64
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.uint8) + ((torch.float64,) if wide else ())
+    check_tensor(name, target, dtypes)
+    check_device(name, target, like_name, like)
+    check_shape(name, target, like.shape, f"the shape of {like_name}")
 
 
 def _check_shared(name, value, input):

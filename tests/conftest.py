@@ -1,0 +1,53 @@
+"""What holds for every test: uninitialised memory is NaN, and a test with a ``place`` runs on that place's backend."""
+
+import os
+import sys
+
+# cuBLAS asks for this where deterministic algorithms are on; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import hypothesis
+import pytest
+import torch
+from _helpers import Place
+
+import fastvae
+
+# No deadline: nothing here depends on speed. Derandomized: a run on CI and one at home try the same cases.
+hypothesis.settings.register_profile("fastvae", deadline=None, max_examples=100, derandomize=True)
+hypothesis.settings.load_profile("fastvae")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory():
+    """Fills what ``torch.empty`` and the operators in C++ allocate with NaN, so that an element that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if extension := sys.modules.get("fastvae._C"):
+        extension.set_poison(True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Forces the backend of the argument ``place``. No fixture: hypothesis refuses one that is set up once a test."""
+    place = pyfuncitem.callspec.params.get("place") if hasattr(pyfuncitem, "callspec") else None
+    if not isinstance(place, Place):
+        return (yield)
+    with fastvae.use_backend(place.backend):
+        return (yield)
+
+
+def _instruction_sets() -> tuple[str, ...]:
+    extension = sys.modules.get("fastvae._C")
+    return extension.instruction_sets() if extension else ()
+
+
+@pytest.fixture(params=_instruction_sets())
+def instruction_set(request):
+    """Forces the C++ backend, compiled for one instruction set after the other of those that this processor has."""
+    extension = sys.modules["fastvae._C"]
+    previous = extension.instruction_set()
+    extension.set_instruction_set(request.param)
+    with fastvae.use_backend("cpp"):
+        yield request.param
+    extension.set_instruction_set(previous)

@@ -1,0 +1,222 @@
+"""Which backend serves a call, how one is forced, and what is said where it cannot serve."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from _helpers import DEVICES, TOLERANCES, Recorder, each_place, leaf, places
+
+import fastvae
+from fastvae import BackendError, _backend, _ops
+from fastvae import functional as FV
+
+ROOT = Path(fastvae.__file__).parents[1]
+FORWARD = ("latent_forward", "reconstruction_forward")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", f"import torch, fastvae\nimport fastvae.functional as FV\n{code}"]
+    return subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def backends_that_ran(function) -> set[str]:
+    with Recorder() as ran:
+        function()
+    return ran.backends()
+
+
+def kl_and_loss(device: str = "cpu") -> torch.Tensor:
+    """One call of each family."""
+    mu = leaf(torch.ones(4, 3, device=device))
+    return FV.reparameterize_kl(mu, mu)[1] + FV.mse_loss(mu, mu.detach(), reduction="sum")
+
+
+def test_the_cpp_extension_is_built():
+    """CI and `make test` build it; only a pure-Python install that was asked for does without."""
+    missing = [op for op in _ops.operators() if "cpp" not in _backend._served[op, "cpu"]]
+    assert os.environ.get("FASTVAE_BUILD") == "0" or not missing
+
+
+def test_uninitialised_memory_is_poisoned():
+    """What the other tests rely on: an element that an operator does not write is NaN."""
+    assert torch.empty(100).isnan().all()
+    assert torch.ones(100).new_empty((3, 4), dtype=torch.bfloat16).isnan().all()
+
+
+@pytest.mark.parametrize("op", _ops.operators())
+def test_the_overloads_of_an_operator_share_one_schema(op):
+    schemas = {str(_ops.OVERLOADS[op, backend]._schema).replace(f".{backend}(", "(") for backend in _ops.BACKENDS}
+    assert len(schemas) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("op", _ops.operators())
+def test_the_reference_serves_every_operator_everywhere(op, device):
+    for dtype in TOLERANCES:
+        assert "reference" in _backend.serving(op, device, dtype)
+
+
+@pytest.mark.parametrize("op", FORWARD)
+def test_a_backend_serves_a_family_as_a_whole(op):
+    """Whatever has a forward operator has the others of its family: a forward pass is never left without its backward pass."""
+    family = [name for name in _ops.operators() if name.split("_")[0] == op.split("_")[0]]
+    for device in DEVICES:
+        for place in places(op):
+            if place.device == device:
+                needed = [name for name in family if not (name.endswith("rescale_") and device == "cpu")]
+                assert all(place.backend in _backend._served[name, device] for name in needed)
+
+
+@pytest.mark.parametrize("op", FORWARD)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_auto_takes_the_fastest_that_serves(op, dtype, device):
+    resolved = _backend.resolve(op, torch.device(device), dtype)
+    assert resolved == next(b for b in _backend.PREFERENCE[device] if b in _backend.serving(op, device, dtype))
+
+
+def test_an_unknown_device_is_served_by_the_reference():
+    assert _backend.resolve("latent_forward", torch.device("meta"), torch.float32) == "reference"
+
+
+@each_place(*FORWARD)
+def test_the_forced_backend_runs_forward_and_backward(place):
+    assert backends_that_ran(lambda: kl_and_loss(place.device).backward(torch.tensor(2.0, device=place.device))) == {place.backend}
+
+
+@each_place(*FORWARD)
+def test_a_backward_pass_follows_its_forward_pass(place):
+    """Whatever is forced when it runs."""
+    with fastvae.use_backend(place.backend):
+        loss = kl_and_loss(place.device)
+    with fastvae.use_backend("reference"):
+        assert backends_that_ran(lambda: loss.backward(torch.tensor(2.0, device=place.device))) == {place.backend}
+
+
+def test_forcing_ends_with_the_block():
+    automatic = backends_that_ran(kl_and_loss)
+    with fastvae.use_backend("reference"):
+        assert backends_that_ran(kl_and_loss) == {"reference"}
+        with fastvae.use_backend("auto"):
+            assert backends_that_ran(kl_and_loss) == automatic
+        with fastvae.use_backend(None):
+            assert backends_that_ran(kl_and_loss) == automatic
+        assert backends_that_ran(kl_and_loss) == {"reference"}
+    assert backends_that_ran(kl_and_loss) == automatic
+
+
+def test_forcing_ends_with_an_error():
+    with pytest.raises(KeyError), fastvae.use_backend("reference"):
+        raise KeyError
+    assert _backend._forced.backend is None
+
+
+def test_forcing_holds_for_one_thread():
+    seen = {}
+
+    def other():
+        seen["automatic"] = backends_that_ran(kl_and_loss)
+        with fastvae.use_backend("reference"):
+            entered.set()
+            leave.wait(60)
+
+    automatic = backends_that_ran(kl_and_loss)
+    entered, leave = threading.Event(), threading.Event()
+    thread = threading.Thread(target=other)
+    with fastvae.use_backend("reference"):
+        thread.start()
+        assert entered.wait(60)
+    seen["main"] = backends_that_ran(kl_and_loss)
+    leave.set()
+    thread.join()
+    assert seen == {"automatic": automatic, "main": automatic}
+
+
+def test_an_unknown_name():
+    message = "use_backend: got 'numpy', takes one of auto, cpp, cuda, triton, reference"
+    with pytest.raises(ValueError, match=message), fastvae.use_backend("numpy"):
+        pass
+
+
+def test_a_backend_that_cannot_serve_says_why_and_what_can():
+    mu = torch.zeros(2, 2)
+    with fastvae.use_backend("cuda"), pytest.raises(BackendError) as error:
+        FV.kl_normal(mu, mu)
+    message = str(error.value)
+    able = ", ".join(_backend.serving("latent_forward", "cpu", torch.float32))
+    assert message.startswith("backend 'cuda' cannot serve latent_forward on cpu with torch.float32: ")
+    assert message.endswith(f"Backends that can: {able}.")
+    assert _backend.UNAVAILABLE["cuda"] in message
+
+
+def test_a_dtype_that_a_backend_cannot_serve(monkeypatch):
+    monkeypatch.setitem(_backend.DTYPES, "reference", (torch.float32,))
+    mu = torch.zeros(2, 2, dtype=torch.float64)
+    with fastvae.use_backend("reference"), pytest.raises(BackendError, match=r"with torch\.float64: it takes torch\.float32\."):
+        FV.kl_normal(mu, mu)
+
+
+def test_the_environment_forces_a_backend():
+    code = """
+from torch.utils._python_dispatch import TorchDispatchMode
+class Names(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == 'fastvae':
+            print(func)
+        return func(*args, **(kwargs or {}))
+with Names():
+    FV.mse_loss(torch.zeros(3), torch.ones(3))
+    with fastvae.use_backend('auto'):
+        FV.kl_normal(torch.zeros(3), torch.ones(3))
+"""
+    result = run_python(code, FASTVAE_BACKEND="reference")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["fastvae.reconstruction_forward.reference", "fastvae.latent_forward.reference"]
+
+
+def test_the_environment_names_a_backend_that_cannot_serve():
+    result = run_python("FV.mse_loss(torch.zeros(3), torch.ones(3))", FASTVAE_BACKEND="cuda")
+    assert result.returncode != 0
+    assert "BackendError: backend 'cuda' cannot serve reconstruction_forward on cpu" in result.stderr
+
+
+def test_the_environment_names_no_backend():
+    result = run_python("", FASTVAE_BACKEND="numpy")
+    assert result.returncode != 0
+    assert "ValueError: FASTVAE_BACKEND: got 'numpy', takes one of auto" in result.stderr
+
+
+def test_importing_makes_no_cuda_context():
+    result = run_python("FV.mse_loss(torch.zeros(3), torch.ones(3)); print(torch.cuda.is_initialized())")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["False"]
+
+
+def test_the_instruction_set_in_use_is_the_widest():
+    extension = sys.modules.get("fastvae._C")
+    if extension is None:
+        assert os.environ.get("FASTVAE_BUILD") == "0"
+        return
+    sets = extension.instruction_sets()
+    assert sets[0] == "baseline"
+    assert extension.instruction_set() == sets[-1]
+
+
+def test_every_instruction_set_is_reached(instruction_set):
+    """A family's kernels were compiled for it and ran: each call here leaves the mark of its own path."""
+    extension = sys.modules["fastvae._C"]
+    assert extension.instruction_set() == instruction_set
+    kl_and_loss().backward()
+    assert extension.last_instruction_set("latent") == instruction_set
+    assert extension.last_instruction_set("reconstruction") == instruction_set
+
+
+def test_an_unknown_instruction_set(instruction_set):
+    extension = sys.modules["fastvae._C"]
+    with pytest.raises(ValueError, match="mmx"):
+        extension.set_instruction_set("mmx")
+    assert extension.instruction_set() == instruction_set

@@ -1,0 +1,98 @@
+"""The house: imports run one way, and a family has one name in every layer."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A part of the package imports only parts of a lower rank, and itself.
+RANKS = {
+    "_ops": 0,
+    "_backend": 1,
+    "functional": 2,
+    "info": 2,
+    "nn": 3,
+    "models": 4,
+    "compat": 4,
+    "metrics": 4,
+    "training": 5,
+    "__main__": 6,
+}
+# These hand themselves to the operators: they know _ops and each other, and only _load knows them.
+IMPLEMENTATIONS = ("reference", "kernels", "_C")
+# What puts the package together.
+ASSEMBLY = ("__init__", "_load")
+
+FILES = sorted([*(ROOT / "fastvae").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def part_of(path: Path) -> str:
+    """The part of the package that a file belongs to."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "kernels" if parts[0] == "kernels" else parts[1]
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts that a file imports anywhere in it, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            if node.module == "fastvae":
+                found |= {alias.name for alias in node.names} - {"__version__"}
+            elif node.module.startswith("fastvae."):
+                found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names = (alias.name.split(".") for alias in node.names)
+            found |= {name[1] if len(name) > 1 else "__init__" for name in names if name[0] == "fastvae"}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    part = part_of(path)
+    imported = imported_parts(path) - {part}
+    if part in ASSEMBLY:
+        assert imported <= {*RANKS, *IMPLEMENTATIONS, *ASSEMBLY}
+    elif part in IMPLEMENTATIONS:
+        assert imported <= {"_ops", *IMPLEMENTATIONS}
+    else:
+        assert imported <= RANKS.keys()
+        assert all(RANKS[name] < RANKS[part] for name in imported)
+
+
+def test_importing_the_package_loads_no_layer_above_functional():
+    """Nor what only the upper layers need."""
+    code = "import sys, fastvae; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert "fastvae.functional.latent" in loaded
+    upper = {f"fastvae.{part}" for part, rank in RANKS.items() if rank > RANKS["functional"]}
+    assert loaded.isdisjoint({*upper, "fastvae.info", "matplotlib", "lightning", "sklearn", "mlxtend", "torchmetrics", "tqdm.auto"})
+
+
+SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_includes_run_one_way(path):
+    """csrc/common stands alone; csrc/cpu and csrc/cuda know it and not each other."""
+    folder = path.relative_to(ROOT / "csrc").parts[0]
+    includes = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE)
+    included = {(path.parent / name).resolve().relative_to(ROOT / "csrc").parts[0] for name in includes}
+    allowed = {"common": {"common"}, "cpu": {"cpu", "common"}, "cuda": {"cuda", "common"}}.get(folder, {"cpu", "common"})
+    assert included <= allowed
+
+
+STEMS = sorted(p.stem for p in (ROOT / "fastvae" / "functional").glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("layer", ["fastvae/reference/{}.py", "csrc/cpu/{}.cpp", "tests/test_{}.py", "benchmarks/bench_{}.py"])
+def test_a_family_has_one_name_everywhere(stem, layer):
+    assert (ROOT / layer.format(stem)).is_file()
