@@ -1,7 +1,11 @@
-"""Builds fastvae._C with ninja: the kernels of csrc/cpu/simd/ once per instruction set, everything against torch's stable ABI.
+"""Builds fastvae._C with ninja, the kernels of csrc/cpu/simd/ once per instruction set, and fastvae/_cuda.so from csrc/cuda/, everything
+against torch's stable ABI.
 
 FASTVAE_BUILD=auto (default) installs pure Python with a message where there is no C++ compiler, 0 does so silently, 1 makes a missing
 compiler an error. A compile error is always an error.
+
+The CUDA kernels are built where torch has CUDA and nvcc is found (in CUDA_HOME, on the PATH, or in /usr/local/cuda). FORCE_CUDA=1 builds
+them against any torch, without a GPU, and makes a missing nvcc an error. FASTVAE_CUDA_ARCHS names the compute capabilities.
 """
 
 import os
@@ -28,6 +32,8 @@ INSTRUCTION_SETS = {
     },
 }
 ONLY_FOR = {"avx512_vnni": ("codebook",)}  # families to compile; all where a set is not named
+CUDA_ARCHS = ("8.0", "9.0", "10.0+PTX")
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]
 # Never -ffinite-math-only: NaN must pass through. Reductions are reassociated by `omp simd` alone.
 MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
@@ -59,15 +65,72 @@ def wants_extension() -> bool:
     return False
 
 
-class NinjaBuild(build_ext):
-    """Writes one build.ninja for the extension and runs it."""
+def nvcc() -> str | None:
+    """The CUDA compiler: that of CUDA_HOME, of the PATH, or of the usual folder."""
+    if "CUDA_HOME" in os.environ:
+        return shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
-    def build_extension(self, extension: Extension) -> None:
+
+def wants_cuda() -> bool:
+    force = os.environ.get("FORCE_CUDA", "0")
+    if force not in ("0", "1"):
+        sys.exit(f"FORCE_CUDA: got {force!r}, takes 0 or 1")
+    if os.environ.get("FASTVAE_BUILD") == "0" or compiler() is None:
+        return False
+    if force == "1":
+        return nvcc() is not None or sys.exit("FORCE_CUDA=1 but no nvcc was found (CUDA_HOME, PATH, /usr/local/cuda)")
+    import torch
+
+    if torch.version.cuda and nvcc() is None:
+        print("fastvae: no nvcc was found (CUDA_HOME, PATH, /usr/local/cuda): installing without the CUDA C++ kernels", file=sys.stderr)
+    return bool(torch.version.cuda) and nvcc() is not None
+
+
+def cuda_archs() -> list[str]:
+    """The compute capabilities to build for: FASTVAE_CUDA_ARCHS, e.g. "8.0 9.0+PTX", or those of the default that nvcc knows."""
+    listing = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listing))
+    asked = os.environ.get("FASTVAE_CUDA_ARCHS")
+    if asked is None:
+        archs = [arch for arch in CUDA_ARCHS if _number(arch) in known]
+        return [*archs[:-1], f"{archs[-1].removesuffix('+PTX')}+PTX"]
+    archs = asked.replace(",", " ").split()
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d+\.\d(\+PTX)?", arch) or _number(arch) not in known]
+    if wrong or not archs:
+        sys.exit(f"FASTVAE_CUDA_ARCHS: got {asked!r}, takes compute capabilities that nvcc knows, for example 9.0 or 9.0+PTX")
+    return archs
+
+
+def _number(arch: str) -> str:
+    return arch.removesuffix("+PTX").replace(".", "")
+
+
+def cuda_arch_flags(archs: list[str]) -> list[str]:
+    flags = [f"-gencode=arch=compute_{_number(arch)},code=sm_{_number(arch)}" for arch in archs]
+    return flags + [f"-gencode=arch=compute_{_number(arch)},code=compute_{_number(arch)}" for arch in archs if arch.endswith("+PTX")]
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja for all extensions and runs it."""
+
+    def get_ext_filename(self, name: str) -> str:
+        # No Python module: torch loads it.
+        *package, leaf = name.split(".")
+        return os.path.join(*package, "_cuda.so") if leaf == "_cuda" else super().get_ext_filename(name)
+
+    def build_extensions(self) -> None:
+        from ninja import ninja_syntax
+
         directory = Path(self.build_temp).resolve()
         directory.mkdir(parents=True, exist_ok=True)
-        library = Path(self.get_ext_fullpath(extension.name)).resolve()
-        library.parent.mkdir(parents=True, exist_ok=True)
-        write_ninja(directory / "build.ninja", library)
+        with (directory / "build.ninja").open("w") as file:
+            ninja = ninja_syntax.Writer(file, width=1000)
+            for extension in self.extensions:
+                library = Path(self.get_ext_fullpath(extension.name)).resolve()
+                library.parent.mkdir(parents=True, exist_ok=True)
+                WRITERS[extension.name](ninja, library)
+                ninja.default(str(library))
         subprocess.run(["ninja", "-C", str(directory), *verbosity()], check=True)
 
 
@@ -75,16 +138,20 @@ def verbosity() -> list[str]:
     return ["-v"] if os.environ.get("FASTVAE_VERBOSE") else []
 
 
-def include_flags() -> list[str]:
-    import pybind11
+def torch_include_flags() -> list[str]:
     from torch.utils.cpp_extension import include_paths
 
-    paths = [*include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
-    return [f"-isystem{path}" for path in paths]
+    return [f"-isystem {path}" for path in include_paths()]
 
 
-def write_ninja(path: Path, library: Path) -> None:
-    from ninja import ninja_syntax
+def include_flags() -> list[str]:
+    import pybind11
+
+    return [*torch_include_flags(), *(f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"]))]
+
+
+def write_cpp(ninja, library: Path) -> None:
+    """The rules of the C++ module."""
     from torch.utils.cpp_extension import library_paths
 
     sets = INSTRUCTION_SETS.get(platform.machine(), {"baseline": []})
@@ -92,27 +159,59 @@ def write_ninja(path: Path, library: Path) -> None:
     described = shlex.quote(f'-DFASTVAE_FLAGS="{" ".join(COMMON_FLAGS + MATH_FLAGS)}"')
     link = [flag for directory in library_paths() for flag in (f"-L{directory}",)] + ["-ltorch_cpu", "-lc10"]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    with path.open("w") as file:
-        ninja = ninja_syntax.Writer(file, width=1000)
-        ninja.rule("compile", f"{compiler()} -MMD -MF $out.d {' '.join(flags)} $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-        ninja.rule("link", f"{compiler()} -shared $in -o $out {' '.join(link + undefined)}")
-        objects = []
+    ninja.rule("compile", f"{compiler()} -MMD -MF $out.d {' '.join(flags)} $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+    ninja.rule("link", f"{compiler()} -shared $in -o $out {' '.join(link + undefined)}")
+    objects = []
 
-        def compile_source(source: Path, name: str, *flags: str) -> None:
-            objects.append(f"{name}.o")
-            ninja.build(objects[-1], "compile", str(source), variables={"flags": " ".join(flags)})
+    def compile_source(source: Path, name: str, *flags: str) -> None:
+        objects.append(f"{name}.o")
+        ninja.build(objects[-1], "compile", str(source), variables={"flags": " ".join(flags)})
 
-        compile_source(ROOT / "csrc/module.cpp", "module", *include_flags(), described, f'-DFASTVAE_TORCH_TARGET=\\"{TORCH_TARGET}\\"')
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            compile_source(source, source.stem, *include_flags())
-        # The baseline comes first: of the standard library's inline functions the linker keeps the first copy, which every processor runs.
-        for source in sorted((ROOT / "csrc/cpu/simd").glob("*.cpp")):
-            for isa, isa_flags in sets.items():
-                if source.stem not in ONLY_FOR.get(isa, (source.stem,)):
-                    continue
-                compile_source(source, f"{source.stem}.{isa}", *MATH_FLAGS, *isa_flags, f"-DFASTVAE_ISA={isa}")
-        ninja.build(str(library), "link", objects)
-        ninja.default(str(library))
+    compile_source(ROOT / "csrc/module.cpp", "module", *include_flags(), described, f'-DFASTVAE_TORCH_TARGET=\\"{TORCH_TARGET}\\"')
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        compile_source(source, source.stem, *include_flags())
+    # The baseline comes first: of the standard library's inline functions the linker keeps the first copy, which every processor runs.
+    for source in sorted((ROOT / "csrc/cpu/simd").glob("*.cpp")):
+        for isa, isa_flags in sets.items():
+            if source.stem not in ONLY_FOR.get(isa, (source.stem,)):
+                continue
+            compile_source(source, f"{source.stem}.{isa}", *MATH_FLAGS, *isa_flags, f"-DFASTVAE_ISA={isa}")
+    ninja.build(str(library), "link", objects)
+
+
+def write_cuda(ninja, library: Path) -> None:
+    """The rules of the CUDA library. It brings its own CUDA runtime, so that torch may have another one."""
+    from torch.utils.cpp_extension import library_paths
+
+    archs = cuda_archs()
+    version = re.search(r"V([\d.]+)", subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout)[1]
+    described = shlex.quote(f'-DFASTVAE_CUDA_BUILD="nvcc {version}, compute capabilities {" ".join(archs)}"')
+    host = ["-ccbin", compiler()] if "CXX" in os.environ else []
+    flags = [*CUDA_FLAGS, *host, *cuda_arch_flags(archs), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch_include_flags()]
+    # What ptxas says of registers and spills goes to a log, for tools/cuda_table.py.
+    command = f"{nvcc()} --threads 0 -MMD -MF $out.d {' '.join(flags)} -Xptxas -v -c $in -o $out"
+    ninja.rule("compile_cuda", f"{command} > $out.log 2>&1 || {{ cat $out.log; false; }}", depfile="$out.d", deps="gcc")
+    ninja.rule("describe_cuda", f"{compiler()} {' '.join(COMMON_FLAGS)} {described} -c $in -o $out")
+    # Stands for torch's CUDA library, which a CPU build of torch has not got. Only its name gets into ours.
+    ninja.rule("stand_in", f"{compiler()} -shared -fPIC -x c++ $in -Wl,-soname,libtorch_cuda.so -o $out")
+    directories = " ".join(f"-L{directory}" for directory in library_paths())
+    # The runtime's symbols stay inside, or torch's runtime would take their place.
+    ninja.rule("link_cuda", f"{nvcc()} -shared --cudart=static $in {directories} -ltorch_cpu -Xlinker --exclude-libs=ALL -o $out")
+    objects = []
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        objects.append(f"cuda/{source.stem}.o")
+        ninja.build(objects[-1], "compile_cuda", str(source))
+    ninja.build("cuda/describe.o", "describe_cuda", str(ROOT / "csrc/cuda/describe.cpp"))
+    ninja.build("cuda/libtorch_cuda.so", "stand_in", str(ROOT / "csrc/cuda/stand_in.cpp"))
+    ninja.build(str(library), "link_cuda", [*objects, "cuda/describe.o", "cuda/libtorch_cuda.so"])
+
+
+WRITERS = {"fastvae._C": write_cpp, "fastvae._cuda": write_cuda}
+
+
+def extensions() -> list[Extension]:
+    wanted = {"fastvae._C": wants_extension(), "fastvae._cuda": wants_cuda()}
+    return [Extension(name, sources=[]) for name, want in wanted.items() if want]
 
 
 setup(
@@ -120,6 +219,6 @@ setup(
     packages=["fastvae", *(f"fastvae.{p.parent.name}" for p in sorted(ROOT.glob("fastvae/*/__init__.py"))), "fastvae.kernels"],
     package_dir={"fastvae.kernels": "kernels"},
     package_data={"fastvae": ["py.typed"]},
-    ext_modules=[Extension("fastvae._C", sources=[])] if wants_extension() else [],
+    ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -17,8 +17,10 @@ DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "reference": FLOATS,
 }
-# Fastest first.
-PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
+# Fastest first. On a GPU two may serve. Neither was measured against the other: C++ comes first because it takes less time to launch.
+PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+# For an operator, from how many elements on Triton was measured to be the faster of the two. Nothing was measured yet.
+TRITON_FROM: dict[str, int] = {}
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 # Why a backend is missing, filled in by the modules that load it.
@@ -55,15 +57,32 @@ def serving(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(b for b in _served.get((op, device_type), ()) if dtype in DTYPES[b])
 
 
-def resolve(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for ``op`` on tensors of this device and dtype: the forced one, or the fastest that serves them."""
+def preference(op: str, device_type: str, numel: int, triton_from: dict[str, int] = TRITON_FROM) -> tuple[str, ...]:
+    """The backends for ``op`` on ``numel`` elements, fastest first."""
+    order = PREFERENCE.get(device_type, ())
+    if device_type == "cuda" and op in triton_from and numel >= triton_from[op]:
+        return ("triton", *(backend for backend in order if backend != "triton"))
+    return order
+
+
+def choice(device_type: str) -> str:
+    """The order of the backends in words, and how it was found."""
+    order = ", ".join(PREFERENCE[device_type])
+    if device_type != "cuda":
+        return order
+    measured = ", ".join(f"{op} from {numel} elements on" for op, numel in TRITON_FROM.items())
+    return f"{order}; " + (f"triton first for {measured}" if measured else "cuda against triton is not measured")
+
+
+def resolve(op: str, device: torch.device, dtype: torch.dtype, numel: int = 0) -> str:
+    """The backend for ``op`` on ``numel`` elements of this device and dtype: the forced one, or the fastest that serves them."""
     served = _served.get((op, device.type), ("reference",))
     forced = _forced.backend or _from_environment
     if forced is not None:
         if forced not in served or dtype not in DTYPES[forced]:
             raise BackendError(_explain(forced, op, device.type, dtype))
         return forced
-    for backend in PREFERENCE.get(device.type, ()):
+    for backend in preference(op, device.type, numel):
         if backend in served and dtype in DTYPES[backend]:
             return backend
     return "reference"

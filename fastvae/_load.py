@@ -1,11 +1,15 @@
 """Imports the implementations, each of which registers itself with the operators."""
 
+import ctypes
 import importlib
 import os
+from pathlib import Path
 
 import torch
 
 from fastvae import _backend, reference  # noqa: F401
+
+CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
 
 def load_implementations() -> None:
@@ -14,7 +18,7 @@ def load_implementations() -> None:
         _load("triton", "fastvae.kernels", "Triton is not installed (pip install triton)")
     else:
         _backend.UNAVAILABLE["triton"] = "this torch has no GPU support (TRITON_INTERPRET=1 serves CPU tensors, for tests)"
-    _backend.UNAVAILABLE["cuda"] = "built without CUDA C++"
+    _load_cuda()
     _backend.refresh()
 
 
@@ -25,3 +29,22 @@ def _load(backend: str, module: str, reason: str) -> None:
         if error.name not in (module, "triton"):
             raise
         _backend.UNAVAILABLE[backend] = reason
+
+
+def _load_cuda() -> None:
+    """The library asks for torch's own CUDA library, so it loads where torch has one."""
+    if not CUDA_LIBRARY.exists():
+        _backend.UNAVAILABLE["cuda"] = "built without CUDA C++: there was no nvcc, or torch had no CUDA (see FORCE_CUDA)"
+    elif torch.version.cuda is None:
+        _backend.UNAVAILABLE["cuda"] = "built with CUDA C++, but this torch has no CUDA"
+    else:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+
+
+def cuda_build() -> str | None:
+    """What the CUDA library was built with and for; ``None`` where it is not loaded."""
+    if "cuda" in _backend.UNAVAILABLE:
+        return None
+    describe = ctypes.CDLL(str(CUDA_LIBRARY)).fastvae_cuda_build
+    describe.restype = ctypes.c_char_p
+    return describe().decode()

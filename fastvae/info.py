@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from fastvae import __version__, _backend, _ops
+from fastvae import __version__, _backend, _load, _ops
 
 # Each has its row in docs/backends.md.
 ENVIRONMENT = (
@@ -16,6 +16,9 @@ ENVIRONMENT = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "FASTVAE_BUILD",
+    "FORCE_CUDA",
+    "FASTVAE_CUDA_ARCHS",
+    "CUDA_HOME",
     "CXX",
     "CXXFLAGS",
 )
@@ -26,8 +29,9 @@ def collect() -> dict:
 
     Returns:
         ``versions``; ``instruction_set`` in use and ``instruction_sets`` to choose from (``None`` and empty without the C++ module);
-        ``build`` of the C++ module; ``threads``; ``backends[device][backend]``, each with the ``dtypes`` it serves and, where it serves
-        none or only some operators, the ``reason``; ``environment``; ``cuda_devices``. No CUDA context is made where torch sees no device.
+        ``build`` of the C++ module and ``cuda_build`` of the CUDA library (``None`` where it is not loaded); ``threads``;
+        ``backends[device][backend]``, each with the ``dtypes`` it serves and, where it serves none or only some operators, the ``reason``;
+        ``choice[device]`` among them, in words; ``environment``; ``cuda_devices``. No CUDA context is made where torch sees no device.
     """
     extension = sys.modules.get("fastvae._C")
     return {
@@ -35,8 +39,10 @@ def collect() -> dict:
         "instruction_set": extension.instruction_set() if extension else None,
         "instruction_sets": list(extension.instruction_sets()) if extension else [],
         "build": dict(extension.build_info()) if extension else {},
+        "cuda_build": _load.cuda_build(),
         "threads": {"torch": torch.get_num_threads(), "processors": os.cpu_count()},
         "backends": {device: {name: _support(name, device) for name in _ops.BACKENDS} for device in _devices()},
+        "choice": {device: _backend.choice(device) for device in _devices()},
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
         "cuda_devices": _cuda_devices(),
     }
@@ -89,7 +95,9 @@ def report(facts: dict) -> str:
     lines += _section("threads", facts["threads"])
     lines += _section("C++ module", _describe_extension(facts))
     for device, backends in facts["backends"].items():
-        lines += _section(f"backends for {device} tensors", {name: _describe_support(support) for name, support in backends.items()})
+        described = {name: _describe_support(support) for name, support in backends.items()}
+        lines += _section(f"backends for {device} tensors", described | {"fastest first": facts["choice"][device]})
+    lines += _section("CUDA library", _describe_cuda(facts))
     lines += _section("CUDA devices", _describe_devices(facts))
     lines += _section("environment", {name: "not set" if value is None else value for name, value in facts["environment"].items()})
     return "\n".join(lines)
@@ -104,6 +112,12 @@ def _describe_extension(facts: dict) -> dict[str, str]:
         return {"not loaded": facts["backends"]["cpu"]["cpp"]["reason"]}
     in_use = {"instruction set": f"{facts['instruction_set']} (of {', '.join(facts['instruction_sets'])})"}
     return in_use | facts["build"]
+
+
+def _describe_cuda(facts: dict) -> dict[str, str]:
+    if facts["cuda_build"] is None:
+        return {"not loaded": _backend.UNAVAILABLE["cuda"]}
+    return {"built by": facts["cuda_build"]}
 
 
 def _describe_support(support: dict) -> str:

@@ -28,7 +28,7 @@ def commands(machine, name: str) -> list[str]:
 
 def test_stages_run_in_order_and_under_their_own_names():
     stages = gpu_pass.stages(GPU, Path("out"))
-    assert list(stages) == ["build", "test", "interpret", "offline", "sanitize", "bench"]
+    assert list(stages) == ["build", "test", "emulation", "interpret", "offline", "sanitize", "bench"]
     assert all(name == stage.name for name, stage in stages.items())
 
 
@@ -37,7 +37,7 @@ def test_default_on_a_gpu_is_what_only_a_gpu_shows():
 
 
 def test_default_without_a_gpu_proves_the_kernels_otherwise():
-    assert {"interpret", "offline"} < set(gpu_pass.default_stages(NO_GPU))
+    assert {"emulation", "interpret", "offline"} < set(gpu_pass.default_stages(NO_GPU))
 
 
 def test_interpreter_and_offline_compilation_have_processes_of_their_own():
@@ -45,7 +45,7 @@ def test_interpreter_and_offline_compilation_have_processes_of_their_own():
     assert stages["interpret"].commands[0].environment == {"TRITON_INTERPRET": "1"}
     assert stages["offline"].commands[0].environment == {}
     (native,) = commands(NO_GPU, "test")
-    assert "--ignore=tests/interpret --ignore=tests/offline" in native
+    assert "--ignore=tests/emulation --ignore=tests/interpret --ignore=tests/offline" in native
 
 
 def test_on_a_gpu_its_tests_come_first_and_none_is_left_out():

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds in all. A GPU is often had for ten minutes at a time.
 BUDGET_WITH_GPU, BUDGET_WITHOUT = 540, 1800
-NATIVE_TESTS = ("pytest", "tests", "--ignore=tests/interpret", "--ignore=tests/offline", "-q")
+NATIVE_TESTS = ("pytest", "tests", "--ignore=tests/emulation", "--ignore=tests/interpret", "--ignore=tests/offline", "-q")
 # compute-sanitizer slows kernels down so much that it gets one small test of each family.
 SANITIZED_TESTS = (*NATIVE_TESTS, "-k", "odd_sizes and float32 and cuda and not reference")
 
@@ -70,6 +70,7 @@ def stages(machine: Machine, out: Path) -> dict[str, Stage]:
     every = (
         Stage("build", 2, (build, python("fastvae.info"))),
         Stage("test", 4, _tests(machine)),
+        Stage("emulation", 3, (python("pytest", "tests/emulation", "-q"),)),
         Stage("interpret", 3, (python("pytest", "tests/interpret", "-q", TRITON_INTERPRET="1"),)),
         Stage("offline", 3, (python("pytest", "tests/offline", "-q"),)),
         _sanitize(machine),
@@ -106,7 +107,8 @@ def _benchmarks(machine: Machine, out: Path) -> tuple[Command, ...]:
 
 def default_stages(machine: Machine) -> list[str]:
     """On a GPU what only a GPU shows; elsewhere also the suites that prove the GPU kernels without one."""
-    return ["build", "test", "sanitize", "bench"] if machine.gpu else ["build", "test", "interpret", "offline", "sanitize", "bench"]
+    without_gpu = [] if machine.gpu else ["emulation", "interpret", "offline"]
+    return ["build", "test", *without_gpu, "sanitize", "bench"]
 
 
 def share(remaining: float, weights: list[int]) -> float:

@@ -6,6 +6,13 @@
 #else
 #define FASTVAE_INLINE static inline __attribute__((always_inline))
 #endif
+#if defined(__CUDA_ARCH__)
+#define FASTVAE_UNROLL(count) _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define FASTVAE_UNROLL(count)
+#else
+#define FASTVAE_UNROLL(count) _Pragma(FASTVAE_STRING(GCC unroll count))
+#endif
 
 // Everything compiled once per instruction set lives in a namespace of that name, so that the linker cannot put one set's code in
 // another's place.

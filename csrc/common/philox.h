@@ -14,7 +14,7 @@ struct PhiloxWords {
 };
 
 FASTVAE_INLINE PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-#pragma GCC unroll 10
+  FASTVAE_UNROLL(10)
   for (int round = 0; round < 10; ++round) {
     uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
     uint64_t p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;

@@ -15,7 +15,7 @@ struct LossTerms {
 struct BCEWithLogits {
   template <class T>
   FASTVAE_INLINE LossTerms<T> terms(T x, T t) {
-    T e = exp(-absolute(x)), r = T(1) / (T(1) + e);
+    T e = exp(-absolute(x)), r = divide(T(1), T(1) + e);
     T sigmoid = x < T(0) ? e * r : r;
     T hinge = -x > T(0) ? -x : T(0);
     return {fma(T(1) - t, x, hinge + log1p_unit(e)), sigmoid - t, -x, T(0)};
@@ -26,7 +26,7 @@ struct BCEWithLogits {
 struct WeightedBCEWithLogits {
   template <class T>
   FASTVAE_INLINE LossTerms<T> terms(T x, T t, T p) {
-    T e = exp(-absolute(x)), r = T(1) / (T(1) + e);
+    T e = exp(-absolute(x)), r = divide(T(1), T(1) + e);
     T complement = x < T(0) ? r : e * r;  // sigmoid(-x)
     T hinge = -x > T(0) ? -x : T(0);
     T softplus = hinge + log1p_unit(e);  // of -x
@@ -42,7 +42,7 @@ struct BCE {
     T product = complement * x;
     T floored = product < T(1e-12) ? T(1e-12) : product;  // torch's floor
     T log_one = floor_log(log(x)), log_zero = floor_log(log_complement(x, complement));
-    return {-fma(t, log_one, (T(1) - t) * log_zero), (x - t) / floored, log_zero - log_one, T(0)};
+    return {-fma(t, log_one, (T(1) - t) * log_zero), divide(x - t, floored), log_zero - log_one, T(0)};
   }
 
  private:
@@ -52,7 +52,7 @@ struct BCE {
   }
   FASTVAE_INLINE float log_complement(float x, float complement) {
     // What rounding 1 - x lost comes back; at x = 1 the logarithm is -inf and the correction must not turn it into NaN.
-    float correction = ((1.0f - complement) - x) / complement;
+    float correction = divide((1.0f - complement) - x, complement);
     return log(complement) + (complement == 0.0f ? 0.0f : correction);
   }
   FASTVAE_INLINE double log_complement(double x, double) { return ::log1p(-x); }

@@ -1,58 +1,17 @@
 // Between torch's stable tensors and the kernels' views.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <vector>
-
 #include "../common/reduction.h"
+#include "../common/tensor.h"
 #include "partition.h"
 #include "view.h"
 
 namespace fastvae {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    case ScalarType::Double:
-      return DType::float64;
-    case ScalarType::Byte:
-      return DType::uint8;
-    case ScalarType::Bool:
-      return DType::boolean;
-    default:
-      STD_TORCH_CHECK(false, "fastvae: a dtype that no kernel takes");
-  }
-}
-
-inline ScalarType accumulation_dtype(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline std::vector<int64_t> shape_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
-
-inline int64_t batch_of(const Tensor& tensor) { return tensor.dim() > 0 ? tensor.size(0) : 1; }
-
 // A contiguous CPU tensor, filled with NaN where set_poison(true) asks for it, so that an element no kernel writes shows in a test.
-// Through the C shim: a fourth of the cost of the dispatcher's aten::empty.
 Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype);
 Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype);
 void set_poison(bool on);
-
-inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 inline Tensor empty_reduced(const Tensor& like, Reduction reduction) {
   if (reduction == Reduction::none) return empty(shape_of(like), like.scalar_type());

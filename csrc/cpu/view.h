@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace fastvae {
+#include "../common/dtype.h"
 
-enum class DType : uint8_t { float32, bfloat16, float16, float64, uint8, boolean };
+namespace fastvae {
 
 // Element e of the logical tensor, row-major, lies at data[(e / inner % period) * outer_stride + (e % inner) * inner_stride]. That covers
 // contiguous tensors, rows with a stride (a slice of the last dimension), and operands that are broadcast over a run of dimensions.
@@ -13,14 +13,6 @@ struct View {
   const void* data = nullptr;
   DType dtype = DType::float32;
   int64_t inner = 1, period = 1, outer_stride = 0, inner_stride = 1;
-
-  explicit operator bool() const { return data != nullptr; }
-};
-
-// A contiguous output; without data, none is wanted.
-struct Output {
-  void* data = nullptr;
-  DType dtype = DType::float32;
 
   explicit operator bool() const { return data != nullptr; }
 };

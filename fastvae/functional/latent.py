@@ -99,7 +99,7 @@ def reparameterize(
     """
     check_posterior("mu", mu, "logvar", logvar)
     options = 0, 0.0, *_check_clamp(logvar_clamp)
-    backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
     eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)
     keep_noise = _keeps_noise(backend, seed, mu, logvar)
     return apply(_ReparameterizeKL, mu, logvar, None, None, eps, seed, num_samples, False, *options, keep_noise, backend)[0]
@@ -139,7 +139,7 @@ def kl_normal(
     """
     check_posterior("mu", mu, "logvar", logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
-    backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
     options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
     return apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, None, None, None, True, *options, False, backend)[1]
 
@@ -166,7 +166,7 @@ def reparameterize_kl(
     check_posterior("mu", mu, "logvar", logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
     options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
-    backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
     eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)
     keep_noise = _keeps_noise(backend, seed, mu, logvar)
     noise = eps, seed, num_samples

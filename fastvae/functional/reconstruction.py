@@ -287,7 +287,7 @@ def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad
         if value is not None:
             _check_shared(name, value, input)
     options = check_reduction(reduction), check_scale(grad_scale), _writes_gradient(input, target, logvar, reduction, grad_scale)
-    backend = _backend.resolve("reconstruction_forward", input.device, input.dtype)
+    backend = _backend.resolve("reconstruction_forward", input.device, input.dtype, input.numel())
     order = None if input.is_contiguous() else _memory_order(input, reduction)
     shared = [_share(value, input.shape, order) for value in (weight, pos_weight)]
     logvar = _share(logvar, input.shape, order, MAX_SHARED_LOGVAR)

@@ -1,0 +1,57 @@
+// How an operator reaches its GPU: device, stream, launch and the memory for sums.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../common/tensor.h"
+#include "reduce.cuh"
+
+namespace fastvae {
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, "fastvae: ", what, ": ", cudaGetErrorString(status));
+}
+
+constexpr int kSlots = 2 * kMaxBlocks;  // two scalar sums, or twice the row blocks, or a column block each
+constexpr int kTickets = kMaxColumnBlocks;
+static_assert(kMaxColumnBlocks * kWarp <= kSlots && 2 * kMaxRowBlocks <= kSlots, "each kind of sum has its slots");
+
+// The workspace of a stream, on which launches follow each other; `keep` owns it where it is no lasting one.
+Workspace workspace_of(int32_t device, cudaStream_t stream, Tensor* keep);
+
+// The device and current stream of a tensor, for as long as an operator runs.
+class Launch {
+ public:
+  explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_), keep_(tensor) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) const {
+    return allocate(shape, dtype, aoti_torch_device_type_cuda(), device_);
+  }
+
+  Workspace workspace() { return workspace_of(device_, stream_, &keep_); }
+
+  void fill(const Tensor& tensor, int byte) const {
+    size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
+    if (bytes > 0) check_cuda(cudaMemsetAsync(tensor.mutable_data_ptr(), byte, bytes, stream_), "filling a tensor");
+  }
+
+  template <class Params>
+  void run(void (*kernel)(Params), int64_t blocks_x, int64_t blocks_y, int threads, const Params& params) const {
+    dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
+    void* arguments[] = {const_cast<Params*>(&params)};
+    check_cuda(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, 0, stream_), "launching a kernel");
+  }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  Tensor keep_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace fastvae

@@ -1,0 +1,435 @@
+// Reconstruction losses on a GPU: the loss and its gradient in one pass over input and target.
+#include "../common/reconstruction.h"
+#include "loss.h"
+
+namespace fastvae {
+namespace {
+
+// A weight or a log variance, in float32 or in the input's dtype: one value an element, or values that repeat, value number
+// (e / inner) % period of element e.
+struct Operand {
+  const void* data = nullptr;
+  bool wide = true;  // float32
+  bool full = true;
+  bool vector = true;  // full and aligned
+  Divider inner{1, 0, 0}, period{1, 0, 0};
+};
+
+FASTVAE_INLINE int64_t value_index(const Operand& operand, int64_t element) {
+  return remainder(operand.period, quotient(operand.inner, element));
+}
+
+template <class T>
+struct ReconstructionParams {
+  const T* input;
+  const void* target;
+  DType target_dtype;
+  bool vector;            // input and target are aligned
+  Operand weight, extra;  // extra: the weight of positives or the log variance
+  int64_t numel, chunk;
+
+  T* loss;  // elementwise
+  LossSum loss_sum;
+  ScalarSum logvar_sum;  // the gradient of a single log variance
+  unsigned* ticket;
+
+  // Each gradient is multiplied with `scale` and with the incoming gradient of its element: elementwise, or one a row (stride 0: for all).
+  float scale;
+  const T* grad_elements;
+  const float* grad_rows;
+  int64_t grad_stride;
+  Divider row;  // elements of one
+  T* grad_input;
+  Output grad_target, grad_logvar;
+};
+
+template <class T>
+__device__ __forceinline__ float operand_value(const Operand& operand, int64_t index) {
+  return operand.wide ? static_cast<const float*>(operand.data)[index] : widen(static_cast<const T*>(operand.data)[index]);
+}
+
+template <class T>
+__device__ __forceinline__ void load_operand(const Operand& operand, int64_t first, int count, float (&to)[kVector]) {
+  if (operand.full) {
+    bool fast = operand.vector && count == kVector;
+    if (operand.wide)
+      load(static_cast<const float*>(operand.data) + first, count, fast, to);
+    else
+      load(static_cast<const T*>(operand.data) + first, count, fast, to);
+    return;
+  }
+  for (int k = 0; k < kVector; ++k) to[k] = k < count ? operand_value<T>(operand, value_index(operand, first + k)) : 0.0f;
+}
+
+// A thread's elements, all loaded before the first is used.
+using Values = float[kRuns][kVector];
+
+template <class From>
+__device__ __forceinline__ void load_values(const From* from, int64_t first, int64_t numel, bool vector, Values& to) {
+  if (vector && first + (kRuns - 1) * kNoiseLanes + kVector <= numel) {
+    Vector<From> raw[kRuns];
+#pragma unroll
+    for (int j = 0; j < kRuns; ++j) raw[j] = *reinterpret_cast<const Vector<From>*>(from + first + j * kNoiseLanes);
+#pragma unroll
+    for (int j = 0; j < kRuns; ++j)
+      for (int k = 0; k < kVector; ++k) to[j][k] = widen(raw[j].v[k]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kRuns; ++j)
+      for (int k = 0; k < kVector; ++k) {
+        int64_t element = first + j * kNoiseLanes + k;
+        to[j][k] = element < numel ? widen(from[element]) : 0.0f;
+      }
+  }
+}
+
+__device__ __forceinline__ void load_target(const void* from, DType dtype, int64_t first, int64_t numel, bool vector, Values& to) {
+  switch (dtype) {
+    case DType::float32:
+      return load_values(static_cast<const float*>(from), first, numel, vector, to);
+    case DType::bfloat16:
+      return load_values(static_cast<const BFloat16*>(from), first, numel, vector, to);
+    case DType::float16:
+      return load_values(static_cast<const Half*>(from), first, numel, vector, to);
+    default:
+      return load_values(static_cast<const uint8_t*>(from), first, numel, vector, to);
+  }
+}
+
+// Whether a likelihood reads the extra operand.
+template <class Terms>
+constexpr bool kReadsExtra = false;
+template <>
+constexpr bool kReadsExtra<WeightedBCEWithLogits> = true;
+template <>
+constexpr bool kReadsExtra<Gaussian> = true;
+
+template <class Terms>
+__device__ __forceinline__ LossTerms<float> terms_of(float x, float t, float extra) {
+  if constexpr (kReadsExtra<Terms>)
+    return Terms::terms(x, t, extra);
+  else
+    return Terms::terms(x, t);
+}
+
+template <class T>
+__device__ __forceinline__ float incoming_gradient(const ReconstructionParams<T>& p, int64_t element) {
+  if (p.grad_elements) return widen(p.grad_elements[element]) * p.scale;
+  if (!p.grad_rows) return p.scale;
+  return p.grad_rows[p.grad_stride != 0 ? quotient(p.row, element) * p.grad_stride : 0] * p.scale;
+}
+
+template <class T, class Terms>
+__global__ void __launch_bounds__(kThreads, 6) loss_kernel(const __grid_constant__ ReconstructionParams<T> p) {
+  LossAccumulator loss(p.loss_sum, p.chunk);
+  float logvar_total = 0.0f;
+  int64_t begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, p.numel);
+  for (int64_t base = begin; base < end; base += kStep) {
+    loss.begin_step(base);
+    int64_t first = base + vector_offset(threadIdx.x, 0);
+    Values inputs, targets;
+    load_values(p.input, first, p.numel, p.vector, inputs);
+    load_target(p.target, p.target_dtype, first, p.numel, p.vector, targets);
+#pragma unroll
+    for (int j = 0; j < kRuns; ++j) {
+      int64_t element = first + j * kNoiseLanes;
+      int count = static_cast<int>(most(least(p.numel - element, kVector), 0));
+      bool fast = count == kVector;
+      float extra[kVector] = {}, weight[kVector];
+      if (kReadsExtra<Terms>) load_operand<T>(p.extra, element, count, extra);
+      if (p.weight.data) load_operand<T>(p.weight, element, count, weight);
+      float losses[kVector], input[kVector], target[kVector], logvar[kVector];
+      for (int k = 0; k < kVector; ++k) {
+        LossTerms<float> terms = terms_of<Terms>(inputs[j][k], targets[j][k], extra[k]);
+        float factor = p.weight.data ? weight[k] : 1.0f;
+        losses[k] = k < count ? terms.loss * factor : 0.0f;
+        if (k < count && p.grad_input) factor *= incoming_gradient(p, element + k);
+        input[k] = terms.input * factor;
+        target[k] = terms.target * factor;
+        logvar[k] = k < count ? terms.logvar * factor : 0.0f;
+      }
+      if (p.loss) store(p.loss + element, count, fast, losses);
+      loss.add(vector_offset(threadIdx.x, j), losses);
+      if (p.grad_input) store(p.grad_input + element, count, fast, input);
+      if (p.grad_target.data) store(p.grad_target, element, count, fast, target);
+      if constexpr (kReadsExtra<Terms>) {
+        if (p.grad_logvar.data) store(p.grad_logvar, element, count, fast, logvar);
+        logvar_total += (logvar[0] + logvar[1]) + (logvar[2] + logvar[3]);
+      }
+    }
+    loss.end_step();
+  }
+  bool sums_logvar = p.logvar_sum.out.data != nullptr;
+  if (!p.loss_sum.wanted() && !sums_logvar) return;
+  loss.leave_parts();
+  if (sums_logvar) leave_part(p.logvar_sum, logvar_total);
+  if (!is_last_block(p.ticket, gridDim.x)) return;
+  loss.add_all_parts();
+  if (sums_logvar) add_parts(p.logvar_sum);
+}
+
+template <class T>
+struct SharedLogvarParams : ReconstructionParams<T> {
+  ColumnSums columns;
+  Workspace workspace;
+};
+
+__device__ __forceinline__ float target_value(const void* from, DType dtype, int64_t element) {
+  switch (dtype) {
+    case DType::float32:
+      return static_cast<const float*>(from)[element];
+    case DType::bfloat16:
+      return widen(static_cast<const BFloat16*>(from)[element]);
+    case DType::float16:
+      return widen(static_cast<const Half*>(from)[element]);
+    default:
+      return widen(static_cast<const uint8_t*>(from)[element]);
+  }
+}
+
+// The gradient of a log variance whose values are shared, one sum a value: a pass of its own over input and target.
+template <class T>
+__global__ void __launch_bounds__(kThreads) shared_logvar_kernel(const __grid_constant__ SharedLogvarParams<T> p) {
+  auto gradient = [&](int64_t element) {
+    float logvar = operand_value<T>(p.extra, value_index(p.extra, element));
+    LossTerms<float> terms = Gaussian::terms(widen(p.input[element]), target_value(p.target, p.target_dtype, element), logvar);
+    float factor = incoming_gradient(p, element);
+    if (p.weight.data) factor *= operand_value<T>(p.weight, p.weight.full ? element : value_index(p.weight, element));
+    return terms.logvar * factor;
+  };
+  auto finish = [&](int64_t column, double total) { store_one(p.grad_logvar, column, total); };
+  sum_columns(p.columns, p.workspace, gradient, finish);
+}
+
+template <class T>
+struct RescaleParams {
+  const T* from;
+  T* to;
+  const float* incoming;
+  float expected;
+  bool vector;
+  Chunks chunks;
+};
+
+// In place there is nothing to do where the incoming gradient is the expected one.
+template <class T>
+__global__ void __launch_bounds__(kThreads) rescale_kernel(const __grid_constant__ RescaleParams<T> p) {
+  float incoming = *p.incoming;
+  if (p.from == p.to && incoming == p.expected) return;
+  float factor = incoming / p.expected;
+  int64_t begin = blockIdx.x * p.chunks.elements, end = least(begin + p.chunks.elements, p.chunks.numel);
+  for (int64_t base = begin; base < end; base += kStep) {
+#pragma unroll
+    for (int j = 0; j < kRuns; ++j) {
+      int64_t element = base + vector_offset(threadIdx.x, j);
+      int count = static_cast<int>(most(least(end - element, kVector), 0));
+      bool fast = p.vector && count == kVector;
+      float values[kVector];
+      load(p.from + element, count, fast, values);
+      for (int k = 0; k < kVector; ++k) values[k] *= factor;
+      store(p.to + element, count, fast, values);
+    }
+  }
+}
+
+enum class Likelihood : int64_t { bce_with_logits = 0, bce = 1, mse = 2, gaussian = 3 };
+
+struct Arguments {
+  const Tensor &input, &target;
+  const OptionalTensor &weight, &pos_weight, &logvar;
+  Likelihood likelihood;
+};
+
+// Copies of tensors that no kernel reads as they are, alive as long as the launch.
+using Copies = std::vector<Tensor>;
+
+const Tensor& readable(const Tensor& tensor, Copies& copies) { return copies.emplace_back(dense(tensor)); }
+
+// A tensor that broadcasts to `shape` over all but one run of dimensions, or over none.
+template <class T>
+Operand operand_of(const Tensor& tensor, const std::vector<int64_t>& shape, int64_t numel, Copies& copies) {
+  DType dtype = dtype_of(tensor);
+  bool known = dtype == DType::float32 || dtype == kDTypeOf<T>;
+  const Tensor& values = readable(known ? tensor : torch::stable::to(tensor, ScalarType::Float), copies);
+  Operand operand;
+  operand.data = values.const_data_ptr();
+  operand.wide = dtype_of(values) == DType::float32;
+  operand.full = values.numel() == numel;
+  operand.vector = operand.full &&
+                   (operand.wide ? is_aligned(static_cast<const float*>(operand.data)) : is_aligned(static_cast<const T*>(operand.data)));
+  int64_t inner = 1;
+  for (int64_t d = static_cast<int64_t>(shape.size()) - 1; d >= 0 && values.size(d) == 1; --d) inner *= shape[d];
+  operand.inner = divider(inner);
+  operand.period = divider(values.numel());
+  return operand;
+}
+
+template <class T>
+ReconstructionParams<T> problem(const Arguments& a, Copies& copies) {
+  copies.reserve(8);
+  ReconstructionParams<T> p{};
+  std::vector<int64_t> shape = shape_of(a.input);
+  p.numel = a.input.numel();
+  p.input = static_cast<const T*>(readable(a.input, copies).const_data_ptr());
+  p.target = readable(a.target, copies).const_data_ptr();
+  p.target_dtype = dtype_of(a.target);
+  size_t target_vector = kVector * a.target.element_size();
+  p.vector = is_aligned(p.input) && reinterpret_cast<uintptr_t>(p.target) % target_vector == 0;
+  if (a.weight) p.weight = operand_of<T>(*a.weight, shape, p.numel, copies);
+  if (a.pos_weight) p.extra = operand_of<T>(*a.pos_weight, shape, p.numel, copies);
+  if (a.logvar) p.extra = operand_of<T>(*a.logvar, shape, p.numel, copies);
+  p.scale = 1.0f;
+  p.row = divider(batch_of(a.input) > 0 ? p.numel / batch_of(a.input) : 1);
+  return p;
+}
+
+template <class T>
+void run_likelihood(const Launch& launch, const Arguments& a, int64_t blocks, const ReconstructionParams<T>& p) {
+  auto run = [&](auto terms) { launch.run(loss_kernel<T, decltype(terms)>, blocks, 1, kThreads, p); };
+  switch (a.likelihood) {
+    case Likelihood::bce_with_logits:
+      return a.pos_weight ? run(WeightedBCEWithLogits{}) : run(BCEWithLogits{});
+    case Likelihood::bce:
+      return run(BCE{});
+    case Likelihood::mse:
+      return run(SquaredError{});
+    case Likelihood::gaussian:
+      return run(Gaussian{});
+  }
+}
+
+// Runs the loss and, where the gradient of a shared log variance is wanted, the pass for that.
+template <class T>
+void run(Launch& launch, const Arguments& a, const LossPlan& plan, ReconstructionParams<T>& p, const Tensor* grad_logvar) {
+  p.chunk = plan.chunks.elements;
+  p.loss_sum = plan.sum;
+  p.ticket = plan.ticket;
+  bool shared = grad_logvar && !p.extra.full;
+  if (grad_logvar && p.extra.full) p.grad_logvar = output_of(*grad_logvar);
+  if (shared && grad_logvar->numel() == 1) {
+    Workspace workspace = launch.workspace();
+    p.ticket = workspace.tickets;
+    p.logvar_sum = {output_of(*grad_logvar), 1.0, workspace.slots + kMaxBlocks};
+    shared = false;
+  }
+  run_likelihood(launch, a, plan.chunks.blocks, p);
+  if (!shared) return;
+  SharedLogvarParams<T> by_value{p, column_sums_of(p.numel / grad_logvar->numel(), grad_logvar->numel(), p.extra.inner.divisor),
+                                 launch.workspace()};
+  by_value.grad_logvar = output_of(*grad_logvar);
+  launch.run(shared_logvar_kernel<T>, by_value.columns.groups, by_value.columns.splits, kThreads, by_value);
+}
+
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+template <class T>
+ThreeTensors forward(const Arguments& a, Reduction reduction, double grad_scale, bool with_grad) {
+  Launch launch(a.input);
+  std::vector<int64_t> nothing = {0};
+  ScalarType dtype = a.input.scalar_type();
+  Tensor loss = empty_reduced(launch, a.input, reduction);
+  Tensor grad_input = launch.empty(with_grad ? shape_of(a.input) : nothing, dtype);
+  bool with_logvar = with_grad && a.logvar;
+  Tensor grad_logvar = with_logvar ? launch.empty(shape_of(*a.logvar), a.logvar->scalar_type()) : launch.empty(nothing, dtype);
+  if (a.input.numel() == 0) {
+    launch.fill(loss, 0);
+    launch.fill(grad_logvar, 0);
+    return {loss, grad_input, grad_logvar};
+  }
+  Copies copies;
+  ReconstructionParams<T> p = problem<T>(a, copies);
+  if (reduction == Reduction::none) p.loss = static_cast<T*>(loss.mutable_data_ptr());
+  if (with_grad) {
+    p.grad_input = static_cast<T*>(grad_input.mutable_data_ptr());
+    p.scale = static_cast<float>(grad_scale * reduction_scale(reduction, batch_of(a.input), p.numel));
+  }
+  run(launch, a, plan_loss(launch, reduction, a.input, p.numel, loss), p, with_logvar ? &grad_logvar : nullptr);
+  return {loss, grad_input, grad_logvar};
+}
+
+template <class T>
+ThreeTensors backward(const Arguments& a, const Tensor& grad_output, Reduction reduction, bool with_target) {
+  Launch launch(a.input);
+  std::vector<int64_t> nothing = {0};
+  ScalarType dtype = a.input.scalar_type();
+  Tensor grad_input = launch.empty(shape_of(a.input), dtype);
+  Tensor grad_target = launch.empty(with_target ? shape_of(a.target) : nothing, a.target.scalar_type());
+  Tensor grad_logvar = a.logvar ? launch.empty(shape_of(*a.logvar), a.logvar->scalar_type()) : launch.empty(nothing, dtype);
+  if (a.input.numel() == 0) {
+    launch.fill(grad_logvar, 0);
+    return {grad_input, grad_target, grad_logvar};
+  }
+  Copies copies;
+  ReconstructionParams<T> p = problem<T>(a, copies);
+  if (reduction == Reduction::none) {
+    p.grad_elements = static_cast<const T*>(readable(grad_output, copies).const_data_ptr());
+  } else {
+    p.grad_rows = static_cast<const float*>(grad_output.const_data_ptr());
+    p.grad_stride = reduction == Reduction::sample && grad_output.dim() > 0 ? grad_output.stride(0) : 0;
+  }
+  p.scale = static_cast<float>(reduction_scale(reduction, batch_of(a.input), p.numel));
+  p.grad_input = static_cast<T*>(grad_input.mutable_data_ptr());
+  if (with_target) p.grad_target = output_of(grad_target);
+  LossPlan plan;
+  plan.chunks = chunks_of(p.numel, kMaxBlocks);
+  run(launch, a, plan, p, a.logvar ? &grad_logvar : nullptr);
+  return {grad_input, grad_target, grad_logvar};
+}
+
+ThreeTensors reconstruction_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                    const OptionalTensor& pos_weight, const OptionalTensor& logvar, int64_t likelihood, int64_t reduction,
+                                    double grad_scale, bool with_grad) {
+  Arguments arguments{input, target, weight, pos_weight, logvar, static_cast<Likelihood>(likelihood)};
+  return dispatch(input.scalar_type(), [&](auto type) {
+    return forward<typename decltype(type)::Type>(arguments, static_cast<Reduction>(reduction), grad_scale, with_grad);
+  });
+}
+
+ThreeTensors reconstruction_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                     const OptionalTensor& pos_weight, const OptionalTensor& logvar, int64_t likelihood, int64_t reduction,
+                                     bool with_target) {
+  Arguments arguments{input, target, weight, pos_weight, logvar, static_cast<Likelihood>(likelihood)};
+  return dispatch(input.scalar_type(), [&](auto type) {
+    return backward<typename decltype(type)::Type>(arguments, grad_output, static_cast<Reduction>(reduction), with_target);
+  });
+}
+
+void rescale(const Launch& launch, const Tensor& grad, const Tensor& grad_output, double expected, const Tensor& out) {
+  if (grad.numel() == 0) return;
+  STD_TORCH_CHECK(grad_output.scalar_type() == ScalarType::Float, "fastvae: grad_output has to be float32");
+  auto run = [&](auto type) {
+    using T = typename decltype(type)::Type;
+    RescaleParams<T> p{static_cast<const T*>(grad.const_data_ptr()),
+                       static_cast<T*>(out.mutable_data_ptr()),
+                       static_cast<const float*>(grad_output.const_data_ptr()),
+                       static_cast<float>(expected),
+                       false,
+                       chunks_of(grad.numel(), kMaxRescaleBlocks)};
+    p.vector = is_aligned(p.from) && is_aligned(p.to);
+    launch.run(rescale_kernel<T>, p.chunks.blocks, 1, kThreads, p);
+  };
+  // A log variance may be a float64 tensor beside other inputs.
+  grad.scalar_type() == ScalarType::Double ? run(TypeTag<double>{}) : dispatch(grad.scalar_type(), run);
+}
+
+Tensor reconstruction_rescale(const Tensor& grad, const Tensor& grad_output, double expected) {
+  Launch launch(grad);
+  Tensor out = launch.empty(shape_of(grad), grad.scalar_type());
+  rescale(launch, dense(grad), grad_output, expected, out);
+  return out;
+}
+
+void reconstruction_rescale_(Tensor grad, const Tensor& grad_output, double expected) {
+  rescale(Launch(grad), grad, grad_output, expected, grad);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
+  m.impl("reconstruction_forward.cuda", TORCH_BOX(&reconstruction_forward));
+  m.impl("reconstruction_backward.cuda", TORCH_BOX(&reconstruction_backward));
+  m.impl("reconstruction_rescale.cuda", TORCH_BOX(&reconstruction_rescale));
+  m.impl("reconstruction_rescale_.cuda", TORCH_BOX(&reconstruction_rescale_));
+}
+
+}  // namespace fastvae

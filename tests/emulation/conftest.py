@@ -1,0 +1,64 @@
+"""The CUDA kernels on the CPU: csrc/cuda/ compiled by the C++ compiler against include/ here, as a backend ``cuda`` for CPU tensors.
+
+In a process of its own: the operators that it registers stay.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvae import _backend
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+BUILD = ROOT / "build" / "emulation"
+# An access to a vector that is not aligned, an error on a GPU, traps.
+SANITIZE = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", *SANITIZE)
+DEFINES = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-include", "cuda_runtime.h")
+
+if torch.cuda.is_available():
+    pytest.skip("the kernels are emulated where there is no GPU", allow_module_level=True)
+
+
+def build() -> Path:
+    from ninja import ninja_syntax
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    compiler = os.environ.get("CXX", "c++")
+    includes = [f"-I{HERE}/include", f"-I{ROOT}/csrc", *(f"-isystem {path}" for path in include_paths())]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    library = BUILD / "emulated_cuda.so"
+    with (BUILD / "build.ninja").open("w") as file:
+        ninja = ninja_syntax.Writer(file, width=1000)
+        flags = " ".join((*FLAGS, *includes, *DEFINES))
+        ninja.rule("compile", f"{compiler} {flags} -MMD -MF $out.d -x c++ -c $in -o $out", depfile="$out.d")
+        directories = " ".join(f"-L{directory}" for directory in library_paths())
+        ninja.rule("link", f"{compiler} -shared $in {directories} -ltorch_cpu -o $out")
+        sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), HERE / "device.cpp"]
+        for source in sources:
+            ninja.build(f"{source.stem}.o", "compile", str(source))
+        ninja.build(str(library), "link", [f"{source.stem}.o" for source in sources])
+    result = subprocess.run(["ninja", "-C", str(BUILD)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return library
+
+
+def pytest_collection_modifyitems(items):
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="there is no C++ compiler to build the emulation with"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emulated() -> ctypes.CDLL:
+    """The library; once it is loaded the backend serves CPU tensors."""
+    library = build()
+    torch.ops.load_library(str(library))
+    _backend.refresh()
+    return ctypes.CDLL(str(library))

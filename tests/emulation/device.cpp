@@ -1,0 +1,69 @@
+// What torch's CUDA library gives the kernels, and the switch of the emulation.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+extern "C" {
+
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError emulated_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+
+__attribute__((visibility("default"))) void set_capturing(int capturing) { emulation::capturing = capturing != 0; }
+}
+
+// The arithmetic of csrc/cuda/partition.h and noise.cuh, for tests.
+#include "cuda/noise.cuh"
+
+namespace {
+
+fastvae::RowSums row_sums(int64_t length, int64_t numel, int64_t chunk) { return {fastvae::divider(length), numel, chunk}; }
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int64_t emulated_quotient(int64_t divisor, int64_t n) { return fastvae::quotient(fastvae::divider(divisor), n); }
+
+EXPORT int emulated_vector_offset(int thread, int run) { return fastvae::vector_offset(thread, run); }
+
+EXPORT void emulated_chunks(int64_t numel, int64_t max_blocks, int64_t* out) {
+  fastvae::Chunks chunks = fastvae::chunks_of(numel, max_blocks);
+  out[0] = chunks.elements;
+  out[1] = chunks.blocks;
+}
+
+EXPORT int64_t emulated_owned_row(int64_t length, int64_t numel, int64_t chunk, int64_t block) {
+  int64_t row = 0;
+  return fastvae::owns_crossing_row(row_sums(length, numel, chunk), block, row) ? row : -1;
+}
+
+EXPORT int64_t emulated_last_block(int64_t length, int64_t numel, int64_t chunk, int64_t row) {
+  return fastvae::last_block_of(row_sums(length, numel, chunk), row);
+}
+
+EXPORT int emulated_row_group(int64_t length) { return fastvae::row_group(length); }
+
+EXPORT void emulated_columns(int64_t rows, int64_t columns, int64_t inner, int64_t* out) {
+  fastvae::ColumnSums c = fastvae::column_sums_of(rows, columns, inner);
+  out[0] = c.groups;
+  out[1] = c.splits;
+  out[2] = c.width;
+  out[3] = c.rows_per_split;
+}
+
+EXPORT int64_t emulated_column_element(int64_t rows, int64_t columns, int64_t inner, int64_t row, int64_t column) {
+  return fastvae::column_element(fastvae::column_sums_of(rows, columns, inner), row, column);
+}
+
+EXPORT void emulated_normals(int64_t seed, int64_t first, int lane, float* out) {
+  float normals[fastvae::kRuns];
+  fastvae::normals_from(fastvae::noise_key(&seed), first, lane, normals);
+  for (int j = 0; j < fastvae::kRuns; ++j) out[j] = normals[j];
+}

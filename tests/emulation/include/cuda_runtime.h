@@ -1,0 +1,219 @@
+// As much of CUDA as csrc/cuda/ uses, on the CPU: every thread of a block is a fiber, blocks run one after the other, both in a shuffled
+// order. A barrier that part of a warp or of a block never reaches ends the process, and so does a vector access that is not aligned.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+// The operators register themselves for CPU tensors, on a device that needs no guard.
+#define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
+#define aoti_torch_create_device_guard emulated_create_device_guard
+#define aoti_torch_delete_device_guard emulated_delete_device_guard
+#include <torch/csrc/stable/library.h>
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m, C10_UID)
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulation {
+
+[[noreturn]] inline void fail(const char* what) {
+  fprintf(stderr, "emulation: %s\n", what);
+  abort();
+}
+
+enum class State { ready, at_warp_barrier, at_block_barrier, done };
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  State state;
+  dim3 index;
+  uint64_t exchange;
+};
+
+constexpr unsigned kWarpSize = 32;
+constexpr size_t kStackBytes = 1 << 17;
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  ucontext_t scheduler;
+  Fiber* running = nullptr;
+  std::function<void()> kernel;
+  std::mt19937 random{2026};
+  unsigned standing = 0;  // a bit a warp
+  dim3 block_index, block_size, grid_size;
+};
+inline Machine machine;
+
+inline void wait(State state) {
+  Fiber* self = machine.running;
+  self->state = state;
+  swapcontext(&self->context, &machine.scheduler);
+}
+
+inline void fiber_main() {
+  machine.kernel();
+  machine.running->state = State::done;
+  // uc_link returns to the scheduler.
+}
+
+// Frees threads [begin, end) from a barrier once all that still run are there.
+inline bool release(unsigned begin, unsigned end, State barrier) {
+  bool waiting = false;
+  for (unsigned i = begin; i < end; ++i) {
+    State state = machine.fibers[i].state;
+    if (state == State::done) continue;
+    if (state != barrier) return false;
+    waiting = true;
+  }
+  for (unsigned i = begin; i < end; ++i)
+    if (machine.fibers[i].state == barrier) machine.fibers[i].state = State::ready;
+  return waiting;
+}
+
+inline std::vector<unsigned> shuffled(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), machine.random);
+  return order;
+}
+
+inline void run_block(unsigned threads) {
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = machine.fibers[i];
+    fiber.state = State::ready;
+    fiber.index = dim3(i);
+    getcontext(&fiber.context);
+    fiber.stack.resize(kStackBytes);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = &machine.scheduler;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  for (;;) {
+    bool progress = false, finished = true;
+    // Some warps stand still for long, so that the others run ahead of them as far as barriers let them.
+    if (machine.random() % 16 == 0) machine.standing = machine.random();
+    for (unsigned i : shuffled(threads)) {
+      Fiber& fiber = machine.fibers[i];
+      if (fiber.state == State::ready) {
+        progress = true;
+        if (!(machine.standing >> (i / kWarpSize) & 1)) {
+          machine.running = &fiber;
+          swapcontext(&machine.scheduler, &fiber.context);
+        }
+      }
+      finished = finished && fiber.state == State::done;
+    }
+    if (finished) return;
+    for (unsigned warp = 0; warp < threads; warp += kWarpSize)
+      progress = release(warp, std::min(warp + kWarpSize, threads), State::at_warp_barrier) || progress;
+    progress = release(0, threads, State::at_block_barrier) || progress;
+    if (!progress) fail("threads wait at different barriers");
+  }
+}
+
+inline void run_grid(dim3 grid, dim3 block, std::function<void()> kernel) {
+  machine.kernel = std::move(kernel);
+  machine.block_size = block;
+  machine.grid_size = grid;
+  if (machine.fibers.size() < block.x) machine.fibers.resize(block.x);
+  for (unsigned i : shuffled(grid.x * grid.y)) {
+    machine.block_index = dim3(i % grid.x, i / grid.x);
+    run_block(block.x);
+  }
+}
+
+template <class T>
+T exchange(T value, unsigned lane_mask) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Fiber* self = machine.running;
+  memcpy(&self->exchange, &value, sizeof value);
+  wait(State::at_warp_barrier);
+  T other;
+  memcpy(&other, &machine.fibers[self->index.x ^ lane_mask].exchange, sizeof other);
+  wait(State::at_warp_barrier);
+  return other;
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::machine.running->index)
+#define blockIdx (emulation::machine.block_index)
+#define blockDim (emulation::machine.block_size)
+#define gridDim (emulation::machine.grid_size)
+
+inline void __syncthreads() { emulation::wait(emulation::State::at_block_barrier); }
+inline void __threadfence() {}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  if (mask != 0xffffffffu) emulation::fail("only whole warps are emulated");
+  return emulation::exchange(value, static_cast<unsigned>(lane_mask));
+}
+
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  unsigned before = *address;
+  *address += value;
+  return before;
+}
+
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
+
+inline const char* cudaGetErrorString(cudaError_t) { return "no error is emulated"; }
+
+namespace emulation {
+// Set by tests: what a captured launch does, on memory of its own, is done all the same.
+inline bool capturing = false;
+}  // namespace emulation
+
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t count, cudaStream_t) {
+  memset(to, byte, count);
+  return cudaSuccess;
+}
+
+template <class T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
+}
+
+template <class Params>
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+  const Params& params = *static_cast<const Params*>(arguments[0]);
+  emulation::run_grid(grid, block, [&] { kernel(params); });
+  return cudaSuccess;
+}

@@ -1,0 +1,99 @@
+"""How launches are cut, and where the parts of sums go: csrc/cuda/partition.h and the numbering of the noise."""
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastvae.reference import latent as reference
+
+STEP, TILE, WARP, THREADS = 2048, 512, 32, 128
+
+
+@pytest.fixture(scope="module")
+def call(emulated):
+    def function(name, *arguments, out=0):
+        symbol = getattr(emulated, f"emulated_{name}")
+        symbol.restype = ctypes.c_int64
+        results = (ctypes.c_int64 * max(out, 1))()
+        value = symbol(*(ctypes.c_int64(a) for a in arguments), *((results,) if out else ()))
+        return list(results) if out else value
+
+    return function
+
+
+@given(divisor=st.integers(1, 2**62), n=st.integers(0, 2**63 - 1))
+def test_division_by_a_product_is_exact(call, divisor, n):
+    assert call("quotient", divisor, n) == n // divisor
+
+
+@given(divisor=st.integers(1, 2**40), quotient=st.integers(1, 2**22))
+def test_division_is_exact_at_its_steps(call, divisor, quotient):
+    assert call("quotient", divisor, divisor * quotient) == quotient
+    assert call("quotient", divisor, divisor * quotient - 1) == quotient - 1
+
+
+def test_threads_cover_a_step_once_and_a_warp_has_one_noise_tile(call):
+    offsets = {thread: [call("vector_offset", thread, run) for run in range(4)] for thread in range(THREADS)}
+    elements = sorted(offset + k for vectors in offsets.values() for offset in vectors for k in range(4))
+    assert elements == list(range(STEP))
+    assert all(offset // TILE == thread // WARP for thread, vectors in offsets.items() for offset in vectors)
+    # A thread's four vectors have the same lanes, one in each stream: their normals come of the same counters.
+    assert all(len({offset % 128 for offset in vectors}) == 1 for vectors in offsets.values())
+
+
+@given(numel=st.integers(1, 2**40), max_blocks=st.sampled_from((1, 512, 2048, 8192)))
+def test_chunks_cover_all_elements_in_whole_steps(call, numel, max_blocks):
+    elements, blocks = call("chunks", numel, max_blocks, out=2)
+    assert elements % STEP == 0
+    assert blocks <= max_blocks
+    assert (blocks - 1) * elements < numel <= blocks * elements
+
+
+@given(length=st.integers(1, 9000), rows=st.integers(1, 40), steps=st.integers(1, 3))
+def test_each_row_that_crosses_chunks_has_one_owner(call, length, rows, steps):
+    numel, chunk = length * rows, steps * STEP
+    blocks = -(-numel // chunk)
+    owned = {}
+    for block in range(1, blocks):
+        row = call("owned_row", length, numel, chunk, block)
+        if row >= 0:
+            assert row not in owned
+            owned[row] = block
+    expected = {row: row * length // chunk + 1 for row in range(rows) if row * length // chunk != ((row + 1) * length - 1) // chunk}
+    assert owned == expected
+    for row in owned:
+        assert call("last_block", length, numel, chunk, row) == ((row + 1) * length - 1) // chunk
+
+
+@pytest.mark.parametrize(("length", "group"), [(1, 1), (4, 1), (5, 2), (20, 8), (64, 16), (128, 32), (10**6, 32)])
+def test_short_rows_share_a_warp(call, length, group):
+    assert call("row_group", length) & 0xFFFFFFFF == group
+
+
+@given(rows=st.integers(1, 20), columns=st.integers(1, 12), inner=st.sampled_from((1, 2, 5)))
+def test_columns_cover_all_elements_once(call, rows, columns, inner):
+    rows *= inner
+    elements = [call("column_element", rows, columns, inner, row, column) for column in range(columns) for row in range(rows)]
+    assert sorted(elements) == list(range(rows * columns))
+
+
+@given(rows=st.integers(1, 2**30), columns=st.integers(1, 2**22), inner=st.sampled_from((1, 64)))
+def test_column_blocks_fit_their_slots_and_tickets(call, rows, columns, inner):
+    groups, splits, width, rows_per_split = call("columns", rows, columns, inner, out=4)
+    assert groups * width >= columns
+    assert splits * rows_per_split >= rows
+    assert splits == 1 or groups * splits <= 512
+    assert splits == 1 or splits * columns <= 16384
+
+
+@pytest.mark.parametrize("first", [0, 512, 1, 127, 128, 300, 511, 513, 5 * 512 + 400])
+def test_normals_from_any_element_are_those_of_the_numbering(emulated, first):
+    oracle = reference.normal(torch.tensor(7), (first + 1024,))
+    out = (ctypes.c_float * 4)()
+    for lane in (0, 1, 63, 127):
+        emulated.emulated_normals(ctypes.c_int64(7), ctypes.c_int64(first), ctypes.c_int(lane), out)
+        expected = oracle[[first + lane + 128 * j for j in range(4)]]
+        torch.testing.assert_close(torch.tensor(list(out)), expected, rtol=0, atol=2e-6)

@@ -1,0 +1,131 @@
+"""The CUDA library without a GPU: it compiles for each architecture without a warning, spills nothing, and asks for nothing but torch's
+stable shim and the C and C++ libraries; its registers are those of a table."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+needs_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the tests are not in a checkout")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so the CUDA kernels cannot be compiled here")
+default_archs = pytest.mark.skipif("FASTVAE_CUDA_ARCHS" in os.environ, reason="FASTVAE_CUDA_ARCHS asks for other architectures")
+
+
+@pytest.fixture(scope="module")
+def table():
+    spec = importlib.util.spec_from_file_location("cuda_table", ROOT / "tools/cuda_table.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cuda_table"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def objects(table) -> Path:
+    """Compiled with -Werror all-warnings, once: ninja compiles again what has changed."""
+    return table.build()
+
+
+@pytest.fixture(scope="module")
+def library(table, objects) -> Path:
+    return table.library()
+
+
+def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FASTVAE_", "CUDA_HOME"))}
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+
+
+@needs_source
+@needs_nvcc
+@default_archs
+def test_no_kernel_spills(table, objects):
+    found = table.kernels(objects)
+    assert {kernel.architecture for kernel in found} >= {"sm_80", "sm_90"}
+    assert [kernel for kernel in found if kernel.spill_bytes or kernel.stack_bytes] == []
+
+
+@needs_source
+@needs_nvcc
+@default_archs
+def test_registers_are_those_of_the_table(table, objects):
+    """Another nvcc allocates otherwise: a few registers more are none of our doing, a kernel that is missing is."""
+    found = {(kernel.name, kernel.architecture): kernel for kernel in table.kernels(objects)}
+    expected = {(kernel.name, kernel.architecture): kernel for kernel in table.read()}
+    assert found.keys() == expected.keys(), "run tools/cuda_table.py"
+    grown = [name for name, kernel in found.items() if kernel.registers > expected[name].registers + 8]
+    assert grown == [], "run tools/cuda_table.py if this is meant"
+    assert all(kernel.shared_bytes <= expected[name].shared_bytes for name, kernel in found.items())
+
+
+@needs_source
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
+def test_library_asks_for_stable_symbols_alone(library):
+    listing = subprocess.run(["nm", "--dynamic", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-1] for line in listing.splitlines()]
+    versioned = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_")
+    own = [symbol for symbol in symbols if not versioned.search(symbol)]
+    shim = re.compile(r"(aoti_)?torch_\w+|__gmon_start__|_ITM_\w+")
+    assert "aoti_torch_get_current_cuda_stream" in own
+    assert [symbol for symbol in own if not shim.fullmatch(symbol)] == []
+
+
+@needs_source
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
+def test_library_brings_its_own_cuda_runtime(library):
+    """So that torch's may be of another version; none of its symbols is to be seen from outside."""
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cuda.so" in needed
+    assert "libcudart" not in needed
+    defined = subprocess.run(["nm", "--dynamic", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r" cuda\w+| __cuda\w+", defined) == []
+
+
+@needs_source
+@needs_nvcc
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a CUDA library of its own, and loads this one")
+def test_library_loads_and_registers_beside_a_stand_in_for_torch_s_cuda_library(library, objects):
+    program = (
+        "import torch, fastvae; from fastvae import _backend, _ops\n"
+        f"torch.ops.load_library({str(library)!r}); _backend.refresh()\n"
+        "print(*(op for op in _ops.operators() if 'cuda' in _backend._served[op, 'cuda']))"
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(objects)}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert {"latent_forward", "latent_backward", "reconstruction_forward", "reconstruction_backward"} <= set(result.stdout.split())
+
+
+@needs_source
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FORCE_CUDA": "yes"}, "FORCE_CUDA: got 'yes', takes 0 or 1"),
+        ({"FORCE_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FORCE_CUDA=1 but no nvcc was found"),
+    ],
+    ids=["unknown", "no nvcc"],
+)
+def test_settings_that_cannot_be_met_are_errors(environment, message):
+    result = setup("build_ext", **environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+@needs_source
+@needs_nvcc
+def test_unknown_architectures_are_an_error():
+    result = setup("build_ext", FORCE_CUDA="1", FASTVAE_CUDA_ARCHS="9.0 1.5")
+    assert result.returncode != 0
+    assert "FASTVAE_CUDA_ARCHS: got '9.0 1.5'" in result.stderr
