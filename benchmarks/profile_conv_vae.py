@@ -25,7 +25,7 @@ KINDS = {
     "up- and downsampling": ("upsample", "pad"),
     "loss and sampling": ("latent_", "reconstruction_", "binary_cross_entropy", "log_sigmoid", "exp", "pow", "sum"),
     "optimizer": ("Optimizer", "_foreach", "_fused", "addcdiv", "addcmul", "sqrt", "lerp"),
-    "compiled code": ("Torch-Compiled", "cpp_fused", "CompiledFunction", "Region"),
+    "compiled code": ("Compiled", "cpp_fused"),
 }
 OTHER = "other"
 COLOURS = ("#d62728", "#08519c", "#6baed6", "#ff7f0e", "#9467bd", "#2ca02c", "#8c564b", "#bcbd22", "#c7c7c7")

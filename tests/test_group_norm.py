@@ -117,7 +117,7 @@ def test_matches_float64(place, dtype, case):
 @pytest.mark.parametrize(
     ("shape", "groups"), [((1, 3, 301, 299), 3), ((1, 3, 301, 299), 1), ((3, 520, 9, 9), 40), ((1, 700, 64), 7)], ids=str
 )
-def test_many_pieces(place, dtype, layout, shape, groups):
+def test_odd_sizes(place, dtype, layout, shape, groups):
     """Groups that several items share, and rows wider than the kernels' columns."""
     if place == INTERPRETED:
         shape = (*shape[:2], *(min(length, 61) for length in shape[2:]))
