@@ -13,6 +13,7 @@ from fastvae.models.autoencoder import (
 )
 from fastvae.models.conv_vae import ResidualConvVAE
 from fastvae.models.vae import MLPVAE, VAE, ConvVAE, VAEOutput
+from fastvae.models.vqvae import VQVAE, VQVAE2, VQVAEOutput
 
 __all__ = [
     "AE",
@@ -30,3 +31,4 @@ __all__ = [
     "linear_coders",
     "mlp_coders",
 ]
+__all__ = ["MLPVAE", "VAE", "VQVAE", "VQVAE2", "ConvVAE", "VAEOutput", "VQVAEOutput"]

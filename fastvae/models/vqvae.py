@@ -1,0 +1,193 @@
+"""VQ-VAE and VQ-VAE-2: autoencoders with a discrete latent."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import functional as FV
+from fastvae.nn import VectorQuantizer
+
+
+class VQVAEOutput(NamedTuple):
+    """The loss, its terms and the tensors behind them; with two levels ``indices``, ``perplexity`` and ``usage`` hold (top, bottom)."""
+
+    loss: Tensor
+    reconstruction: Tensor
+    vq_loss: Tensor
+    recon: Tensor
+    indices: Tensor | tuple[Tensor, Tensor]
+    perplexity: Tensor | tuple[Tensor, Tensor]
+    usage: Tensor | tuple[Tensor, Tensor]
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))), the block of van den Oord et al. (2017), section 4.1."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(channels, hidden, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(hidden, channels, 1, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def _residual_stack(channels: int, hidden: int, blocks: int) -> list[nn.Module]:
+    return [*(ResidualBlock(channels, hidden) for _ in range(blocks)), nn.ReLU()]
+
+
+def conv_encoder(in_channels: int, channels: int = 128, *, downsampling: int = 4, hidden: int = 32, blocks: int = 2) -> nn.Sequential:
+    """Convolutions of stride 2 until the image is ``downsampling`` (2 or 4) times smaller, then residual blocks."""
+    if downsampling not in (2, 4):
+        raise ValueError(f"downsampling: got {downsampling}, takes 2 or 4")
+    if downsampling == 4:
+        layers = [nn.Conv2d(in_channels, channels // 2, 4, 2, 1), nn.ReLU(), nn.Conv2d(channels // 2, channels, 4, 2, 1), nn.ReLU()]
+    else:
+        layers = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(channels, channels, 3, padding=1), *_residual_stack(channels, hidden, blocks))
+
+
+def conv_decoder(
+    in_channels: int, out_channels: int, channels: int = 128, *, upsampling: int = 4, hidden: int = 32, blocks: int = 2
+) -> nn.Sequential:
+    """The mirror image of :func:`conv_encoder`."""
+    if upsampling not in (2, 4):
+        raise ValueError(f"upsampling: got {upsampling}, takes 2 or 4")
+    layers = [nn.Conv2d(in_channels, channels, 3, padding=1), *_residual_stack(channels, hidden, blocks)]
+    if upsampling == 4:
+        layers += [nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1), nn.ReLU()]
+        channels //= 2
+    return nn.Sequential(*layers, nn.ConvTranspose2d(channels, out_channels, 4, 2, 1))
+
+
+class VQVAE(nn.Module):
+    r"""A VQ-VAE of any encoder and decoder (van den Oord et al., *Neural Discrete Representation Learning*, 2017).
+
+    .. math:: \tfrac{1}{\sigma^2} \mathrm{MSE}(x, \hat x) + L_{vq}
+
+    Args:
+        encoder: gives ``(batch, dim, ...)``.
+        decoder: gives the data from the quantized encoding.
+        quantizer: a :class:`fastvae.nn.VectorQuantizer` or ``ResidualVectorQuantizer`` with ``channels_first=True``.
+        data_variance: :math:`\sigma^2` of the data, so that the two terms are of one size.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, quantizer: nn.Module, *, data_variance: float = 1.0):
+        super().__init__()
+        self.encoder, self.decoder, self.quantizer, self.data_variance = encoder, decoder, quantizer, data_variance
+
+    @classmethod
+    def conv(
+        cls,
+        in_channels: int,
+        *,
+        num_codes: int = 512,
+        dim: int = 64,
+        channels: int = 128,
+        hidden: int = 32,
+        blocks: int = 2,
+        data_variance: float = 1.0,
+        **quantizer_options,
+    ) -> "VQVAE":
+        """The paper's convolutional network, 4 times smaller inside, for images whose sides are multiples of 4."""
+        encoder = nn.Sequential(conv_encoder(in_channels, channels, hidden=hidden, blocks=blocks), nn.Conv2d(channels, dim, 1))
+        decoder = conv_decoder(dim, in_channels, channels, hidden=hidden, blocks=blocks)
+        quantizer = VectorQuantizer(num_codes, dim, channels_first=True, **quantizer_options)
+        return cls(encoder, decoder, quantizer, data_variance=data_variance)
+
+    def forward(self, x: Tensor) -> VQVAEOutput:
+        """The loss of a batch ``(batch, channels, ...)``, floating or uint8 (value / 255)."""
+        output = self.quantizer(self.encoder(_as_float(x)))
+        recon = self.decoder(output.quantized)
+        reconstruction = FV.mse_loss(recon, x) / self.data_variance
+        vq_loss = output.loss
+        return VQVAEOutput(reconstruction + vq_loss, reconstruction, vq_loss, recon, output.indices, output.perplexity, output.usage)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """The indices of a batch."""
+        return self.quantizer(self.encoder(_as_float(x))).indices
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Data from indices."""
+        return self.decoder(self.quantizer.decode(indices))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.forward(x).recon
+
+
+class VQVAE2(nn.Module):
+    """Two levels: a coarse code of the whole and a fine one that is given it (Razavi et al., *VQ-VAE-2*, 2019, section 3.1).
+
+    Args:
+        in_channels: of the images, whose sides are multiples of 8.
+        num_codes, dim: of each level's codebook.
+        channels, hidden, blocks: of the networks, see :func:`conv_encoder`.
+        data_variance: see :class:`VQVAE`.
+        quantizer_options: of both :class:`fastvae.nn.VectorQuantizer`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        *,
+        num_codes: int = 512,
+        dim: int = 64,
+        channels: int = 128,
+        hidden: int = 32,
+        blocks: int = 2,
+        data_variance: float = 1.0,
+        **quantizer_options,
+    ):
+        super().__init__()
+        sizes = {"hidden": hidden, "blocks": blocks}
+        self.encode_bottom = conv_encoder(in_channels, channels, downsampling=4, **sizes)
+        self.encode_top = conv_encoder(channels, channels, downsampling=2, **sizes)
+        self.project_top = nn.Conv2d(channels, dim, 1)
+        self.quantize_top = VectorQuantizer(num_codes, dim, channels_first=True, **quantizer_options)
+        self.decode_top = conv_decoder(dim, dim, channels, upsampling=2, **sizes)
+        self.project_bottom = nn.Conv2d(dim + channels, dim, 1)
+        self.quantize_bottom = VectorQuantizer(num_codes, dim, channels_first=True, **quantizer_options)
+        self.upsample_top = nn.ConvTranspose2d(dim, dim, 4, 2, 1)
+        self.decoder = conv_decoder(2 * dim, in_channels, channels, upsampling=4, **sizes)
+        self.data_variance = data_variance
+
+    def _levels(self, x: Tensor):
+        bottom = self.encode_bottom(_as_float(x))
+        top = self.quantize_top(self.project_top(self.encode_top(bottom)))
+        given = torch.cat([self.decode_top(top.quantized), bottom], dim=1)
+        return top, self.quantize_bottom(self.project_bottom(given))
+
+    def _decode(self, top: Tensor, bottom: Tensor) -> Tensor:
+        return self.decoder(torch.cat([self.upsample_top(top), bottom], dim=1))
+
+    def forward(self, x: Tensor) -> VQVAEOutput:
+        """The loss of a batch of images, floating or uint8 (value / 255)."""
+        top, bottom = self._levels(x)
+        recon = self._decode(top.quantized, bottom.quantized)
+        reconstruction, vq_loss = FV.mse_loss(recon, x) / self.data_variance, top.loss + bottom.loss
+        pairs = ((getattr(top, name), getattr(bottom, name)) for name in ("indices", "perplexity", "usage"))
+        return VQVAEOutput(reconstruction + vq_loss, reconstruction, vq_loss, recon, *pairs)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The indices of a batch, top and bottom."""
+        top, bottom = self._levels(x)
+        return top.indices, bottom.indices
+
+    @torch.no_grad()
+    def decode(self, indices: tuple[Tensor, Tensor]) -> Tensor:
+        """Images from indices."""
+        return self._decode(self.quantize_top.decode(indices[0]), self.quantize_bottom.decode(indices[1]))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.forward(x).recon
+
+
+def _as_float(x: Tensor) -> Tensor:
+    return x.float() / 255 if x.dtype == torch.uint8 else x
