@@ -191,9 +191,7 @@ def _forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad
     if not (with_grad_hidden or with_grad_weight):
         return penalty, norms, hidden.new_empty((0,)), weight.new_empty((0,))
     incoming = hidden.new_full((), grad_scale, dtype=torch.float32)
-    return penalty, norms, *_backward(
-        incoming, hidden, weight, norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight
-    )
+    return penalty, norms, *_backward(incoming, hidden, weight, norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight)
 
 
 def _rows(tensor):

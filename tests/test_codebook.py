@@ -242,12 +242,23 @@ def test_bitwise_equal_with_any_number_of_threads(place):
 
 
 @each_place_and_dtype("codebook_quantize")
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (63, 41, 17), (401, 3, 65)], ids=str)
+def test_odd_sizes(place, dtype, sizes):
+    check_quantize(place, dtype, sizes, "straight_through", "mean")
+
+
+@each_place_and_dtype("codebook_quantize")
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_vector_quantize(place, dtype, gradient, reduction):
+    check_quantize(place, dtype, (60, 40, 5), gradient, reduction)
+
+
+def check_quantize(place, dtype, sizes, gradient, reduction):
+    rows, codes, dim = sizes
     source = Source(place.device, dtype)
-    x, codebook = source.normal(60, 5), source.normal(40, 5)
-    incoming = source.normal(60, 5)
+    x, codebook = source.normal(rows, dim), source.normal(codes, dim)
+    incoming = source.normal(rows, dim)
     ours, oracle = [], []
     for function, results, tensors in (
         (FV.vector_quantize, ours, (x, codebook)),

@@ -219,7 +219,8 @@ def elbo_loss(
 ) -> ELBO:
     r"""The negative ELBO of a VAE with a standard normal prior: reconstruction :math:`+ \beta\, KL`.
 
-    With ``capacity`` :math:`C` the second term is :math:`\beta\, |KL - C|` (Burgess et al., *Understanding disentangling in beta-VAE*, 2018).
+    With ``capacity`` :math:`C` the second term is :math:`\beta\, |KL - C|` (Burgess et al., *Understanding disentangling in beta-VAE*,
+    2018).
 
     Args:
         recon: what the decoder gives, the shape of ``target``: logits, probabilities or means.
