@@ -1,3 +1,5 @@
 """Triton kernels and their launchers; importing a family registers it with the operators."""
 
-import triton  # noqa: F401
+from fastvae.kernels import group_norm, latent, reconstruction
+
+__all__ = ["group_norm", "latent", "reconstruction"]

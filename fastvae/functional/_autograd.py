@@ -34,10 +34,10 @@ def first_derivative_only(reference: str):
     def decorate(backward):
         @functools.wraps(backward)
         def wrapper(ctx, *grads):
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
             with torch.no_grad():
                 outputs = backward(ctx, *grads)
-            if not torch.is_grad_enabled():
-                return outputs
             gradients = [output for output in outputs if output is not None]
             sources = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.is_floating_point()]
             refused = iter(_RefuseSecondDerivative.apply(message, len(gradients), *gradients, *sources))

@@ -198,7 +198,7 @@ def _sample_shape(mu, num_samples):
 
 def _noise_source(mu, shape, eps, generator, seed):
     """The given noise, or a seed on the device of ``mu``: given, or drawn."""
-    if sum(source is not None for source in (eps, generator, seed)) > 1:
+    if (eps is not None) + (generator is not None) + (seed is not None) > 1:
         raise ValueError("eps, generator, seed: got more than one of them, takes at most one")
     if eps is not None:
         check_tensor("eps", eps)

@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastvae._ops import ACTIVATIONS  # noqa: E402
+from fastvae._ops import NORM_ACTIVATIONS  # noqa: E402
 from fastvae.kernels import _launch, group_norm  # noqa: E402
 
 TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), GPUTarget("hip", "gfx942", 64)]
@@ -31,7 +31,7 @@ def signature(kernel, dtype: str, constants: dict) -> dict[str, str]:
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: getattr(kernel, "__name__", "interpreted"))
 @pytest.mark.parametrize(("dtype", "last", "rows", "columns"), [("fp32", True, 64, 32), ("bf16", False, 1024, 2), ("fp16", True, 1, 128)])
 def test_compiles(target, kernel, dtype, last, rows, columns):
-    options = {"ACTIVATION": ACTIVATIONS["silu"], "LAST": last, "ROWS": rows, "COLUMNS": columns, "BLOCK": group_norm.PIECES}
+    options = {"ACTIVATION": NORM_ACTIVATIONS["silu"], "LAST": last, "ROWS": rows, "COLUMNS": columns, "BLOCK": group_norm.PIECES}
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature(kernel, dtype, constants), constexprs=constants)
     compiled = triton.compile(source, target=target, options=_launch.OPTIONS)

@@ -1,0 +1,125 @@
+"""How kernels are launched: pure functions of sizes, dtype widths and the machine."""
+
+from dataclasses import dataclass
+
+# The sums of a program end in barriers among its warps: few warps, and several programs a multiprocessor instead.
+WARPS = 4
+
+# Accesses of 16 bytes are the widest a thread has. Two of each operand are under way at once, or one of a uint8 image: 16 pixels, beside
+# which the same elements of a float32 operand are four. More would hold more registers than eight programs a multiprocessor leave.
+ACCESS_BYTES, ACCESSES, MOST_ELEMENTS = 16, 2, 16
+
+# For every kernel. Fusing a product and a sum into one rounding is Triton's default up to 3.9 and no longer from 3.10 on.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+
+# At 128 threads and up to 64 registers each, 8 programs fill the register file (65,536) of a multiprocessor, and a persistent grid of so
+# many starts once. The kernels that draw 16-bit noise hold up to 128, which makes two even waves.
+PROGRAMS_PER_MULTIPROCESSOR = 8
+
+NOISE_TILE, NOISE_LANES = 512, 128
+
+# A column sum reads so many adjacent columns: 512 bytes of float32, which is what a warp loads at once.
+COLUMNS_PER_PROGRAM = 128
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``architecture`` is "sm_90", "gfx942", ...; or "interpreter"."""
+
+    architecture: str
+    multiprocessors: int
+
+    @property
+    def warp_size(self) -> int:
+        # The data-centre line of AMD runs wavefronts of 64.
+        return 64 if self.architecture.startswith("gfx9") else 32
+
+    @property
+    def threads(self) -> int:
+        """Of a program."""
+        return WARPS * self.warp_size
+
+    @property
+    def programs(self) -> int:
+        """That run at the same time."""
+        return PROGRAMS_PER_MULTIPROCESSOR * self.multiprocessors
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Elementwise over contiguous memory: ``programs`` of them take blocks of ``block`` elements in turn, then chunks of ``chunk`` of what
+    is left, so that a small tensor goes to many programs."""
+
+    block: int
+    chunk: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Over the noise's tiles of 512 elements, ``tiles`` at once, then one by one what is left."""
+
+    tiles: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A reduction over one dimension of a matrix: programs take blocks of (rows, columns), ``groups`` along the dimension that stays,
+    and ``splits`` along the one that is summed."""
+
+    rows: int
+    columns: int
+    groups: int
+    splits: int
+
+
+def elements_per_thread(itemsize: int) -> int:
+    """``itemsize`` is that of the narrowest operand."""
+    return min(ACCESSES * ACCESS_BYTES // itemsize, MOST_ELEMENTS)
+
+
+def stream(n: int, itemsize: int, machine: Machine) -> Stream:
+    block, chunk = elements_per_thread(itemsize) * machine.threads, machine.threads
+    return Stream(block, chunk, min(_pieces(n, block, chunk), machine.programs))
+
+
+def tiles(n: int, samples: int, itemsize: int, machine: Machine) -> Tiles:
+    """A thread takes as many adjacent lanes as fill an access; each has four elements, one a stream."""
+    count = machine.threads * (ACCESS_BYTES // itemsize) // NOISE_LANES
+    # Each sample has programs of its own; together they fill the machine.
+    pieces = _pieces(n, count * NOISE_TILE, NOISE_TILE)
+    programs = min(pieces, _ceil_div(machine.programs, samples))
+    return Tiles(count, programs)
+
+
+def row_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Matrix:
+    """Several short rows a program, or one long row over as many programs as are idle."""
+    block = elements_per_thread(itemsize) * machine.threads
+    columns_block = min(_power_of_two(columns), block)
+    rows_block = min(_power_of_two(rows), block // columns_block)
+    groups = _ceil_div(rows, rows_block)
+    splits = min(_ceil_div(columns, columns_block), max(machine.programs // groups, 1))
+    return Matrix(rows_block, columns_block, groups, splits)
+
+
+def column_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Matrix:
+    columns_block = min(_power_of_two(columns), COLUMNS_PER_PROGRAM)
+    rows_block = min(_power_of_two(rows), elements_per_thread(itemsize) * machine.threads // columns_block)
+    groups = _ceil_div(columns, columns_block)
+    splits = min(_ceil_div(rows, rows_block), max(machine.programs // groups, 1))
+    return Matrix(rows_block, columns_block, groups, splits)
+
+
+def _pieces(n: int, block: int, chunk: int) -> int:
+    """Full blocks, and chunks of what is left."""
+    return n // block + _ceil_div(n % block, chunk)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two that is not below ``n``."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,56 @@
+"""Branch-free scalar functions, cheaper than libdevice's where the argument's range or the accuracy wanted is known.
+
+The coefficients are minimax fits of the relative error.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log_positive(x):
+    """log(x) of a positive normal float32, relative error 3e-7 (also near 1)."""
+    bits = x.to(tl.int32, bitcast=True)
+    # The mantissa in [2/3, 4/3).
+    exponent = (bits - 0x3F2AAAAB) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = tl.fma(f, -0.153656945, 0.171111852)
+    p = tl.fma(p, f, -0.164200857)
+    p = tl.fma(p, f, 0.197950363)
+    p = tl.fma(p, f, -0.250076205)
+    p = tl.fma(p, f, 0.333379894)
+    p = tl.fma(p, f, -0.499999374)
+    p = tl.fma(p, f, 0.999999821)
+    return tl.fma(exponent.to(tl.float32), 0.693147181, p * f)
+
+
+@triton.jit
+def log1p_unit(x):
+    """log(1 + x) for x in [0, 1], relative error 2e-7."""
+    p = tl.fma(x, 0.00523269083, -0.0295052286)
+    p = tl.fma(p, x, 0.0782259479)
+    p = tl.fma(p, x, -0.136632457)
+    p = tl.fma(p, x, 0.191060081)
+    p = tl.fma(p, x, -0.24842982)
+    p = tl.fma(p, x, 0.333190978)
+    p = tl.fma(p, x, -0.499994934)
+    p = tl.fma(p, x, 0.99999994)
+    return p * x
+
+
+@triton.jit
+def sincos_turn(w):
+    """Sine and cosine of 2 pi w / 2^32 for a uint32 w, absolute error 1e-7; the quadrant is reduced in integers."""
+    quadrant = (w + 0x20000000) >> 30
+    remainder = (w - (quadrant << 30)).to(tl.int32, bitcast=True)
+    x = remainder.to(tl.float32) * 1.46291807926715968e-9
+    x2 = x * x
+    s = tl.fma(x2, -0.000195018205, 0.00833201688)
+    s = tl.fma(s, x2, -0.166666508)
+    s = tl.fma(s, x2, 1.0) * x
+    c = tl.fma(x2, -0.00135794037, 0.0416544192)
+    c = tl.fma(c, x2, -0.49999842)
+    c = tl.fma(c, x2, 0.99999994)
+    swap = (quadrant & 1) != 0
+    sine, cosine = tl.where(swap, c, s), tl.where(swap, s, c)
+    return tl.where((quadrant & 2) != 0, -sine, sine), tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)

@@ -1,0 +1,260 @@
+"""What the machine code of every kernel shows on sm_80, sm_90, sm_100 and gfx942, and what its launches move."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import offline_table
+import pytest
+import torch
+from offline_table import CASES, DTYPES, TARGETS, Case, Launch, Row
+from triton.runtime.jit import JITFunction
+
+import fastvae.kernels
+from fastvae.kernels import _launch
+
+OUTPUTS = ("z", "kept", "kl", "loss", "out", "grad_mu", "grad_logvar", "grad_prior_mu", "grad_prior_logvar", "grad_input", "grad_target")
+
+
+@dataclass(frozen=True)
+class Job:
+    index: int
+    dtype: str
+    target: str
+
+    @property
+    def case(self) -> Case:
+        return CASES[self.index]
+
+    def launches(self) -> list[Launch]:
+        return offline_table.launches(self.case, DTYPES[self.dtype], TARGETS[self.target][1])
+
+    def __str__(self) -> str:
+        return f"{self.target}-{self.dtype}-{self.case.name}"
+
+
+JOBS = [Job(*job) for job in offline_table.jobs()]
+each_job = pytest.mark.parametrize("job", JOBS, ids=str)
+
+
+@pytest.fixture(scope="session")
+def binaries() -> dict[Job, list[tuple[Row, str]]]:
+    """The rows of the table and the intermediate code, compiled now."""
+    results = iter(offline_table.compile_all())
+    return {job: [next(results) for _ in job.case.kernels] for job in JOBS}
+
+
+# Families whose kernels a file of their own beside this one compiles, outside the table.
+COMPILED_APART = {"group_norm"}
+
+
+def modules():
+    names = {module.name for module in pkgutil.iter_modules(fastvae.kernels.__path__)} - COMPILED_APART
+    return [importlib.import_module(f"fastvae.kernels.{name}") for name in sorted(names)]
+
+
+@pytest.mark.parametrize("family", sorted(COMPILED_APART))
+def test_a_family_outside_the_table_has_a_test_of_its_own(family):
+    assert (Path(__file__).parent / f"test_{family}.py").is_file()
+
+
+def jit_functions() -> dict[str, JITFunction]:
+    return {name: value for module in modules() for name, value in vars(module).items() if isinstance(value, JITFunction)}
+
+
+def launched_names(module) -> set[str]:
+    """What stands before ``[grid](...)`` in a module."""
+    calls = (node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call))
+    return {call.value.id for call in calls if isinstance(call, ast.Subscript) and isinstance(call.value, ast.Name)}
+
+
+def test_every_kernel_is_compiled_here():
+    """A kernel is a jit function whose name ends in ``_kernel``; whatever is launched is one, and a case of the table launches each."""
+    kernels = {name for name in jit_functions() if name.endswith("_kernel")}
+    assert set().union(*(launched_names(module) for module in modules())) == kernels
+    assert {name for case in CASES for name in case.kernels} == kernels
+    for dtype in DTYPES:
+        assert {launch.name for job in JOBS if job.dtype == dtype for launch in job.launches()} == kernels
+    for target in TARGETS:
+        assert {name for job in JOBS if job.target == target for name in job.case.kernels} == kernels
+
+
+@each_job
+def test_launches_are_those_of_the_case(job):
+    assert [launch.name for launch in job.launches()] == list(job.case.kernels)
+
+
+@each_job
+def test_nothing_spills(job, binaries):
+    for row, _ in binaries[job]:
+        assert row.spill_bytes == 0
+        assert row.registers <= 255
+
+
+def tensors(launch: Launch) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in launch.by_name().items() if isinstance(value, torch.Tensor)}
+
+
+def elements(launch: Launch) -> int:
+    """The elements of the input, once for all samples."""
+    arguments = launch.by_name()
+    return arguments["n"] if "n" in arguments else arguments["rows"] * arguments["columns"]
+
+
+def elements_per_thread(launch: Launch, threads: int) -> int:
+    arguments = launch.by_name()
+    if "TILES" in arguments:
+        return arguments["TILES"] * _launch.NOISE_TILE // threads
+    return arguments.get("BLOCK", arguments.get("ROWS", 1) * arguments.get("COLUMNS", 1)) // threads
+
+
+def streamed(launch: Launch) -> dict[str, torch.Tensor]:
+    """The operands with a value for every element."""
+    return {name: tensor for name, tensor in tensors(launch).items() if tensor.numel() >= elements(launch)}
+
+
+def loaded(launch: Launch) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in streamed(launch).items() if name not in OUTPUTS}
+
+
+def stored(launch: Launch) -> dict[str, torch.Tensor]:
+    in_place = launch.name == "reconstruction_rescale_kernel" and "out" not in tensors(launch)
+    return {name: tensor for name, tensor in streamed(launch).items() if name in OUTPUTS or (in_place and name == "grad")}
+
+
+def vectorised(launch: Launch, operands: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Samples that begin anywhere in memory cannot be accessed 16 bytes at once."""
+    begins_anywhere = launch.by_name().get("ALIGNED") is False
+    return [tensor for name, tensor in operands.items() if not (begins_anywhere and name in ("z", "grad_z"))]
+
+
+@each_job
+def test_accesses_of_16_bytes_on_every_operand(job, binaries):
+    """As many as a thread's elements of all operands fill, in the loop over full blocks."""
+    threads = TARGETS[job.target][1].threads
+    for launch, (row, _) in zip(job.launches(), binaries[job], strict=True):
+        per_thread = elements_per_thread(launch, threads)
+        assert per_thread * min(t.element_size() for t in loaded(launch).values()) >= _launch.ACCESS_BYTES
+        loads, stores = (
+            sum(per_thread * tensor.element_size() for tensor in vectorised(launch, operands)) // _launch.ACCESS_BYTES
+            for operands in (loaded(launch), stored(launch))
+        )
+        assert row.wide_loads >= loads
+        assert row.wide_stores >= stores
+
+
+WIDENS = ("arith.addi", "arith.subi", "arith.remsi", "arith.divsi", "arith.select", "tt.splat", "tt.expand_dims", "tt.broadcast")
+
+
+def narrow_products(code: str) -> list[str]:
+    """Products in 32 bits of what comes from a program's number: they overflow where a tensor has more than 2^31 elements."""
+    from_program, products = set(), []
+    for line in code.splitlines():
+        match = re.match(r"\s*(%\S+) = (\S+)(.*)", line)
+        if match is None:
+            continue
+        result, operation, rest = match.groups()
+        narrow = not re.search(r"i64>?$", re.sub(r" loc\(.*", "", rest).split(" : ")[-1].split("->")[-1].strip())
+        operands = set(re.findall(r"%[\w#]+", rest))
+        if operation == "tt.get_program_id":
+            from_program.add(result)
+        elif operation == "scf.for":
+            bound = re.search(r"(%\S+) = (%\S+) to", rest)
+            if bound and bound.group(2) in from_program:
+                from_program.add(bound.group(1))
+        elif narrow and operands & from_program:
+            if operation in ("arith.muli", "arith.shli"):
+                products.append(line.strip())
+            if operation in WIDENS:
+                from_program.add(result)
+    return products
+
+
+@each_job
+def test_offsets_are_64_bits_wide(job, binaries):
+    for _, code in binaries[job]:
+        assert "tt.get_program_id" in code
+        assert re.search(r"tt\.addptr .*, i64|tt\.addptr .*xi64>", code)
+        assert not narrow_products(code)
+
+
+def test_narrow_products_are_found():
+    code = """
+    %program = tt.get_program_id x : i32
+    %wide = arith.extsi %program : i32 to i64
+    %0 = arith.muli %wide, %c1024_i64 : i64
+    %more = scf.for %index = %program to %n step %c1_i32 iter_args(%x = %y) -> (f32)  : i32 {
+    %1 = arith.addi %index, %c1_i32 : i32
+    %2 = tt.splat %1 : i32 -> tensor<128xi32>
+    %3 = arith.muli %2, %cst : tensor<128xi32>
+    """
+    assert narrow_products(code) == ["%3 = arith.muli %2, %cst : tensor<128xi32>"]
+
+
+def bytes_per_element(launch: Launch) -> float:
+    """Read and written in one launch, an operand that is broadcast over the batch not at all."""
+    operands = [*loaded(launch).values(), *stored(launch).values()]
+    moved = [tensor for tensor in operands if 0 not in tensor.stride()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in moved) / elements(launch)
+
+
+# What the design counts, per element of the input.
+BYTES = {
+    "sample and KL": {"float32": 12, "bfloat16": 6, "float16": 6},
+    "sample and KL, chunks": {"float32": 12, "bfloat16": 6},
+    "sample and KL, odd size": {"float32": 12},
+    "sample and KL, prior": {"float32": 12},
+    "sample and KL, given noise": {"float32": 16},
+    "sample": {"float32": 12},
+    "several samples and KL": {"float32": 8 + 4 * offline_table.DRAWS},
+    "KL elementwise": {"float32": 12},
+    "KL by sample": {"float32": 8, "bfloat16": 4, "float16": 4},
+    "gradients of sample and KL": {"float32": 20, "bfloat16": 10, "float16": 10},
+    "gradients of sample and KL, chunks": {"float32": 20, "bfloat16": 10},
+    "gradients of sample and KL by sample, free bits": {"float32": 20},
+    "gradients of a given noise's sample": {"float32": 20},
+    "gradients of several samples": {"float32": 12 + 4 * offline_table.DRAWS},
+    "gradients of the KL": {"float32": 16},
+    "BCE from logits": {"float32": 12, "bfloat16": 6, "float16": 6},
+    "BCE from logits, uint8": {"float32": 9, "bfloat16": 5, "float16": 5},
+    "BCE from logits, value alone": {"float32": 8},
+    "BCE from logits, elementwise": {"float32": 12},
+    "BCE": {"float32": 12, "bfloat16": 6},
+    "MSE": {"float32": 12, "bfloat16": 6},
+    "MSE, uint8": {"float32": 9, "bfloat16": 5},
+    "Gaussian, one variance": {"float32": 12, "bfloat16": 6},
+    "Gaussian, a variance an element": {"float32": 20, "bfloat16": 10},
+    "BCE from logits by sample": {"float32": 8, "bfloat16": 4, "float16": 4},
+    "BCE from logits by sample, uint8": {"float32": 5},
+    "gradients of BCE from logits by sample": {"float32": 12, "bfloat16": 6, "float16": 6},
+    "gradients of BCE from logits": {"float32": 16},
+    "rescale in place": {"float32": 8, "bfloat16": 4, "float16": 4},
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name, counts in BYTES.items() for dtype in counts])
+def test_bytes_moved_per_element(name, dtype):
+    (case,) = (case for case in CASES if case.name == name)
+    (launch,) = offline_table.launches(case, DTYPES[dtype], TARGETS["sm_90"][1])
+    assert bytes_per_element(launch) == BYTES[name][dtype]
+
+
+def test_bytes_are_counted_for_every_kernel():
+    assert {name for case in CASES if case.name in BYTES for name in case.kernels} >= {
+        name for name in jit_functions() if name.endswith("_kernel") and name != "latent_columns_kernel"
+    }
+
+
+def test_the_table_is_that_of_this_code(binaries):
+    """Another version of Triton may need other registers; that nothing spills and how memory is accessed has to stay."""
+    compiled = [row for rows in binaries.values() for row, _ in rows]
+    table = offline_table.read_table()
+    if {row.triton for row in table} == {row.triton for row in compiled}:
+        assert table == compiled, "run python tools/offline_table.py"
+    else:
+        kept = ("case", "kernel", "dtype", "target", "spill_bytes", "wide_loads", "wide_stores")
+        assert [[getattr(row, name) for name in kept] for row in table] == [[getattr(row, name) for name in kept] for row in compiled]

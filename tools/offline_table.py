@@ -1,0 +1,352 @@
+"""Compiles every Triton kernel for GPUs that are not here and writes what the machine code shows: ``python tools/offline_table.py``.
+
+A case is a call of an operator. Its launcher runs on tensors without data for a machine that is only described, and what it launches is
+specialised and compiled as it would be there: the same types, alignments and constants. Needs Triton with its bundled assemblers, no GPU.
+"""
+
+import contextlib
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.exit("tools/offline_table.py: the interpreter compiles nothing; unset TRITON_INTERPRET")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fastvae._ops import LIKELIHOODS, REDUCTIONS  # noqa: E402
+from fastvae.kernels import _device, latent, reconstruction  # noqa: E402
+from fastvae.kernels._launch import Machine  # noqa: E402
+
+TABLE = ROOT / "benchmarks" / "results" / "triton" / "offline.csv"
+
+# Name: what Triton compiles for, and the multiprocessors of such a GPU (A100, H100 and H200, B200, MI300X).
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), Machine("sm_80", 108)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Machine("sm_90", 132)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Machine("sm_100", 148)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Machine("gfx942", 304)),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Samples of a batch, features of each, draws of each. A tensor of them fills every machine many times over.
+BATCH, FEATURES, DRAWS = 4096, 4096, 4
+FULL, ODD = (BATCH, FEATURES), (BATCH - 1, FEATURES - 1)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without data: launchers look at shapes, strides and dtypes alone."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class Case:
+    """``call(dtype)`` calls a launcher; ``kernels`` are what it launches, in their order.
+
+    Variants of a kernel that others stand for are compiled for one target, to see that they compile.
+    """
+
+    name: str
+    kernels: tuple[str, ...]
+    call: Callable[[torch.dtype], object]
+    dtypes: tuple[str, ...] = ("float32",)
+    targets: tuple[str, ...] = tuple(TARGETS)
+
+
+def latent_forward(reduction="batchmean", free_bits=0.0, noise="seed", samples=None, layout="contiguous", prior=False, kl=True, shape=FULL):
+    def call(dtype):
+        mu, logvar = _pair(dtype, layout, shape)
+        priors = [empty(shape[1], dtype=dtype).expand(shape)] * 2 if prior else [None, None]
+        draws = shape if samples is None else (samples, *shape)
+        eps = empty(*draws, dtype=dtype) if noise == "eps" else None
+        seed = empty(dtype=torch.int64) if noise == "seed" else None
+        limits = -30.0, 20.0
+        return latent._forward(mu, logvar, *priors, eps, seed, samples, kl, REDUCTIONS[reduction], free_bits, *limits, False)
+
+    return call
+
+
+def latent_backward(reduction="batchmean", active=False, noise="seed", samples=None, layout="contiguous", prior=False, kl=True, shape=FULL):
+    def call(dtype):
+        mu, logvar = _pair(dtype, layout, shape)
+        priors = [empty(shape[1], dtype=dtype).expand(shape)] * 2 if prior else [None, None]
+        draws = shape if samples is None else (samples, *shape)
+        grad_z = empty(*draws, dtype=dtype) if noise else None
+        grad_kl = _reduced(dtype, reduction) if kl else None
+        eps = empty(*draws, dtype=dtype) if noise == "eps" else None
+        seed = empty(dtype=torch.int64) if noise == "seed" else None
+        mask = empty(shape[1] if active else 0, dtype=torch.bool)
+        limits = -30.0, 20.0
+        return latent._backward(grad_z, grad_kl, mu, logvar, *priors, eps, seed, mask, samples, REDUCTIONS[reduction], *limits)
+
+    return call
+
+
+def _pair(dtype, layout, shape):
+    """mu and logvar, each on its own or both as halves of an encoder's output."""
+    if layout == "chunks":
+        return empty(shape[0], 2 * shape[1], dtype=dtype).chunk(2, 1)
+    return empty(*shape, dtype=dtype), empty(*shape, dtype=dtype)
+
+
+def _reduced(dtype, reduction):
+    shape = {"none": (BATCH, FEATURES), "sample": (BATCH,)}.get(reduction, ())
+    return empty(*shape, dtype=dtype if reduction == "none" else torch.float32)
+
+
+def loss_forward(likelihood, reduction="mean", target=None, grad=True, weight=None, pos_weight=None, logvar=None, batch=BATCH):
+    def call(dtype):
+        input, targets, *shared = _loss_operands(dtype, target, weight, pos_weight, logvar, batch)
+        return reconstruction._forward(input, targets, *shared, LIKELIHOODS[likelihood], REDUCTIONS[reduction], 1.0, grad)
+
+    return call
+
+
+def loss_backward(likelihood, reduction="mean", target=None, target_gradient=False, logvar=None):
+    def call(dtype):
+        operands = _loss_operands(dtype, target, None, None, logvar, BATCH)
+        numbers = LIKELIHOODS[likelihood], REDUCTIONS[reduction], target_gradient
+        return reconstruction._backward(_reduced(dtype, reduction), *operands, *numbers)
+
+    return call
+
+
+def _loss_operands(dtype, target, weight, pos_weight, logvar, batch):
+    """Rows are split among programs where ``batch`` is 1; a shared operand has the shape given, in the dtype of the input."""
+    features = BATCH * FEATURES // batch
+    shared = [None if shape is None else empty(*shape, dtype=dtype) for shape in (weight, pos_weight, logvar)]
+    return empty(batch, features, dtype=dtype), empty(batch, features, dtype=target or dtype), *shared
+
+
+def rescale(dtype):
+    return reconstruction._rescale(empty(BATCH, FEATURES, dtype=dtype), empty(), 1.0)
+
+
+def rescale_(dtype):
+    return reconstruction._rescale_(empty(BATCH, FEATURES, dtype=dtype), empty(), 1.0)
+
+
+ALL, BRIEF, ONE = tuple(DTYPES), ("float32", "bfloat16"), ("sm_90",)
+FORWARD, ROWS, COLUMNS, BACKWARD = (f"latent_{part}_kernel" for part in ("forward", "rows", "columns", "backward"))
+LOSS, LOSS_ROWS, LOSS_BACKWARD, RESCALE = (f"reconstruction_{part}_kernel" for part in ("forward", "rows", "backward", "rescale"))
+WIDE = ("float32",)
+
+CASES = (
+    Case("sample and KL", (FORWARD,), latent_forward(), ALL),
+    Case("sample and KL, chunks", (FORWARD,), latent_forward(layout="chunks"), BRIEF),
+    Case("sample and KL, odd size", (FORWARD,), latent_forward(shape=ODD)),
+    Case("sample and KL, prior", (FORWARD,), latent_forward(prior=True)),
+    Case("sample and KL, given noise", (FORWARD,), latent_forward(noise="eps")),
+    Case("sample", (FORWARD,), latent_forward(kl=False), WIDE, ONE),
+    Case("several samples and KL", (FORWARD,), latent_forward(samples=DRAWS)),
+    Case("several samples and KL, odd size", (FORWARD,), latent_forward(samples=DRAWS, shape=ODD)),
+    Case("KL elementwise", (FORWARD,), latent_forward("none", noise=None), WIDE, ONE),
+    Case("KL elementwise, free bits", (COLUMNS, FORWARD), latent_forward("none", free_bits=0.5, noise=None), WIDE, ONE),
+    Case("KL by sample", (ROWS,), latent_forward("sample", noise=None), ALL),
+    Case("KL by sample, prior, free bits", (COLUMNS, ROWS), latent_forward("sample", free_bits=0.5, noise=None, prior=True), WIDE, ONE),
+    Case("sample and KL, free bits", (COLUMNS, FORWARD), latent_forward(free_bits=0.5), ALL),
+    Case("gradients of sample and KL", (BACKWARD,), latent_backward(), ALL),
+    Case("gradients of sample and KL, chunks", (BACKWARD,), latent_backward(layout="chunks"), BRIEF),
+    Case("gradients of sample and KL, prior", (BACKWARD,), latent_backward(prior=True)),
+    Case("gradients of sample and KL by sample, free bits", (BACKWARD,), latent_backward("sample", active=True), WIDE, ONE),
+    Case("gradients of a given noise's sample", (BACKWARD,), latent_backward(noise="eps", kl=False), WIDE, ONE),
+    Case("gradients of several samples", (BACKWARD,), latent_backward(samples=DRAWS, kl=False)),
+    Case("gradients of several samples and KL, odd size", (BACKWARD,), latent_backward(samples=DRAWS, shape=ODD), WIDE, ONE),
+    Case("gradients of the KL", (BACKWARD,), latent_backward(noise=None), WIDE, ONE),
+    Case("gradients of the KL elementwise, prior", (BACKWARD,), latent_backward("none", noise=None, prior=True), WIDE, ONE),
+    Case("BCE from logits", (LOSS,), loss_forward("bce_with_logits"), ALL),
+    Case("BCE from logits, uint8", (LOSS,), loss_forward("bce_with_logits", target=torch.uint8), ALL),
+    Case("BCE from logits, weights", (LOSS,), loss_forward("bce_with_logits", weight=(1, FEATURES), pos_weight=FULL)),
+    Case("BCE from logits, other weights", (LOSS,), loss_forward("bce_with_logits", weight=(1, 1), pos_weight=(BATCH, 1)), WIDE, ONE),
+    Case("BCE from logits, value alone", (LOSS,), loss_forward("bce_with_logits", grad=False), WIDE, ONE),
+    Case("BCE from logits, elementwise", (LOSS,), loss_forward("bce_with_logits", "none", grad=False), WIDE, ONE),
+    Case("BCE", (LOSS,), loss_forward("bce"), BRIEF),
+    Case("MSE", (LOSS,), loss_forward("mse"), BRIEF),
+    Case("MSE, uint8", (LOSS,), loss_forward("mse", target=torch.uint8), BRIEF),
+    Case("Gaussian, one variance", (LOSS,), loss_forward("gaussian", "batchmean", logvar=(1, 1)), BRIEF),
+    Case("Gaussian, a variance a feature", (LOSS,), loss_forward("gaussian", "batchmean", logvar=(1, FEATURES)), WIDE, ONE),
+    Case("Gaussian, a variance an element", (LOSS,), loss_forward("gaussian", "batchmean", logvar=FULL), BRIEF),
+    Case("BCE from logits by sample", (LOSS_ROWS,), loss_forward("bce_with_logits", "sample", grad=False), ALL),
+    Case("BCE from logits by sample, uint8", (LOSS_ROWS,), loss_forward("bce_with_logits", "sample", torch.uint8, grad=False)),
+    Case("BCE from logits of one long sample", (LOSS_ROWS,), loss_forward("bce_with_logits", "sample", grad=False, batch=1)),
+    Case("gradients of BCE from logits by sample", (LOSS_BACKWARD,), loss_backward("bce_with_logits", "sample"), ALL),
+    Case("gradients of BCE from logits", (LOSS_BACKWARD,), loss_backward("bce_with_logits", target_gradient=True)),
+    Case("gradients of Gaussian elementwise", (LOSS_BACKWARD,), loss_backward("gaussian", "none", logvar=(1, 1)), WIDE, ONE),
+    Case("rescale", (RESCALE,), rescale, WIDE, ONE),
+    Case("rescale in place", (RESCALE,), rescale_, ALL),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was caught instead of made."""
+
+    kernel: JITFunction
+    arguments: tuple
+    options: dict
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def by_name(self) -> dict[str, object]:
+        """Arguments and options by the kernel's names for them."""
+        return {**dict(zip(self.kernel.arg_names, self.arguments, strict=False)), **self.options}
+
+
+def launches(case: Case, dtype: torch.dtype, machine: Machine) -> list[Launch]:
+    """What the case launches on that machine."""
+    caught = []
+
+    def catch(kernel, *arguments, grid, warmup, **options):
+        caught.append(Launch(kernel, arguments, options, grid))
+
+    with (
+        patch.object(JITFunction, "run", catch),
+        patch.object(_device, "machine", lambda device: machine),
+        patch.object(_device, "on", lambda device: contextlib.nullcontext()),
+        patch.object(_device, "ticket", lambda device: empty(dtype=torch.int32)),
+    ):
+        case.call(dtype)
+    return caught
+
+
+def compiled(launch: Launch, target: GPUTarget):
+    """The launch's kernel, specialised for its arguments as Triton does when it launches."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    bound, specialization, options = bind(*launch.arguments, **launch.options)
+    options, signature, constants, attributes = launch.kernel._pack_args(backend, launch.options, bound, specialization, options)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the machine code of a kernel shows. Wide accesses are those of 16 bytes; narrow ones are the rest, each as often as it stands
+    in the code, where every size has a loop over full blocks and one over what is left."""
+
+    case: str
+    kernel: str
+    dtype: str
+    target: str
+    triton: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: int
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.target}-{self.dtype}-{self.kernel}-{self.case}"
+
+
+def facts(binary) -> dict[str, int]:
+    return _nvidia_facts(binary) if "ptx" in binary.asm else _amd_facts(binary)
+
+
+def _nvidia_facts(binary) -> dict[str, int]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(binary.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+    resources = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?!NOP)([A-Z][\w.]*)", code, re.MULTILINE)
+    return {
+        "registers": resources["REG"],
+        "spill_bytes": resources["STACK"] + resources["LOCAL"],
+        "shared_bytes": binary.metadata.shared,
+        "instructions": len(opcodes),
+        **_accesses([o for o in opcodes if o.startswith("LDG")], [o for o in opcodes if o.startswith("STG")], ".128"),
+    }
+
+
+def _amd_facts(binary) -> dict[str, int]:
+    code = binary.asm["amdgcn"]
+    number = {name: int(re.search(rf"\.{name}:\s+(\d+)", code).group(1)) for name in ("vgpr_count", "private_segment_fixed_size")}
+    opcodes = re.findall(r"^\s+([a-z]+_[a-z0-9_]+)(?=\s)", code[: code.index(".amdhsa_kernel")], re.MULTILINE)
+    loads = [o for o in opcodes if re.match(r"(global|buffer)_load", o)]
+    stores = [o for o in opcodes if re.match(r"(global|buffer)_store", o)]
+    return {
+        "registers": number["vgpr_count"],
+        "spill_bytes": number["private_segment_fixed_size"],
+        "shared_bytes": binary.metadata.shared,
+        "instructions": len(opcodes),
+        **_accesses(loads, stores, "_dwordx4"),
+    }
+
+
+def _accesses(loads: list[str], stores: list[str], wide: str) -> dict[str, int]:
+    wide_loads, wide_stores = (sum(wide in opcode for opcode in opcodes) for opcodes in (loads, stores))
+    return {
+        "wide_loads": wide_loads,
+        "narrow_loads": len(loads) - wide_loads,
+        "wide_stores": wide_stores,
+        "narrow_stores": len(stores) - wide_stores,
+    }
+
+
+def jobs() -> list[tuple[int, str, str]]:
+    """Every case, dtype and target."""
+    return [(i, dtype, target) for i, case in enumerate(CASES) for dtype in case.dtypes for target in case.targets]
+
+
+def compile_job(job: tuple[int, str, str]) -> list[tuple[Row, str]]:
+    """The rows of a job, each with its kernel's intermediate code."""
+    index, dtype, target_name = job
+    case, (target, machine) = CASES[index], TARGETS[target_name]
+    results = []
+    for launch in launches(case, DTYPES[dtype], machine):
+        binary = compiled(launch, target)
+        row = Row(case.name, launch.name, dtype, target_name, triton.__version__, **facts(binary))
+        results.append((row, binary.asm["ttir"]))
+    return results
+
+
+def compile_all(processes: int = 2) -> list[tuple[Row, str]]:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return [result for results in pool.map(compile_job, jobs()) for result in results]
+
+
+def read_table() -> list[Row]:
+    with TABLE.open(newline="") as file:
+        return [Row(**{f.name: f.type(row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
+
+
+def main() -> None:
+    rows = [row for row, _ in compile_all()]
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    print(
+        f"{len(rows)} kernels in {TABLE.relative_to(ROOT)}; most registers {max(row.registers for row in rows)}, "
+        f"spilled bytes {sum(row.spill_bytes for row in rows)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
