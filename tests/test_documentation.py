@@ -52,12 +52,13 @@ def test_links_lead_to_files_and_headings(page):
         path, _, heading = link.partition("#")
         target = page.parent / path
         assert target.is_file(), link
-        headings = [
-            re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-            for line in target.read_text().splitlines()
-            if line[:1] == "#"
-        ]
-        assert not heading or heading in headings, link
+        assert not heading or heading in headings(target), link
+
+
+def headings(page: Path) -> list[str]:
+    """The names under which a page's headings can be linked to."""
+    lines = [line for line in page.read_text().splitlines() if line[:1] == "#"]
+    return [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines]
 
 
 def test_every_environment_variable_has_its_row():
