@@ -369,7 +369,6 @@ class Searcher {
 
   int64_t decide_in_float64(int64_t i) {
     ++counts.rechecked;
-    std::sort(candidates_.begin(), candidates_.end());
     fastvae::convert(s_.x.data, s_.x.dtype, s_.x.offset(head_, first_row_ + i), s_.dim, static_cast<double*>(wide_x_));
     double best = std::numeric_limits<double>::infinity();
     distances_.resize(candidates_.size());
@@ -381,8 +380,10 @@ class Searcher {
     int64_t nearest = -1;
     for (size_t c = 0; c < candidates_.size(); ++c) {
       if (!(distances_[c] <= bound)) continue;
-      if (nearest < 0 || compare_distances(wide_x_, wide_row(candidates_[c], wide_code_), wide_row(nearest, wide_best_), s_.dim) < 0)
-        nearest = candidates_[c];
+      int64_t k = candidates_[c];
+      int order = nearest < 0 ? -1 : compare_distances(wide_x_, wide_row(k, wide_code_), wide_row(nearest, wide_best_), s_.dim);
+      // On an exact tie the lowest index.
+      if (order < 0 || (order == 0 && k < nearest)) nearest = k;
     }
     return nearest < 0 ? 0 : nearest;
   }
