@@ -40,7 +40,7 @@ def log1p_unit(x):
 
 @triton.jit
 def sincos_turn(w):
-    """Sine and cosine of 2 pi w / 2^32 for a uint32 w, absolute error 1e-7; the quadrant is reduced in integers."""
+    """Sine and cosine of 2 pi w / 2^32 for a uint32 w, absolute error 2e-7; the quadrant is reduced in integers."""
     quadrant = (w + 0x20000000) >> 30
     remainder = (w - (quadrant << 30)).to(tl.int32, bitcast=True)
     x = remainder.to(tl.float32) * 1.46291807926715968e-9
