@@ -111,6 +111,90 @@ def column_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Mat
     return Matrix(rows_block, columns_block, groups, splits)
 
 
+# A screen's tile of scores is 64 rows by 64 codes: with the two least of each slot beside it, 96 registers of a thread of 128. Fewer rows
+# where they would leave multiprocessors idle; tensor cores take no less than 16.
+SCREEN_ROWS, LEAST_SCREEN_ROWS, SCREEN_CODES = 64, 16, 64
+# Below, padding a vector to the 16 elements that tensor cores take at once costs more than they gain.
+LEAST_TENSOR_CORE_DIM = 16
+# How many low bits of a score the number of its tile may take, in half precision and in single precision: what they take from its
+# precision has to stay small beside what rounding took. More tiles go in rounds, each of which ends in reductions over the slots.
+MOST_TILE_BITS = {True: 8, False: 6}
+# Codes and elements of each that a program has in float64 at once, eight a thread.
+RECHECK_CODES, MOST_RECHECK_COLUMNS = 32, 32
+
+
+@dataclass(frozen=True)
+class Screen:
+    """The search for the nearest of ``codes`` codes: what it pads them to, the blocks of its kernels and the bounds of its errors.
+
+    ``unit`` is the relative error of rounding an element; ``rounding`` is that of a product of norms, without what rounding takes from the
+    rows, which is measured, and ``half_norm_rounding`` that of half a squared norm.
+    """
+
+    half: bool
+    rows: int
+    codes: int
+    dim: int
+    columns: int
+    block_rows: int
+    block_codes: int
+    tile_bits: int
+    pack_rows: int
+    pack_columns: int
+    recheck_codes: int
+    recheck_columns: int
+
+    @property
+    def known_dim(self) -> int:
+        """A dimension that the kernel is compiled for: where one block holds it, or there are no blocks; else 0."""
+        return self.dim if not self.half or self.dim == self.columns else 0
+
+    @property
+    def unit(self) -> float:
+        return 2.0**-11 if self.half else 2.0**-22
+
+    @property
+    def rounding(self) -> float:
+        # A tensor core cuts sums off instead of rounding them: 2^-22 for each of them is more than that, also of float32.
+        return self.unit + (self.dim + 16) * 2.0**-22 + self.half_norm_rounding
+
+    @property
+    def half_norm_rounding(self) -> float:
+        # The bits that the tile's number takes, and the two products and sums of a score.
+        return 2.0 ** (self.tile_bits - 22) + 2.0**-20
+
+
+def screen(heads: int, rows: int, codes: int, dim: int, machine: Machine) -> Screen:
+    half = dim >= LEAST_TENSOR_CORE_DIM
+    columns = _columns_of_products(dim) if half else dim
+    block_rows = SCREEN_ROWS
+    while block_rows > LEAST_SCREEN_ROWS and heads * _ceil_div(rows, block_rows) < 2 * machine.multiprocessors:
+        block_rows //= 2
+    tiles = _ceil_div(codes, SCREEN_CODES)
+    pack_columns = min(max(_power_of_two(dim), 16), 128)
+    return Screen(
+        half=half,
+        rows=_ceil_div(rows, block_rows) * block_rows,
+        codes=tiles * SCREEN_CODES,
+        dim=_ceil_div(dim, columns) * columns,
+        columns=columns,
+        block_rows=block_rows,
+        block_codes=SCREEN_CODES,
+        tile_bits=min((tiles - 1).bit_length(), MOST_TILE_BITS[half]),
+        pack_rows=8 * machine.threads // pack_columns,
+        pack_columns=pack_columns,
+        recheck_codes=RECHECK_CODES,
+        recheck_columns=min(_power_of_two(dim), MOST_RECHECK_COLUMNS),
+    )
+
+
+def _columns_of_products(dim: int) -> int:
+    """How much of a vector is multiplied at once: all of it up to 128 elements, else 64; or 32 where that pads less."""
+    if dim <= 64:
+        return _power_of_two(dim)
+    return min((128 if dim <= 128 else 64, 32), key=lambda columns: _ceil_div(dim, columns) * columns)
+
+
 def _pieces(n: int, block: int, chunk: int) -> int:
     """Full blocks, and chunks of what is left."""
     return n // block + _ceil_div(n % block, chunk)
