@@ -79,7 +79,7 @@ def keep_least(live, values):
 def settle(row, codebook, code, live, code_stride, dim, CODES: tl.constexpr, COLUMNS: tl.constexpr):
     """The nearest ``live`` code of a block, of equally near ones the lowest; -1 where none is live."""
     distance = distances(row, codebook, code, live, code_stride, dim, CODES, COLUMNS)
-    tolerance = 1.0 + 2.0 * (dim + 8).to(tl.float64) * (2.0**-52)
+    tolerance = 1.0 + 2.0 * tl.cast(dim + 8, tl.float64) * (2.0**-52)
     close = live & (distance <= tl.min(distance, axis=0) * tolerance)
     if tl.sum(close.to(tl.int32), axis=0) > 1:
         units, bins = binned_scores(row, codebook, code, close, code_stride, dim, CODES, COLUMNS)

@@ -122,6 +122,18 @@ MOST_TILE_BITS = {True: 8, False: 6}
 # Codes and elements of each that a program has in float64 at once, eight a thread.
 RECHECK_CODES, MOST_RECHECK_COLUMNS = 32, 32
 
+# The rows of a code are summed in parts of so many, so that one code that has them all does not leave the machine idle.
+PART_ROWS = 128
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """``programs`` take blocks of ``rows`` whole rows in turn, ``columns`` of their elements at once."""
+
+    rows: int
+    columns: int
+    programs: int
+
 
 @dataclass(frozen=True)
 class Screen:
@@ -193,6 +205,12 @@ def _columns_of_products(dim: int) -> int:
     if dim <= 64:
         return _power_of_two(dim)
     return min((128 if dim <= 128 else 64, 32), key=lambda columns: _ceil_div(dim, columns) * columns)
+
+
+def row_blocks(heads: int, rows: int, dim: int, itemsize: int, machine: Machine) -> RowBlocks:
+    columns = min(_power_of_two(dim), COLUMNS_PER_PROGRAM)
+    block = elements_per_thread(itemsize) * machine.threads // columns
+    return RowBlocks(block, columns, min(heads * _ceil_div(rows, block), machine.programs))
 
 
 def _pieces(n: int, block: int, chunk: int) -> int:

@@ -47,8 +47,9 @@ def power_of_two(exponent):
 
 @triton.jit
 def code_scale_exponent(largest):
-    """``largest`` points to a quarter of the codes' largest element: the whole may overflow."""
-    return tl.maximum(scale_exponent(tl.load(largest).to(tl.float32, bitcast=True)) - 2, 1)
+    """``largest`` points to a quarter of the codes' largest element: the whole may overflow. That of nothing but zeros is the one of 1."""
+    quarter = tl.load(largest)
+    return tl.where(quarter == 0, 127, tl.maximum(scale_exponent(quarter.to(tl.float32, bitcast=True)) - 2, 1))
 
 
 @triton.jit
@@ -195,7 +196,7 @@ def codebook_pack_rows_kernel(
         square_rest += tl.sum((scaled - single) * (scaled - single), axis=1)
         at = packed + ((head * padded_rows + row)[:, None] * padded_dim + column[None, :])
         tl.store(at, rounded, mask=(row < padded_rows)[:, None] & (column < padded_dim)[None, :])
-    inflation = 1.0 + (padded_dim + 16).to(tl.float32) * (2.0**-22)
+    inflation = 1.0 + tl.cast(padded_dim + 16, tl.float32) * (2.0**-22)
     norm = tl.sqrt(square) * inflation + NORM_SLACK
     # The difference from the mean was rounded to float32 before.
     rest_norm = tl.sqrt(square_rest) * inflation + NORM_SLACK + norm * (2.0**-22)

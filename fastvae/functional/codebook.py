@@ -66,7 +66,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) ->
         TypeError, ValueError: for an argument that does not fit, naming it; on the CPU also for a codebook with NaN or infinite values.
     """
     rows, codes = _flatten(x, codebook)
-    backend = _backend.resolve("codebook_nearest", x.device, x.dtype)
+    backend = _backend.resolve("codebook_nearest", x.device, torch.promote_types(x.dtype, codebook.dtype))
     indices, distance = OVERLOADS["codebook_nearest", backend](rows.detach(), codes.detach(), return_distance)
     indices = indices.view(x.shape[:-1])
     return (indices, distance.view(x.shape[:-1])) if return_distance else indices
@@ -114,7 +114,7 @@ def vector_quantize(
     if codebook.ndim == 3 and reduction in ("sample", "batchmean"):
         raise ValueError(f"reduction: got {reduction!r} with several heads, takes 'none', 'sum' or 'mean'")
     batch = x.shape[0] if x.ndim > 1 else 1
-    backend = _backend.resolve("codebook_quantize", x.device, x.dtype)
+    backend = _backend.resolve("codebook_quantize", x.device, torch.promote_types(x.dtype, codebook.dtype))
     quantized, indices, loss = apply(_VectorQuantize, rows, codes, batch, number, *costs, gradient == "rotation", backend)
     return VQ(quantized.view(x.shape), indices.view(x.shape[:-1]), loss.view(x.shape) if reduction == "none" else loss)
 
