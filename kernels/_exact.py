@@ -1,5 +1,7 @@
-"""What decides between codes that a screen cannot tell apart: squared distances in float64, and where those are too close exact sums. Inputs
-have at most the precision and range of float32."""
+"""What decides between codes that a screen cannot tell apart: squared distances in float64, and where those are too close exact sums.
+
+Inputs have at most the precision and range of float32.
+"""
 
 import triton
 import triton.language as tl
@@ -33,10 +35,10 @@ def distances(row, codebook, code, live, code_stride, dim, CODES: tl.constexpr, 
 
 @triton.jit
 def bin_unit(index):
-    """What is 1 in a bin, and the number of which a sum with any float64 in reach is a multiple of that: 1.5 2^52 times it."""
-    exponent = tl.cast(1023 + TOP_BIT - BIN_BITS, tl.int64) - BIN_BITS * index
-    shift = (exponent + 52) << 52 | 1 << 51
-    return (exponent << 52).to(tl.float64, bitcast=True), shift.to(tl.float64, bitcast=True)
+    """1 over what is 1 in a bin, and the number a sum with which of any float64 in reach is a multiple of that: 1.5 2^52 times it."""
+    exponent = tl.cast(TOP_BIT - BIN_BITS, tl.int64) - BIN_BITS * index
+    shift = (1023 + exponent + 52) << 52 | 1 << 51
+    return ((1023 - exponent) << 52).to(tl.float64, bitcast=True), shift.to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -56,10 +58,10 @@ def binned_scores(row, codebook, code, live, code_stride, dim, CODES: tl.constex
         x, codes = load_tile(row, codebook, code, live, code_stride, first, dim, COLUMNS)
         square, product = codes * codes, -2.0 * x * codes
         for index in range(BINS):
-            unit, shift = bin_unit(index)
+            inverse, shift = bin_unit(index)
             square_part, product_part = (square + shift) - shift, (product + shift) - shift
             square, product = square - square_part, product - product_part
-            part = (tl.sum(square_part + product_part, axis=1) / unit).to(tl.int64)
+            part = (tl.sum(square_part + product_part, axis=1) * inverse).to(tl.int64)
             bins += tl.where(number == index, part[:, None], 0)
     carry = tl.zeros([CODES], tl.int64)
     for place in range(BINS):

@@ -112,8 +112,9 @@ def column_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Mat
 
 
 # A screen's tile of scores is 64 rows by 64 codes: with the two least of each slot beside it, 96 registers of a thread of 128. Fewer rows
-# where they would leave multiprocessors idle; tensor cores take no less than 16.
-SCREEN_ROWS, LEAST_SCREEN_ROWS, SCREEN_CODES = 64, 16, 64
+# where they would leave multiprocessors idle; tensor cores take no less than 16. Products without them hold their factors in registers
+# too, and take half the rows.
+SCREEN_ROWS, LEAST_SCREEN_ROWS, SCREEN_CODES = {True: 64, False: 32}, 16, 64
 # Below, padding a vector to the 16 elements that tensor cores take at once costs more than they gain.
 LEAST_TENSOR_CORE_DIM = 16
 # How many low bits of a score the number of its tile may take, in half precision and in single precision: what they take from its
@@ -179,8 +180,8 @@ class Screen:
 def screen(heads: int, rows: int, codes: int, dim: int, machine: Machine) -> Screen:
     half = dim >= LEAST_TENSOR_CORE_DIM
     columns = _columns_of_products(dim) if half else dim
-    block_rows = SCREEN_ROWS
-    while block_rows > LEAST_SCREEN_ROWS and heads * _ceil_div(rows, block_rows) < 2 * machine.multiprocessors:
+    block_rows = SCREEN_ROWS[half]
+    while block_rows > LEAST_SCREEN_ROWS and heads * _ceil_div(rows, block_rows) < machine.multiprocessors:
         block_rows //= 2
     tiles = _ceil_div(codes, SCREEN_CODES)
     pack_columns = min(max(_power_of_two(dim), 16), 128)

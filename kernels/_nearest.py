@@ -108,8 +108,8 @@ def find_repeated(codebook, hashes, code, code_stride, codes, dim, ROWS: tl.cons
     """
     own = tl.load(hashes + code, mask=code < codes, other=0)
     twin = tl.full([ROWS], NO_CODE, tl.int32)
-    for first in range(0, tl.minimum(tl.max(code, axis=0), codes), COLUMNS):
-        other = first + tl.arange(0, COLUMNS)
+    for start in range(0, tl.minimum(tl.max(code, axis=0), codes), COLUMNS):
+        other = start + tl.arange(0, COLUMNS)
         theirs = tl.load(hashes + other, mask=other < codes, other=0)
         same = (own[:, None] == theirs[None, :]) & (other[None, :] < code[:, None])
         twin = tl.minimum(twin, tl.min(tl.where(same, other[None, :].to(tl.int32), NO_CODE), axis=1))
@@ -209,14 +209,17 @@ def codebook_pack_rows_kernel(
 
 @triton.jit
 def products(
-    rows_packed, codes_packed, row, code, padded_dim, held,
+    rows_packed, codes_packed, padded_dim, held,
     HALF: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """The products of a block of rows and a block of codes; ``held`` are the rows where COLUMNS hold them."""
+    """The products of a block of rows and a block of codes, which begin where the pointers point to; ``held`` are the rows where one block of
+    columns holds them."""
+    row, code = tl.arange(0, ROWS), tl.arange(0, CODES)
     total = tl.zeros([ROWS, CODES], tl.float32)
     if not HALF:
-        for d in tl.static_range(DIM):
-            total += tl.load(rows_packed + row * DIM + d)[:, None] * tl.load(codes_packed + code * DIM + d)[None, :]
+        # Not unrolled: all factors at once do not fit into registers.
+        for d in range(DIM):
+            total += tl.load(rows_packed + (row * DIM + d))[:, None] * tl.load(codes_packed + (code * DIM + d))[None, :]
     elif held is not None:
         column = tl.arange(0, COLUMNS)
         others = tl.load(codes_packed + (code[None, :] * COLUMNS + column[:, None]))
@@ -262,17 +265,19 @@ def codebook_screen_kernel(
     A slot is a column of the tiles of codes and holds the two least scores that it met; a score's low bits hold the number of its tile.
     """
     MASK: tl.constexpr = (1 << TILE_BITS) - 1
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    of_head = head * padded_rows + row
-    to_codes, row_error = tl.load(factor + of_head), tl.load(error + of_head)
+    head, first_row = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * ROWS
+    lane, slot = tl.arange(0, ROWS), tl.arange(0, CODES)
+    row = first_row + lane
+    of_head = head * padded_rows + first_row
+    to_codes, row_error = tl.load(factor + of_head + lane), tl.load(error + of_head + lane)
     screened = to_codes > 0.0
     minus_scale, minus_error = tl.where(screened, -to_codes, 0.0)[:, None], tl.where(screened, -row_error, 0.0)[:, None]
+    rows_packed += of_head * padded_dim
     codes_packed += head * padded_codes * padded_dim
     half_norm += head * padded_codes
     weight += head * padded_codes
-    if HALF and DIM == COLUMNS:
-        held = tl.load(rows_packed + (of_head[:, None] * DIM + tl.arange(0, COLUMNS)[None, :]))
+    if HALF and DIM == COLUMNS:  # noqa: SIM108 (Triton evaluates both sides of a conditional expression)
+        held = tl.load(rows_packed + (lane[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]))
     else:
         held = None
 
@@ -283,10 +288,10 @@ def codebook_screen_kernel(
     for first_tile in range(0, tiles, MASK + 1):
         best, second = tl.full([ROWS, CODES], 2.0 * NEVER, tl.float32), tl.full([ROWS, CODES], 2.0 * NEVER, tl.float32)
         for tile in range(first_tile, tl.minimum(first_tile + MASK + 1, tiles)):
-            code = tl.cast(tile, tl.int64) * CODES + tl.arange(0, CODES)
-            product = products(rows_packed, codes_packed, of_head, code, padded_dim, held, HALF, DIM, COLUMNS, ROWS, CODES)
-            score = minus_scale * product + tl.load(half_norm + code)[None, :]
-            score = minus_error * tl.load(weight + code)[None, :] + score
+            first_code = tl.cast(tile, tl.int64) * CODES
+            product = products(rows_packed, codes_packed + first_code * padded_dim, padded_dim, held, HALF, DIM, COLUMNS, ROWS, CODES)
+            score = minus_scale * product + tl.load(half_norm + first_code + slot)[None, :]
+            score = minus_error * tl.load(weight + first_code + slot)[None, :] + score
             score = ((score.to(tl.int32, bitcast=True) & ~MASK) | (tile - first_tile)).to(tl.float32, bitcast=True)
             second = tl.minimum(second, tl.maximum(best, score))
             best = tl.minimum(best, score)
@@ -314,8 +319,8 @@ def codebook_recheck_kernel(
     x, codebook, half_norm, indices, listed, listed_count, x_head_stride, x_stride, code_head_stride, code_stride,
     rows, codes, dim, padded_codes, CODES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Decides the listed rows, between two codes or among all, in float64 from the start: on a GPU for which that is fast it takes no longer
-    than reading the codes. Grid: (programs,)."""
+    """Decides the listed rows, between two codes or among all, in float64 from the start: where that is fast, reading the codes takes as
+    long. Grid: (programs,)."""
     lane = tl.arange(0, CODES).to(tl.int64)
     for entry in range(tl.program_id(0), tl.load(listed_count), tl.num_programs(0)):
         index, other = tl.load(listed + tl.cast(entry, tl.int64) * 2), tl.load(listed + tl.cast(entry, tl.int64) * 2 + 1)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae._ops import REDUCTIONS, reduced_shape
+from fastvae._ops import REDUCTIONS
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._nearest import load_tile, nearest, rows_of
 from fastvae.kernels._reduce import is_last, sum_programs

@@ -162,3 +162,47 @@ def test_shared_operands_are_read_by_element_number(shape):
 
 def test_a_shared_operand_may_be_absent():
     assert layout.shared_operand(None, torch.Size(SHAPE)) == (None, None, None)
+
+
+@each_machine
+@pytest.mark.parametrize("dim", [1, 3, 15, 16, 17, 33, 64, 80, 96, 100, 128, 130, 192, 256, 300, 4096])
+@pytest.mark.parametrize(("rows", "codes"), [(1, 1), (64, 65), (8192, 512), (65_536, 1024), (2**31 + 1, 16_384), (5, 2**20)])
+def test_screen(machine, dim, rows, codes):
+    plan = launch.screen(1, rows, codes, dim, machine)
+    assert plan.half == (dim >= 16)
+    assert all(is_power_of_two(n) for n in (plan.block_rows, plan.block_codes, plan.pack_rows, plan.pack_columns, plan.recheck_columns))
+    assert rows <= plan.rows < rows + plan.block_rows
+    assert codes <= plan.codes < codes + plan.block_codes
+    assert dim <= plan.dim
+    assert plan.dim % plan.columns == 0
+    assert plan.known_dim in (0, plan.dim)
+    # Tensor cores take blocks of at least 16; padding adds at most a half, or what the last block of 16 lacks.
+    if plan.half:
+        assert is_power_of_two(plan.columns)
+        assert min(plan.block_rows, plan.block_codes, plan.columns) >= 16
+        assert plan.dim <= max(32, 1.5 * dim) or plan.dim == 64
+    else:
+        assert plan.dim == plan.columns == plan.known_dim == dim
+    # A round's tiles have numbers of so many bits, which leave most of a float32's 23.
+    assert plan.tile_bits <= 8
+    assert 1 << plan.tile_bits >= min(plan.codes // plan.block_codes, 64)
+    assert 2**-20 < plan.half_norm_rounding < plan.rounding < 2**-8 + plan.dim * 2**-22
+
+
+def test_a_screen_of_few_rows_takes_smaller_blocks():
+    machine = launch.Machine("sm_90", 132)
+    blocks = [launch.screen(1, rows, 1024, 64, machine).block_rows for rows in (65_536, 8192, 3000, 100)]
+    assert blocks == [64, 32, 16, 16]
+    assert launch.screen(8, 8192, 1024, 64, machine).block_rows == 64
+
+
+@each_machine
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dim", [1, 3, 64, 100, 256, 4096])
+@pytest.mark.parametrize("rows", [1, 100, 65_536, 2**31 + 1])
+def test_row_blocks(machine, rows, dim, itemsize):
+    config = launch.row_blocks(2, rows, dim, itemsize, machine)
+    assert is_power_of_two(config.rows)
+    assert is_power_of_two(config.columns)
+    assert config.rows * config.columns == launch.elements_per_thread(itemsize) * machine.threads
+    assert 1 <= config.programs <= min(machine.programs, 2 * -(-rows // config.rows))

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fastvae._ops import LIKELIHOODS, REDUCTIONS  # noqa: E402
-from fastvae.kernels import _device, latent, reconstruction  # noqa: E402
+from fastvae.kernels import _device, codebook, latent, reconstruction  # noqa: E402
 from fastvae.kernels._launch import Machine  # noqa: E402
 
 TABLE = ROOT / "benchmarks" / "results" / "triton" / "offline.csv"
@@ -142,9 +142,47 @@ def rescale_(dtype):
     return reconstruction._rescale_(empty(BATCH, FEATURES, dtype=dtype), empty(), 1.0)
 
 
+# Vectors of a codebook's training step, and codes.
+VECTORS, CODES = 1 << 16, 1024
+
+
+def nearest_code(dim, vectors=VECTORS, codes=CODES):
+    def call(dtype):
+        return codebook._nearest(empty(1, vectors, dim, dtype=dtype), empty(1, codes, dim), False)
+
+    return call
+
+
+def quantize(reduction="mean", dim=64):
+    def call(dtype):
+        return codebook._quantize(empty(1, VECTORS, dim, dtype=dtype), empty(1, CODES, dim), 64, REDUCTIONS[reduction], 1.25)
+
+    return call
+
+
+def quantize_backward(reduction="mean", rotation=False, dim=64):
+    def call(dtype):
+        x, codes, indices = empty(1, VECTORS, dim, dtype=dtype), empty(1, CODES, dim), empty(1, VECTORS, dtype=torch.int64)
+        grad_loss = empty(*{"none": x.shape, "sample": (64,)}.get(reduction, ()), dtype=dtype if reduction == "none" else torch.float32)
+        return codebook._backward(x, grad_loss, x, codes, indices, 64, REDUCTIONS[reduction], 1.0, 0.25, rotation, True)
+
+    return call
+
+
+def moving_averages(dtype):
+    """From the vectors on; the state is float32 in any case."""
+    codes = empty(1, CODES, 64)
+    counts, sums = codebook._sums(empty(1, VECTORS, 64, dtype=dtype), empty(1, VECTORS, dtype=torch.int64), CODES)
+    return codebook._ema_(codes, empty(1, CODES), codes, counts, sums, 0.99, 1e-5)
+
+
 ALL, BRIEF, ONE = tuple(DTYPES), ("float32", "bfloat16"), ("sm_90",)
 FORWARD, ROWS, COLUMNS, BACKWARD = (f"latent_{part}_kernel" for part in ("forward", "rows", "columns", "backward"))
 LOSS, LOSS_ROWS, LOSS_BACKWARD, RESCALE = (f"reconstruction_{part}_kernel" for part in ("forward", "rows", "backward", "rescale"))
+SEARCH = tuple(f"codebook_{part}_kernel" for part in ("measure", "pack_codes", "pack_rows", "screen", "recheck"))
+GATHER, VQ_BACKWARD, PARTS, SUMS, COUNTS, EMA = (
+    f"codebook_{part}_kernel" for part in ("gather", "backward", "parts", "sums", "counts", "ema")
+)
 WIDE = ("float32",)
 
 CASES = (
@@ -190,6 +228,16 @@ CASES = (
     Case("gradients of Gaussian elementwise", (LOSS_BACKWARD,), loss_backward("gaussian", "none", logvar=(1, 1)), WIDE, ONE),
     Case("rescale", (RESCALE,), rescale, WIDE, ONE),
     Case("rescale in place", (RESCALE,), rescale_, ALL),
+    Case("quantize", (*SEARCH, GATHER), quantize(), ALL),
+    Case("quantize, elementwise", (*SEARCH, GATHER), quantize("none", 100), WIDE, ONE),
+    Case("quantize by sample", (*SEARCH, GATHER), quantize("sample", 32), WIDE, ONE),
+    Case("nearest of long vectors", SEARCH, nearest_code(256, 1 << 14, 8192)),
+    Case("nearest of short vectors", SEARCH, nearest_code(8)),
+    Case("nearest of numbers", SEARCH, nearest_code(1), WIDE, ONE),
+    Case("gradients of quantize", (VQ_BACKWARD, PARTS, SUMS), quantize_backward(), ALL),
+    Case("gradients of quantize, rotated, by sample", (VQ_BACKWARD, PARTS, SUMS), quantize_backward("sample", True)),
+    Case("gradients of quantize, elementwise", (VQ_BACKWARD, PARTS, SUMS), quantize_backward("none", dim=100), WIDE, ONE),
+    Case("moving averages", (PARTS, SUMS, COUNTS, EMA), moving_averages, ALL),
 )
 
 
@@ -241,7 +289,7 @@ def compiled(launch: Launch, target: GPUTarget):
 @dataclass(frozen=True)
 class Row:
     """What the machine code of a kernel shows. Wide accesses are those of 16 bytes; narrow ones are the rest, each as often as it stands
-    in the code, where every size has a loop over full blocks and one over what is left."""
+    in the code, where every size has a loop over full blocks and one over what is left. ``tensor_core`` counts matrix instructions."""
 
     case: str
     kernel: str
@@ -256,6 +304,7 @@ class Row:
     narrow_loads: int
     wide_stores: int
     narrow_stores: int
+    tensor_core: int
 
     @property
     def id(self) -> str:
@@ -281,6 +330,7 @@ def _nvidia_facts(binary) -> dict[str, int]:
         "shared_bytes": binary.metadata.shared,
         "instructions": len(opcodes),
         **_accesses([o for o in opcodes if o.startswith("LDG")], [o for o in opcodes if o.startswith("STG")], ".128"),
+        "tensor_core": sum(o.startswith(("HMMA", "HGMMA", "UTCHMMA")) for o in opcodes),
     }
 
 
@@ -296,6 +346,7 @@ def _amd_facts(binary) -> dict[str, int]:
         "shared_bytes": binary.metadata.shared,
         "instructions": len(opcodes),
         **_accesses(loads, stores, "_dwordx4"),
+        "tensor_core": sum(o.startswith("v_mfma") for o in opcodes),
     }
 
 

@@ -19,6 +19,28 @@ from fastvae.kernels import _launch
 
 OUTPUTS = ("z", "kept", "kl", "loss", "out", "grad_mu", "grad_logvar", "grad_prior_mu", "grad_prior_logvar", "grad_input", "grad_target")
 
+# The operands of the codebook's kernels that are read and written a block of rows at once, if the rows allow it: 16 bytes of each have to
+# begin at a multiple of 16 elements. The others take few numbers for each row, or, to recheck, single rows.
+ROWS_READ = {
+    "measure": ("codebook",),
+    "pack_codes": ("codebook",),
+    "pack_rows": ("x",),
+    "screen": ("rows_packed", "codes_packed"),
+    "gather": ("x", "codebook"),
+    "backward": ("grad_quantized", "x", "codebook"),
+    "parts": ("x",),
+    "sums": ("partial",),
+    "ema": ("ema_sum", "sums"),
+}
+ROWS_WRITTEN = {
+    "pack_codes": ("packed",),
+    "pack_rows": ("packed",),
+    "gather": ("quantized",),
+    "backward": ("grad_x",),
+    "sums": ("sums",),
+    "ema": ("codebook", "ema_sum"),
+}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -117,11 +139,21 @@ def streamed(launch: Launch) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors(launch).items() if tensor.numel() >= elements(launch)}
 
 
+def of_rows(launch: Launch, operands: dict[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
+    arguments, part = launch.by_name(), launch.name.removeprefix("codebook_").removesuffix("_kernel")
+    fits = arguments.get("dim", arguments.get("padded_dim", 1)) % 16 == 0
+    return {name: tensor for name, tensor in tensors(launch).items() if fits and name in operands.get(part, ())}
+
+
 def loaded(launch: Launch) -> dict[str, torch.Tensor]:
+    if launch.name.startswith("codebook_"):
+        return of_rows(launch, ROWS_READ)
     return {name: tensor for name, tensor in streamed(launch).items() if name not in OUTPUTS}
 
 
 def stored(launch: Launch) -> dict[str, torch.Tensor]:
+    if launch.name.startswith("codebook_"):
+        return of_rows(launch, ROWS_WRITTEN)
     in_place = launch.name == "reconstruction_rescale_kernel" and "out" not in tensors(launch)
     return {name: tensor for name, tensor in streamed(launch).items() if name in OUTPUTS or (in_place and name == "grad")}
 
@@ -138,7 +170,7 @@ def test_accesses_of_16_bytes_on_every_operand(job, binaries):
     threads = TARGETS[job.target][1].threads
     for launch, (row, _) in zip(job.launches(), binaries[job], strict=True):
         per_thread = elements_per_thread(launch, threads)
-        assert per_thread * min(t.element_size() for t in loaded(launch).values()) >= _launch.ACCESS_BYTES
+        assert all(per_thread * t.element_size() >= _launch.ACCESS_BYTES for t in loaded(launch).values())
         loads, stores = (
             sum(per_thread * tensor.element_size() for tensor in vectorised(launch, operands)) // _launch.ACCESS_BYTES
             for operands in (loaded(launch), stored(launch))
@@ -245,8 +277,28 @@ def test_bytes_moved_per_element(name, dtype):
 
 def test_bytes_are_counted_for_every_kernel():
     assert {name for case in CASES if case.name in BYTES for name in case.kernels} >= {
-        name for name in jit_functions() if name.endswith("_kernel") and name != "latent_columns_kernel"
+        name for name in jit_functions() if name.endswith("_kernel") and not name.startswith(("latent_columns", "codebook_"))
     }
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", (6, 8, 12)), ("bfloat16", (4, 4, 6)), ("float16", (4, 4, 6))])
+def test_bytes_moved_by_vector_quantization(dtype, expected):
+    """Per element of x, codes not counted: its copy in float16, the gather with the loss, the gradient."""
+    moved = []
+    for case in CASES:
+        if case.name in ("quantize", "gradients of quantize"):
+            for launch in offline_table.launches(case, DTYPES[dtype], TARGETS["sm_90"][1]):
+                if launch.name in ("codebook_pack_rows_kernel", offline_table.GATHER, offline_table.VQ_BACKWARD):
+                    large = [t for t in (*loaded(launch).values(), *stored(launch).values()) if t.shape[1] == offline_table.VECTORS]
+                    moved.append(sum(t.numel() * t.element_size() for t in large) / large[0].numel())
+    assert tuple(moved) == expected
+
+
+@each_job
+def test_screens_run_on_tensor_cores(job, binaries):
+    """Where vectors are long enough; in no other kernel."""
+    for launch, (row, _) in zip(job.launches(), binaries[job], strict=True):
+        assert (row.tensor_core > 0) == (launch.name == "codebook_screen_kernel" and launch.by_name()["HALF"])
 
 
 def test_the_table_is_that_of_this_code(binaries):
