@@ -120,8 +120,9 @@ LEAST_TENSOR_CORE_DIM = 16
 # How many low bits of a score the number of its tile may take, in half precision and in single precision: what they take from its
 # precision has to stay small beside what rounding took. More tiles go in rounds, each of which ends in reductions over the slots.
 MOST_TILE_BITS = {True: 8, False: 6}
-# Codes and elements of each that a program has in float64 at once, eight a thread.
-RECHECK_CODES, MOST_RECHECK_COLUMNS = 32, 32
+# Codes, and elements of each, that a program has in float64 at once: four a thread.
+RECHECK_CODES, RECHECK_COLUMNS = 32, 16
+RECHECK_REGISTERS = 128
 
 # The rows of a code are summed in parts of so many, so that one code that has them all does not leave the machine idle.
 PART_ROWS = 128
@@ -197,8 +198,14 @@ def screen(heads: int, rows: int, codes: int, dim: int, machine: Machine) -> Scr
         pack_rows=8 * machine.threads // pack_columns,
         pack_columns=pack_columns,
         recheck_codes=RECHECK_CODES,
-        recheck_columns=min(_power_of_two(dim), MOST_RECHECK_COLUMNS),
+        recheck_columns=RECHECK_COLUMNS,
     )
+
+
+def recheck_options(machine: Machine) -> dict:
+    """NVIDIA's assembler makes room for more programs than there are rows to recheck, and spills registers for it unless it is told not to;
+    AMD's takes no such number."""
+    return OPTIONS | {"maxnreg": RECHECK_REGISTERS} if machine.architecture.startswith("sm_") else OPTIONS
 
 
 def _columns_of_products(dim: int) -> int:

@@ -212,8 +212,8 @@ def products(
     rows_packed, codes_packed, padded_dim, held,
     HALF: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """The products of a block of rows and a block of codes, which begin where the pointers point to; ``held`` are the rows where one block of
-    columns holds them."""
+    """The products of a block of rows and a block of codes, which begin at the pointers; ``held`` are the rows where one block of columns
+    holds them."""
     row, code = tl.arange(0, ROWS), tl.arange(0, CODES)
     total = tl.zeros([ROWS, CODES], tl.float32)
     if not HALF:
@@ -309,9 +309,10 @@ def codebook_screen_kernel(
     uncertain = usual & (too_large | (second_least <= bound))
     count = tl.where(uncertain, 1, 0)
     position = tl.atomic_add(listed_count, tl.sum(count, axis=0)) + tl.cumsum(count, axis=0) - 1
-    entry = listed + position.to(tl.int64) * 2
-    tl.store(entry, head * rows + row, mask=uncertain)
-    tl.store(entry + 1, tl.where(too_large | (third <= bound), -1, next_nearest).to(tl.int64), mask=uncertain)
+    entry = listed + position.to(tl.int64) * 3
+    tl.store(entry, head + tl.zeros([ROWS], tl.int64), mask=uncertain)
+    tl.store(entry + 1, row, mask=uncertain)
+    tl.store(entry + 2, tl.where(too_large | (third <= bound), -1, next_nearest).to(tl.int64), mask=uncertain)
 
 
 @triton.jit(do_not_specialize=["rows", "codes"])
@@ -323,11 +324,12 @@ def codebook_recheck_kernel(
     long. Grid: (programs,)."""
     lane = tl.arange(0, CODES).to(tl.int64)
     for entry in range(tl.program_id(0), tl.load(listed_count), tl.num_programs(0)):
-        index, other = tl.load(listed + tl.cast(entry, tl.int64) * 2), tl.load(listed + tl.cast(entry, tl.int64) * 2 + 1)
-        head = index // rows
-        row = x + head * x_head_stride + (index - head * rows) * x_stride
+        record = listed + tl.cast(entry, tl.int64) * 3
+        head, own, other = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+        index = indices + head * rows + own
+        row = x + head * x_head_stride + own * x_stride
         own_codes, norms = codebook + head * code_head_stride, half_norm + head * padded_codes
-        nearest = tl.where(other >= 0, tl.load(indices + index), -1)
+        nearest = tl.where(other >= 0, tl.load(index), -1)
         # The last lane has the nearest code up to here; of a row with two candidates the first lane has the other one.
         for first in range(0, tl.where(other >= 0, 1, codes), CODES - 1):
             code = tl.where(other >= 0, tl.where(lane == 0, other, codes), first + lane)
@@ -335,7 +337,7 @@ def codebook_recheck_kernel(
             inside = (code >= 0) & (code < codes)
             live = tl.load(norms + code, mask=inside, other=NEVER) < NEVER
             nearest = settle(row, own_codes, code, live, code_stride, dim, CODES, COLUMNS)
-        tl.store(indices + index, tl.maximum(nearest, 0))
+        tl.store(index, tl.maximum(nearest, 0))
 
 
 class Rows(NamedTuple):
@@ -371,7 +373,7 @@ def nearest(x: Rows, codebook: Rows) -> Tensor:
     packed_rows, packed_codes = (new((heads, n, plan.dim), dtype=packed_dtype) for n in (plan.rows, plan.codes))
     factor, error = new((2, heads, plan.rows), dtype=torch.float32)
     half_norm, weight = new((2, heads, plan.codes), dtype=torch.float32)
-    listed = new((heads * rows, 2), dtype=torch.int64)
+    listed = new((heads * rows, 3), dtype=torch.int64)
     block = {"ROWS": plan.pack_rows, "COLUMNS": plan.pack_columns, **_launch.OPTIONS}
     with _device.on(device):
         codebook_measure_kernel[triton.cdiv(codes, plan.pack_rows), heads](
@@ -393,6 +395,6 @@ def nearest(x: Rows, codebook: Rows) -> Tensor:
         )  # fmt: skip
         codebook_recheck_kernel[(min(heads * rows, machine.programs),)](
             x.tensor, codebook.tensor, half_norm, indices, listed, count, *x[1:], *codebook[1:],
-            rows, codes, dim, plan.codes, CODES=plan.recheck_codes, COLUMNS=plan.recheck_columns, **_launch.OPTIONS,
+            rows, codes, dim, plan.codes, CODES=plan.recheck_codes, COLUMNS=plan.recheck_columns, **_launch.recheck_options(machine),
         )  # fmt: skip
     return indices

@@ -152,22 +152,25 @@ def codebook_parts_kernel(
     head, part = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     code = tl.load(owners + head * parts + part)
     if code < codes:
-        begin = tl.load(starts + head * (codes + 1) + code) + (part - tl.load(first_parts + head * (codes + 1) + code)) * LENGTH
-        end = tl.minimum(begin + LENGTH, tl.load(starts + head * (codes + 1) + code + 1))
+        slot = head * (codes + 1) + code
+        begin = tl.load(starts + slot) + (part - tl.load(first_parts + slot)) * LENGTH
+        count = tl.minimum(tl.load(starts + slot + 1) - begin, LENGTH).to(tl.int32)
+        order += head * rows + begin
+        x += head * x_head_stride
+        own_code = codebook + head * code_head_stride + code * code_stride
         for first in range(0, dim, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             total = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for start in range(begin, end, ROWS):
+            for start in range(0, count, ROWS):
                 position = start + tl.arange(0, ROWS)
-                row = tl.load(order + head * rows + position, mask=position < end, other=0)
-                mask = (position < end)[:, None] & (column < dim)[None, :]
-                values = load_tile(x + head * x_head_stride, row, x_stride, column, mask)
+                row = tl.load(order + position, mask=position < count, other=0)
+                mask = (position < count)[:, None] & (column < dim)[None, :]
+                values = load_tile(x, row, x_stride, column, mask)
                 if grad_loss is not None:
                     flat = head * rows + row
-                    at = flat[:, None] * dim + column[None, :]
-                    own = tl.load(codebook + head * code_head_stride + code * code_stride + column, mask=column < dim, other=0.0)
-                    incoming = loss_gradient(grad_loss, flat, at, mask, rows_per_sample, REDUCTION)
-                    values = tl.where(mask, incoming * (own.to(tl.float32)[None, :] - values), 0.0)
+                    own = tl.load(own_code + column, mask=column < dim, other=0.0).to(tl.float32)
+                    incoming = loss_gradient(grad_loss, flat, flat[:, None] * dim + column[None, :], mask, rows_per_sample, REDUCTION)
+                    values = tl.where(mask, incoming * (own[None, :] - values), 0.0)
                 total += values
             tl.store(partial + (head * parts + part) * dim + column, tl.sum(total, axis=0), mask=column < dim)
 

@@ -206,3 +206,7 @@ def test_row_blocks(machine, rows, dim, itemsize):
     assert is_power_of_two(config.columns)
     assert config.rows * config.columns == launch.elements_per_thread(itemsize) * machine.threads
     assert 1 <= config.programs <= min(machine.programs, 2 * -(-rows // config.rows))
+
+
+def test_registers_are_asked_for_where_they_can_be():
+    assert [launch.recheck_options(machine).get("maxnreg") for machine in MACHINES] == [128, 128, None, None]
