@@ -23,8 +23,9 @@ SIZES = [(0, 4, 3), (1, 1, 1), (5, 3, 1), (7, 8, 33), (40, 4, 70), (20, 15, 130)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_nearest_is_exact(data, size):
     n, d, k = size
-    # All codes are as near to rows so far away as float64 tells.
-    x, codebook = data(Source("cpu"), n if data is not test_codebook.far_rows else min(n, 5), d, k)
+    # For each row of these all codes are compared exactly, which takes the interpreter long.
+    compared = data in (test_codebook.far_rows, test_codebook.permuted_ties)
+    x, codebook = data(Source("cpu"), min(n, 5) if compared else n, d, k)
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
 
@@ -58,7 +59,7 @@ def test_more_tiles_than_their_numbers_in_a_score(monkeypatch, bits, dim):
     """Several rounds, of one tile each or of two."""
     monkeypatch.setattr(_launch, "MOST_TILE_BITS", dict.fromkeys((False, True), bits))
     for data in (random, test_codebook.nearly_duplicated, test_codebook.outliers):
-        x, codebook = data(Source("cpu"), 30, dim, 64 * 5 + 1)
+        x, codebook = data(Source("cpu"), 10, dim, 64 * 5 + 1)
         assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
 
@@ -112,7 +113,7 @@ class Rehashed:
 def test_equal_codes_that_their_hashes_do_not_show(monkeypatch, dim, hashes):
     """The second kernel gives the lowest; different codes of one hash stay different."""
     monkeypatch.setattr(_nearest, "codebook_measure_kernel", Rehashed(_nearest.codebook_measure_kernel, hashes))
-    x, codebook = test_codebook.duplicated(Source("cpu"), 30, dim, 70)
+    x, codebook = test_codebook.duplicated(Source("cpu"), 10, dim, 70)
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
 
@@ -143,7 +144,7 @@ def test_quantize_matches_float64(dtype, gradient, reduction):
     check_quantize(PLACE, dtype, (60, 40, 5), gradient, reduction)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (63, 41, 17), (401, 3, 65), (5, 9, 130), (3, 4, 300)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (63, 41, 17), (131, 3, 65), (5, 9, 130), (3, 4, 300)], ids=str)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_odd_sizes(sizes, gradient):
     for reduction in ("none", "sample", "mean"):
