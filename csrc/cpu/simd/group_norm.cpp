@@ -9,8 +9,10 @@ namespace fastvae {
 inline namespace FASTVAE_ISA {
 namespace {
 
-// A storage type. Where it is that of the arithmetic, du passes through grad_input and is not computed twice.
+// A storage type, and how accurate the activation has to be for values that are stored in it; sums have them in full. Where it is the type
+// of the arithmetic, du passes through grad_input and is not computed twice.
 struct Float32 {
+  using Accuracy = Accurate;
   static constexpr bool kKeepsGradient = true;
   using Stored = float;
   using T = float;
@@ -19,6 +21,7 @@ struct Float32 {
 };
 
 struct Float64 {
+  using Accuracy = Accurate;
   static constexpr bool kKeepsGradient = true;
   using Stored = double;
   using T = double;
@@ -27,6 +30,7 @@ struct Float64 {
 };
 
 struct BFloat16 {
+  using Accuracy = Coarse;
   static constexpr bool kKeepsGradient = false;
   using Stored = uint16_t;
   using T = float;
@@ -40,6 +44,7 @@ struct BFloat16 {
 };
 
 struct Float16 {
+  using Accuracy = Accurate;
   static constexpr bool kKeepsGradient = false;
   using Stored = uint16_t;
   using T = float;
@@ -352,12 +357,20 @@ void with_types(const GroupNorm& p, F f) {
   with_storage(p, [&](auto storage) { p.activation == Activation::silu ? f(storage, Silu{}) : f(storage, Identity{}); });
 }
 
+template <class F>
+void with_types_stored(const GroupNorm& p, F f) {
+  with_storage(p, [&](auto storage) {
+    using Stored = SiluWith<typename decltype(storage)::Accuracy>;
+    p.activation == Activation::silu ? f(storage, Stored{}) : f(storage, Identity{});
+  });
+}
+
 void run_moments(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
   with_storage(p, [&](auto s) { moments<decltype(s)>(p, begin, end, scratch); });
 }
 
 void run_forward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
-  with_types(p, [&](auto s, auto a) { forward<decltype(s), decltype(a)>(p, begin, end, scratch); });
+  with_types_stored(p, [&](auto s, auto a) { forward<decltype(s), decltype(a)>(p, begin, end, scratch); });
 }
 
 void run_gradient_sums(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
@@ -365,7 +378,7 @@ void run_gradient_sums(const GroupNorm& p, int64_t begin, int64_t end, void* scr
 }
 
 void run_backward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
-  with_types(p, [&](auto s, auto a) { backward<decltype(s), decltype(a)>(p, begin, end, scratch); });
+  with_types_stored(p, [&](auto s, auto a) { backward<decltype(s), decltype(a)>(p, begin, end, scratch); });
 }
 
 void to_double(const View& view, int64_t count, double* to) { convert(view.data, view.dtype, 0, count, to); }
