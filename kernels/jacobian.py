@@ -140,8 +140,9 @@ def jacobian_weight_kernel(
     ``parts``. With SPLIT the norms are summed over the programs of grid axis 1. Grid: (groups, splits)."""
     split, splits = tl.program_id(1), tl.num_programs(1)
     row = block_of(tl.program_id(0), ROWS)
+    PARTS: tl.constexpr = COLUMNS if COLUMNS < 128 else 128
     if sums is not None:
-        unit_sums = sum_slots(sums, row, row < rows, parts, rows, COLUMNS, ROWS)
+        unit_sums = sum_slots(sums, row, row < rows, parts, rows, PARTS, ROWS)
     if grad_weight is not None:
         factors = unit_sums * (2.0 * common_factor(grad_output, factor, REDUCTION))
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
