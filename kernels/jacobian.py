@@ -97,12 +97,12 @@ def load_weights(grad_output, row, column, stride, rows, mask, REDUCTION: tl.con
 
 
 @triton.jit
-def common_factor(grad_output, factor, REDUCTION: tl.constexpr):
-    """``factor`` times the gradient of a scalar, where there is one."""
-    if grad_output is None or REDUCTION == NONE or REDUCTION == SAMPLE:  # noqa: SIM109 (Triton has no `in`)
+def times_scalar(factor, gradient):
+    """``factor`` times the gradient of a scalar, where that is not None."""
+    if gradient is None:
         return factor
     else:
-        return tl.load(grad_output).to(tl.float32) * factor
+        return tl.load(gradient).to(tl.float32) * factor
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -116,7 +116,8 @@ def jacobian_units_kernel(
     column = block_of(tl.program_id(0), COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     if grad_hidden is not None:
-        norm = tl.load(norms + column, mask=column < columns, other=0.0) * (2.0 * common_factor(grad_output, factor, REDUCTION))
+        of_all = None if REDUCTION == NONE or REDUCTION == SAMPLE else grad_output  # noqa: SIM109 (Triton has no `in`)
+        norm = tl.load(norms + column, mask=column < columns, other=0.0) * (2.0 * times_scalar(factor, of_all))
     for first in range(tl.cast(split, tl.int64) * ROWS, rows, splits * ROWS):
         row = first + tl.arange(0, ROWS)
         mask = mask_of(row, rows, column, columns)
@@ -134,17 +135,20 @@ def jacobian_units_kernel(
 @triton.jit(do_not_specialize=["rows", "parts"])
 def jacobian_weight_kernel(
     weight, sums, grad_output, norms, penalty, grad_weight, slots, shares, ticket, rows, columns, stride, parts, scale, factor,
-    REDUCTION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The squared norms of the rows, the penalty, and the rows' gradients, each where it is not None; the sums of the units come in
-    ``parts``. With SPLIT the norms are summed over the programs of grid axis 1. Grid: (groups, splits)."""
+    """The squared norms of the rows, the penalty, and the rows' gradients, each where it is not None. The sums of the units come in
+    ``parts``; ``grad_output`` is the gradient of a scalar. With SPLIT the norms are summed over the programs of grid axis 1.
+
+    Grid: (groups, splits).
+    """
     split, splits = tl.program_id(1), tl.num_programs(1)
     row = block_of(tl.program_id(0), ROWS)
     PARTS: tl.constexpr = COLUMNS if COLUMNS < 128 else 128
     if sums is not None:
         unit_sums = sum_slots(sums, row, row < rows, parts, rows, PARTS, ROWS)
     if grad_weight is not None:
-        factors = unit_sums * (2.0 * common_factor(grad_output, factor, REDUCTION))
+        factors = unit_sums * (2.0 * times_scalar(factor, grad_output))
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(tl.cast(split, tl.int64) * COLUMNS, columns, splits * COLUMNS):
         column = first + tl.arange(0, COLUMNS)
@@ -260,7 +264,7 @@ def _forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad
             numbers = activation, alpha, reduction, grad_scale * scale
             sums = _pass_over_hidden(hidden, None, norms, None, True, *numbers)
             to = grad_weight if with_grad_weight else None
-            _pass_over_weight(weight, sums, None, norms, penalty, to, reduction, scale, grad_scale * scale)
+            _pass_over_weight(weight, sums, None, norms, penalty, to, scale, grad_scale * scale)
             if with_grad_hidden:
                 _pass_over_hidden(hidden, None, norms, grad_hidden, False, *numbers)
     return penalty, norms, grad_hidden, grad_weight
@@ -280,7 +284,8 @@ def _backward(grad_output, hidden, weight, squared_norms, activation, alpha, red
         to = grad_hidden if with_grad_hidden else None
         sums = _pass_over_hidden(hidden, grad_output, squared_norms, to, with_grad_weight, activation, alpha, reduction, scale)
         if with_grad_weight:
-            _pass_over_weight(weight, sums, grad_output, grad_weight=grad_weight, reduction=reduction, factor=scale)
+            of_scalar = grad_output if grad_output.ndim == 0 else None
+            _pass_over_weight(weight, sums, of_scalar, grad_weight=grad_weight, factor=scale)
     return grad_hidden, grad_weight
 
 
@@ -299,9 +304,7 @@ def _pass_over_hidden(hidden, grad_output, norms, grad_hidden, with_sums, activa
     return sums
 
 
-def _pass_over_weight(
-    weight, sums=None, grad_output=None, norms=None, penalty=None, grad_weight=None, reduction=REDUCTIONS["none"], scale=1.0, factor=1.0
-):
+def _pass_over_weight(weight, sums=None, grad_output=None, norms=None, penalty=None, grad_weight=None, scale=1.0, factor=1.0):
     if weight.shape[0] == 0:
         return
     (weight,), (stride,), rows, columns = matrix_rows((weight,))
@@ -314,7 +317,7 @@ def _pass_over_weight(
     jacobian_weight_kernel[config.groups, config.splits](
         weight, sums, grad_output, norms, penalty, grad_weight, slots, shares, ticket,
         rows, columns, stride, 0 if sums is None else sums.shape[0], scale, factor,
-        REDUCTION=reduction, ROWS=config.rows, COLUMNS=config.columns, SPLIT=split, **_launch.OPTIONS,
+        ROWS=config.rows, COLUMNS=config.columns, SPLIT=split, **_launch.OPTIONS,
     )  # fmt: skip
 
 
