@@ -18,7 +18,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 8
 
 NOISE_TILE, NOISE_LANES = 512, 128
 
-# A program that adds something up over matrices takes so many: what it adds up it writes once, a quarter of what it read.
+# A program that adds up matrices takes at least so many: the sum, which it writes, is then a quarter of what it read.
 MATRICES_PER_PROGRAM = 4
 
 # A column sum reads so many adjacent columns: 512 bytes of float32, which is what a warp loads at once.

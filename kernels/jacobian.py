@@ -1,8 +1,13 @@
 """The contractive penalty and the epilogues of the Gram form on a GPU.
 
-Nothing of the weight's size is written but its gradient, and a pass reads the weight once: as the penalty is ``sum_j n_j s_j`` for the
-squared norms n of the weight's rows and the sums s of the squared slopes over the samples, one kernel sums over the samples and a second,
-which adds those sums up for its own rows, has the norms, their part of the penalty and the gradient of the weight at hand together.
+With n the squared norms of the weight's rows and s the sums over the samples of the squared slopes, the penalty is ``sum_j n_j s_j``: one
+kernel sums over the samples, in parts, and a second one, which adds up the parts for its own rows, has the norms, their share of the
+penalty and the gradient of the weight at hand together.
+
+For B samples, H units and D inputs of ``size`` bytes that is, in each direction, one pass over hidden and one over the weight, and nothing
+of their sizes is written but their gradients: size (B H + H D) bytes forward, twice as many backward. At B 512, D 3072, H 1024 those are
+15 and 29 MB of float32, by 512 programs (hidden) and 1024 (weight), which keep 132 multiprocessors full. At B 128, D 784, H 256 they are
+0.9 and 1.9 MB by 32 and 256 programs of one block each: all of it is under way at once, and what counts is the two launches.
 """
 
 import torch
@@ -216,9 +221,12 @@ def jacobian_gram_reduce_kernel(
     left, inner, outer, product, dots, grad_inner, grad_left, batch, rows, columns,
     BATCHED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of ``left inner outer product``, each time without the factor that the result stands for, the sums over the columns, by group of
-    columns, and, where not None, over the rows, by group of rows, and over the samples of each program, or, with BATCHED, over nothing.
-    Grid: (groups of rows, groups of columns, splits)."""
+    """Products of left, inner, outer and product, in each result without the factor that it stands for: ``dots`` their sums over the
+    columns, one part a group of columns; where not None ``grad_inner`` those over the rows, one part a group of rows, and ``grad_left``
+    those over the samples, one part a split, or with BATCHED the products themselves.
+
+    ``product`` is read once. Grid: (groups of rows, groups of columns, splits).
+    """
     row, column = block_of(tl.program_id(0), ROWS), block_of(tl.program_id(1), COLUMNS)
     row_group, column_group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     mask = mask_of(row, rows, column, columns)
@@ -256,7 +264,8 @@ def _forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad
         if empty or elementwise or by_row:
             _pass_over_weight(weight, norms=norms)
         if empty:
-            penalty.zero_(), grad_weight.zero_()
+            penalty.zero_()
+            grad_weight.zero_()
         elif elementwise or by_row:
             _penalty(hidden, norms, penalty, activation, alpha, reduction)
         else:

@@ -105,6 +105,16 @@ def test_one_long_row_takes_the_whole_machine():
     assert launch.row_sums(100_000, 784, 4, machine).splits == 1
 
 
+def test_a_layer_fills_the_machine_or_is_under_way_at_once():
+    """Programs for a layer's hidden values, one block each, and for its weight, one row each, in float32."""
+    machine = launch.Machine("sm_90", 132)
+    for (batch, inputs, units), programs in (((512, 3072, 1024), (512, 1024)), ((128, 784, 256), (32, 256))):
+        hidden, weight = launch.column_sums(batch, units, 4, machine), launch.row_sums(units, inputs, 4, machine)
+        assert (hidden.groups * hidden.splits, weight.groups * weight.splits) == programs
+        assert programs[0] * hidden.rows * hidden.columns == batch * units
+        assert max(programs) <= machine.programs
+
+
 def test_several_short_rows_share_a_program():
     config = launch.row_sums(10_000, 20, 4, launch.Machine("sm_90", 132))
     assert (config.rows, config.columns) == (32, 32)
