@@ -17,7 +17,6 @@ import triton.language as tl
 from fastvae._ops import ACTIVATIONS, REDUCTIONS, reduced_shape
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._index import NONE, SAMPLE, only
-from fastvae.kernels._layout import matrix_rows
 from fastvae.kernels._math import expm1, logistic, standard_normal
 from fastvae.kernels._reduce import is_last, store_row_sums, store_slot_sums, sum_programs, sum_slots
 from fastvae.reference._reduce import reduction_scale
@@ -298,25 +297,30 @@ def _backward(grad_output, hidden, weight, squared_norms, activation, alpha, red
     return grad_hidden, grad_weight
 
 
+def _rows(matrix):
+    """Rows are contiguous, and as far apart as they are."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 def _pass_over_hidden(hidden, grad_output, norms, grad_hidden, with_sums, activation, alpha, reduction, factor):
     """Writes ``grad_hidden`` where it is not None; returns the sums of the units in parts, (parts, units), where asked for."""
-    (hidden,), (stride,), rows, columns = matrix_rows((hidden,))
-    grad_stride = 0
-    if grad_output is not None:
-        (grad_output,), (grad_stride,), *_ = matrix_rows((grad_output,))
+    (rows, columns), hidden = hidden.shape, _rows(hidden)
+    if reduction == REDUCTIONS["none"]:
+        grad_output = _rows(grad_output)
+    grad_stride = grad_output.stride(0) if grad_output is not None and grad_output.ndim else 0
     config = _launch.column_sums(rows, columns, hidden.element_size(), _device.machine(hidden.device))
     sums = norms.new_empty((config.splits, columns)) if with_sums else None
     jacobian_units_kernel[config.groups, config.splits](
-        hidden, grad_output, norms, grad_hidden, sums, rows, columns, stride, grad_stride, alpha, factor,
+        hidden, grad_output, norms, grad_hidden, sums, rows, columns, hidden.stride(0), grad_stride, alpha, factor,
         ACTIVATION=activation, REDUCTION=reduction, ROWS=config.rows, COLUMNS=config.columns, **_launch.OPTIONS,
     )  # fmt: skip
     return sums
 
 
 def _pass_over_weight(weight, sums=None, grad_output=None, norms=None, penalty=None, grad_weight=None, scale=1.0, factor=1.0):
-    if weight.shape[0] == 0:
+    (rows, columns), weight = weight.shape, _rows(weight)
+    if rows == 0:
         return
-    (weight,), (stride,), rows, columns = matrix_rows((weight,))
     # Of no columns the norm is 0.
     config = _launch.row_sums(rows, max(columns, 1), weight.element_size(), _device.machine(weight.device))
     split = norms is not None and config.splits > 1
@@ -325,18 +329,18 @@ def _pass_over_weight(weight, sums=None, grad_output=None, norms=None, penalty=N
     ticket = _device.ticket(weight.device) if split or penalty is not None else None
     jacobian_weight_kernel[config.groups, config.splits](
         weight, sums, grad_output, norms, penalty, grad_weight, slots, shares, ticket,
-        rows, columns, stride, 0 if sums is None else sums.shape[0], scale, factor,
+        rows, columns, weight.stride(0), 0 if sums is None else sums.shape[0], scale, factor,
         ROWS=config.rows, COLUMNS=config.columns, SPLIT=split, **_launch.OPTIONS,
     )  # fmt: skip
 
 
 def _penalty(hidden, norms, penalty, activation, alpha, reduction):
-    (hidden,), (stride,), rows, columns = matrix_rows((hidden,))
+    (rows, columns), hidden = hidden.shape, _rows(hidden)
     config = _launch.row_sums(rows, columns, hidden.element_size(), _device.machine(hidden.device))
     split = config.splits > 1 and reduction == REDUCTIONS["sample"]
     slots, ticket = (norms.new_empty((config.splits, rows)), _device.ticket(norms.device)) if split else (None, None)
     jacobian_penalty_kernel[config.groups, config.splits](
-        hidden, norms, penalty, slots, ticket, rows, columns, stride, alpha,
+        hidden, norms, penalty, slots, ticket, rows, columns, hidden.stride(0), alpha,
         ACTIVATION=activation, REDUCTION=reduction, ROWS=config.rows, COLUMNS=config.columns, SPLIT=split, **_launch.OPTIONS,
     )  # fmt: skip
 
