@@ -30,8 +30,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fastvae._ops import LIKELIHOODS, REDUCTIONS  # noqa: E402
-from fastvae.kernels import _device, latent, reconstruction  # noqa: E402
+from fastvae._ops import ACTIVATIONS, LIKELIHOODS, REDUCTIONS  # noqa: E402
+from fastvae.kernels import _device, jacobian, latent, reconstruction  # noqa: E402
 from fastvae.kernels._launch import Machine  # noqa: E402
 
 TABLE = ROOT / "benchmarks" / "results" / "triton" / "offline.csv"
@@ -142,9 +142,43 @@ def rescale_(dtype):
     return reconstruction._rescale_(empty(BATCH, FEATURES, dtype=dtype), empty(), 1.0)
 
 
+def penalty_forward(reduction="batchmean", grads=False, sizes=(BATCH, FEATURES, FEATURES)):
+    """``sizes``: samples, units, inputs."""
+
+    def call(dtype):
+        hidden, weight = empty(*sizes[:2], dtype=dtype), empty(*sizes[1:], dtype=dtype)
+        return jacobian._forward(hidden, weight, ACTIVATIONS["sigmoid"], 0.0, REDUCTIONS[reduction], 1.0, grads, grads)
+
+    return call
+
+
+def penalty_backward(reduction="batchmean", activation="sigmoid", weight_gradient=True):
+    def call(dtype):
+        hidden, weight, norms = empty(*FULL, dtype=dtype), empty(FEATURES, FEATURES, dtype=dtype), empty(FEATURES)
+        numbers = ACTIVATIONS[activation], 1.0, REDUCTIONS[reduction]
+        return jacobian._backward(_reduced(dtype, reduction), hidden, weight, norms, *numbers, True, weight_gradient)
+
+    return call
+
+
+def gram(reduce=False, batched=False, with_grad=True):
+    """Matrices of 64 rows and 256 columns, in float32 whatever the dtype of the encoder."""
+
+    def call(dtype):
+        left = empty(*(BATCH, 64, 256) if batched else (64, 256))
+        inner, outer, product = empty(BATCH, 256), empty(BATCH, 64), empty(BATCH * 64, 256)
+        if reduce:
+            return jacobian._gram_reduce(left, inner, outer, product, with_grad)
+        return jacobian._gram_scale(left, inner, outer)
+
+    return call
+
+
 ALL, BRIEF, ONE = tuple(DTYPES), ("float32", "bfloat16"), ("sm_90",)
 FORWARD, ROWS, COLUMNS, BACKWARD = (f"latent_{part}_kernel" for part in ("forward", "rows", "columns", "backward"))
 LOSS, LOSS_ROWS, LOSS_BACKWARD, RESCALE = (f"reconstruction_{part}_kernel" for part in ("forward", "rows", "backward", "rescale"))
+UNITS, WEIGHT, PENALTY = (f"jacobian_{part}_kernel" for part in ("units", "weight", "penalty"))
+GRAM_SCALE, GRAM_REDUCE = "jacobian_gram_scale_kernel", "jacobian_gram_reduce_kernel"
 WIDE = ("float32",)
 
 CASES = (
@@ -190,6 +224,24 @@ CASES = (
     Case("gradients of Gaussian elementwise", (LOSS_BACKWARD,), loss_backward("gaussian", "none", logvar=(1, 1)), WIDE, ONE),
     Case("rescale", (RESCALE,), rescale, WIDE, ONE),
     Case("rescale in place", (RESCALE,), rescale_, ALL),
+    Case("penalty", (UNITS, WEIGHT), penalty_forward(), ALL),
+    Case("penalty with its gradients", (UNITS, WEIGHT, UNITS), penalty_forward(grads=True), BRIEF),
+    Case("penalty of few units", (UNITS, WEIGHT), penalty_forward(sizes=(BATCH, 16, BATCH * FEATURES // 16))),
+    Case("penalty by sample", (WEIGHT, PENALTY), penalty_forward("sample"), ALL),
+    Case("penalty of few samples", (WEIGHT, PENALTY), penalty_forward("sample", sizes=(16, BATCH * FEATURES // 16, 16))),
+    Case("penalty elementwise", (WEIGHT, PENALTY), penalty_forward("none"), WIDE, ONE),
+    Case("gradients of the penalty", (UNITS, WEIGHT), penalty_backward(), ALL),
+    Case("gradients of the penalty by sample, GELU", (UNITS, WEIGHT), penalty_backward("sample", "gelu"), ALL),
+    Case("gradients of the penalty elementwise", (UNITS, WEIGHT), penalty_backward("none"), WIDE, ONE),
+    *(
+        Case(f"gradient of the hidden values, {name}", (UNITS,), penalty_backward(activation=name, weight_gradient=False), WIDE, ONE)
+        for name in ACTIVATIONS
+    ),
+    Case("Gram form, scaled", (GRAM_SCALE,), gram(), WIDE),
+    Case("Gram form, scaled, a matrix a sample", (GRAM_SCALE,), gram(batched=True), WIDE, ONE),
+    Case("Gram form, reduced", (GRAM_REDUCE,), gram(reduce=True), WIDE),
+    Case("Gram form, reduced, a matrix a sample", (GRAM_REDUCE,), gram(reduce=True, batched=True), WIDE),
+    Case("Gram form, value alone", (GRAM_REDUCE,), gram(reduce=True, with_grad=False), WIDE, ONE),
 )
 
 
