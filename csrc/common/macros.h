@@ -6,6 +6,12 @@
 #else
 #define FASTVAE_INLINE static inline __attribute__((always_inline))
 #endif
+// Before an inline template that calls what it is given: nvcc need not care that a kernel's lambda is for the device alone.
+#if defined(__CUDACC__)
+#define FASTVAE_ANY_CALLEE _Pragma("nv_exec_check_disable")
+#else
+#define FASTVAE_ANY_CALLEE
+#endif
 #if defined(__CUDA_ARCH__)
 #define FASTVAE_UNROLL(count) _Pragma("unroll")
 #elif defined(__CUDACC__)

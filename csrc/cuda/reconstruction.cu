@@ -61,28 +61,6 @@ __device__ __forceinline__ void load_operand(const Operand& operand, int64_t fir
   for (int k = 0; k < kVector; ++k) to[k] = k < count ? operand_value<T>(operand, value_index(operand, first + k)) : 0.0f;
 }
 
-// A thread's elements, all loaded before the first is used.
-using Values = float[kRuns][kVector];
-
-template <class From>
-__device__ __forceinline__ void load_values(const From* from, int64_t first, int64_t numel, bool vector, Values& to) {
-  if (vector && first + (kRuns - 1) * kNoiseLanes + kVector <= numel) {
-    Vector<From> raw[kRuns];
-#pragma unroll
-    for (int j = 0; j < kRuns; ++j) raw[j] = *reinterpret_cast<const Vector<From>*>(from + first + j * kNoiseLanes);
-#pragma unroll
-    for (int j = 0; j < kRuns; ++j)
-      for (int k = 0; k < kVector; ++k) to[j][k] = widen(raw[j].v[k]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kRuns; ++j)
-      for (int k = 0; k < kVector; ++k) {
-        int64_t element = first + j * kNoiseLanes + k;
-        to[j][k] = element < numel ? widen(from[element]) : 0.0f;
-      }
-  }
-}
-
 __device__ __forceinline__ void load_target(const void* from, DType dtype, int64_t first, int64_t numel, bool vector, Values& to) {
   switch (dtype) {
     case DType::float32:

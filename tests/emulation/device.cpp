@@ -8,6 +8,20 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return AOTI_TORCH_SUCCESS;
 }
 
+#undef aoti_torch_empty_strided
+AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, AtenTensorHandle*);
+
+AOTITorchError emulated_empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type,
+                                      int32_t device_index, AtenTensorHandle* tensor) {
+  AOTITorchError error = aoti_torch_empty_strided(dimensions, sizes, strides, dtype, device_type, device_index, tensor);
+  void* data = nullptr;
+  int64_t bytes = 0;
+  if (error == AOTI_TORCH_SUCCESS) error = aoti_torch_get_data_ptr(*tensor, &data);
+  if (error == AOTI_TORCH_SUCCESS) error = aoti_torch_get_storage_size(*tensor, &bytes);
+  if (error == AOTI_TORCH_SUCCESS && bytes > 0) memset(data, 0xff, static_cast<size_t>(bytes));
+  return error;
+}
+
 AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
   *guard = nullptr;
   return AOTI_TORCH_SUCCESS;
