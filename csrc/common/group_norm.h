@@ -4,6 +4,10 @@
 #include "math.h"
 
 namespace fastvae {
+
+// The numbers are those of fastvae/_ops.py.
+enum class Activation : int64_t { none = 0, silu = 1 };
+
 inline namespace FASTVAE_ISA {
 
 // e^-u and the sigmoid of u = 1 / (1 + e^-u), to about two units in the last place. Half the instructions of exp() and a division: e^-u
@@ -13,6 +17,12 @@ struct Logistic {
   T decay, sigmoid;
 };
 
+#if defined(__CUDA_ARCH__)
+FASTVAE_INLINE Logistic<float> logistic(float u) {
+  float decay = exp(u < -87.0f ? 87.0f : -u);
+  return {decay, divide(1.0f, 1.0f + decay)};
+}
+#else
 FASTVAE_INLINE Logistic<float> logistic(float u) {
   uint32_t bits = float_to_bits(u), magnitude = bits & 0x7fffffffu;
   magnitude = magnitude < 0x42ae0000u ? magnitude : 0x42ae0000u;
@@ -34,6 +44,7 @@ FASTVAE_INLINE Logistic<float> logistic(float u) {
   r = fma(r, fma(e, e, e), r);
   return {decay, fma(r, fma(-sum, r, 1.0f), r)};
 }
+#endif
 
 FASTVAE_INLINE Logistic<double> logistic(double u) {
   double decay = exp(u < -700.0 ? 700.0 : -u);
@@ -63,6 +74,13 @@ struct Silu {
   }
 };
 
+// Calls f with the struct of an activation.
+FASTVAE_ANY_CALLEE
+template <class F>
+FASTVAE_INLINE void with_activation(Activation activation, F f) {
+  activation == Activation::silu ? f(Silu{}) : f(Identity{});
+}
+
 // What normalises a channel of a sample: u = (x - centre) * scale + offset. The centre is the group's mean in T; what that lost of the mean
 // is in the offset.
 template <class T>
@@ -70,10 +88,34 @@ FASTVAE_INLINE T affine(T x, T centre, T scale, T offset) {
   return fma(x - centre, scale, offset);
 }
 
+struct Affine {
+  double centre, scale, offset;
+};
+
+FASTVAE_INLINE Affine affine_of(double mean, double centre, double rstd, double weight, double bias) {
+  double scale = rstd * weight;
+  return {centre, scale, bias - (mean - centre) * scale};
+}
+
+// The sum of du times the normalised input, from those of du and of du * (x - centre).
+FASTVAE_INLINE double sum_of_normal(double mean, double centre, double rstd, double plain, double weighted) {
+  return rstd * (weighted - (mean - centre) * plain);
+}
+
 // du is the gradient at u; slope and constant carry the gradients that come through the variance and the mean.
 template <class T>
 FASTVAE_INLINE T gradient_of_input(T x, T du, T centre, T scale, T slope, T constant) {
   return fma(du, scale, fma(x - centre, slope, constant));
+}
+
+struct Through {
+  double slope, constant;
+};
+
+// From a group's sums of weight * du and of weight * du times the normalised input.
+FASTVAE_INLINE Through through_statistics(double mean, double centre, double rstd, double grad_sum, double projection, double elements) {
+  double slope = -rstd * rstd * projection / elements;
+  return {slope, -rstd * grad_sum / elements - (mean - centre) * slope};
 }
 
 }  // namespace FASTVAE_ISA

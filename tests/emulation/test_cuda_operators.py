@@ -17,7 +17,7 @@ TOLERANCES = {
 }
 # Rows shorter than a vector, of a vector's odd multiple, longer than a block's step; tensors below a noise tile and across several.
 SHAPES = ((128, 20), (7, 33), (3, 5000), (2, 700), (1, 40), (300, 7), (5,), (), (4, 3, 8, 8), (64, 784))
-FAMILIES = ("latent", "reconstruction", "jacobian")
+FAMILIES = ("latent", "reconstruction", "jacobian", "group_norm")
 
 
 def random(*shape, dtype=torch.float32, seed=0):

@@ -2,7 +2,6 @@
 // to row, so that one kernel serves both memory layouts and any number of channels.
 #include "../group_norm.h"
 
-#include "../../common/group_norm.h"
 #include "tiles.h"
 
 namespace fastvae {
@@ -349,7 +348,7 @@ void with_storage(const GroupNorm& p, F f) {
 
 template <class F>
 void with_types(const GroupNorm& p, F f) {
-  with_storage(p, [&](auto storage) { p.activation == Activation::silu ? f(storage, Silu{}) : f(storage, Identity{}); });
+  with_storage(p, [&](auto storage) { with_activation(p.activation, [&](auto activation) { f(storage, activation); }); });
 }
 
 void run_moments(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
