@@ -485,8 +485,6 @@ __global__ void __launch_bounds__(kThreads) parameter_gradients_kernel(const __g
   sum_columns(p.columns, p.workspace, term, finish);
 }
 
-using Copies = std::vector<Tensor>;
-
 Tensor empty_in_layout(const Launch& launch, const Tensor& like, bool channels_last) {
   Sizes shape = shape_of(like);
   return launch.empty_strided(shape, strides_in_layout(shape, channels_last), like.scalar_type());
@@ -503,13 +501,11 @@ const T* data_in_layout(const Launch& launch, const Tensor& tensor, bool channel
 
 Parameter parameter(const OptionalTensor& tensor, float otherwise, Copies& copies) {
   if (!tensor) return {nullptr, DType::float32, otherwise};
-  copies.push_back(dense(*tensor));
-  return {copies.back().const_data_ptr(), dtype_of(*tensor), otherwise};
+  return {readable(*tensor, copies).const_data_ptr(), dtype_of(*tensor), otherwise};
 }
 
 const double* data_of_moments(const Tensor& tensor, Copies& copies) {
-  copies.push_back(dense(tensor));
-  return static_cast<const double*>(copies.back().const_data_ptr());
+  return static_cast<const double*>(readable(tensor, copies).const_data_ptr());
 }
 
 struct Arguments {

@@ -86,8 +86,7 @@ struct Walk {
 
   FASTVAE_MEMBER int count(int i) const {
     int64_t positions = rest - i * advance;
-    if (positions <= 0) return 0;
-    return kLast ? channels : static_cast<int>(least(positions, kVector));
+    return kLast ? (positions > 0 ? channels : 0) : vector_count(positions);
   }
   FASTVAE_MEMBER void skip(int vectors) {
     element += vectors * stride;
@@ -105,7 +104,7 @@ FASTVAE_INLINE Walk<kLast> walk_of(const NormBlocks& b, int64_t sample, int64_t 
   if (kLast) {
     position = begin + line;
     walk.channel = first + member * kVector;
-    walk.channels = static_cast<int>(most(least(stop - walk.channel, kVector), 0));
+    walk.channels = vector_count(stop - walk.channel);
     walk.element = (sample * b.positions + position) * b.channels + walk.channel;
     walk.advance = kThreads / b.team;
     walk.stride = walk.advance * b.channels;

@@ -6,11 +6,6 @@
 namespace fastvae {
 namespace {
 
-// How many elements a vector that begins with `element` has.
-__device__ __forceinline__ int count_of(int64_t element, int64_t numel) {
-  return static_cast<int>(most(least(numel - element, kVector), 0));
-}
-
 template <class T>
 struct NormParams {
   const T* weight;
@@ -72,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) penalty_kernel(const __grid_constant
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = first + j * kNoiseLanes, unit = remainder(p.units, element);
-      int count = count_of(element, p.numel);
+      int count = vector_count(p.numel - element);
       for (int k = 0; k < kVector; ++k) {
         values[j][k] = k < count ? values[j][k] * p.norms[unit] : 0.0f;
         unit = unit + 1 == p.units.divisor ? 0 : unit + 1;
@@ -149,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) weight_gradient_kernel(const __grid_
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = first + j * kNoiseLanes, unit = quotient(p.inputs, element), input = element - unit * p.inputs.divisor;
-      int count = count_of(element, p.numel);
+      int count = vector_count(p.numel - element);
       for (int k = 0; k < kVector; ++k) {
         if (k < count) values[j][k] *= p.factors[unit];
         bool ends = ++input == p.inputs.divisor;
@@ -216,7 +211,7 @@ __global__ void __launch_bounds__(kThreads) gram_scale_kernel(const __grid_const
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = base + vector_offset(threadIdx.x, j);
-      int count = count_of(element, numel);
+      int count = vector_count(numel - element);
       Factors factors(p.matrices, element, count);
       float values[kVector];
       for (int k = 0; k < kVector; ++k) values[k] = factors.outer[k] * factors.left[k] * factors.inner[k];
@@ -247,7 +242,7 @@ __global__ void __launch_bounds__(kThreads) gram_rows_kernel(const __grid_consta
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = first + j * kNoiseLanes;
-      int count = count_of(element, numel);
+      int count = vector_count(numel - element);
       Factors factors(p.matrices, element, count);
       float grad_left[kVector];
       for (int k = 0; k < kVector; ++k) {
@@ -289,10 +284,6 @@ __global__ void __launch_bounds__(kThreads) gram_columns_kernel(const __grid_con
   auto finish = [&](int64_t column, double total) { p.grad[column] = static_cast<float>(total); };
   sum_columns(p.sums, p.workspace, term, finish);
 }
-
-using Copies = std::vector<Tensor>;
-
-const Tensor& readable(const Tensor& tensor, Copies& copies) { return copies.emplace_back(dense(tensor)); }
 
 template <class T>
 const T* data_of(const Tensor& tensor, Copies& copies) {

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 6) loss_kernel(const __grid_constant
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = first + j * kNoiseLanes;
-      int count = static_cast<int>(most(least(p.numel - element, kVector), 0));
+      int count = vector_count(p.numel - element);
       bool fast = count == kVector;
       float extra[kVector] = {}, weight[kVector];
       if (kReadsExtra<Terms>) load_operand<T>(p.extra, element, count, extra);
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(const __grid_constant
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = base + vector_offset(threadIdx.x, j);
-      int count = static_cast<int>(most(least(end - element, kVector), 0));
+      int count = vector_count(end - element);
       bool fast = p.vector && count == kVector;
       float values[kVector];
       load(p.from + element, count, fast, values);
@@ -217,11 +217,6 @@ struct Arguments {
   const OptionalTensor &weight, &pos_weight, &logvar;
   Likelihood likelihood;
 };
-
-// Copies of tensors that no kernel reads as they are, alive as long as the launch.
-using Copies = std::vector<Tensor>;
-
-const Tensor& readable(const Tensor& tensor, Copies& copies) { return copies.emplace_back(dense(tensor)); }
 
 // A tensor that broadcasts to `shape` over all but one run of dimensions, or over none.
 template <class T>

@@ -28,8 +28,8 @@ SHAPES = [
     ((1, 4, 7), 4),  # as many groups as channels
     ((2, 33, 7, 9), 3),  # odd everything
     ((2, 6, 3, 4, 5), 3),
-    ((2, 48, 8, 8), 1),  # one group
-    ((2, 48, 8, 8), 48),
+    ((2, 20, 8, 8), 1),  # one group
+    ((2, 20, 8, 8), 20),
     ((2, 64, 4, 4), 4),  # on chip in either layout
     ((2, 48, 16, 16), 6),
     ((1, 130, 9, 5), 2),  # more channels than one tile
