@@ -4,6 +4,10 @@
 #include "math.h"
 
 namespace fastvae {
+
+// The numbers are those of fastvae/_ops.py.
+enum class Activation : int64_t { none = 0, silu = 1 };
+
 inline namespace FASTVAE_ISA {
 
 template <class T>
@@ -16,6 +20,13 @@ struct Logistic {
 struct Accurate {};
 struct Coarse {};
 
+#if defined(__CUDA_ARCH__)
+template <class Accuracy>
+FASTVAE_INLINE Logistic<float> logistic(Accuracy, float u) {
+  float decay = exp(u < -87.0f ? 87.0f : -u);
+  return {decay, divide(1.0f, 1.0f + decay)};
+}
+#else
 FASTVAE_INLINE float exp2_fraction(Accurate, float f) {
   float p = 1.3276471782e-3f;
   p = fma(p, f, 9.6755413328e-3f);
@@ -53,6 +64,7 @@ FASTVAE_INLINE Logistic<float> logistic(Accuracy accuracy, float u) {
   r = fma(r, fma(e, e, e), r);
   return {decay, refine_reciprocal(accuracy, sum, r)};
 }
+#endif
 
 template <class Accuracy>
 FASTVAE_INLINE Logistic<double> logistic(Accuracy, double u) {
@@ -72,7 +84,7 @@ struct Identity {
 };
 
 template <class Accuracy>
-struct SiluWith {
+struct Silu {
   template <class T>
   FASTVAE_INLINE T value(T u) {
     return u * logistic(Accuracy{}, u).sigmoid;
@@ -83,7 +95,13 @@ struct SiluWith {
     return g * l.sigmoid * fma(u, l.decay * l.sigmoid, T(1));
   }
 };
-using Silu = SiluWith<Accurate>;
+
+// Calls f with the struct of an activation.
+FASTVAE_ANY_CALLEE
+template <class Accuracy = Accurate, class F>
+FASTVAE_INLINE void with_activation(Activation activation, F f) {
+  activation == Activation::silu ? f(Silu<Accuracy>{}) : f(Identity{});
+}
 
 // What normalises a channel of a sample: u = (x - centre) * scale + offset. The centre is the group's mean in T; what that lost of the mean
 // is in the offset.
@@ -92,10 +110,34 @@ FASTVAE_INLINE T affine(T x, T centre, T scale, T offset) {
   return fma(x - centre, scale, offset);
 }
 
+struct Affine {
+  double centre, scale, offset;
+};
+
+FASTVAE_INLINE Affine affine_of(double mean, double centre, double rstd, double weight, double bias) {
+  double scale = rstd * weight;
+  return {centre, scale, bias - (mean - centre) * scale};
+}
+
+// The sum of du times the normalised input, from those of du and of du * (x - centre).
+FASTVAE_INLINE double sum_of_normal(double mean, double centre, double rstd, double plain, double weighted) {
+  return rstd * (weighted - (mean - centre) * plain);
+}
+
 // du is the gradient at u; slope and constant carry the gradients that come through the variance and the mean.
 template <class T>
 FASTVAE_INLINE T gradient_of_input(T x, T du, T centre, T scale, T slope, T constant) {
   return fma(du, scale, fma(x - centre, slope, constant));
+}
+
+struct Through {
+  double slope, constant;
+};
+
+// From a group's sums of weight * du and of weight * du times the normalised input.
+FASTVAE_INLINE Through through_statistics(double mean, double centre, double rstd, double grad_sum, double projection, double elements) {
+  double slope = -rstd * rstd * projection / elements;
+  return {slope, -rstd * grad_sum / elements - (mean - centre) * slope};
 }
 
 }  // namespace FASTVAE_ISA

@@ -31,6 +31,11 @@ bool is_aligned(const T* data) {
   return reinterpret_cast<uintptr_t>(data) % sizeof(Vector<T>) == 0;
 }
 
+// Copies of tensors that no kernel reads as they are, alive as long as the launch.
+using Copies = std::vector<Tensor>;
+
+inline const Tensor& readable(const Tensor& tensor, Copies& copies) { return copies.emplace_back(dense(tensor)); }
+
 inline Output output_of(const Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor)}; }
 
 inline Tensor empty_reduced(const Launch& launch, const Tensor& like, Reduction reduction) {

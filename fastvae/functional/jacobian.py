@@ -108,7 +108,7 @@ def contractive_penalty(
     check_choice("activation", activation, ACTIVATIONS)
     _check_layer(hidden, weight)
     number, scale = check_reduction(reduction), check_scale(grad_scale)
-    backend = _backend.resolve("jacobian_forward", hidden.device, hidden.dtype)
+    backend = _backend.resolve("jacobian_forward", hidden.device, hidden.dtype, hidden.numel())
     with_grads = _written_gradients(hidden, weight, reduction, scale)
     return apply(
         _ContractivePenalty, hidden, weight, ACTIVATIONS[activation], _check_alpha(activation, alpha), number, scale, *with_grads, backend
@@ -238,7 +238,7 @@ class _GramPenalty(torch.autograd.Function):
 def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, reduction: str) -> Tensor:
     tensors = left, inner, outer, lower
     with_grad = reduction != "sample" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    backend = _backend.resolve("jacobian_gram_scale", left.device, left.dtype)
+    backend = _backend.resolve("jacobian_gram_scale", left.device, left.dtype, outer.numel() * inner.shape[1])
     return apply(_GramPenalty, *tensors, REDUCTIONS[reduction], with_grad, backend)[0]
 
 

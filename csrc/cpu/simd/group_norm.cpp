@@ -2,7 +2,6 @@
 // to row, so that one kernel serves both memory layouts and any number of channels.
 #include "../group_norm.h"
 
-#include "../../common/group_norm.h"
 #include "tiles.h"
 
 namespace fastvae {
@@ -354,14 +353,14 @@ void with_storage(const GroupNorm& p, F f) {
 
 template <class F>
 void with_types(const GroupNorm& p, F f) {
-  with_storage(p, [&](auto storage) { p.activation == Activation::silu ? f(storage, Silu{}) : f(storage, Identity{}); });
+  with_storage(p, [&](auto storage) { with_activation(p.activation, [&](auto activation) { f(storage, activation); }); });
 }
 
 template <class F>
 void with_types_stored(const GroupNorm& p, F f) {
   with_storage(p, [&](auto storage) {
-    using Stored = SiluWith<typename decltype(storage)::Accuracy>;
-    p.activation == Activation::silu ? f(storage, Stored{}) : f(storage, Identity{});
+    using Accuracy = typename decltype(storage)::Accuracy;
+    with_activation<Accuracy>(p.activation, [&](auto activation) { f(storage, activation); });
   });
 }
 
