@@ -194,8 +194,9 @@ __global__ void __launch_bounds__(kThreads) pack_codes_kernel(const __grid_const
   square = warp_sum(square, group.width);
   if (group.member != 0 || place.code >= layout.padded_codes) return;
   float half_norm = static_cast<float>(0.5 * square), norm = static_cast<float>(::sqrt(square) * (1.0 + 1e-6));
-  float error = score_error(p.codes.errors, half_norm, norm, 0.0f);
-  p.codes.start[number] = used ? half_norm - error : kNeverNearest;
+  float error = score_error(p.codes.errors, half_norm, norm, 0.0f), start = half_norm - error;
+  // Codes too large for float32 are not screened, but they are there.
+  p.codes.start[number] = !used ? kNeverNearest : start < kNeverNearest ? start : 0.0f;
   p.codes.slope[number] = p.codes.errors.rounding * norm;
   p.codes.error[number] = error;
 }
@@ -279,7 +280,7 @@ __device__ __forceinline__ void settle(const ScreenParams<T>& p, const ScreenPla
 
 // Rows of at most kDim elements: a thread holds some of them whole, and the codes pass by in shared memory.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads) screen_short_kernel(const __grid_constant__ ScreenParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 4) screen_short_kernel(const __grid_constant__ ScreenParams<T> p) {
   struct Codes {
     alignas(16) float elements[kShortCodes * kDim];
     float start[kShortCodes], slope[kShortCodes];

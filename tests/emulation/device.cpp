@@ -16,6 +16,8 @@ AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
 AOTITorchError emulated_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
 
 __attribute__((visibility("default"))) void set_capturing(int capturing) { emulation::capturing = capturing != 0; }
+
+__attribute__((visibility("default"))) int64_t emulated_wide_additions() { return emulation::wide_additions; }
 }
 
 // The arithmetic of csrc/cuda/partition.h and noise.cuh, for tests.

@@ -43,6 +43,34 @@ def test_nearest_is_exact(data):
         assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
 
+def rechecked(library, x, codebook) -> int:
+    library.emulated_wide_additions.restype = ctypes.c_int64
+    before = library.emulated_wide_additions()
+    FV.vq_nearest(x, codebook)
+    return library.emulated_wide_additions() - before
+
+
+@pytest.mark.parametrize("data", [contract.random, contract.offset, contract.tiny, contract.denormal], ids=lambda f: f.__name__)
+def test_few_rows_are_rechecked(emulated, data):
+    for dim in (4, 7, 16, 64):
+        assert rechecked(emulated, *data(Source("cpu"), 400, dim, 100)) < 8
+
+
+@each_dtype
+def test_few_rows_of_16_bits_are_rechecked(emulated, dtype):
+    for dim in (4, 7, 16, 64):
+        assert rechecked(emulated, *contract.random(Source("cpu", dtype), 400, dim, 100)) < 8
+
+
+@pytest.mark.parametrize("dim", [5, 40])
+def test_equal_codes_cost_nothing(emulated, dim):
+    source = Source("cpu")
+    x = source.normal(200, dim)
+    assert rechecked(emulated, x, torch.zeros(100, dim)) == 0
+    # Those whose hash shares a slot with another code's are not found.
+    assert rechecked(emulated, x, source.normal(30, dim).repeat(4, 1)) < 60
+
+
 @each_dtype
 @pytest.mark.parametrize("codebook_dtype", [*DTYPES, torch.float64], ids=str)
 def test_nearest_of_every_dtype(dtype, codebook_dtype):
@@ -58,7 +86,7 @@ def test_float64_codes_that_float32_cannot_tell_apart():
     codebook[10:] = codebook[:10] + 1e-12
     x = (codebook[torch.arange(30) % 20] + 1e-3 * source.normal(30, 9)).float()
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
-    for scale in (1e-200, 1e200):
+    for scale in (1e-200, 1e100, 1e200):
         wide = codebook * scale
         assert_nearest(x, wide, FV.vq_nearest(x, wide))
 

@@ -187,8 +187,14 @@ unsigned __match_any_sync(unsigned mask, T value) {
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
+namespace emulation {
+// How often 64 bits were added to, for tests: once for each row that the search for nearest codes leaves to its second kernel.
+inline int64_t wide_additions = 0;
+}  // namespace emulation
+
 template <class T>
 T atomicAdd(T* address, T value) {
+  emulation::wide_additions += sizeof(T) == sizeof(int64_t);
   T before = *address;
   *address += value;
   return before;
