@@ -228,6 +228,15 @@ def test_sums_are_those_of_the_rows_in_their_order(dtype, dim):
     torch.testing.assert_close(sums.double(), oracle[1], rtol=1e-6, atol=1e-6)
 
 
+def test_rows_are_added_in_their_order():
+    """1e17 + 1 is 1e17 in float64, so the sum tells the order."""
+    x = torch.tensor([1.0, 1e17, 2.0, -1e17, 3.0] * 12, dtype=torch.float32).view(1, 60, 1)
+    indices = torch.where(torch.arange(60) % 4 == 3, 1, 0)[None]
+    _, sums = OVERLOADS["codebook_sums", "cuda"](x, indices, 2)
+    for code in (0, 1):
+        assert sums[0, code].item() == sum(x[indices == code].flatten().tolist())
+
+
 def test_float64_sums_move_a_float32_codebook():
     state = [torch.randn(1, 4, 3), torch.rand(1, 4), torch.randn(1, 4, 3)]
     other = [t.clone() for t in state]
