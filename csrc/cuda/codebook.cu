@@ -86,7 +86,7 @@ PackedCodes pack_codes(const Launch& launch, const Operands& o, unsigned long lo
     packed.slope = arena.take<float>(padded);
     packed.error = arena.take<float>(padded);
   }));
-  PackParams p{packed, o.heads, listed};
+  PackParams p{packed, listed};
   int64_t blocks = o.heads * ceil_div(layout.padded_codes, kThreads / packed.width);
   launch.run(code_mean_kernel, o.heads * ceil_div(layout.padded_dim, kWarp), 1, kThreads, p);
   launch.run(measure_codes_kernel, blocks, 1, kThreads, p);

@@ -100,7 +100,6 @@ struct Worklist {
 
 struct PackParams {
   PackedCodes codes;
-  int64_t heads;
   unsigned long long* listed;
 };
 
