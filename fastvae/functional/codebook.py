@@ -49,10 +49,11 @@ class _VectorQuantize(torch.autograd.Function):
 def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     r"""The nearest code of each vector, exactly: :math:`\arg\min_k \lVert x - c_k \rVert^2`, without the matrix of all distances.
 
-    On the CPU the index is that of the smallest real-valued distance between the given inputs, the lowest one where distances are equal: a
-    low-precision product leaves the codes that its rounding error cannot rule out, and float64, then exact arithmetic, decides among them
-    (for float64 inputs: float64). It does not depend on the number of threads or the instruction set. A vector with NaN or infinite values
-    has the index 0.
+    On the CPU and in CUDA C++ the index is that of the smallest real-valued distance between the given inputs, the lowest one where
+    distances are equal: a low-precision product leaves the codes that its rounding error cannot rule out, and float64, then exact
+    arithmetic, decides among them (for float64 inputs: float64). It does not depend on the number of threads or the instruction set. A
+    vector with NaN or infinite values has the index 0. A codebook on a GPU is not checked for such values, which would wait for it: in CUDA
+    C++ a code that has one is never the nearest.
 
     Args:
         x: vectors, ``(..., dim)``; float32, bfloat16, float16 or float64. With several heads ``(heads, ..., dim)``.

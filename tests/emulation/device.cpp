@@ -30,9 +30,12 @@ AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
 AOTITorchError emulated_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
 
 __attribute__((visibility("default"))) void set_capturing(int capturing) { emulation::capturing = capturing != 0; }
+
+__attribute__((visibility("default"))) int64_t emulated_wide_additions() { return emulation::wide_additions; }
 }
 
-// The arithmetic of csrc/cuda/partition.h, group_norm.h and noise.cuh, for tests.
+// The arithmetic of csrc/cuda/partition.h, codebook_partition.h, group_norm.h and noise.cuh, for tests.
+#include "cuda/codebook_partition.h"
 #include "cuda/group_norm.h"
 #include "cuda/noise.cuh"
 
@@ -114,4 +117,45 @@ EXPORT int64_t emulated_norm_visits(int64_t batch, int64_t channels, int64_t pos
   fastvae::NormBlocks b = fastvae::blocks_of(batch, channels, positions, groups, last != 0, itemsize);
   int64_t numel = batch * channels * positions;
   return last ? visit<true>(b, out, out + numel) : visit<false>(b, out, out + numel);
+}
+
+EXPORT void emulated_screen_grid(int64_t heads, int64_t rows, int64_t codes, int64_t dim, int64_t* out) {
+  fastvae::CodeLayout layout = fastvae::code_layout(codes, dim);
+  fastvae::ScreenGrid grid = fastvae::screen_grid(heads, rows, layout);
+  out[0] = grid.tile_rows;
+  out[1] = grid.tiles;
+  out[2] = grid.splits;
+  out[3] = grid.codes_per_split;
+  out[4] = layout.padded_codes;
+}
+
+EXPORT void emulated_code_layout(int64_t codes, int64_t dim, int64_t* out) {
+  fastvae::CodeLayout layout = fastvae::code_layout(codes, dim);
+  out[0] = layout.padded_codes;
+  out[1] = layout.padded_dim;
+  out[2] = layout.slots;
+}
+
+EXPORT void emulated_code_element(int64_t codes, int64_t dim, int64_t code, int64_t d, int64_t* out) {
+  out[0] = fastvae::code_element(fastvae::code_layout(codes, dim), code, d);
+}
+
+EXPORT void emulated_sort_parts(int64_t rows, int64_t* out) {
+  fastvae::SortParts parts = fastvae::sort_parts(rows);
+  out[0] = parts.rows_per_part;
+  out[1] = parts.parts;
+}
+
+EXPORT void emulated_crosses_pieces(int64_t start, int64_t end, int64_t* out) { out[0] = fastvae::crosses_pieces(start, end); }
+
+EXPORT void emulated_piece_slot(int64_t piece, int64_t start, int64_t* out) { out[0] = fastvae::piece_slot(piece, start); }
+
+// The two least of some scores, those from `cut` on kept apart and merged.
+EXPORT void emulated_best(const float* scores, int64_t count, int64_t cut, float* out) {
+  fastvae::Best first = fastvae::no_best(), rest = fastvae::no_best();
+  for (int64_t i = 0; i < count; ++i) fastvae::keep_best(i < cut ? first : rest, scores[i], static_cast<int32_t>(i));
+  fastvae::merge_best(first, rest);
+  out[0] = first.least;
+  out[1] = first.second;
+  out[2] = static_cast<float>(first.code);
 }
