@@ -89,7 +89,7 @@ def stages(machine: Machine, out: Path) -> dict[str, Stage]:
     """Every stage by name, in the order in which they run: on a GPU what only a GPU shows comes first, should the time run out."""
     every = (
         Stage("build", 8, (_build(machine), python("fastvae.info"))),
-        Stage("test", 5, _tests(machine)),
+        Stage("test", 8, _tests(machine)),
         _sanitize(machine),
         Stage("bench", 5, _benchmarks(machine, out)),
         _rest(machine),
@@ -175,14 +175,20 @@ def _run(command: Command, log: Path, seconds: float) -> tuple[str, str]:
         stream.write(f"$ {shlex.join(command.arguments)}\n")
         stream.flush()
         process = subprocess.Popen(
-            command.arguments, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
-        )
+            command.arguments, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
+            start_new_session=True, preexec_fn=_heed_interrupts,
+        )  # fmt: skip
         try:
             status = "failed" if process.wait(max(0.0, seconds)) else "passed"
         except subprocess.TimeoutExpired:
             _stop(process)
             status = "timed out"
     return status, last_line(log.read_text(errors="replace"))
+
+
+def _heed_interrupts() -> None:
+    """Where the pass runs in the background, the shell has had interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen) -> None:
