@@ -111,6 +111,12 @@ def test_benchmarks_on_a_gpu_are_quick_first_then_full():
     assert all("--device cuda" in command for command in (quick, full))
 
 
+def test_operators_are_measured_before_models():
+    assert gpu_pass.BENCHMARKS[:2] == ("latent", "reconstruction")
+    assert set(gpu_pass.BENCHMARKS[: len(gpu_pass.FAMILIES)]) == set(gpu_pass.FAMILIES)
+    assert "conv_vae" in gpu_pass.BENCHMARKS[len(gpu_pass.FAMILIES) :]
+
+
 def test_time_is_shared_by_weight_and_unused_time_goes_on():
     assert gpu_pass.share(100, [1, 3]) == 25
     assert gpu_pass.share(90, [3]) == 90

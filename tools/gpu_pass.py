@@ -20,7 +20,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILY_TESTS = tuple(sorted(f"tests/test_{path.stem}.py" for path in (ROOT / "fastvae" / "functional").glob("[!_]*.py")))
+FAMILIES = sorted(path.stem for path in (ROOT / "fastvae" / "functional").glob("[!_]*.py"))
+FAMILY_TESTS = tuple(f"tests/test_{family}.py" for family in FAMILIES)
+# What reads and writes memory and nothing else first, whole models last: compiling those takes the longest.
+BENCHMARKS = tuple(
+    sorted(
+        (path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")),
+        key=lambda family: (family not in FAMILIES, family not in ("latent", "reconstruction"), family),
+    )
+)
 # Seconds in all. A GPU is often had for ten minutes at a time.
 BUDGET_WITH_GPU, BUDGET_WITHOUT = 540, 1800
 # What was found before a stage's time ran out is in its log only if the stage is let to say so.
@@ -136,10 +144,11 @@ def _sanitize(machine: Machine) -> Stage:
 
 
 def _benchmarks(machine: Machine, out: Path) -> tuple[Command, ...]:
+    device = "cuda" if machine.gpu else "cpu"
+    quick = python("benchmarks", *BENCHMARKS, "--device", device, "--quick", "--out", str(out / "bench-quick.csv"))
     if machine.gpu is None:
-        return (python("benchmarks", "--device", "cpu", "--quick", "--out", str(out / "bench-quick.csv")),)
-    quick = python("benchmarks", "--device", "cuda", "--quick", "--out", str(out / "bench-quick.csv"))
-    return quick, python("benchmarks", "--device", "cuda", "--out", str(out / "bench.csv"))
+        return (quick,)
+    return quick, python("benchmarks", *BENCHMARKS, "--device", device, "--out", str(out / "bench.csv"))
 
 
 def default_stages(machine: Machine) -> list[str]:
