@@ -188,7 +188,8 @@ def test_float32_parameters_with_16_bit_input(place, dtype, only):
     incoming = source.normal(*x.shape)
     gradients = torch.autograd.grad(y, [x, *parameters.values()], incoming)
     wide = {name: wide_leaf(p) for name, p in parameters.items()}
-    full = {"weight": torch.ones(12, dtype=torch.float64), "bias": torch.zeros(12, dtype=torch.float64), **wide}
+    ones = torch.ones(12, dtype=torch.float64, device=place.device)
+    full = {"weight": ones, "bias": 0 * ones, **wide}
     wide_x = wide_leaf(x)
     expected = oracle(wide_x, 4, full["weight"], full["bias"], "silu")
     ulps = roundings(place, dtype)

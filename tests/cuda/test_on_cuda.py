@@ -140,11 +140,12 @@ def test_the_host_does_not_wait(call, place):
 
 
 @compiled("latent_forward")
-def test_drawing_a_seed_does_not_wait(place):
+@pytest.mark.parametrize("seed", [None, 5], ids=["drawn", "given"])
+def test_a_seed_does_not_wait(place, seed):
     mu = torch.zeros(ROWS, 20, device="cuda")
-    FV.reparameterize(mu, mu)
+    FV.reparameterize(mu, mu, seed=seed)
     with no_synchronisation():
-        FV.reparameterize(mu, mu)
+        FV.reparameterize(mu, mu, seed=seed)
 
 
 @each_call
