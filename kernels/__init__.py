@@ -1,5 +1,5 @@
 """Triton kernels and their launchers; importing a family registers it with the operators."""
 
-from fastvae.kernels import group_norm, latent, reconstruction
+from fastvae.kernels import group_norm, jacobian, latent, reconstruction
 
-__all__ = ["group_norm", "latent", "reconstruction"]
+__all__ = ["group_norm", "jacobian", "latent", "reconstruction"]
