@@ -5,8 +5,11 @@
 
 namespace fastvae {
 
-// Two waves of an H200 at 64 registers a thread.
-constexpr int64_t kMaxNormBlocks = 2048;
+// Two waves of an H200 at 64 registers a thread. Tests take fewer: blocks then handle long pieces of small tensors.
+#if !defined(FASTVAE_MAX_NORM_BLOCKS)
+#define FASTVAE_MAX_NORM_BLOCKS 2048
+#endif
+constexpr int64_t kMaxNormBlocks = FASTVAE_MAX_NORM_BLOCKS;
 // Vectors of a group that a thread holds where the group fits on chip.
 constexpr int kHeldRuns = 8;
 // With the channels last, a group on chip fills the 32 bytes that memory delivers at least.
@@ -37,7 +40,7 @@ FASTVAE_INLINE int64_t positions_at_once(int team, bool channels_last) {
 }
 
 // For groups of any size: several blocks share a sample's channels where there are few of them.
-inline NormBlocks blocks_in_pieces(int64_t batch, int64_t channels, int64_t positions, bool channels_last) {
+inline NormBlocks blocks_in_pieces(int64_t batch, int64_t channels, int64_t positions, bool channels_last, int64_t max_blocks) {
   NormBlocks b{batch, channels, positions, 0, 0, 0, 0, 0, false};
   int64_t vectors = ceil_div(channels_last ? channels : positions, kVector);
   if (channels_last) {
@@ -51,7 +54,7 @@ inline NormBlocks blocks_in_pieces(int64_t batch, int64_t channels, int64_t posi
   }
   b.tiles = ceil_div(channels, b.tile);
   int64_t step = positions_at_once(b.team, channels_last);
-  int64_t wanted = ceil_div(kMaxNormBlocks, most(batch * b.tiles, 1));
+  int64_t wanted = ceil_div(max_blocks, most(batch * b.tiles, 1));
   int64_t splits = most(least(wanted, ceil_div(positions, step)), 1);
   b.piece = most(ceil_div(ceil_div(positions, splits), step), 1) * step;
   b.splits = ceil_div(positions, b.piece);
@@ -69,10 +72,11 @@ inline int team_on_chip(int64_t width, int64_t positions, bool channels_last, in
 }
 
 // No dimension is 0.
-inline NormBlocks blocks_of(int64_t batch, int64_t channels, int64_t positions, int64_t groups, bool channels_last, int64_t itemsize) {
+inline NormBlocks blocks_of(int64_t batch, int64_t channels, int64_t positions, int64_t groups, bool channels_last, int64_t itemsize,
+                            int64_t max_blocks = kMaxNormBlocks) {
   int64_t width = channels / groups;
   int team = team_on_chip(width, positions, channels_last, itemsize);
-  if (team == 0) return blocks_in_pieces(batch, channels, positions, channels_last);
+  if (team == 0) return blocks_in_pieces(batch, channels, positions, channels_last, max_blocks);
   return {batch, channels, positions, width, groups, positions, 1, team, true};
 }
 

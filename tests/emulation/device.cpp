@@ -106,15 +106,15 @@ EXPORT void emulated_normals(int64_t seed, int64_t first, int lane, float* out) 
 }
 
 EXPORT void emulated_norm_blocks(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t last, int64_t itemsize,
-                                 int64_t* out) {
-  fastvae::NormBlocks b = fastvae::blocks_of(batch, channels, positions, groups, last != 0, itemsize);
+                                 int64_t max_blocks, int64_t* out) {
+  fastvae::NormBlocks b = fastvae::blocks_of(batch, channels, positions, groups, last != 0, itemsize, max_blocks);
   int64_t values[] = {b.tile, b.tiles, b.piece, b.splits, b.team, b.on_chip};
   std::copy(std::begin(values), std::end(values), out);
 }
 
 EXPORT int64_t emulated_norm_visits(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t last, int64_t itemsize,
-                                    int64_t* out) {
-  fastvae::NormBlocks b = fastvae::blocks_of(batch, channels, positions, groups, last != 0, itemsize);
+                                    int64_t max_blocks, int64_t* out) {
+  fastvae::NormBlocks b = fastvae::blocks_of(batch, channels, positions, groups, last != 0, itemsize, max_blocks);
   int64_t numel = batch * channels * positions;
   return last ? visit<true>(b, out, out + numel) : visit<false>(b, out, out + numel);
 }

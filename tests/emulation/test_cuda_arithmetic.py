@@ -110,11 +110,12 @@ each_norm_layout = pytest.mark.parametrize("last", [False, True], ids=["contiguo
     width=st.sampled_from((1, 2, 3, 4, 7, 16, 33, 130)),
     positions=st.sampled_from((1, 2, 3, 4, 15, 16, 49, 64, 100, 256, 529, 2500)),
     itemsize=st.sampled_from((2, 4)),
+    max_blocks=st.sampled_from((1, 16, 2048)),
 )
-def test_threads_read_each_element_of_a_group_once(call, last, batch, groups, width, positions, itemsize):
+def test_threads_read_each_element_of_a_group_once(call, last, batch, groups, width, positions, itemsize, max_blocks):
     channels = groups * width
     numel = batch * channels * positions
-    sizes = batch, channels, positions, groups, last, itemsize
+    sizes = batch, channels, positions, groups, last, itemsize, max_blocks
     most, results = call("norm_visits", *sizes, out=2 * numel, returned=True)
     assert results[:numel] == [1] * numel
     place = torch.arange(channels).view(1, 1, -1) if last else torch.arange(channels).view(1, -1, 1)
@@ -133,7 +134,7 @@ def test_threads_read_each_element_of_a_group_once(call, last, batch, groups, wi
     itemsize=st.sampled_from((2, 4)),
 )
 def test_blocks_of_group_norm(call, last, batch, groups, width, positions, itemsize):
-    blocks = dict(zip(NORM_BLOCKS, call("norm_blocks", batch, groups * width, positions, groups, last, itemsize, out=6), strict=True))
+    blocks = dict(zip(NORM_BLOCKS, call("norm_blocks", batch, groups * width, positions, groups, last, itemsize, 2048, out=6), strict=True))
     assert blocks["team"] & (blocks["team"] - 1) == 0
     assert blocks["tiles"] * blocks["tile"] >= groups * width > (blocks["tiles"] - 1) * blocks["tile"]
     assert blocks["splits"] * blocks["piece"] >= positions > (blocks["splits"] - 1) * blocks["piece"]
@@ -167,5 +168,5 @@ def test_blocks_of_group_norm(call, last, batch, groups, width, positions, items
     ids=str,
 )
 def test_known_blocks_of_group_norm(call, sizes, expected):
-    blocks = dict(zip(NORM_BLOCKS, call("norm_blocks", *sizes, out=6), strict=True))
+    blocks = dict(zip(NORM_BLOCKS, call("norm_blocks", *sizes, 2048, out=6), strict=True))
     assert {name: blocks[name] for name in expected} == expected

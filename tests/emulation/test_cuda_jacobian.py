@@ -110,6 +110,15 @@ def test_the_norm_of_an_mlp(place, sizes, monkeypatch):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_rows_over_chunks_of_several_steps(place):
+    source = Source(place.device)
+    weight, hidden = source.normal(3, 1_450_000), source.uniform(1, 3)
+    penalty, norms, *_ = OVERLOADS["jacobian_forward", place.backend](hidden, weight, 1, 0.0, REDUCTIONS["sum"], 1.0, False, False)
+    exact, slopes = weight.double().square().sum(1), (hidden * (1 - hidden)).double().square()
+    torch.testing.assert_close(norms.double(), exact, rtol=2e-6, atol=0)
+    torch.testing.assert_close(penalty.double(), (slopes @ exact).squeeze(0), rtol=2e-6, atol=0)
+
+
 def test_sums_are_the_same_in_whatever_order_blocks_run(place, emulated):
     """Also while a graph is captured, with a workspace of its own."""
     results = [contract.run_once(place) for _ in range(2)]
