@@ -13,17 +13,21 @@ STAGES ?=
 NATIVE := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 
-.PHONY: demo test test-native test-emulation test-interpret test-offline bench lint format build setup clean gpu-pass
+.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline bench lint format build setup clean gpu-pass
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 demo: build
 	$(RUN) -m fastvae demo
 
-test: test-native test-emulation test-interpret test-offline
+test: test-native test-cuda test-emulation test-interpret test-offline
 
 test-native: build
-	$(RUN) -m pytest tests --ignore=tests/emulation --ignore=tests/interpret --ignore=tests/offline
+	$(RUN) -m pytest tests $(addprefix --ignore=tests/,cuda emulation interpret offline)
+
+# Fills the memory of a GPU and looks at how much is in use; without one it says so.
+test-cuda: build
+	$(RUN) -m pytest tests/cuda -rs
 
 # The emulated CUDA kernels register themselves for CPU tensors.
 test-emulation: build

@@ -89,6 +89,7 @@ def _table(measurement: Measurement, rows: list[results.Figure]) -> str:
         rate = f"{row.rate:8.1f} {row.rate_unit} ({row.rate / row.roof_rate:4.0%} of {row.roof_rate:.0f})"
         times = f"{row.median_ms:10.4f} ms [{row.p20_ms:.4f}, {row.p80_ms:.4f}] {row.ratio:7.2f}x"
         lines.append(f"  {row.mode:<7}{row.provider:<16}{times}{rate} {row.peak_memory_mb:8.1f} MiB, first call {row.first_call_s:.1f} s")
+    lines += [f"  {measurement.remark}"] if measurement.remark else []
     lines += [f"  {name}: not measured, {reason}" for name, reason in measurement.absent.items()]
     return "\n".join(lines)
 

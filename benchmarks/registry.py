@@ -43,7 +43,7 @@ class Unavailable(RuntimeError):
 
 
 class WrongResult(RuntimeError):
-    """The providers of a case disagree, so none of their times means anything."""
+    """A provider disagrees with the first one of its case, so its time means nothing."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Case:
         outputs: the names of the outputs; with the gradients, ``"grad <leaf>"``, they are what is compared.
         work: what one call of the fused kernels moves (``unit="B"``) or computes (``unit="FLOP"``), from the inputs.
         compare: from the results to what has to agree between providers; raises :class:`WrongResult` for what can be judged alone.
+        remark: from a call of the fused kernels to what else its figures should say.
         quick: whether ``--quick`` measures it.
     """
 
@@ -104,6 +105,7 @@ class Case:
     unit: str = "B"
     dtype: torch.dtype = torch.float32
     compare: Callable[[Results, Inputs], Results] = _as_they_are
+    remark: Callable[[Operation], str] | None = None
     quick: bool = False
 
     @property

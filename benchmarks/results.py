@@ -44,6 +44,7 @@ class Figure(Run):
 
     ``rate`` and ``roof_rate`` (a copy of as many bytes, or a matrix product, in the same rounds) are in ``rate_unit``; all providers'
     rates count the work of the fused kernels. ``first_call_s`` holds the compilation; ``peak_memory_mb`` is in MiB, over the inputs.
+    ``remark`` is what a case says of the fused kernels' call.
     """
 
     family: str
@@ -63,6 +64,7 @@ class Figure(Run):
     peak_memory_mb: float
     rounds: int
     calls_per_round: int
+    remark: str = ""
 
 
 def device_slug(kind: str, name: str, threads: int) -> str:
@@ -115,6 +117,7 @@ def figures(run: Run, measurement: Measurement) -> list[Figure]:
                 peak_memory_mb=contender.peak_memory / 2**20,
                 rounds=len(timing.seconds),
                 calls_per_round=timing.calls,
+                remark=measurement.remark if provider == OURS else "",
             )
             rows.append(row)
     return rows

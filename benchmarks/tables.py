@@ -87,7 +87,8 @@ def _time(row: Figure) -> str:
 def _throughput(row: Figure | None) -> str:
     if row is None:
         return NOT_MEASURED
-    return f"{row.rate:.3g} {row.rate_unit}, {row.rate / row.roof_rate:.0%} of {ROOFS[row.rate_unit]}"
+    remark = f"; {row.remark}" if row.remark else ""
+    return f"{row.rate:.3g} {row.rate_unit}, {row.rate / row.roof_rate:.0%} of {ROOFS[row.rate_unit]}{remark}"
 
 
 def _memory(case: Case, found: dict[str, Figure]) -> str:

@@ -113,7 +113,9 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
 
     # A Gaussian decoder with one learned variance, which starts at that of a rough reconstruction; the KL comes in over the first steps.
-    model = ResidualConvVAE(image_size=PATCH, likelihood=GaussianNLL(-4.0, learned=True), beta=LinearSchedule(200))
+    # With as many groups as channels the norms would take each channel's mean away, and colours with it.
+    likelihood = GaussianNLL(-4.0, learned=True)
+    model = ResidualConvVAE(groups=8, image_size=PATCH, likelihood=likelihood, beta=LinearSchedule(200))
     training, held_out = split(photographs())
     test = crops(held_out, 8, torch.Generator().manual_seed(1))
     before = mean_squared_error(model, test)

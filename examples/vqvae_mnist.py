@@ -1,14 +1,16 @@
 """Trains a VQ-VAE on real digits and one on patches of photographs; draws reconstructions and how much of the codebook is used.
 
-    python examples/vqvae_mnist.py [--out out] [--epochs 10] [--save-latents]
+    python examples/vqvae_mnist.py [--out out] [--epochs 10] [--save-latents FOLDER]
 
-``--save-latents`` also writes each trained codebook and its encodings, vectors with the structure that random data lacks.
+``--save-latents`` also writes each trained codebook and some encodings, vectors with the structure that random data lacks: the benchmarks
+read them.
 """
 
 import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -20,6 +22,7 @@ from fastvae.training.data import mnist_subset
 PATCH = 32
 BATCH = 64
 TEST_IMAGES = 64
+SAVED_ENCODINGS = 8192
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -44,7 +47,7 @@ def train(images: Tensor, epochs: int, seed: int = 0) -> tuple[VQVAE, dict[str, 
     torch.manual_seed(seed)
     variance = (images.float() / 255).var().item()
     model = VQVAE.conv(
-        images.shape[1], num_codes=256, dim=32, channels=64, data_variance=variance, decay=0.9, kmeans_iters=5, revive_below=1.0
+        images.shape[1], num_codes=512, dim=64, channels=64, data_variance=variance, decay=0.9, kmeans_iters=5, revive_below=1.0
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     curves = {"reconstruction": [], "perplexity": [], "usage": []}
@@ -90,14 +93,15 @@ def _save(figure, path: Path) -> None:
 @torch.no_grad()
 def save_latents(path: Path, model: VQVAE, images: Tensor) -> None:
     encoded = torch.cat([model.encoder(batch.float() / 255).movedim(1, -1).flatten(0, 2) for batch in images.split(BATCH)])
-    torch.save({"x": encoded, "codebook": model.quantizer.codebook}, path)
+    some = encoded[torch.randperm(len(encoded), generator=torch.Generator().manual_seed(0))[:SAVED_ENCODINGS]]
+    np.savez_compressed(path, x=some.half().numpy(), codebook=model.quantizer.codebook.half().numpy())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--save-latents", action="store_true")
+    parser.add_argument("--save-latents", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, load in (("digits", digits), ("patches", patches)):
@@ -108,7 +112,8 @@ def main() -> None:
         draw_reconstructions(arguments.out / f"vqvae_{name}.png", test_images, recon)
         draw_curves(arguments.out / f"vqvae_{name}_curves.png", curves)
         if arguments.save_latents:
-            save_latents(arguments.out / f"vqvae_{name}.pt", model, train_images)
+            arguments.save_latents.mkdir(parents=True, exist_ok=True)
+            save_latents(arguments.save_latents / f"vqvae_{name}.npz", model, train_images)
         print(
             f"{name}: test MSE per pixel {error:.4f}, codebook usage {curves['usage'][-1]:.0%}, perplexity {curves['perplexity'][-1]:.1f}"
         )

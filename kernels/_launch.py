@@ -18,6 +18,9 @@ PROGRAMS_PER_MULTIPROCESSOR = 8
 
 NOISE_TILE, NOISE_LANES = 512, 128
 
+# A program that adds up matrices takes at least so many: the sum, which it writes, is then a quarter of what it read.
+MATRICES_PER_PROGRAM = 4
+
 # A column sum reads so many adjacent columns: 512 bytes of float32, which is what a warp loads at once.
 COLUMNS_PER_PROGRAM = 128
 
@@ -71,6 +74,18 @@ class Matrix:
     rows: int
     columns: int
     groups: int
+    splits: int
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Over matrices of one size: programs take a block of (rows, columns), of which a matrix has ``row_groups`` times ``column_groups``,
+    from every ``splits``-th matrix."""
+
+    rows: int
+    columns: int
+    row_groups: int
+    column_groups: int
     splits: int
 
 
@@ -219,6 +234,16 @@ def row_blocks(heads: int, rows: int, dim: int, itemsize: int, machine: Machine)
     columns = min(_power_of_two(dim), COLUMNS_PER_PROGRAM)
     block = elements_per_thread(itemsize) * machine.threads // columns
     return RowBlocks(block, columns, min(heads * _ceil_div(rows, block), machine.programs))
+
+
+def matrices(count: int, rows: int, columns: int, itemsize: int, machine: Machine) -> Matrices:
+    """Blocks as wide as the matrices, as far as a program reaches: then the sum of a row is the program's own."""
+    block = elements_per_thread(itemsize) * machine.threads
+    columns_block = min(_power_of_two(columns), block)
+    rows_block = min(_power_of_two(rows), block // columns_block)
+    row_groups, column_groups = _ceil_div(rows, rows_block), _ceil_div(columns, columns_block)
+    splits = min(_ceil_div(count, MATRICES_PER_PROGRAM), max(machine.programs // (row_groups * column_groups), 1))
+    return Matrices(rows_block, columns_block, row_groups, column_groups, splits)
 
 
 def _pieces(n: int, block: int, chunk: int) -> int:

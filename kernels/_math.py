@@ -54,3 +54,41 @@ def sincos_turn(w):
     swap = (quadrant & 1) != 0
     sine, cosine = tl.where(swap, c, s), tl.where(swap, s, c)
     return tl.where((quadrant & 2) != 0, -sine, sine), tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1, relative error 6e-7."""
+    p = tl.fma(x, 0.00138888718, 0.00836977828)
+    p = tl.fma(p, x, 0.0416671559)
+    p = tl.fma(p, x, 0.166665003)
+    p = tl.fma(p, x, 0.49999997)
+    p = tl.fma(p, x, 1.0)
+    # Near 0 the difference would cancel.
+    return tl.where(tl.abs(x) < 0.35, p * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def logistic(x):
+    """1 / (1 + exp(-x)) and 1 / (1 + exp(x)), each without a difference."""
+    e = tl.exp(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x < 0, e * r, r), tl.where(x < 0, r, e * r)
+
+
+@triton.jit
+def standard_normal(x):
+    """Density and distribution function of the standard normal."""
+    # exp(a^2) erfc(a) for a >= 0 is t times a polynomial in t = 1 / (1 + a / 2), here a = |x| / sqrt(2).
+    t = 1.0 / tl.fma(tl.abs(x), 0.353553391, 1.0)
+    p = tl.fma(t, -5.9069016e-2, 2.84575225e-1)
+    p = tl.fma(p, t, -4.87200417e-1)
+    p = tl.fma(p, t, 2.78067725e-1)
+    p = tl.fma(p, t, -2.66260341e-2)
+    p = tl.fma(p, t, 2.02687016e-1)
+    p = tl.fma(p, t, 2.43103728e-1)
+    p = tl.fma(p, t, 2.82375313e-1)
+    p = tl.fma(p, t, 2.82086418e-1)
+    e = tl.exp(-0.5 * x * x)
+    tail = 0.5 * p * t * e
+    return 0.398942280 * e, tl.where(x < 0, tail, 1.0 - tail)

@@ -43,6 +43,12 @@ def store_row_sums(sums, out, slots, ticket, row, rows, SPLIT: tl.constexpr):
         split, splits = tl.program_id(1), tl.num_programs(1)
         tl.store(slots + split.to(tl.int64) * rows + row, sums, mask=row < rows)
         if is_last(ticket, tl.num_programs(0) * splits):
-            for first in range(0, rows, 16):
-                column = first + tl.arange(0, 16)
-                tl.store(out + column, sum_slots(slots, column, column < rows, splits, rows, 128, 16), mask=column < rows)
+            store_slot_sums(out, slots, rows, splits)
+
+
+@triton.jit
+def store_slot_sums(out, slots, rows, splits):
+    """``out`` of each row is the sum of its ``splits`` slots, which lie ``rows`` apart."""
+    for first in range(0, rows, 16):
+        column = first + tl.arange(0, 16)
+        tl.store(out + column, sum_slots(slots, column, column < rows, splits, rows, 128, 16), mask=column < rows)

@@ -60,7 +60,7 @@ def place(position, channel, positions, channels, LAST: tl.constexpr):
     if LAST:
         return position[:, None] * channels + channel[None, :]
     else:
-        return channel[None, :].to(tl.int64) * positions + position[:, None]
+        return channel[None, :] * positions + position[:, None]
 
 
 @triton.jit
@@ -105,50 +105,71 @@ def in_two(mean):
 
 
 @triton.jit
-def which_piece(tiles, splits):
-    """(tile of channels, piece of the positions, sample) of this program."""
+def this_piece(positions, piece, tiles, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of this program: the sample, the number of the piece, its first channel, its first position and the one behind its last."""
     program = tl.program_id(0)
-    rest = program // tiles
-    return program - rest * tiles, rest % splits, rest // splits
+    sample, split = (program // tiles // splits).to(tl.int64), (program // tiles % splits).to(tl.int64)
+    first = tl.multiple_of(split * piece, ROWS)
+    return sample, split, (program % tiles).to(tl.int64) * COLUMNS, first, tl.minimum(first + piece, positions)
 
 
 @triton.jit
-def load_affine(mean, rstd, weight, bias, sample, channel, mask, groups, width):
-    """What normalises the channels of a sample: u = (x - centre) * scale + offset."""
-    group = sample.to(tl.int64) * groups + channel // width
-    centre, rest = in_two(tl.load(mean + group, mask=mask, other=0.0))
-    scale = tl.load(rstd + group, mask=mask, other=0.0).to(tl.float32) * load_parameter(weight, channel, mask, 1.0)
-    return centre, scale, load_parameter(bias, channel, mask, 0.0) - rest * scale
+def this_group(groups):
+    """The number of this program, its sample and its group."""
+    program = tl.program_id(0)
+    return program.to(tl.int64), (program // groups).to(tl.int64), (program % groups).to(tl.int64)
 
 
 @triton.jit
-def moments_kernel(
-    input, slots, batch, channels, positions, piece, tiles, splits,
+def rows_from(start, sample, channel, end_channel, channels, positions, LAST: tl.constexpr, ROWS: tl.constexpr):
+    """Where the elements of ``channel`` from position ``start`` on lie, and which there are, of the channels before ``end_channel``.
+
+    Only the last rows of a sample are fewer than ROWS. That ``positions`` may be a multiple of 16 is known when this is compiled.
+    """
+    position = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
+    mask = (position < positions)[:, None] & (channel < end_channel)[None, :]
+    return sample * channels * positions + place(position, channel, positions, channels, LAST), mask
+
+
+@triton.jit
+def load_affine(statistics, parameters, group, channel, mask):
+    """What normalises channels of the groups: u = (x - centre) * scale + offset."""
+    centre, rest = in_two(tl.load(statistics[0] + group, mask=mask, other=0.0))
+    scale = tl.load(statistics[1] + group, mask=mask, other=0.0).to(tl.float32) * load_parameter(parameters[0], channel, mask, 1.0)
+    return centre, scale, load_parameter(parameters[1], channel, mask, 0.0) - rest * scale
+
+
+@triton.jit
+def load_gradients(input, grad_output, at, mask, affine, ACTIVATION: tl.constexpr):
+    """What the elements differ from their centre, and the gradient of u."""
+    centre, scale, offset = affine
+    difference = load(input + at, mask) - centre[None, :]
+    return difference, gradient_of_affine(difference * scale[None, :] + offset[None, :], load(grad_output + at, mask), ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["piece", "tiles", "splits"])
+def group_norm_moments_kernel(
+    input, slots, channels, positions, piece, tiles, splits,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Of each channel in each piece: a shift, the sum of what the elements differ from it, and their squared deviations from their mean.
 
     The shift is the mean of the piece's first rows, so that the squares do not cancel. Grid: (tiles * splits * batch,).
     """
-    tile, split, sample = which_piece(tiles, splits)
-    channel = tile * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.arange(0, ROWS)
-    first = split.to(tl.int64) * piece
-    end = tl.minimum(first + piece, positions)
-    base = input + sample.to(tl.int64) * channels * positions
-    mask = (first + row < end)[:, None] & (channel < channels)[None, :]
-    values = load(base + place(first + row, channel, positions, channels, LAST), mask)
+    sample, split, first_channel, first, end = this_piece(positions, piece, tiles, splits, ROWS, COLUMNS)
+    channel = first_channel + tl.arange(0, COLUMNS)
+    at, mask = rows_from(first, sample, channel, channels, channels, positions, LAST, ROWS)
+    values = load(input + at, mask)
     shift = tl.sum(values, axis=0) / tl.minimum(end - first, ROWS).to(tl.float32)
     total, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(first, end, ROWS):
-        mask = (start + row < end)[:, None] & (channel < channels)[None, :]
-        values = load(base + place(start + row, channel, positions, channels, LAST), mask)
-        difference = tl.where(mask, values - shift[None, :], 0.0)
+        at, mask = rows_from(start, sample, channel, channels, channels, positions, LAST, ROWS)
+        difference = tl.where(mask, load(input + at, mask) - shift[None, :], 0.0)
         total += difference
         squares = tl.fma(difference, difference, squares)
     total_of_rows = tl.sum(total, axis=0)
     deviations = tl.sum(squares, axis=0) - total_of_rows * (total_of_rows / (end - first).to(tl.float32))
-    slot = ((sample.to(tl.int64) * splits + split) * channels + channel) * 3
+    slot = ((sample * splits + split) * channels + channel) * 3
     tl.store(slots + slot, shift, mask=channel < channels)
     tl.store(slots + slot + 1, total_of_rows, mask=channel < channels)
     tl.store(slots + slot + 2, tl.where(deviations < 0.0, 0.0, deviations), mask=channel < channels)
@@ -165,15 +186,14 @@ def load_moments(slots, index, mask, first, channels, positions, piece, splits, 
     return tl.where(mask, elements, 0.0), tl.where(mask, mean, 0.0), tl.load(slot + 2, mask=mask, other=0.0).to(tl.float64)
 
 
-@triton.jit
-def combine_moments_kernel(
+@triton.jit(do_not_specialize=["piece", "splits"])
+def group_norm_combine_moments_kernel(
     slots, mean, rstd, channels, positions, piece, splits, groups, width, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Mean and 1 / standard deviation of each group from those of its pieces. Grid: (batch * groups,)."""
-    program = tl.program_id(0)
-    sample, group = program // groups, program % groups
-    first = sample.to(tl.int64) * splits * channels + group * width
-    count, size = splits * width, positions.to(tl.float64) * width
+    program, sample, group = this_group(groups)
+    first = sample * splits * channels + group * width
+    count, size = splits * width, tl.cast(positions, tl.float64) * width
     total, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
@@ -188,40 +208,33 @@ def combine_moments_kernel(
     tl.store(rstd + program, 1.0 / tl.sqrt(tl.sum(squares, axis=0) / size + eps))
 
 
-@triton.jit
-def forward_kernel(
+@triton.jit(do_not_specialize=["piece", "tiles", "splits"])
+def group_norm_forward_kernel(
     input, output, mean, rstd, weight, bias, channels, positions, piece, tiles, splits, groups, width,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The output from the statistics. Grid: (tiles * splits * batch,)."""
-    tile, split, sample = which_piece(tiles, splits)
-    channel = tile * COLUMNS + tl.arange(0, COLUMNS)
-    centre, scale, offset = load_affine(mean, rstd, weight, bias, sample, channel, channel < channels, groups, width)
-    base = sample.to(tl.int64) * channels * positions
-    first = split.to(tl.int64) * piece
-    end = tl.minimum(first + piece, positions)
+    sample, _, first_channel, first, end = this_piece(positions, piece, tiles, splits, ROWS, COLUMNS)
+    channel = first_channel + tl.arange(0, COLUMNS)
+    group = sample * groups + channel.to(tl.int32) // width
+    centre, scale, offset = load_affine((mean, rstd), (weight, bias), group, channel, channel < channels)
     for start in range(first, end, ROWS):
-        position = start + tl.arange(0, ROWS)
-        mask = (position < end)[:, None] & (channel < channels)[None, :]
-        at = base + place(position, channel, positions, channels, LAST)
+        at, mask = rows_from(start, sample, channel, channels, channels, positions, LAST, ROWS)
         u = (load(input + at, mask) - centre[None, :]) * scale[None, :] + offset[None, :]
         tl.store(output + at, activate(u, ACTIVATION), mask=mask)
 
 
 @triton.jit
-def forward_group_kernel(
-    input, output, mean, rstd, weight, bias, channels, positions, groups, width, eps,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def group_norm_forward_group_kernel(
+    input, output, mean, rstd, weight, bias, channels, positions, groups, eps,
+    ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Statistics and output of a group that fits on chip. Grid: (batch * groups,)."""
-    program = tl.program_id(0)
-    sample, group = program // groups, program % groups
-    column, position = tl.arange(0, COLUMNS), tl.arange(0, ROWS).to(tl.int64)
-    channel = group * width + column
-    mask = (position < positions)[:, None] & (column < width)[None, :]
-    at = sample.to(tl.int64) * channels * positions + place(position, channel, positions, channels, LAST)
+    program, sample, group = this_group(groups)
+    channel, end_channel = group * WIDTH + tl.arange(0, COLUMNS), (group + 1) * WIDTH
+    at, mask = rows_from(0, sample, channel, end_channel, channels, positions, LAST, ROWS)
     values = load(input + at, mask)
-    size = positions.to(tl.float32) * width
+    size = tl.cast(positions, tl.float32) * WIDTH
     centre = tl.sum(values) / size
     difference = tl.where(mask, values - centre, 0.0)
     # What rounding lost of the mean.
@@ -230,71 +243,66 @@ def forward_group_kernel(
     group_rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation) / size + eps)
     tl.store(mean + program, centre.to(tl.float64) + rest.to(tl.float64))
     tl.store(rstd + program, group_rstd.to(tl.float64))
-    w, b = load_parameter(weight, channel, column < width, 1.0), load_parameter(bias, channel, column < width, 0.0)
+    w, b = load_parameter(weight, channel, channel < end_channel, 1.0), load_parameter(bias, channel, channel < end_channel, 0.0)
     u = deviation * (group_rstd * w)[None, :] + b[None, :]
     tl.store(output + at, activate(u, ACTIVATION), mask=mask)
 
 
-@triton.jit
-def gradient_sums_kernel(
+@triton.jit(do_not_specialize=["piece", "tiles", "splits"])
+def group_norm_gradient_sums_kernel(
     grad_output, input, slots, mean, rstd, weight, bias, channels, positions, piece, tiles, splits, groups, width,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Of each channel in each piece the sums of du and of du * (x - centre). Grid: (tiles * splits * batch,)."""
-    tile, split, sample = which_piece(tiles, splits)
-    channel = tile * COLUMNS + tl.arange(0, COLUMNS)
-    centre, scale, offset = load_affine(mean, rstd, weight, bias, sample, channel, channel < channels, groups, width)
-    base = sample.to(tl.int64) * channels * positions
-    first = split.to(tl.int64) * piece
-    end = tl.minimum(first + piece, positions)
+    sample, split, first_channel, first, end = this_piece(positions, piece, tiles, splits, ROWS, COLUMNS)
+    channel = first_channel + tl.arange(0, COLUMNS)
+    group = sample * groups + channel.to(tl.int32) // width
+    affine = load_affine((mean, rstd), (weight, bias), group, channel, channel < channels)
     plain, weighted = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(first, end, ROWS):
-        position = start + tl.arange(0, ROWS)
-        mask = (position < end)[:, None] & (channel < channels)[None, :]
-        at = base + place(position, channel, positions, channels, LAST)
-        difference = load(input + at, mask) - centre[None, :]
-        du = gradient_of_affine(difference * scale[None, :] + offset[None, :], load(grad_output + at, mask), ACTIVATION)
+        at, mask = rows_from(start, sample, channel, channels, channels, positions, LAST, ROWS)
+        difference, du = load_gradients(input, grad_output, at, mask, affine, ACTIVATION)
         du = tl.where(mask, du, 0.0)
         plain += du
-        weighted += tl.where(mask, du * difference, 0.0)
-    slot = ((sample.to(tl.int64) * splits + split) * channels + channel) * 2
+        weighted = tl.fma(du, difference, weighted)
+    slot = ((sample * splits + split) * channels + channel) * 2
     tl.store(slots + slot, tl.sum(plain, axis=0), mask=channel < channels)
     tl.store(slots + slot + 1, tl.sum(weighted, axis=0), mask=channel < channels)
 
 
-@triton.jit
-def combine_gradients_kernel(
+@triton.jit(do_not_specialize=["splits"])
+def group_norm_combine_gradients_kernel(
     slots, mean, rstd, weight, through, sums, channels, positions, splits, groups, width, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What comes through the statistics of each group (slope and constant), and for each channel of a sample the sums of du times the
-    normalised input and of du. Grid: (batch * groups,)."""
-    program = tl.program_id(0)
-    sample, group = program // groups, program % groups
+    """What comes through the statistics of each group (slope and constant), and for each channel of a sample, where ``sums`` is not None,
+    those of du times the normalised input and of du. Grid: (batch * groups,)."""
+    program, sample, group = this_group(groups)
     column = tl.arange(0, COLUMNS)
     channel, mask = group * width + column, column < width
     plain, weighted = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
     for split in range(splits):
-        slot = slots + ((sample.to(tl.int64) * splits + split) * channels + channel) * 2
+        slot = slots + ((sample * splits + split) * channels + channel) * 2
         plain += tl.load(slot, mask=mask, other=0.0).to(tl.float64)
         weighted += tl.load(slot + 1, mask=mask, other=0.0).to(tl.float64)
     group_rstd = tl.load(rstd + program)
     _, rest = in_two(tl.load(mean + program))
     normal = group_rstd * (weighted - rest.to(tl.float64) * plain)
-    of_sample = (sample.to(tl.int64) * channels + channel) * 2
-    tl.store(sums + of_sample, normal, mask=mask)
-    tl.store(sums + of_sample + 1, plain, mask=mask)
+    if sums is not None:
+        of_sample = (sample * channels + channel) * 2
+        tl.store(sums + of_sample, normal, mask=mask)
+        tl.store(sums + of_sample + 1, plain, mask=mask)
     w = load_parameter(weight, channel, mask, 1.0).to(tl.float64)
-    size = positions.to(tl.float64) * width
+    size = tl.cast(positions, tl.float64) * width
     slope = -group_rstd * group_rstd * tl.sum(w * normal, axis=0) / size
     constant = -group_rstd * tl.sum(w * plain, axis=0) / size - rest.to(tl.float64) * slope
     tl.store(through + program * 2, slope.to(tl.float32))
     tl.store(through + program * 2 + 1, constant.to(tl.float32))
 
 
-@triton.jit
-def parameter_gradients_kernel(sums, grad_weight, grad_bias, batch, channels, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["batch"])
+def group_norm_parameter_gradients_kernel(sums, grad_weight, grad_bias, batch, channels, COLUMNS: tl.constexpr):
     """The gradients of weight and bias, summed over the batch, where they are not None. Grid: (channels / COLUMNS,)."""
-    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    channel = tl.cast(tl.program_id(0), tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = channel < channels
     normal, plain = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
     for sample in range(batch):
@@ -307,54 +315,46 @@ def parameter_gradients_kernel(sums, grad_weight, grad_bias, batch, channels, CO
         tl.store(grad_bias + channel, plain.to(tl.float32), mask=mask)
 
 
-@triton.jit
-def backward_kernel(
+@triton.jit(do_not_specialize=["piece", "tiles", "splits"])
+def group_norm_backward_kernel(
     grad_output, input, grad_input, mean, rstd, weight, bias, through, channels, positions, piece, tiles, splits, groups, width,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the input. Grid: (tiles * splits * batch,)."""
-    tile, split, sample = which_piece(tiles, splits)
-    channel = tile * COLUMNS + tl.arange(0, COLUMNS)
-    centre, scale, offset = load_affine(mean, rstd, weight, bias, sample, channel, channel < channels, groups, width)
-    group = (sample.to(tl.int64) * groups + channel // width) * 2
-    slope = tl.load(through + group, mask=channel < channels, other=0.0)
-    constant = tl.load(through + group + 1, mask=channel < channels, other=0.0)
-    base = sample.to(tl.int64) * channels * positions
-    first = split.to(tl.int64) * piece
-    end = tl.minimum(first + piece, positions)
+    sample, _, first_channel, first, end = this_piece(positions, piece, tiles, splits, ROWS, COLUMNS)
+    channel = first_channel + tl.arange(0, COLUMNS)
+    group = sample * groups + channel.to(tl.int32) // width
+    affine = load_affine((mean, rstd), (weight, bias), group, channel, channel < channels)
+    slope = tl.load(through + group * 2, mask=channel < channels, other=0.0)
+    constant = tl.load(through + group * 2 + 1, mask=channel < channels, other=0.0)
     for start in range(first, end, ROWS):
-        position = start + tl.arange(0, ROWS)
-        mask = (position < end)[:, None] & (channel < channels)[None, :]
-        at = base + place(position, channel, positions, channels, LAST)
-        difference = load(input + at, mask) - centre[None, :]
-        du = gradient_of_affine(difference * scale[None, :] + offset[None, :], load(grad_output + at, mask), ACTIVATION)
-        gradient = du * scale[None, :] + (difference * slope[None, :] + constant[None, :])
+        at, mask = rows_from(start, sample, channel, channels, channels, positions, LAST, ROWS)
+        difference, du = load_gradients(input, grad_output, at, mask, affine, ACTIVATION)
+        gradient = du * affine[1][None, :] + (difference * slope[None, :] + constant[None, :])
         tl.store(grad_input + at, gradient, mask=mask)
 
 
 @triton.jit
-def backward_group_kernel(
-    grad_output, input, grad_input, mean, rstd, weight, bias, sums, channels, positions, groups, width,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def group_norm_backward_group_kernel(
+    grad_output, input, grad_input, mean, rstd, weight, bias, sums, channels, positions, groups,
+    ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the input and the sums of a group that fits on chip. Grid: (batch * groups,)."""
-    program = tl.program_id(0)
-    sample, group = program // groups, program % groups
-    column, position = tl.arange(0, COLUMNS), tl.arange(0, ROWS).to(tl.int64)
-    channel = group * width + column
-    mask = (position < positions)[:, None] & (column < width)[None, :]
-    at = sample.to(tl.int64) * channels * positions + place(position, channel, positions, channels, LAST)
+    """The gradient of the input and, where ``sums`` is not None, the sums of a group that fits on chip. Grid: (batch * groups,)."""
+    program, sample, group = this_group(groups)
+    channel, end_channel = group * WIDTH + tl.arange(0, COLUMNS), (group + 1) * WIDTH
+    at, mask = rows_from(0, sample, channel, end_channel, channels, positions, LAST, ROWS)
     centre, rest = in_two(tl.load(mean + program))
     group_rstd = tl.load(rstd + program).to(tl.float32)
     normal = tl.where(mask, ((load(input + at, mask) - centre) - rest) * group_rstd, 0.0)
-    w, b = load_parameter(weight, channel, column < width, 1.0), load_parameter(bias, channel, column < width, 0.0)
+    w, b = load_parameter(weight, channel, channel < end_channel, 1.0), load_parameter(bias, channel, channel < end_channel, 0.0)
     du = gradient_of_affine(normal * w[None, :] + b[None, :], load(grad_output + at, mask), ACTIVATION)
     du = tl.where(mask, du, 0.0)
     plain, weighted = tl.sum(du, axis=0), tl.sum(du * normal, axis=0)
-    of_sample = (sample.to(tl.int64) * channels + channel) * 2
-    tl.store(sums + of_sample, weighted.to(tl.float64), mask=column < width)
-    tl.store(sums + of_sample + 1, plain.to(tl.float64), mask=column < width)
-    size = positions.to(tl.float32) * width
+    if sums is not None:
+        of_sample = (sample * channels + channel) * 2
+        tl.store(sums + of_sample, weighted.to(tl.float64), mask=channel < end_channel)
+        tl.store(sums + of_sample + 1, plain.to(tl.float64), mask=channel < end_channel)
+    size = tl.cast(positions, tl.float32) * WIDTH
     common, projection = tl.sum(w * plain) / size, tl.sum(w * weighted) / size
     gradient = group_rstd * (du * w[None, :] - common - normal * projection)
     tl.store(grad_input + at, gradient, mask=mask)
@@ -401,7 +401,7 @@ class _Problem:
     def group_block(self) -> dict:
         """The options of the kernels that hold a group."""
         rows, columns = triton.next_power_of_2(self.positions), triton.next_power_of_2(self.width)
-        return {"LAST": self.last, "ROWS": rows, "COLUMNS": columns, **_launch.OPTIONS}
+        return {"LAST": self.last, "ROWS": rows, "COLUMNS": columns, "WIDTH": self.width, **_launch.OPTIONS}
 
     def blocks(self):
         machine = _device.machine(self.input.device)
@@ -421,18 +421,18 @@ def _forward(input, num_groups, weight, bias, eps, activation):
     sizes = problem.channels, problem.positions
     with _device.on(input.device):
         if problem.on_chip:
-            forward_group_kernel[(problem.batch * num_groups,)](
-                problem.input, output, mean, rstd, *parameters, *sizes, num_groups, problem.width, eps,
+            group_norm_forward_group_kernel[(problem.batch * num_groups,)](
+                problem.input, output, mean, rstd, *parameters, *sizes, num_groups, eps,
                 ACTIVATION=activation, **problem.group_block(),
             )  # fmt: skip
             return output, mean, rstd
         config, grid, options = problem.blocks()
         slots = input.new_empty((problem.batch * config.splits * problem.channels * 3,), dtype=torch.float32)
-        moments_kernel[grid](problem.input, slots, problem.batch, *sizes, config.piece, config.tiles, config.splits, **options)
-        combine_moments_kernel[(problem.batch * num_groups,)](
+        group_norm_moments_kernel[grid](problem.input, slots, *sizes, config.piece, config.tiles, config.splits, **options)
+        group_norm_combine_moments_kernel[(problem.batch * num_groups,)](
             slots, mean, rstd, *sizes, config.piece, config.splits, num_groups, problem.width, eps, BLOCK=PIECES, **_launch.OPTIONS
         )
-        forward_kernel[grid](
+        group_norm_forward_kernel[grid](
             problem.input, output, mean, rstd, *parameters, *sizes, config.piece, config.tiles, config.splits, num_groups, problem.width,
             ACTIVATION=activation, **options,
         )  # fmt: skip
@@ -448,19 +448,20 @@ def _backward(grad_output, input, mean, rstd, weight, bias, num_groups, activati
         return grad_input, grad_weight.zero_(), grad_bias.zero_()
     grad_output = problem.alike(grad_output)
     parameters = tuple(t if t is None else t.contiguous() for t in (weight, bias))
-    sums = input.new_empty((problem.batch * problem.channels * 2,), dtype=torch.float64)
+    learns = weight is not None or bias is not None
+    sums = input.new_empty((problem.batch * problem.channels * 2,), dtype=torch.float64) if learns else None
     sizes = problem.channels, problem.positions
     with _device.on(input.device):
         if problem.on_chip:
-            backward_group_kernel[(problem.batch * num_groups,)](
-                grad_output, problem.input, grad_input, mean, rstd, *parameters, sums, *sizes, num_groups, problem.width,
+            group_norm_backward_group_kernel[(problem.batch * num_groups,)](
+                grad_output, problem.input, grad_input, mean, rstd, *parameters, sums, *sizes, num_groups,
                 ACTIVATION=activation, **problem.group_block(),
             )  # fmt: skip
         else:
             _backward_in_pieces(problem, grad_output, grad_input, mean, rstd, parameters, sums, activation)
-        if weight is not None or bias is not None:
+        if learns:
             columns = 128
-            parameter_gradients_kernel[(triton.cdiv(problem.channels, columns),)](
+            group_norm_parameter_gradients_kernel[(triton.cdiv(problem.channels, columns),)](
                 sums, None if weight is None else grad_weight, None if bias is None else grad_bias, problem.batch, problem.channels,
                 COLUMNS=columns, **_launch.OPTIONS,
             )  # fmt: skip
@@ -471,15 +472,15 @@ def _backward_in_pieces(problem, grad_output, grad_input, mean, rstd, parameters
     config, grid, options = problem.blocks()
     sizes = problem.channels, problem.positions
     layout = config.piece, config.tiles, config.splits, problem.groups, problem.width
-    slots = sums.new_empty((problem.batch * config.splits * problem.channels * 2,), dtype=torch.float32)
-    through = sums.new_empty((problem.batch * problem.groups * 2,), dtype=torch.float32)
-    gradient_sums_kernel[grid](
+    slots = grad_input.new_empty((problem.batch * config.splits * problem.channels * 2,), dtype=torch.float32)
+    through = grad_input.new_empty((problem.batch * problem.groups * 2,), dtype=torch.float32)
+    group_norm_gradient_sums_kernel[grid](
         grad_output, problem.input, slots, mean, rstd, *parameters, *sizes, *layout, ACTIVATION=activation, **options
     )
-    combine_gradients_kernel[(problem.batch * problem.groups,)](
+    group_norm_combine_gradients_kernel[(problem.batch * problem.groups,)](
         slots, mean, rstd, parameters[0], through, sums, *sizes, config.splits, problem.groups, problem.width,
         COLUMNS=triton.next_power_of_2(problem.width), **_launch.OPTIONS,
     )  # fmt: skip
-    backward_kernel[grid](
+    group_norm_backward_kernel[grid](
         grad_output, problem.input, grad_input, mean, rstd, *parameters, through, *sizes, *layout, ACTIVATION=activation, **options
     )

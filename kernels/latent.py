@@ -63,20 +63,34 @@ def stream_offsets(j, TILES: tl.constexpr):
 
 
 @triton.jit
-def load_stream(pointer, start, n, inner, stride, j, MASKED: tl.constexpr, TILES: tl.constexpr):
-    offset = stream_offsets(j, TILES)
-    first, added, column = locate(start, offset, inner, TILES * TILE)
-    return tl.load(at(pointer, first, added, column, stride), mask=inside(offset, n - start, MASKED))
+def place_stream(start, inner, j, TILES: tl.constexpr):
+    return locate(start, stream_offsets(j, TILES), inner, TILES * TILE)
 
 
 @triton.jit
-def load_streams(pointer, start, n, inner, stride, MASKED: tl.constexpr, TILES: tl.constexpr):
+def place_streams(start, inner, TILES: tl.constexpr):
+    """Where the four streams' elements of the tiles from ``start`` lie, see :func:`locate`."""
+    return (
+        place_stream(start, inner, 0, TILES),
+        place_stream(start, inner, 1, TILES),
+        place_stream(start, inner, 2, TILES),
+        place_stream(start, inner, 3, TILES),
+    )
+
+
+@triton.jit
+def load_stream(pointer, place, stride, start, n, j, MASKED: tl.constexpr, TILES: tl.constexpr):
+    return tl.load(at(pointer, place[0], place[1], place[2], stride), mask=inside(stream_offsets(j, TILES), n - start, MASKED))
+
+
+@triton.jit
+def load_streams(pointer, places, stride, start, n, MASKED: tl.constexpr, TILES: tl.constexpr):
     """All four streams at once, so that the loads are under way before the noise is drawn."""
     return (
-        load_stream(pointer, start, n, inner, stride, 0, MASKED, TILES),
-        load_stream(pointer, start, n, inner, stride, 1, MASKED, TILES),
-        load_stream(pointer, start, n, inner, stride, 2, MASKED, TILES),
-        load_stream(pointer, start, n, inner, stride, 3, MASKED, TILES),
+        load_stream(pointer, places[0], stride, start, n, 0, MASKED, TILES),
+        load_stream(pointer, places[1], stride, start, n, 1, MASKED, TILES),
+        load_stream(pointer, places[2], stride, start, n, 2, MASKED, TILES),
+        load_stream(pointer, places[3], stride, start, n, 3, MASKED, TILES),
     )
 
 
@@ -94,7 +108,7 @@ def sample_starts(sample, n, ALIGNED: tl.constexpr):
 def noise_streams(key, eps, sample_start, start, n, like, MASKED: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr):
     """What :func:`noise_stream` makes noise of: the words of the tiles, or, without a key, the noise that is given."""
     if key is None:
-        return load_streams(eps + sample_start, start, n, None, None, MASKED, TILES)
+        return load_streams(eps + sample_start, place_streams(start, None, TILES), None, start, n, MASKED, TILES)
     else:
         return draw_words(key, sample_start + start, zero_laid_out_like(like), ALIGNED, TILES)
 
@@ -117,8 +131,9 @@ def forward_tiles(
     key, eps = source
     z, kept = outputs
     sample_start = sample_starts(sample, n, ALIGNED)
-    xs = load_streams(mu, start, n, inner, strides[0], MASKED, TILES)
-    ys = load_streams(logvar, start, n, inner, strides[1], MASKED, TILES)
+    places = place_streams(start, inner, TILES)
+    xs = load_streams(mu, places, strides[0], start, n, MASKED, TILES)
+    ys = load_streams(logvar, places, strides[1], start, n, MASKED, TILES)
     if z is not None:
         streams = noise_streams(key, eps, sample_start, start, n, xs[0], MASKED, ALIGNED, TILES)
     total = tl.zeros([TILES, LANES], tl.float32)
@@ -136,8 +151,8 @@ def forward_tiles(
             if prior_mu is None:
                 elements = kl_standard(x, y, sigma * sigma)
             else:
-                p = load_stream(prior_mu, start, n, inner, strides[2], j, MASKED, TILES).to(tl.float32)
-                q = clamp(load_stream(prior_logvar, start, n, inner, strides[3], j, MASKED, TILES), limits)
+                p = load_stream(prior_mu, places[j], strides[2], start, n, j, MASKED, TILES).to(tl.float32)
+                q = clamp(load_stream(prior_logvar, places[j], strides[3], start, n, j, MASKED, TILES), limits)
                 elements = kl_prior(x, y, p, q)
             if TOTAL:
                 total += only(elements, mask)
@@ -247,7 +262,7 @@ def latent_columns_kernel(
 def z_gradients(grad_z, source, sample, start, n, MASKED: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr):
     """The gradient of z, and what :func:`noise_stream` makes noise of, for one sample."""
     sample_start = sample_starts(sample, n, ALIGNED)
-    gradients = load_streams(grad_z + sample_start, start, n, None, None, MASKED, TILES)
+    gradients = load_streams(grad_z + sample_start, place_streams(start, None, TILES), None, start, n, MASKED, TILES)
     key, eps = source
     return gradients, noise_streams(key, eps, sample_start, start, n, gradients[0], MASKED, ALIGNED, TILES)
 
@@ -286,7 +301,8 @@ def backward_tiles(
     mu, logvar, prior_mu, prior_logvar = posterior
     grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar = grads
     key = source[0]
-    ys = load_streams(logvar, start, n, inner, strides[1], MASKED, TILES)
+    places = place_streams(start, inner, TILES)
+    ys = load_streams(logvar, places, strides[1], start, n, MASKED, TILES)
     if grad_z is not None:
         if samples is None:
             gradients, streams = z_gradients(grad_z, source, 0, start, n, MASKED, ALIGNED, TILES)
@@ -312,13 +328,13 @@ def backward_tiles(
         if grad_kl is not None:
             weight = incoming_gradient(grad_kl, start, offset, mask, per_sample, common, REDUCTION, TILES * TILE)
             weight = where_active(weight, active, start, offset, mask, per_sample, TILES * TILE)
-            x = load_stream(mu, start, n, inner, strides[0], j, MASKED, TILES).to(tl.float32)
+            x = load_stream(mu, places[j], strides[0], start, n, j, MASKED, TILES).to(tl.float32)
             if prior_mu is None:
                 to_mu = tl.fma(weight, x, to_mu)
                 to_logvar = tl.fma(0.5 * weight, sigma * sigma - 1.0, to_logvar)
             else:
-                p = load_stream(prior_mu, start, n, inner, strides[2], j, MASKED, TILES).to(tl.float32)
-                raw_q = load_stream(prior_logvar, start, n, inner, strides[3], j, MASKED, TILES).to(tl.float32)
+                p = load_stream(prior_mu, places[j], strides[2], start, n, j, MASKED, TILES).to(tl.float32)
+                raw_q = load_stream(prior_logvar, places[j], strides[3], start, n, j, MASKED, TILES).to(tl.float32)
                 gradient = kl_prior_gradient(x, y, p, clamp(raw_q, limits))
                 to_mu = tl.fma(weight, gradient[0], to_mu)
                 to_logvar = tl.fma(weight, gradient[1], to_logvar)

@@ -15,6 +15,8 @@ import fastvae
 
 # No deadline: nothing here depends on speed. Derandomized: a run on CI and one at home try the same cases.
 hypothesis.settings.register_profile("fastvae", deadline=None, max_examples=100, derandomize=True)
+# For a GPU that is had for minutes: Triton compiles for many an example anew.
+hypothesis.settings.register_profile("brief", parent=hypothesis.settings.get_profile("fastvae"), max_examples=10)
 hypothesis.settings.load_profile("fastvae")
 
 

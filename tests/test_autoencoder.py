@@ -132,11 +132,9 @@ def test_a_unit_that_is_never_active_has_a_finite_gradient():
 
 
 def test_a_linear_autoencoder_reaches_the_error_of_pca():
-    from sklearn.datasets import load_digits
-    from sklearn.decomposition import PCA
-
-    digits = load_digits().data[:500] / 16
-    pca = PCA(8).fit(digits)
+    datasets, decomposition = (pytest.importorskip(f"sklearn.{part}", reason="a comparison") for part in ("datasets", "decomposition"))
+    digits = datasets.load_digits().data[:500] / 16
+    pca = decomposition.PCA(8).fit(digits)
     least = ((pca.inverse_transform(pca.transform(digits)) - digits) ** 2).mean()
     torch.manual_seed(0)
     model, x = AE(*linear_coders(64, 8)).double(), torch.from_numpy(digits)
@@ -345,8 +343,7 @@ def test_scalers_are_stored_with_the_model(name, tmp_path):
 
 
 def test_scalers_agree_with_scikit_learn():
-    from sklearn import preprocessing
-
+    preprocessing = pytest.importorskip("sklearn.preprocessing", reason="a comparison")
     x = Source("cpu", torch.float64).normal(30, 5) * 3 + 2
     for ours, theirs in ((MinMaxScaler(-1, 1), preprocessing.MinMaxScaler((-1, 1))), (StandardScaler(), preprocessing.StandardScaler())):
         torch.testing.assert_close(ours.double().fit(x)(x), torch.from_numpy(theirs.fit_transform(x.numpy())))

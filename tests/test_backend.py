@@ -79,6 +79,55 @@ def test_auto_takes_the_fastest_that_serves(op, dtype, device):
     assert resolved == next(b for b in _backend.PREFERENCE[device] if b in _backend.serving(op, device, dtype))
 
 
+@pytest.mark.parametrize("numel", [0, 99, 100, 2**40])
+def test_the_order_on_a_gpu_follows_from_what_was_measured(numel):
+    """Triton comes first from the size on at which it was measured to be the faster one, for that operator on that device alone."""
+    measured = {"latent_forward": 100}
+    expected = ("triton", "cuda", "reference") if numel >= 100 else ("cuda", "triton", "reference")
+    assert _backend.preference("latent_forward", "cuda", numel, measured) == expected
+    assert _backend.preference("latent_backward", "cuda", numel, measured) == _backend.PREFERENCE["cuda"]
+    assert _backend.preference("latent_forward", "cpu", numel, measured) == _backend.PREFERENCE["cpu"]
+    assert _backend.preference("latent_forward", "meta", numel, measured) == ()
+
+
+def test_what_was_not_measured_changes_no_order():
+    for op in _ops.operators():
+        measured = op in _backend.TRITON_FROM
+        assert measured or _backend.preference(op, "cuda", 2**40) == _backend.PREFERENCE["cuda"]
+    assert set(_backend.TRITON_FROM) <= set(_ops.operators())
+
+
+def test_the_choice_on_a_gpu_takes_the_first_that_serves(monkeypatch):
+    """By operator, size and dtype; a forced backend comes before any order."""
+    gpu = torch.device("cuda")
+    monkeypatch.setitem(_backend._served, ("latent_forward", "cuda"), ("cuda", "triton", "reference"))
+    monkeypatch.setitem(_backend._served, ("latent_backward", "cuda"), ("triton", "reference"))
+    monkeypatch.setitem(_backend.TRITON_FROM, "latent_forward", 100)
+    assert _backend.resolve("latent_forward", gpu, torch.float32, 99) == "cuda"
+    assert _backend.resolve("latent_forward", gpu, torch.float32, 100) == "triton"
+    assert _backend.resolve("latent_backward", gpu, torch.float32, 99) == "triton"
+    assert _backend.resolve("latent_forward", gpu, torch.float64, 100) == "reference"
+    with fastvae.use_backend("cuda"):
+        assert _backend.resolve("latent_forward", gpu, torch.float32, 100) == "cuda"
+    assert _backend.choice("cuda") == "cuda, triton, reference; triton first for latent_forward from 100 elements on"
+
+
+def test_the_size_reaches_the_choice(monkeypatch):
+    seen, order = {}, _backend.preference
+
+    def record(op, device_type, numel):
+        seen[op] = numel
+        return order(op, device_type, numel)
+
+    monkeypatch.setattr(_backend, "preference", record)
+    kl_and_loss()
+    FV.group_norm_silu(torch.ones(2, 4, 3), 2)
+    FV.contractive_penalty(torch.ones(3, 5), torch.ones(5, 2))
+    FV.jacobian_frobenius(torch.nn.Sequential(torch.nn.Linear(90, 5), torch.nn.Linear(5, 2)), torch.ones(30, 90), method="gram")
+    expected = {"latent_forward": 12, "reconstruction_forward": 12, "group_norm_forward": 24, "jacobian_forward": 15}
+    assert seen == expected | {"jacobian_gram_scale": 30 * 2 * 5}
+
+
 def test_an_unknown_device_is_served_by_the_reference():
     assert _backend.resolve("latent_forward", torch.device("meta"), torch.float32) == "reference"
 

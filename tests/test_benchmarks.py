@@ -11,7 +11,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import devices, floors, plots, registry, report, results, tables
 from benchmarks.registry import Case, Inputs, Unavailable, WrongResult, forward_backward
-from benchmarks.runner import Plan, checked_contenders, measure
+from benchmarks.runner import WRONG, Plan, checked_contenders, measure
 
 ROOT = Path(__file__).parents[1]
 CPU = devices.Cpu()
@@ -77,6 +77,7 @@ def make_figure(**changes) -> results.Figure:
         "peak_memory_mb": 2.0,
         "rounds": 20,
         "calls_per_round": 3,
+        "remark": "",
     }
     return results.Figure(**values | changes)
 
@@ -104,6 +105,7 @@ def test_providers_agree(case):
     contenders, absent = checked_contenders(tiny, CPU, eager)
     assert {"eager", "compile", "fastvae"} <= set(case.providers)
     assert set(contenders) | set(absent) == set(eager)
+    assert not [reason for reason in absent.values() if reason.startswith(WRONG)]
     assert case.work(contenders["fastvae"].inputs[0]) > 0
 
 
@@ -115,16 +117,29 @@ def test_compiled_provider_agrees():
 
 
 @pytest.mark.parametrize(("wrong", "named"), [(wrong_gradient, "grad x"), (wrong_value, "loss")])
-def test_wrong_provider_is_caught_before_anything_is_timed(wrong, named):
-    case = make_case(peer=forward_backward(wrong))
-    with pytest.raises(WrongResult, match=f"peer: {named} is not that of the first provider"):
+def test_wrong_kernel_is_caught_before_anything_is_timed(wrong, named):
+    case = make_case(fastvae=forward_backward(wrong))
+    with pytest.raises(WrongResult, match=f"fastvae: {named} is not that of the first provider"):
         measure(case, CPU, BRIEF)
+
+
+@pytest.mark.parametrize(("wrong", "named"), [(wrong_gradient, "grad x"), (wrong_value, "loss")])
+def test_wrong_peer_is_left_out_and_named(wrong, named):
+    measurement = measure(make_case(peer=forward_backward(wrong)), CPU, BRIEF)
+    assert set(measurement.timings["launch"]) == {"eager", "fastvae"}
+    assert measurement.absent["peer"].startswith(f"{WRONG}: peer: {named} is not that of the first provider")
 
 
 def test_nan_is_a_wrong_result():
-    case = make_case(peer=forward_backward(lambda x: square(x) * float("nan")))
-    with pytest.raises(WrongResult, match="peer: loss"):
+    case = make_case(fastvae=forward_backward(lambda x: square(x) * float("nan")))
+    with pytest.raises(WrongResult, match="fastvae: loss"):
         measure(case, CPU, BRIEF)
+
+
+def test_remark_goes_with_the_figures_of_the_kernels():
+    case = dataclasses.replace(make_case(), remark=lambda operation: f"loss of dimension {operation().ndim}")
+    rows = results.figures(results.describe_run(CPU), measure(case, CPU, BRIEF))
+    assert {row.provider: row.remark for row in rows} == {"eager": "", "fastvae": "loss of dimension 0"}
 
 
 def test_noise_that_is_not_standard_normal_is_caught():
@@ -167,12 +182,12 @@ def test_inputs_are_the_same_for_every_provider():
 
 def test_run_writes_rows_and_fails_with_a_failing_case(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "FULL", BRIEF)
-    monkeypatch.setattr(registry, "cases", lambda family: (make_case(), make_case(peer=forward_backward(wrong_value))))
+    monkeypatch.setattr(registry, "cases", lambda family: (make_case(), make_case(fastvae=forward_backward(wrong_value))))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "restored afterwards")
     out = tmp_path / "figures.csv"
     assert command.main(["latent", "--device", "cpu", "--out", str(out)]) == 1
     assert [row.provider for row in results.read(out)] == ["eager", "fastvae"]
-    assert "FAILED latent square-40x25-float32: peer: loss" in capsys.readouterr().err
+    assert "FAILED latent square-40x25-float32: fastvae: loss" in capsys.readouterr().err
 
 
 def test_figures_survive_the_file(tmp_path):

@@ -8,13 +8,17 @@ import sys
 import pytest
 import torch
 from _helpers import places
-from matplotlib.image import imread
 
-import fastvae.__main__ as command_line
-from fastvae.models import MLPVAE, ConvVAE
-from fastvae.training import plots
-from fastvae.training._measure import interleaved_medians, peak_memory
-from fastvae.training.comparison import (
+for package in ("jsonargparse", "matplotlib", "mlxtend", "tqdm"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[train]")
+
+from matplotlib.image import imread  # noqa: E402
+
+import fastvae.__main__ as command_line  # noqa: E402
+from fastvae.models import MLPVAE, ConvVAE  # noqa: E402
+from fastvae.training import plots  # noqa: E402
+from fastvae.training._measure import interleaved_medians, peak_memory  # noqa: E402
+from fastvae.training.comparison import (  # noqa: E402
     FUSED,
     PLAIN,
     compare,
@@ -24,9 +28,9 @@ from fastvae.training.comparison import (
     negative_elbo,
     relative_differences,
 )
-from fastvae.training.data import mnist_subset, stratified_split
-from fastvae.training.demo import check_agreement
-from fastvae.training.loop import BATCH_SIZE, Training, batches, train
+from fastvae.training.data import mnist_subset, stratified_split  # noqa: E402
+from fastvae.training.demo import check_agreement  # noqa: E402
+from fastvae.training.loop import BATCH_SIZE, Training, batches, train  # noqa: E402
 
 PICTURES = ["latent_scatter", "loss_curves", "manifold", "reconstructions", "samples", "times"]
 

@@ -15,7 +15,7 @@ sys.modules["gpu_pass"] = gpu_pass
 _spec.loader.exec_module(gpu_pass)
 
 NO_GPU = gpu_pass.Machine(gpu=None, sanitizer=None)
-GPU = gpu_pass.Machine(gpu="a GPU", sanitizer="compute-sanitizer")
+GPU = gpu_pass.Machine(gpu="a GPU", sanitizer="compute-sanitizer", capability="9.0", processes=8)
 
 
 def stage(*programs: str, name: str = "test") -> "gpu_pass.Stage":
@@ -28,12 +28,12 @@ def commands(machine, name: str) -> list[str]:
 
 def test_stages_run_in_order_and_under_their_own_names():
     stages = gpu_pass.stages(GPU, Path("out"))
-    assert list(stages) == ["build", "test", "emulation", "interpret", "offline", "sanitize", "bench"]
+    assert list(stages) == ["build", "test", "sanitize", "bench", "rest", "emulation", "interpret", "offline"]
     assert all(name == stage.name for name, stage in stages.items())
 
 
 def test_default_on_a_gpu_is_what_only_a_gpu_shows():
-    assert gpu_pass.default_stages(GPU) == ["build", "test", "sanitize", "bench"]
+    assert gpu_pass.default_stages(GPU) == ["build", "test", "sanitize", "bench", "rest"]
 
 
 def test_default_without_a_gpu_proves_the_kernels_otherwise():
@@ -44,14 +44,35 @@ def test_interpreter_and_offline_compilation_have_processes_of_their_own():
     stages = gpu_pass.stages(NO_GPU, Path("out"))
     assert stages["interpret"].commands[0].environment == {"TRITON_INTERPRET": "1"}
     assert stages["offline"].commands[0].environment == {}
-    (native,) = commands(NO_GPU, "test")
-    assert "--ignore=tests/emulation --ignore=tests/interpret --ignore=tests/offline" in native
+    cuda, native = commands(NO_GPU, "test")
+    assert "tests/cuda" in cuda
+    assert "--ignore=tests/cuda --ignore=tests/emulation --ignore=tests/interpret --ignore=tests/offline" in native
+
+
+def test_every_folder_of_tests_has_a_process():
+    folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
+    assert folders == set(gpu_pass.OWN_PROCESSES)
 
 
 def test_on_a_gpu_its_tests_come_first_and_none_is_left_out():
-    first, second = commands(GPU, "test")
-    assert first.endswith("-k cuda")
-    assert second.endswith("-k not cuda")
+    cuda, on_gpu = commands(GPU, "test")
+    (rest,) = commands(GPU, "rest")
+    assert "tests/cuda" in cuda
+    assert on_gpu.endswith("-k cuda- and not cuda-reference")
+    assert rest.endswith("-k not cuda- or cuda-reference")
+
+
+def test_tests_share_a_gpu_where_xdist_lets_them():
+    _, parallel = commands(GPU, "test")
+    assert "-n 8" in parallel
+    assert "-n 8" not in commands(GPU, "test")[0]
+    assert "-n" not in commands(gpu_pass.Machine("a GPU", None), "test")[1].split()
+
+
+def test_cuda_is_built_for_this_gpu_alone():
+    build = gpu_pass.stages(GPU, Path("out"))["build"].commands[0]
+    assert build.environment == {"FASTVAE_BUILD": "1", "FASTVAE_CUDA_ARCHS": "9.0"}
+    assert "FASTVAE_CUDA_ARCHS" not in gpu_pass.stages(NO_GPU, Path("out"))["build"].commands[0].environment
 
 
 def test_sanitizer_looks_for_bad_accesses_and_for_races():
@@ -64,6 +85,7 @@ def test_sanitizer_looks_for_bad_accesses_and_for_races():
 def test_every_family_has_a_test_for_the_sanitizer(family):
     """The sanitizer selects tests by name."""
     assert "odd_sizes" in gpu_pass.SANITIZED_TESTS[-1]
+    assert f"tests/test_{family}.py" in gpu_pass.SANITIZED_TESTS
     assert "def test_odd_sizes(place, dtype" in (ROOT / f"tests/test_{family}.py").read_text()
 
 
@@ -87,6 +109,12 @@ def test_benchmarks_on_a_gpu_are_quick_first_then_full():
     assert "--quick" in quick
     assert "--quick" not in full
     assert all("--device cuda" in command for command in (quick, full))
+
+
+def test_operators_are_measured_before_models():
+    assert gpu_pass.BENCHMARKS[:2] == ("latent", "reconstruction")
+    assert set(gpu_pass.BENCHMARKS[: len(gpu_pass.FAMILIES)]) == set(gpu_pass.FAMILIES)
+    assert "conv_vae" in gpu_pass.BENCHMARKS[len(gpu_pass.FAMILIES) :]
 
 
 def test_time_is_shared_by_weight_and_unused_time_goes_on():
@@ -114,13 +142,20 @@ def test_stage_that_passes(tmp_path):
 
 def test_stage_goes_on_after_a_failure_and_reports_it(tmp_path):
     result = gpu_pass.run_stage(stage("raise SystemExit('broken')", "print('second')"), tmp_path, 60)
-    assert (result.status, result.detail) == ("failed", "broken")
+    assert (result.status, result.detail) == ("failed", "broken; second")
     assert "second" in (tmp_path / "test.log").read_text()
 
 
-def test_stage_that_outlasts_its_time_keeps_its_log(tmp_path):
+def test_stage_that_outlasts_its_time_is_interrupted_and_keeps_its_log(tmp_path):
+    """Pytest says on an interrupt what failed."""
     result = gpu_pass.run_stage(stage("import time; print('started', flush=True); time.sleep(600)"), tmp_path, 2)
-    assert (result.status, result.detail) == ("timed out", "started")
+    assert (result.status, result.detail) == ("timed out", "KeyboardInterrupt")
+    assert "started" in (tmp_path / "test.log").read_text()
+
+
+def test_command_that_takes_too_long_leaves_the_next_its_time(tmp_path):
+    result = gpu_pass.run_stage(stage("import time; time.sleep(600)", "print('second')"), tmp_path, 8)
+    assert (result.status, result.detail) == ("timed out", "KeyboardInterrupt; second")
 
 
 def test_impossible_stage_is_not_run(tmp_path):

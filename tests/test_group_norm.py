@@ -19,6 +19,8 @@ from fastvae.reference import group_norm as reference
 OPERATOR = "group_norm_forward"
 # Triton's interpreter takes seconds for what a kernel does in microseconds: it gets smaller tensors.
 INTERPRETED = Place("cpu", "triton")
+# So it does where the CUDA kernels are emulated.
+SIMULATED = (INTERPRETED, Place("cpu", "cuda"))
 
 
 def roundings(place: Place, dtype: torch.dtype) -> int:
@@ -119,7 +121,7 @@ def test_matches_float64(place, dtype, case):
 )
 def test_odd_sizes(place, dtype, layout, shape, groups):
     """Groups that several items share, and rows wider than the kernels' columns."""
-    if place == INTERPRETED:
+    if place in SIMULATED:
         shape = (*shape[:2], *(min(length, 61) for length in shape[2:]))
     check(place, dtype, Case(shape, groups, layout=layout, grad_layout=layout))
 
@@ -129,7 +131,7 @@ def test_odd_sizes(place, dtype, layout, shape, groups):
 @pytest.mark.parametrize("mean", [1e2, 1e4, -1e4])
 def test_a_large_mean_with_a_small_variance(place, layout, mean):
     """E[x^2] - E[x]^2 would lose all digits of the variance, and a mean in float32 an error of 5e-4 standard deviations."""
-    length = 20 if place == INTERPRETED else 40
+    length = 20 if place in SIMULATED else 40
     check(place, torch.float32, Case((2, 24, length, length), 6, layout=layout, mean=mean))
 
 
@@ -137,7 +139,7 @@ def test_a_large_mean_with_a_small_variance(place, layout, mean):
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize("where", [0, 5, -1])
 def test_an_outlier_does_not_spoil_the_statistics(place, layout, where):
-    length = 60 if place == INTERPRETED else 150
+    length = 60 if place in SIMULATED else 150
     x = Source(place.device).normal(1, 4, length, length)
     x.view(4, -1)[:, where] = 1e6
     y = FV.group_norm_silu(arrange(x, layout), 2, activation="none")
@@ -148,7 +150,7 @@ def test_an_outlier_does_not_spoil_the_statistics(place, layout, where):
 @each_place(OPERATOR)
 def test_weight_gradients_of_a_million_elements(place):
     """131072 terms a sum: the error is that of the terms' rounding, which grows with the root of their number, and not that of the sum."""
-    source, length = Source(place.device), 64 if place == INTERPRETED else 256
+    source, length = Source(place.device), 64 if place in SIMULATED else 256
     x, incoming = (last(source.normal(2, 8, length, length)) for _ in range(2))
     parameters = [leaf(source.normal(8)) for _ in range(2)]
     gradients = torch.autograd.grad(FV.group_norm_silu(x, 4, *parameters), parameters, incoming)
@@ -186,7 +188,8 @@ def test_float32_parameters_with_16_bit_input(place, dtype, only):
     incoming = source.normal(*x.shape)
     gradients = torch.autograd.grad(y, [x, *parameters.values()], incoming)
     wide = {name: wide_leaf(p) for name, p in parameters.items()}
-    full = {"weight": torch.ones(12, dtype=torch.float64), "bias": torch.zeros(12, dtype=torch.float64), **wide}
+    ones = torch.ones(12, dtype=torch.float64, device=place.device)
+    full = {"weight": ones, "bias": 0 * ones, **wide}
     wide_x = wide_leaf(x)
     expected = oracle(wide_x, 4, full["weight"], full["bias"], "silu")
     ulps = roundings(place, dtype)

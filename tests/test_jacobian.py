@@ -372,7 +372,7 @@ def oracle_norms(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def compare_with_the_oracle(encoder, x, method, **options) -> None:
     """Values and gradients, of the parameters and of x, in float64."""
     encoder, x = encoder.double(), leaf(x.double())
-    weights = torch.linspace(0.5, 1.5, len(x), dtype=torch.float64)
+    weights = torch.linspace(0.5, 1.5, len(x), dtype=torch.float64, device=x.device)
     learners = [x, *encoder.parameters()]
     expected = oracle_norms(encoder, x)
     expected_gradients = torch.autograd.grad(weights @ expected, learners, allow_unused=True, materialize_grads=True)

@@ -81,11 +81,38 @@ def test_sums_of_a_matrix(machine, name, shape, itemsize):
     assert name == "column_sums" or config.rows == 1 or columns <= config.columns
 
 
+@each_machine
+@pytest.mark.parametrize("count", [1, 4, 5, 128, 100_000])
+@pytest.mark.parametrize("shape", list(product((1, 3, 64, 1000), (1, 20, 256, 5000))), ids=str)
+def test_matrices(machine, count, shape):
+    rows, columns = shape
+    config = launch.matrices(count, rows, columns, 4, machine)
+    assert is_power_of_two(config.rows)
+    assert is_power_of_two(config.columns)
+    assert config.rows * config.columns <= launch.elements_per_thread(4) * machine.threads
+    assert (config.row_groups - 1) * config.rows < rows <= config.row_groups * config.rows
+    assert (config.column_groups - 1) * config.columns < columns <= config.column_groups * config.columns
+    # Whole rows, as far as a program reaches; several matrices each, but where there are fewer.
+    assert config.column_groups == 1 or config.rows == 1
+    assert 1 <= config.splits <= -(-count // 4)
+    assert config.splits == 1 or config.row_groups * config.column_groups * config.splits <= machine.programs
+
+
 def test_one_long_row_takes_the_whole_machine():
     machine = launch.Machine("sm_90", 132)
     assert launch.row_sums(1, 50_000_000, 4, machine).splits == machine.programs
     assert launch.row_sums(4, 50_000_000, 4, machine).splits == machine.programs // 4
     assert launch.row_sums(100_000, 784, 4, machine).splits == 1
+
+
+def test_a_layer_fills_the_machine_or_is_under_way_at_once():
+    """Programs for a layer's hidden values, one block each, and for its weight, one row each, in float32."""
+    machine = launch.Machine("sm_90", 132)
+    for (batch, inputs, units), programs in (((512, 3072, 1024), (512, 1024)), ((128, 784, 256), (32, 256))):
+        hidden, weight = launch.column_sums(batch, units, 4, machine), launch.row_sums(units, inputs, 4, machine)
+        assert (hidden.groups * hidden.splits, weight.groups * weight.splits) == programs
+        assert programs[0] * hidden.rows * hidden.columns == batch * units
+        assert max(programs) <= machine.programs
 
 
 def test_several_short_rows_share_a_program():

@@ -9,7 +9,6 @@ import torch
 from _helpers import NOISE_TOLERANCE, TOLERANCES, Source, each_place, each_place_and_dtype, lay_out, places
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 import fastvae
 from fastvae import functional as FV
@@ -176,6 +175,7 @@ def test_all_functions_draw_the_same_noise_from_a_seed(place):
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_distribution(place, seed):
     """Kolmogorov-Smirnov, and four moments within five standard errors."""
+    stats = pytest.importorskip("scipy.stats", reason="the test of Kolmogorov and Smirnov is SciPy's")
     drawn = noise(place, seed, 1_000_001).double().cpu().numpy()
     assert stats.kstest(drawn, "norm").pvalue > 1e-3
     count = drawn.size

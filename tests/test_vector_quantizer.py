@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
+from benchmarks import devices
 from fastvae import functional as FV
 from fastvae.nn import ResidualVectorQuantizer, VectorQuantizer
 
@@ -102,6 +103,13 @@ def test_as_vector_quantize_pytorch_after_20_steps(rotation):
     state = theirs._codebook
     for actual, expected in ((ours.codebook, state.embed), (ours.ema_count, state.cluster_size), (ours.ema_sum, state.embed_avg)):
         torch.testing.assert_close(actual, expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_step_needs_no_matrix_of_all_distances():
+    rows, dim, codes = 4096, 8, 2048
+    layer, x = VectorQuantizer(codes, dim), torch.randn(rows, dim, requires_grad=True)
+    peak = devices.Cpu().peak_memory(lambda: train(layer, [x.detach()]))
+    assert x.nbytes < peak < rows * codes * 4 / 16
 
 
 def test_evaluation_changes_nothing():

@@ -6,6 +6,8 @@ the rest.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -18,17 +20,36 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = sorted(path.stem for path in (ROOT / "fastvae" / "functional").glob("[!_]*.py"))
+FAMILY_TESTS = tuple(f"tests/test_{family}.py" for family in FAMILIES)
+# What reads and writes memory and nothing else first, whole models last: compiling those takes the longest.
+BENCHMARKS = tuple(
+    sorted(
+        (path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")),
+        key=lambda family: (family not in FAMILIES, family not in ("latent", "reconstruction"), family),
+    )
+)
 # Seconds in all. A GPU is often had for ten minutes at a time.
 BUDGET_WITH_GPU, BUDGET_WITHOUT = 540, 1800
-NATIVE_TESTS = ("pytest", "tests", "--ignore=tests/emulation", "--ignore=tests/interpret", "--ignore=tests/offline", "-q")
+# What was found before a stage's time ran out is in its log only if the stage is let to say so.
+GRACE = 10
+OWN_PROCESSES = ("cuda", "emulation", "interpret", "offline")
+NATIVE_TESTS = ("pytest", "tests", *(f"--ignore=tests/{folder}" for folder in OWN_PROCESSES), "-q", "-rfE", "--tb=short")
+CUDA_TESTS = ("pytest", "tests/cuda", "-q", "-rfEs", "--tb=short")
+# The compiled kernels on the GPU, whose tests have a place of theirs in their names; a few examples of each property, since Triton compiles
+# for many of them anew. Everything else comes after the figures.
+ON_GPU, ELSEWHERE = "cuda- and not cuda-reference", "not cuda- or cuda-reference"
+BRIEF = "--hypothesis-profile=brief"
 # compute-sanitizer slows kernels down so much that it gets one small test of each family.
-SANITIZED_TESTS = (*NATIVE_TESTS, "-k", "odd_sizes and float32 and cuda and not reference")
+SANITIZED_TESTS = ("pytest", *FAMILY_TESTS, "-q", "--tb=short", BRIEF, "-k", f"odd_sizes and float32 and {ON_GPU}")
 
 
 @dataclass(frozen=True)
 class Machine:
     gpu: str | None
     sanitizer: str | None
+    capability: str | None = None  # "9.0"
+    processes: int = 1  # for tests; more than one needs pytest-xdist
 
 
 @dataclass(frozen=True)
@@ -55,9 +76,17 @@ class Result:
 
 def look_at_machine() -> Machine:
     """In a process of its own, so that this one holds no GPU memory."""
-    probe = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    gpu = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
-    return Machine(gpu or None, shutil.which("compute-sanitizer"))
+    facts = "c.get_device_name(), *c.get_device_capability()"
+    probe = f"from torch import cuda as c; print(*([{facts}] if c.is_available() else []), sep='|')"
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+    gpu, *capability = found.split("|")
+    processes = min(8, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 1
+    return Machine(gpu or None, _sanitizer(), ".".join(capability) or None, processes)
+
+
+def _sanitizer() -> str | None:
+    """On the PATH, or where the toolkit has it."""
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
 def python(*module: str, **environment: str) -> Command:
@@ -65,25 +94,41 @@ def python(*module: str, **environment: str) -> Command:
 
 
 def stages(machine: Machine, out: Path) -> dict[str, Stage]:
-    """Every stage by name, in the order in which they run."""
-    build = Command((sys.executable, "setup.py", "build_ext", "--inplace"), {"FASTVAE_BUILD": "1"})
+    """Every stage by name, in the order in which they run: on a GPU what only a GPU shows comes first, should the time run out."""
     every = (
-        Stage("build", 2, (build, python("fastvae.info"))),
-        Stage("test", 4, _tests(machine)),
-        Stage("emulation", 3, (python("pytest", "tests/emulation", "-q"),)),
+        Stage("build", 8, (_build(machine), python("fastvae.info"))),
+        Stage("test", 8, _tests(machine)),
+        _sanitize(machine),
+        Stage("bench", 5, _benchmarks(machine, out)),
+        _rest(machine),
+        Stage("emulation", 3, (python("pytest", "tests/emulation", "-q", "-rs"),)),
         Stage("interpret", 3, (python("pytest", "tests/interpret", "-q", TRITON_INTERPRET="1"),)),
         Stage("offline", 3, (python("pytest", "tests/offline", "-q"),)),
-        _sanitize(machine),
-        Stage("bench", 3, _benchmarks(machine, out)),
     )
     return {stage.name: stage for stage in every}
 
 
+def _build(machine: Machine) -> Command:
+    """For this GPU alone: the other architectures would take five times as long."""
+    archs = {} if machine.capability is None else {"FASTVAE_CUDA_ARCHS": machine.capability}
+    return Command((sys.executable, "setup.py", "build_ext", "--inplace"), {"FASTVAE_BUILD": "1", **archs})
+
+
 def _tests(machine: Machine) -> tuple[Command, ...]:
     if machine.gpu is None:
-        return (python(*NATIVE_TESTS),)
-    # What only this machine shows comes first, should the time run out.
-    return python(*NATIVE_TESTS, "-k", "cuda"), python(*NATIVE_TESTS, "-k", "not cuda")
+        return python(*CUDA_TESTS), python(*NATIVE_TESTS)
+    # The first by itself: it fills the GPU's memory and looks at how much is in use.
+    return python(*CUDA_TESTS), python(*NATIVE_TESTS, *_in_parallel(machine), BRIEF, "-k", ON_GPU)
+
+
+def _rest(machine: Machine) -> Stage:
+    if machine.gpu is None:
+        return Stage("rest", 0, (), "there is no GPU, so `test` has run all of them")
+    return Stage("rest", 1, (python(*NATIVE_TESTS, *_in_parallel(machine), BRIEF, "-k", ELSEWHERE),))
+
+
+def _in_parallel(machine: Machine) -> tuple[str, ...]:
+    return () if machine.processes == 1 else ("-n", str(machine.processes))
 
 
 def _sanitize(machine: Machine) -> Stage:
@@ -93,22 +138,23 @@ def _sanitize(machine: Machine) -> Stage:
         return Stage("sanitize", 0, (), "compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)")
     # Each tensor gets an allocation of its own: inside torch's cached blocks an overrun would be a legal access.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    prefix = (machine.sanitizer, "--error-exitcode=1", "--target-processes=all")
+    prefix = (machine.sanitizer, "--error-exitcode=1", "--target-processes=application-only")
     tests = (sys.executable, "-m", *SANITIZED_TESTS)
     return Stage("sanitize", 2, tuple(Command((*prefix, f"--tool={tool}", *tests), environment) for tool in ("memcheck", "racecheck")))
 
 
 def _benchmarks(machine: Machine, out: Path) -> tuple[Command, ...]:
+    device = "cuda" if machine.gpu else "cpu"
+    quick = python("benchmarks", *BENCHMARKS, "--device", device, "--quick", "--out", str(out / "bench-quick.csv"))
     if machine.gpu is None:
-        return (python("benchmarks", "--device", "cpu", "--quick", "--out", str(out / "bench-quick.csv")),)
-    quick = python("benchmarks", "--device", "cuda", "--quick", "--out", str(out / "bench-quick.csv"))
-    return quick, python("benchmarks", "--device", "cuda", "--out", str(out / "bench.csv"))
+        return (quick,)
+    return quick, python("benchmarks", *BENCHMARKS, "--device", device, "--out", str(out / "bench.csv"))
 
 
 def default_stages(machine: Machine) -> list[str]:
     """On a GPU what only a GPU shows; elsewhere also the suites that prove the GPU kernels without one."""
     without_gpu = [] if machine.gpu else ["emulation", "interpret", "offline"]
-    return ["build", "test", *without_gpu, "sanitize", "bench"]
+    return ["build", "test", "sanitize", "bench", "rest", *without_gpu]
 
 
 def share(remaining: float, weights: list[int]) -> float:
@@ -117,15 +163,18 @@ def share(remaining: float, weights: list[int]) -> float:
 
 
 def run_stage(stage: Stage, out: Path, seconds: float) -> Result:
-    """Runs the stage's commands, which do not need each other: one that fails leaves the others their time."""
+    """Runs the stage's commands, which do not need each other: one that fails or takes too long leaves the others their time."""
     if stage.impossible:
         return Result(stage.name, "impossible", 0.0, stage.impossible)
     start = time.monotonic()
     log = out / f"{stage.name}.log"
     log.write_text("")
-    outcomes = [_run(command, log, start + seconds - time.monotonic()) for command in stage.commands]
-    status, detail = next((outcome for outcome in outcomes if outcome[0] != "passed"), outcomes[-1])
-    return Result(stage.name, status, time.monotonic() - start, detail)
+    outcomes = []
+    for index, command in enumerate(stage.commands):
+        remaining = start + seconds - time.monotonic()
+        outcomes.append(_run(command, log, share(remaining, [1] * (len(stage.commands) - index))))
+    status = next((status for status, _ in outcomes if status != "passed"), "passed")
+    return Result(stage.name, status, time.monotonic() - start, "; ".join(detail for _, detail in outcomes if detail))
 
 
 def _run(command: Command, log: Path, seconds: float) -> tuple[str, str]:
@@ -135,15 +184,30 @@ def _run(command: Command, log: Path, seconds: float) -> tuple[str, str]:
         stream.write(f"$ {shlex.join(command.arguments)}\n")
         stream.flush()
         process = subprocess.Popen(
-            command.arguments, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
-        )
+            command.arguments, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
+            start_new_session=True, preexec_fn=_heed_interrupts,
+        )  # fmt: skip
         try:
             status = "failed" if process.wait(max(0.0, seconds)) else "passed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _stop(process)
             status = "timed out"
     return status, last_line(log.read_text(errors="replace"))
+
+
+def _heed_interrupts() -> None:
+    """Where the pass runs in the background, the shell has had interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """An interrupt, at which pytest says what failed until then, and then the end of all it started."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def last_line(text: str) -> str:

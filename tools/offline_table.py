@@ -30,8 +30,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fastvae._ops import LIKELIHOODS, REDUCTIONS  # noqa: E402
-from fastvae.kernels import _device, codebook, latent, reconstruction  # noqa: E402
+from fastvae._ops import ACTIVATIONS, LIKELIHOODS, NORM_ACTIVATIONS, REDUCTIONS  # noqa: E402
+from fastvae.kernels import _device, codebook, group_norm, jacobian, latent, reconstruction  # noqa: E402
 from fastvae.kernels._launch import Machine  # noqa: E402
 
 TABLE = ROOT / "benchmarks" / "results" / "triton" / "offline.csv"
@@ -142,6 +142,67 @@ def rescale_(dtype):
     return reconstruction._rescale_(empty(BATCH, FEATURES, dtype=dtype), empty(), 1.0)
 
 
+def penalty_forward(reduction="batchmean", grads=False, sizes=(BATCH, FEATURES, FEATURES)):
+    """``sizes``: samples, units, inputs."""
+
+    def call(dtype):
+        hidden, weight = empty(*sizes[:2], dtype=dtype), empty(*sizes[1:], dtype=dtype)
+        return jacobian._forward(hidden, weight, ACTIVATIONS["sigmoid"], 0.0, REDUCTIONS[reduction], 1.0, grads, grads)
+
+    return call
+
+
+def penalty_backward(reduction="batchmean", activation="sigmoid", weight_gradient=True):
+    def call(dtype):
+        hidden, weight, norms = empty(*FULL, dtype=dtype), empty(FEATURES, FEATURES, dtype=dtype), empty(FEATURES)
+        numbers = ACTIVATIONS[activation], 1.0, REDUCTIONS[reduction]
+        return jacobian._backward(_reduced(dtype, reduction), hidden, weight, norms, *numbers, True, weight_gradient)
+
+    return call
+
+
+def gram(reduce=False, batched=False, with_grad=True):
+    """Matrices of 64 rows and 256 columns, in float32 whatever the dtype of the encoder."""
+
+    def call(dtype):
+        left = empty(*(BATCH, 64, 256) if batched else (64, 256))
+        inner, outer, product = empty(BATCH, 256), empty(BATCH, 64), empty(BATCH * 64, 256)
+        if reduce:
+            return jacobian._gram_reduce(left, inner, outer, product, with_grad)
+        return jacobian._gram_scale(left, inner, outer)
+
+    return call
+
+
+# What GroupNorm reads in pieces, what it reads at once, and what has no positions.
+PIECES, WHOLE, FLAT, GROUPS = (16, 256, 64, 64), (256, 512, 8, 16), (256, 65536), 32
+
+
+def normalise(shape=PIECES, last=False, activation="silu", affine=True):
+    def call(dtype):
+        parameters = _parameters(shape, dtype, affine)
+        return group_norm._forward(_image(shape, dtype, last), GROUPS, *parameters, 1e-5, NORM_ACTIVATIONS[activation])
+
+    return call
+
+
+def normalise_backward(shape=PIECES, last=False, activation="silu", affine=True):
+    def call(dtype):
+        images = _image(shape, dtype, last), _image(shape, dtype, last)
+        statistics = [empty(shape[0], GROUPS, dtype=torch.float64)] * 2
+        return group_norm._backward(*images, *statistics, *_parameters(shape, dtype, affine), GROUPS, NORM_ACTIVATIONS[activation])
+
+    return call
+
+
+def _image(shape, dtype, last):
+    return empty(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1) if last else empty(*shape, dtype=dtype)
+
+
+def _parameters(shape, dtype, affine):
+    return [empty(shape[1], dtype=dtype)] * 2 if affine else [None, None]
+
+
 # Vectors of a codebook's training step, and codes.
 VECTORS, CODES = 1 << 16, 1024
 
@@ -179,11 +240,21 @@ def moving_averages(dtype):
 ALL, BRIEF, ONE = tuple(DTYPES), ("float32", "bfloat16"), ("sm_90",)
 FORWARD, ROWS, COLUMNS, BACKWARD = (f"latent_{part}_kernel" for part in ("forward", "rows", "columns", "backward"))
 LOSS, LOSS_ROWS, LOSS_BACKWARD, RESCALE = (f"reconstruction_{part}_kernel" for part in ("forward", "rows", "backward", "rescale"))
+UNITS, WEIGHT, PENALTY = (f"jacobian_{part}_kernel" for part in ("units", "weight", "penalty"))
+GRAM_SCALE, GRAM_REDUCE = "jacobian_gram_scale_kernel", "jacobian_gram_reduce_kernel"
 SEARCH = tuple(f"codebook_{part}_kernel" for part in ("measure", "pack_codes", "pack_rows", "screen", "recheck"))
 GATHER, VQ_BACKWARD, PARTS, SUMS, COUNTS, EMA = (
     f"codebook_{part}_kernel" for part in ("gather", "backward", "parts", "sums", "counts", "ema")
 )
-WIDE = ("float32",)
+WIDE, HALVES = ("float32",), ("bfloat16", "float16")
+MOMENTS, COMBINE_MOMENTS, NORM, NORM_WHOLE, NORM_SUMS, COMBINE_NORM_SUMS, NORM_PARAMETERS, NORM_BACKWARD, NORM_BACKWARD_WHOLE = (
+    f"group_norm_{part}_kernel"
+    for part in (
+        "moments", "combine_moments", "forward", "forward_group",
+        "gradient_sums", "combine_gradients", "parameter_gradients", "backward", "backward_group",
+    )
+)  # fmt: skip
+NORM_IN_PIECES, NORM_BACKWARD_IN_PIECES = (MOMENTS, COMBINE_MOMENTS, NORM), (NORM_SUMS, COMBINE_NORM_SUMS, NORM_BACKWARD)
 
 CASES = (
     Case("sample and KL", (FORWARD,), latent_forward(), ALL),
@@ -228,6 +299,55 @@ CASES = (
     Case("gradients of Gaussian elementwise", (LOSS_BACKWARD,), loss_backward("gaussian", "none", logvar=(1, 1)), WIDE, ONE),
     Case("rescale", (RESCALE,), rescale, WIDE, ONE),
     Case("rescale in place", (RESCALE,), rescale_, ALL),
+    Case("penalty", (UNITS, WEIGHT), penalty_forward(), ALL),
+    Case("penalty with its gradients", (UNITS, WEIGHT, UNITS), penalty_forward(grads=True), BRIEF),
+    Case("penalty of few units", (UNITS, WEIGHT), penalty_forward(sizes=(BATCH, 16, BATCH * FEATURES // 16))),
+    Case("penalty by sample", (WEIGHT, PENALTY), penalty_forward("sample"), ALL),
+    Case("penalty of few samples", (WEIGHT, PENALTY), penalty_forward("sample", sizes=(16, BATCH * FEATURES // 16, 16))),
+    Case("penalty elementwise", (WEIGHT, PENALTY), penalty_forward("none"), WIDE, ONE),
+    Case("gradients of the penalty", (UNITS, WEIGHT), penalty_backward(), ALL),
+    Case("gradients of the penalty by sample, GELU", (UNITS, WEIGHT), penalty_backward("sample", "gelu"), ALL),
+    Case("gradients of the penalty elementwise", (UNITS, WEIGHT), penalty_backward("none"), WIDE, ONE),
+    *(
+        Case(f"gradient of the hidden values, {name}", (UNITS,), penalty_backward(activation=name, weight_gradient=False), WIDE, ONE)
+        for name in ACTIVATIONS
+    ),
+    Case("Gram form, scaled", (GRAM_SCALE,), gram(), WIDE),
+    Case("Gram form, scaled, a matrix a sample", (GRAM_SCALE,), gram(batched=True), WIDE, ONE),
+    Case("Gram form, reduced", (GRAM_REDUCE,), gram(reduce=True), WIDE),
+    Case("Gram form, reduced, a matrix a sample", (GRAM_REDUCE,), gram(reduce=True, batched=True), WIDE),
+    Case("Gram form, value alone", (GRAM_REDUCE,), gram(reduce=True, with_grad=False), WIDE, ONE),
+    Case("GroupNorm, SiLU", NORM_IN_PIECES, normalise()),
+    Case("GroupNorm, SiLU, 16 bits", NORM_IN_PIECES, normalise(), HALVES, ONE),
+    Case("GroupNorm, SiLU, channels last", NORM_IN_PIECES, normalise(last=True), ALL),
+    Case("GroupNorm, channels last", NORM_IN_PIECES, normalise(last=True, activation="none", affine=False), WIDE, ONE),
+    Case("GroupNorm, SiLU, small groups", (NORM_WHOLE,), normalise(WHOLE), ALL),
+    Case("GroupNorm, SiLU, small groups, channels last", (NORM_WHOLE,), normalise(WHOLE, last=True), ALL),
+    Case("GroupNorm of one position", (NORM_WHOLE,), normalise(FLAT, activation="none", affine=False), WIDE, ONE),
+    Case("gradients of GroupNorm, SiLU", (*NORM_BACKWARD_IN_PIECES, NORM_PARAMETERS), normalise_backward()),
+    Case("gradients of GroupNorm, SiLU, 16 bits", (*NORM_BACKWARD_IN_PIECES, NORM_PARAMETERS), normalise_backward(), HALVES, ONE),
+    Case("gradients of GroupNorm, SiLU, channels last", (*NORM_BACKWARD_IN_PIECES, NORM_PARAMETERS), normalise_backward(last=True), ALL),
+    Case(
+        "gradients of GroupNorm, channels last",
+        NORM_BACKWARD_IN_PIECES,
+        normalise_backward(last=True, activation="none", affine=False),
+        WIDE,
+        ONE,
+    ),
+    Case("gradients of GroupNorm, SiLU, small groups", (NORM_BACKWARD_WHOLE, NORM_PARAMETERS), normalise_backward(WHOLE), ALL),
+    Case(
+        "gradients of GroupNorm, SiLU, small groups, channels last",
+        (NORM_BACKWARD_WHOLE, NORM_PARAMETERS),
+        normalise_backward(WHOLE, last=True),
+        ALL,
+    ),
+    Case(
+        "gradients of GroupNorm of one position",
+        (NORM_BACKWARD_WHOLE,),
+        normalise_backward(FLAT, activation="none", affine=False),
+        WIDE,
+        ONE,
+    ),
     Case("quantize", (*SEARCH, GATHER), quantize(), ALL),
     Case("quantize, elementwise", (*SEARCH, GATHER), quantize("none", 100), WIDE, ONE),
     Case("quantize by sample", (*SEARCH, GATHER), quantize("sample", 32), WIDE, ONE),

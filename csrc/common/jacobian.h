@@ -5,6 +5,10 @@
 #include "math.h"
 
 namespace fastvae {
+
+// The numbers are those of fastvae/_ops.py.
+enum class Activation : int64_t { identity, sigmoid, tanh, relu, leaky_relu, elu, softplus, silu, gelu, gelu_tanh };
+
 inline namespace FASTVAE_ISA {
 
 template <class T>
@@ -40,7 +44,7 @@ struct Normal {
 FASTVAE_INLINE Normal<float> normal_at(float a) {
   // exp(x^2) erfc(x) for x >= 0 is t times a polynomial in t = 1 / (1 + x / 2); a minimax fit of the relative error, 4e-8.
   float x = absolute(a) * 0.707106781f;
-  float t = 1.0f / fma(0.5f, x, 1.0f);
+  float t = divide(1.0f, fma(0.5f, x, 1.0f));
   float p = -5.9069016e-2f;
   p = fma(p, t, 2.84575225e-1f);
   p = fma(p, t, -4.87200417e-1f);
@@ -110,7 +114,7 @@ struct Softplus {
 
 template <class T>
 FASTVAE_INLINE T logistic(T a) {
-  T e = exp(-absolute(a)), r = T(1) / (T(1) + e);
+  T e = exp(-absolute(a)), r = divide(T(1), T(1) + e);
   return a < T(0) ? e * r : r;
 }
 
@@ -144,6 +148,34 @@ struct GELUTanh {
     return squared(fma(h * spread, inner, sigma), spread * fma(h, fma(T(-2) * tanh, inner * inner, curvature), T(2) * inner));
   }
 };
+
+// Calls f with the struct of an activation.
+FASTVAE_ANY_CALLEE
+template <class F>
+FASTVAE_INLINE void with_activation(Activation activation, F f) {
+  switch (activation) {
+    case Activation::identity:
+      return f(Identity{});
+    case Activation::sigmoid:
+      return f(Sigmoid{});
+    case Activation::tanh:
+      return f(Tanh{});
+    case Activation::relu:
+      return f(ReLU{});
+    case Activation::leaky_relu:
+      return f(LeakyReLU{});
+    case Activation::elu:
+      return f(ELU{});
+    case Activation::softplus:
+      return f(Softplus{});
+    case Activation::silu:
+      return f(SiLU{});
+    case Activation::gelu:
+      return f(GELU{});
+    case Activation::gelu_tanh:
+      return f(GELUTanh{});
+  }
+}
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae

@@ -2,9 +2,16 @@
 #pragma once
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
-#define FASTVAE_INLINE static __host__ __device__ __forceinline__
+#define FASTVAE_MEMBER __host__ __device__ __forceinline__
 #else
-#define FASTVAE_INLINE static inline __attribute__((always_inline))
+#define FASTVAE_MEMBER inline __attribute__((always_inline))
+#endif
+#define FASTVAE_INLINE static FASTVAE_MEMBER
+// Before an inline template that calls what it is given: nvcc need not care that a kernel's lambda is for the device alone.
+#if defined(__CUDACC__)
+#define FASTVAE_ANY_CALLEE _Pragma("nv_exec_check_disable")
+#else
+#define FASTVAE_ANY_CALLEE
 #endif
 #if defined(__CUDA_ARCH__)
 #define FASTVAE_UNROLL(count) _Pragma("unroll")

@@ -82,11 +82,10 @@ class Packing {
     });
     STD_TORCH_CHECK(finite.load(), "codebook: got NaN or infinite values, takes finite ones");
     double largest = *std::max_element(norms.begin(), norms.end());
-    int exponent = 0;
-    if (largest > 0.0) std::frexp(largest / kLargestNorm, &exponent);
+    int exponent = largest > 0.0 ? norm_exponent(largest) : 0;
     // Both ends leave the factor itself a normal float, or double.
     int limit = search_.wide ? 1000 : 120;
-    heads_[head].scale = std::ldexp(1.0, std::clamp(-exponent, -limit, limit));
+    heads_[head].scale = power_of_two(std::clamp(-exponent, -limit, limit));
     heads_[head].pairs = search_.pairs && exponent <= limit;
     std::vector<bool> skipped = repeated(head, hashes);
     torch::stable::parallel_for(0, panels(), 8, [&](int64_t begin, int64_t end) { kernels().pack(search_, head, skipped, begin, end); });
@@ -341,15 +340,15 @@ void ema_step(Tensor& codebook, Tensor& ema_count, Tensor& ema_sum, const Tensor
   for (int64_t head = 0; head < heads; ++head) {
     double total = 0.0;
     for (int64_t k = head * codes; k < (head + 1) * codes; ++k) {
-      count[k] = static_cast<T>(decay * count[k] + (1.0 - decay) * static_cast<double>(hits[k]));
+      count[k] = static_cast<T>(moving_average(count[k], static_cast<double>(hits[k]), decay));
       total += count[k];
     }
     for (int64_t k = head * codes; k < (head + 1) * codes; ++k) {
-      double smoothed = (count[k] + eps) / (total + static_cast<double>(codes) * eps) * total;
+      double smoothed = smoothed_count(count[k], total, codes, eps);
       double inverse = 1.0 / smoothed;
       for (int64_t i = k * dim; i < (k + 1) * dim; ++i) {
         double sum = wide_sums ? static_cast<const double*>(added)[i] : static_cast<const float*>(added)[i];
-        mean[i] = static_cast<T>(decay * mean[i] + (1.0 - decay) * sum);
+        mean[i] = static_cast<T>(moving_average(mean[i], sum, decay));
         if (smoothed > 0.0) code[i] = static_cast<T>(mean[i] * inverse);
       }
     }

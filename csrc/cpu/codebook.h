@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../common/codebook.h"
 #include "isa.h"
 #include "view.h"
 
@@ -33,8 +34,7 @@ struct PackedCodes {
   float* residual = nullptr;       // at least the norm of what rounding to 16 bits took away, in units of 1 / kPairScale
 };
 
-constexpr float kNeverNearest = 1e30f;  // a half norm
-constexpr double kLargestNorm = 0.97;   // below which scale keeps all norms: sums of products of pairs then stay below 2^31
+// Norms of scaled codes are below kLargestNorm: sums of products of pairs then stay below 2^31.
 constexpr float kPairScale = 32768.0f;
 constexpr int64_t kLongestPairs = 4096;  // dimensions for which that holds with the rounding of each element
 constexpr int64_t kRowAlignment = 16;    // of the padded dim

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../common/layout.h"
 #include "tensor.h"
 
 namespace fastvae {
@@ -27,31 +28,9 @@ namespace {
 
 const GroupNormKernels& kernels() { return FASTVAE_SELECT_KERNELS(group_norm); }
 
-// The dimensions of the memory order with the channels last: batch, positions, channels.
-int64_t channels_last_dimension(int64_t place, int64_t dimensions) { return place == 0 ? 0 : (place == dimensions - 1 ? 1 : place + 1); }
-
-bool channels_are_last(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return false;
-  int64_t stride = 1;
-  for (int64_t place = tensor.dim() - 1; place >= 0; --place) {
-    int64_t d = channels_last_dimension(place, tensor.dim());
-    if (tensor.size(d) != 1 && tensor.stride(d) != stride) return false;
-    stride *= tensor.size(d);
-  }
-  return true;
-}
-
 Tensor empty_in_layout(const Tensor& like, bool channels_last) {
-  std::vector<int64_t> shape = shape_of(like);
-  if (!channels_last) return empty(shape, like.scalar_type());
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (int64_t place = like.dim() - 1; place >= 0; --place) {
-    int64_t d = channels_last_dimension(place, like.dim());
-    strides[d] = stride;
-    stride *= shape[d];
-  }
-  return empty_strided(shape, strides, like.scalar_type());
+  Sizes shape = shape_of(like);
+  return empty_strided(shape, strides_in_layout(shape, channels_last), like.scalar_type());
 }
 
 Tensor copy_in_layout(const Tensor& tensor, bool channels_last) {
@@ -60,21 +39,10 @@ Tensor copy_in_layout(const Tensor& tensor, bool channels_last) {
   return copy;
 }
 
-struct Sizes {
-  int64_t batch, channels, positions, groups;
-  bool channels_last;
-
-  Sizes(const Tensor& input, int64_t groups)
-      : batch(input.size(0)), channels(input.size(1)), positions(1), groups(groups), channels_last(channels_are_last(input)) {
-    for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
-  }
-
-  int64_t width() const { return channels / groups; }
-  int64_t group_elements() const { return width() * positions; }
-  // One position: the channels lie side by side in either layout.
-  bool channels_adjacent() const { return channels_last || positions == 1; }
-  Runs runs() const { return channels_adjacent() ? Runs(batch, positions * channels, channels) : Runs(batch * channels, positions, 1); }
-};
+Runs runs_of(const GroupedChannels& sizes) {
+  return sizes.channels_adjacent() ? Runs(sizes.batch, sizes.positions * sizes.channels, sizes.channels)
+                                   : Runs(sizes.batch * sizes.channels, sizes.positions, 1);
+}
 
 // Calls kernel(p, begin_item, end_item, scratch) for all items.
 template <class Kernel>
@@ -93,7 +61,7 @@ std::vector<double> parameter(const OptionalTensor& tensor, int64_t channels, do
 }
 
 struct Problem {
-  Sizes sizes;
+  GroupedChannels sizes;
   Tensor input;
   GroupNorm p;
   std::vector<double> weight, bias, centre, scale, offset, slope, constant;
@@ -101,7 +69,7 @@ struct Problem {
   Problem(const Tensor& tensor, int64_t groups, const OptionalTensor& weight_tensor, const OptionalTensor& bias_tensor, int64_t activation)
       : sizes(tensor, groups),
         input(sizes.channels_last ? tensor : dense(tensor)),
-        p{sizes.runs(), dtype_of(input), static_cast<Activation>(activation), input.const_data_ptr(), nullptr, nullptr, nullptr, {}, 1,
+        p{runs_of(sizes), dtype_of(input), static_cast<Activation>(activation), input.const_data_ptr(), nullptr, nullptr, nullptr, {}, 1,
           nullptr},
         weight(parameter(weight_tensor, sizes.channels, 1.0)),
         bias(parameter(bias_tensor, sizes.channels, 0.0)) {
@@ -116,9 +84,10 @@ struct Problem {
     for (auto* values : {&centre, &scale, &offset}) values->resize(count);
     for (int64_t i = 0; i < count; ++i) {
       int64_t group = i / width, channel = i % sizes.channels;
-      centre[i] = rounded(mean[group]);
-      scale[i] = rstd[group] * weight[channel];
-      offset[i] = bias[channel] - (mean[group] - centre[i]) * scale[i];
+      Affine affine = affine_of(mean[group], rounded(mean[group]), rstd[group], weight[channel], bias[channel]);
+      centre[i] = affine.centre;
+      scale[i] = affine.scale;
+      offset[i] = affine.offset;
     }
     p.channel = {centre.data(), scale.data(), offset.data(), nullptr, nullptr};
   }
@@ -126,7 +95,7 @@ struct Problem {
 
 // The moments of a group: the pieces' means and squared deviations, put together in their order (Chan, Golub and LeVeque 1983).
 void combine_moments(const Problem& problem, double eps, double* mean, double* rstd) {
-  const Sizes& sizes = problem.sizes;
+  const GroupedChannels& sizes = problem.sizes;
   const Runs& runs = problem.p.runs;
   int64_t per_slot = problem.p.groups;
   // Slots of a group, one behind the other: all pieces of its sample, or of its planes.
@@ -195,9 +164,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output
                                                        int64_t num_groups, int64_t activation) {
   Problem problem(input, num_groups, weight, bias, activation);
   GroupNorm& p = problem.p;
-  const Sizes& sizes = problem.sizes;
-  bool same_layout = sizes.channels_last ? channels_are_last(grad_output) : grad_output.is_contiguous();
-  Tensor grad = same_layout ? grad_output : copy_in_layout(grad_output, sizes.channels_last);
+  const GroupedChannels& sizes = problem.sizes;
+  Tensor grad = is_in_layout(grad_output, sizes.channels_last) ? grad_output : copy_in_layout(grad_output, sizes.channels_last);
   Tensor grad_input = empty_in_layout(input, sizes.channels_last), dense_mean = dense(mean), dense_rstd = dense(rstd);
   const auto* means = static_cast<const double*>(dense_mean.const_data_ptr());
   const auto* rstds = static_cast<const double*>(dense_rstd.const_data_ptr());
@@ -219,16 +187,17 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output
     double grad_sum = 0.0, projection = 0.0;
     for (int64_t i = first; i < first + width; ++i) {
       int64_t channel = i % sizes.channels;
-      double normal = rstds[group] * (weighted[i] - (means[group] - problem.centre[i]) * plain[i]);
+      double normal = sum_of_normal(means[group], problem.centre[i], rstds[group], plain[i], weighted[i]);
       grad_weight[channel] += normal;
       grad_bias[channel] += plain[i];
       grad_sum += problem.weight[channel] * plain[i];
       projection += problem.weight[channel] * normal;
     }
     double elements = static_cast<double>(sizes.group_elements());
+    Through through = through_statistics(means[group], problem.centre[first], rstds[group], grad_sum, projection, elements);
     for (int64_t i = first; i < first + width; ++i) {
-      problem.slope[i] = -rstds[group] * rstds[group] * projection / elements;
-      problem.constant[i] = -rstds[group] * grad_sum / elements - (means[group] - problem.centre[i]) * problem.slope[i];
+      problem.slope[i] = through.slope;
+      problem.constant[i] = through.constant;
     }
   }
   p.channel.slope = problem.slope.data();

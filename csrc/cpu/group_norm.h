@@ -1,12 +1,11 @@
 // What the group norm operators ask of their kernels.
 #pragma once
 
+#include "../common/group_norm.h"
 #include "isa.h"
 #include "view.h"
 
 namespace fastvae {
-
-enum class Activation : int64_t { none = 0, silu = 1 };
 
 // The tensor as runs of adjacent elements whose channels repeat: a sample with the channels last (channels side by side, `channels` of
 // them), or one plane of a contiguous tensor (one channel). An item is a piece of a run or several whole runs, by sizes alone, so that

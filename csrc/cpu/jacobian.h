@@ -1,13 +1,11 @@
 // What the Jacobian operators ask of their kernels.
 #pragma once
 
+#include "../common/jacobian.h"
 #include "isa.h"
 #include "view.h"
 
 namespace fastvae {
-
-// The numbers are those of fastvae/_ops.py.
-enum class Activation : int64_t { identity, sigmoid, tanh, relu, leaky_relu, elu, softplus, silu, gelu, gelu_tanh };
 
 // Hidden units that one item of work takes: their columns of the hidden values, their rows of the weight. A multiple of every vector.
 constexpr int64_t kUnits = 32;

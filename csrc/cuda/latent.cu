@@ -39,7 +39,7 @@ struct Place {
   int64_t first, end;
 
   __device__ __forceinline__ int64_t element(int run) const { return first + run * kNoiseLanes; }
-  __device__ __forceinline__ int count(int run) const { return static_cast<int>(most(least(end - element(run), kVector), 0)); }
+  __device__ __forceinline__ int count(int run) const { return vector_count(end - element(run)); }
   __device__ __forceinline__ bool whole() const { return element(kRuns - 1) + kVector <= end; }
 };
 
@@ -395,9 +395,6 @@ struct Arguments {
   std::optional<int64_t> num_samples;
   double clamp_min, clamp_max;
 };
-
-// Copies of tensors whose layout no kernel reads, alive as long as the launch.
-using Copies = std::vector<Tensor>;
 
 // The dimensions after the first follow each other; what lies between its entries does not matter.
 bool has_dense_rows(const Tensor& tensor) {

@@ -33,6 +33,10 @@ class Launch {
     return allocate(shape, dtype, aoti_torch_device_type_cuda(), device_);
   }
 
+  Tensor empty_strided(const Sizes& shape, const Sizes& strides, ScalarType dtype) const {
+    return allocate_strided(shape, strides, dtype, aoti_torch_device_type_cuda(), device_);
+  }
+
   Workspace workspace() { return workspace_of(device_, stream_, &keep_); }
 
   void fill(const Tensor& tensor, int byte) const {

@@ -67,6 +67,28 @@ __device__ __forceinline__ void load(const T* from, int count, bool fast, float 
   }
 }
 
+// A thread's elements of a step, all loaded before the first is used; those that there are not are 0.
+using Values = float[kRuns][kVector];
+
+template <class From>
+__device__ __forceinline__ void load_values(const From* from, int64_t first, int64_t numel, bool vector, Values& to) {
+  if (vector && first + (kRuns - 1) * kNoiseLanes + kVector <= numel) {
+    Vector<From> raw[kRuns];
+#pragma unroll
+    for (int j = 0; j < kRuns; ++j) raw[j] = *reinterpret_cast<const Vector<From>*>(from + first + j * kNoiseLanes);
+#pragma unroll
+    for (int j = 0; j < kRuns; ++j)
+      for (int k = 0; k < kVector; ++k) to[j][k] = widen(raw[j].v[k]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kRuns; ++j)
+      for (int k = 0; k < kVector; ++k) {
+        int64_t element = first + j * kNoiseLanes + k;
+        to[j][k] = element < numel ? widen(from[element]) : 0.0f;
+      }
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void store(T* to, int count, bool fast, const float (&from)[kVector]) {
   if (fast) {

@@ -30,6 +30,9 @@ FASTVAE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; 
 FASTVAE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTVAE_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// How many elements a vector has, of the `rest` that are left.
+FASTVAE_INLINE int vector_count(int64_t rest) { return static_cast<int>(most(least(rest, kVector), 0)); }
+
 // The element that a thread's vector begins with, counted from the block's step.
 FASTVAE_INLINE int vector_offset(int thread, int run) { return thread / kWarp * kNoiseTile + run * kNoiseLanes + thread % kWarp * kVector; }
 

@@ -61,28 +61,6 @@ __device__ __forceinline__ void load_operand(const Operand& operand, int64_t fir
   for (int k = 0; k < kVector; ++k) to[k] = k < count ? operand_value<T>(operand, value_index(operand, first + k)) : 0.0f;
 }
 
-// A thread's elements, all loaded before the first is used.
-using Values = float[kRuns][kVector];
-
-template <class From>
-__device__ __forceinline__ void load_values(const From* from, int64_t first, int64_t numel, bool vector, Values& to) {
-  if (vector && first + (kRuns - 1) * kNoiseLanes + kVector <= numel) {
-    Vector<From> raw[kRuns];
-#pragma unroll
-    for (int j = 0; j < kRuns; ++j) raw[j] = *reinterpret_cast<const Vector<From>*>(from + first + j * kNoiseLanes);
-#pragma unroll
-    for (int j = 0; j < kRuns; ++j)
-      for (int k = 0; k < kVector; ++k) to[j][k] = widen(raw[j].v[k]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kRuns; ++j)
-      for (int k = 0; k < kVector; ++k) {
-        int64_t element = first + j * kNoiseLanes + k;
-        to[j][k] = element < numel ? widen(from[element]) : 0.0f;
-      }
-  }
-}
-
 __device__ __forceinline__ void load_target(const void* from, DType dtype, int64_t first, int64_t numel, bool vector, Values& to) {
   switch (dtype) {
     case DType::float32:
@@ -133,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 6) loss_kernel(const __grid_constant
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = first + j * kNoiseLanes;
-      int count = static_cast<int>(most(least(p.numel - element, kVector), 0));
+      int count = vector_count(p.numel - element);
       bool fast = count == kVector;
       float extra[kVector] = {}, weight[kVector];
       if (kReadsExtra<Terms>) load_operand<T>(p.extra, element, count, extra);
@@ -222,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(const __grid_constant
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = base + vector_offset(threadIdx.x, j);
-      int count = static_cast<int>(most(least(end - element, kVector), 0));
+      int count = vector_count(end - element);
       bool fast = p.vector && count == kVector;
       float values[kVector];
       load(p.from + element, count, fast, values);
@@ -239,11 +217,6 @@ struct Arguments {
   const OptionalTensor &weight, &pos_weight, &logvar;
   Likelihood likelihood;
 };
-
-// Copies of tensors that no kernel reads as they are, alive as long as the launch.
-using Copies = std::vector<Tensor>;
-
-const Tensor& readable(const Tensor& tensor, Copies& copies) { return copies.emplace_back(dense(tensor)); }
 
 // A tensor that broadcasts to `shape` over all but one run of dimensions, or over none.
 template <class T>

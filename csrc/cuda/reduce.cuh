@@ -31,6 +31,21 @@ __device__ __forceinline__ T block_sum(T value) {
   return total;
 }
 
+// Over the threads of the block whose numbers differ in the bits `from` <= bit < `to` alone, powers of two; each gets the sum.
+template <class T>
+__device__ __forceinline__ T sum_across(T value, int from, int to) {
+  for (int offset = from; offset < to && offset < kWarp; offset *= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  if (to <= kWarp) return value;
+  __shared__ T parts[kThreads];
+  parts[threadIdx.x] = value;
+  __syncthreads();
+  int first = threadIdx.x / to * to + threadIdx.x % kWarp;
+  T total = parts[first];
+  for (int warp = 1; warp < to / kWarp; ++warp) total += parts[first + warp * kWarp];
+  __syncthreads();
+  return total;
+}
+
 // Whether the other blocks that share the ticket have been here; what they wrote before is then visible to this one.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   __shared__ bool last;

@@ -49,10 +49,11 @@ class _VectorQuantize(torch.autograd.Function):
 def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     r"""The nearest code of each vector, exactly: :math:`\arg\min_k \lVert x - c_k \rVert^2`, without the matrix of all distances.
 
-    With the backends ``cpp`` and ``triton`` the index is that of the smallest real-valued distance between the given inputs, the lowest one
-    where distances are equal: a low-precision product leaves the codes that its rounding error cannot rule out, and float64, then exact
-    arithmetic, decides among them (for float64 inputs: float64). It does not depend on the number of threads or the instruction set. A
-    vector with NaN or infinite values has the index 0.
+    With the backends ``cpp``, ``cuda`` and ``triton`` the index is that of the smallest real-valued distance between the given inputs, the
+    lowest one where distances are equal: a low-precision product leaves the codes that its rounding error cannot rule out, and float64,
+    then exact arithmetic, decides among them (for float64 inputs: float64). It does not depend on the number of threads or the instruction
+    set. A vector with NaN or infinite values has the index 0. A codebook on a GPU is not checked for such values, which would wait for it:
+    with ``cuda`` and ``triton`` a code that has one is never the nearest.
 
     Args:
         x: vectors, ``(..., dim)``; float32, bfloat16, float16 or float64. With several heads ``(heads, ..., dim)``.
@@ -64,7 +65,6 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) ->
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it; on the CPU also for a codebook with NaN or infinite values.
-            A GPU's codebook is not looked at, which would wait for the device; with ``triton`` such a code is never the nearest.
     """
     rows, codes = _flatten(x, codebook)
     backend = _backend.resolve("codebook_nearest", x.device, torch.promote_types(x.dtype, codebook.dtype))

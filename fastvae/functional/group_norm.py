@@ -82,7 +82,7 @@ def group_norm_silu(
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps!r}, takes a finite number >= 0")
     check_choice("activation", activation, NORM_ACTIVATIONS)
-    backend = _backend.resolve("group_norm_forward", input.device, input.dtype)
+    backend = _backend.resolve("group_norm_forward", input.device, input.dtype, input.numel())
     return apply(_GroupNorm, input, num_groups, weight, bias, float(eps), NORM_ACTIVATIONS[activation], backend)[0]
 
 

@@ -20,8 +20,9 @@ from fastvae.reference.jacobian import DEFAULT_ALPHAS
 METHODS = ("auto", "closed_form", "gram", "projection", "autograd")
 NORM_REDUCTIONS = ("batchmean", "sum", "sample")
 
-# Elements of a scaled matrix: enough that starting the threads costs nothing beside the product, few enough to stay in a cache.
-_GRAM_ELEMENTS = 1 << 19
+# Elements of a scaled matrix: few enough that memory does not grow with the batch, enough that what each part costs beside its products
+# (calls, starting threads) does not count.
+_GRAM_ELEMENTS = 1 << 21
 
 
 class _ContractivePenalty(torch.autograd.Function):
@@ -107,7 +108,7 @@ def contractive_penalty(
     check_choice("activation", activation, ACTIVATIONS)
     _check_layer(hidden, weight)
     number, scale = check_reduction(reduction), check_scale(grad_scale)
-    backend = _backend.resolve("jacobian_forward", hidden.device, hidden.dtype)
+    backend = _backend.resolve("jacobian_forward", hidden.device, hidden.dtype, hidden.numel())
     with_grads = _written_gradients(hidden, weight, reduction, scale)
     return apply(
         _ContractivePenalty, hidden, weight, ACTIVATIONS[activation], _check_alpha(activation, alpha), number, scale, *with_grads, backend
@@ -157,11 +158,11 @@ class _GramNorms(NamedTuple):
 
 
 def _gram_norms(left, inner, outer, gram, weights, with_grad, backend) -> _GramNorms:
-    """|S V|^2 = <S V, S V G> for S V = ``outer left inner`` and G = ``gram``, some samples at a time: the matrices stay in a cache."""
+    """|S V|^2 = <S V, S V G> for S V = ``outer left inner`` and G = ``gram``, some samples at a time, which bounds the memory."""
     scale, reduce = OVERLOADS["jacobian_gram_scale", backend], OVERLOADS["jacobian_gram_reduce", backend]
     rows, columns = outer.shape[1], inner.shape[1]
     count = max(_GRAM_ELEMENTS // max(rows * columns, 1), 1)
-    parts = []
+    parts, grad_gram = [], None
     for start in range(0, outer.shape[0], count):
         chunk = slice(start, start + count)
         lefts, inners, outers = left[chunk] if left.ndim == 3 else left, inner[chunk], outer[chunk]
@@ -170,23 +171,34 @@ def _gram_norms(left, inner, outer, gram, weights, with_grad, backend) -> _GramN
         if weights is not None:
             weighted_outers = outers * weights[chunk].unsqueeze(1)
             weighted = scaled * weights[chunk].repeat_interleave(rows).unsqueeze(1)
-        dots, grad_inner, grad_left = reduce(lefts, inners, weighted_outers, scaled @ gram, with_grad)
-        grad_gram = _symmetric_product(scaled, weighted) if with_grad else gram
-        parts.append((dots, grad_left, grad_inner, grad_gram))
+        parts.append(reduce(lefts, inners, weighted_outers, scaled @ gram, with_grad))
+        if with_grad:
+            grad_gram = _add_symmetric_product(grad_gram, scaled, weighted)
     if not parts:
         return _GramNorms(outer.sum(1), *(torch.zeros_like(t) for t in (left, inner, outer, gram)))
-    dots, lefts, inners, grams = zip(*parts, strict=True)
+    dots, inners, lefts = zip(*parts, strict=True)
     dots = torch.cat(dots)
     grad_outer = 2 * dots if weights is None else 2 * dots * weights.unsqueeze(1)
-    grad_left = torch.cat(lefts) if left.ndim == 3 else torch.stack(lefts).sum(0)
-    return _GramNorms((outer * dots).sum(1), 2 * grad_left, 2 * torch.cat(inners), grad_outer, torch.stack(grams).sum(0))
+    grad_left = torch.cat(lefts) if left.ndim == 3 else sum(lefts[1:], lefts[0])
+    grad_gram = gram if grad_gram is None else _mirrored(grad_gram)
+    return _GramNorms((outer * dots).sum(1), 2 * grad_left, 2 * torch.cat(inners), grad_outer, grad_gram)
 
 
-def _symmetric_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a.T @ b`` where that is symmetric: a quarter of it is not computed but copied."""
+def _add_symmetric_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Adds ``a.T @ b``, which is symmetric, to ``total``, but for the lower left quarter."""
     half = a.shape[1] // 2
-    top, corner = a[:, :half].T @ b, a[:, half:].T @ b[:, half:]
-    return torch.cat([top, torch.cat([top[:, half:].T, corner], dim=1)])
+    if total is None:
+        total = a.new_zeros((a.shape[1], a.shape[1]))
+    total[:half].addmm_(a[:, :half].T, b)
+    total[half:, half:].addmm_(a[:, half:].T, b[:, half:])
+    return total
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """Writes the lower left quarter of a symmetric matrix."""
+    half = total.shape[1] // 2
+    total[half:, :half].copy_(total[:half, half:].T)
+    return total
 
 
 class _GramPenalty(torch.autograd.Function):
@@ -226,7 +238,7 @@ class _GramPenalty(torch.autograd.Function):
 def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, reduction: str) -> Tensor:
     tensors = left, inner, outer, lower
     with_grad = reduction != "sample" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    backend = _backend.resolve("jacobian_gram_scale", left.device, left.dtype)
+    backend = _backend.resolve("jacobian_gram_scale", left.device, left.dtype, outer.numel() * inner.shape[1])
     return apply(_GramPenalty, *tensors, REDUCTIONS[reduction], with_grad, backend)[0]
 
 

@@ -218,7 +218,8 @@ def _noise_source(mu, shape, eps, generator, seed):
         raise TypeError(f"seed: got {type(seed).__name__}, takes an integer or a 0-dim int64 tensor")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, takes an integer of 64 bits")
-    return None, torch.tensor(seed, dtype=torch.int64, device=mu.device)
+    # Not torch.tensor, whose copy to a GPU waits for it.
+    return None, torch.full((), seed, dtype=torch.int64, device=mu.device)
 
 
 def _keeps_noise(backend, seed, mu, logvar):

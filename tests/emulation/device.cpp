@@ -8,6 +8,20 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return AOTI_TORCH_SUCCESS;
 }
 
+#undef aoti_torch_empty_strided
+AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, AtenTensorHandle*);
+
+AOTITorchError emulated_empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type,
+                                      int32_t device_index, AtenTensorHandle* tensor) {
+  AOTITorchError error = aoti_torch_empty_strided(dimensions, sizes, strides, dtype, device_type, device_index, tensor);
+  void* data = nullptr;
+  int64_t bytes = 0;
+  if (error == AOTI_TORCH_SUCCESS) error = aoti_torch_get_data_ptr(*tensor, &data);
+  if (error == AOTI_TORCH_SUCCESS) error = aoti_torch_get_storage_size(*tensor, &bytes);
+  if (error == AOTI_TORCH_SUCCESS && bytes > 0) memset(data, 0xff, static_cast<size_t>(bytes));
+  return error;
+}
+
 AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
   *guard = nullptr;
   return AOTI_TORCH_SUCCESS;
@@ -16,14 +30,37 @@ AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
 AOTITorchError emulated_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
 
 __attribute__((visibility("default"))) void set_capturing(int capturing) { emulation::capturing = capturing != 0; }
+
+__attribute__((visibility("default"))) int64_t emulated_wide_additions() { return emulation::wide_additions; }
 }
 
-// The arithmetic of csrc/cuda/partition.h and noise.cuh, for tests.
+// The arithmetic of csrc/cuda/partition.h, codebook_partition.h, group_norm.h and noise.cuh, for tests.
+#include "cuda/codebook_partition.h"
+#include "cuda/group_norm.h"
 #include "cuda/noise.cuh"
 
 namespace {
 
 fastvae::RowSums row_sums(int64_t length, int64_t numel, int64_t chunk) { return {fastvae::divider(length), numel, chunk}; }
+
+// How often each element is read and the channel that it is taken for; the most vectors of a thread.
+template <bool kLast>
+int64_t visit(const fastvae::NormBlocks& blocks, int64_t* visits, int64_t* channels) {
+  int64_t most = 0;
+  for (int64_t block = 0; block < blocks.count(); ++block)
+    for (int thread = 0; thread < fastvae::kThreads; ++thread) {
+      int64_t rest = block / blocks.tiles;
+      auto walk = fastvae::walk_of<kLast>(blocks, rest / blocks.splits, block % blocks.tiles, rest % blocks.splits, thread);
+      int64_t vectors = 0;
+      for (; walk.rest > 0; walk.skip(1), ++vectors)
+        for (int k = 0; k < walk.count(0); ++k) {
+          visits[walk.element + k] += 1;
+          channels[walk.element + k] = walk.channel + (kLast ? k : 0);
+        }
+      most = std::max(most, vectors);
+    }
+  return most;
+}
 
 }  // namespace
 
@@ -66,4 +103,59 @@ EXPORT void emulated_normals(int64_t seed, int64_t first, int lane, float* out) 
   float normals[fastvae::kRuns];
   fastvae::normals_from(fastvae::noise_key(&seed), first, lane, normals);
   for (int j = 0; j < fastvae::kRuns; ++j) out[j] = normals[j];
+}
+
+EXPORT void emulated_norm_blocks(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t last, int64_t itemsize,
+                                 int64_t max_blocks, int64_t* out) {
+  fastvae::NormBlocks b = fastvae::blocks_of(batch, channels, positions, groups, last != 0, itemsize, max_blocks);
+  int64_t values[] = {b.tile, b.tiles, b.piece, b.splits, b.team, b.on_chip};
+  std::copy(std::begin(values), std::end(values), out);
+}
+
+EXPORT int64_t emulated_norm_visits(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t last, int64_t itemsize,
+                                    int64_t max_blocks, int64_t* out) {
+  fastvae::NormBlocks b = fastvae::blocks_of(batch, channels, positions, groups, last != 0, itemsize, max_blocks);
+  int64_t numel = batch * channels * positions;
+  return last ? visit<true>(b, out, out + numel) : visit<false>(b, out, out + numel);
+}
+
+EXPORT void emulated_screen_grid(int64_t heads, int64_t rows, int64_t codes, int64_t dim, int64_t* out) {
+  fastvae::CodeLayout layout = fastvae::code_layout(codes, dim);
+  fastvae::ScreenGrid grid = fastvae::screen_grid(heads, rows, layout);
+  out[0] = grid.tile_rows;
+  out[1] = grid.tiles;
+  out[2] = grid.splits;
+  out[3] = grid.codes_per_split;
+  out[4] = layout.padded_codes;
+}
+
+EXPORT void emulated_code_layout(int64_t codes, int64_t dim, int64_t* out) {
+  fastvae::CodeLayout layout = fastvae::code_layout(codes, dim);
+  out[0] = layout.padded_codes;
+  out[1] = layout.padded_dim;
+  out[2] = layout.slots;
+}
+
+EXPORT void emulated_code_element(int64_t codes, int64_t dim, int64_t code, int64_t d, int64_t* out) {
+  out[0] = fastvae::code_element(fastvae::code_layout(codes, dim), code, d);
+}
+
+EXPORT void emulated_sort_parts(int64_t rows, int64_t* out) {
+  fastvae::SortParts parts = fastvae::sort_parts(rows);
+  out[0] = parts.rows_per_part;
+  out[1] = parts.parts;
+}
+
+EXPORT void emulated_crosses_pieces(int64_t start, int64_t end, int64_t* out) { out[0] = fastvae::crosses_pieces(start, end); }
+
+EXPORT void emulated_piece_slot(int64_t piece, int64_t start, int64_t* out) { out[0] = fastvae::piece_slot(piece, start); }
+
+// The two least of some scores, those from `cut` on kept apart and merged.
+EXPORT void emulated_best(const float* scores, int64_t count, int64_t cut, float* out) {
+  fastvae::Best first = fastvae::no_best(), rest = fastvae::no_best();
+  for (int64_t i = 0; i < count; ++i) fastvae::keep_best(i < cut ? first : rest, scores[i], static_cast<int32_t>(i));
+  fastvae::merge_best(first, rest);
+  out[0] = first.least;
+  out[1] = first.second;
+  out[2] = static_cast<float>(first.code);
 }

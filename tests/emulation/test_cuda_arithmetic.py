@@ -1,4 +1,4 @@
-"""How launches are cut, and where the parts of sums go: csrc/cuda/partition.h and the numbering of the noise."""
+"""How launches are cut, and where the parts of sums go: csrc/cuda/partition.h and group_norm.h, and the numbering of the noise."""
 
 import ctypes
 
@@ -14,12 +14,12 @@ STEP, TILE, WARP, THREADS = 2048, 512, 32, 128
 
 @pytest.fixture(scope="module")
 def call(emulated):
-    def function(name, *arguments, out=0):
+    def function(name, *arguments, out=0, returned=False):
         symbol = getattr(emulated, f"emulated_{name}")
         symbol.restype = ctypes.c_int64
         results = (ctypes.c_int64 * max(out, 1))()
         value = symbol(*(ctypes.c_int64(a) for a in arguments), *((results,) if out else ()))
-        return list(results) if out else value
+        return (value, list(results)) if returned else list(results) if out else value
 
     return function
 
@@ -97,3 +97,76 @@ def test_normals_from_any_element_are_those_of_the_numbering(emulated, first):
         emulated.emulated_normals(ctypes.c_int64(7), ctypes.c_int64(first), ctypes.c_int(lane), out)
         expected = oracle[[first + lane + 128 * j for j in range(4)]]
         torch.testing.assert_close(torch.tensor(list(out)), expected, rtol=0, atol=2e-6)
+
+
+NORM_BLOCKS = ("tile", "tiles", "piece", "splits", "team", "on_chip")
+each_norm_layout = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "last"])
+
+
+@each_norm_layout
+@given(
+    batch=st.integers(1, 3),
+    groups=st.sampled_from((1, 2, 3, 8)),
+    width=st.sampled_from((1, 2, 3, 4, 7, 16, 33, 130)),
+    positions=st.sampled_from((1, 2, 3, 4, 15, 16, 49, 64, 100, 256, 529, 2500)),
+    itemsize=st.sampled_from((2, 4)),
+    max_blocks=st.sampled_from((1, 16, 2048)),
+)
+def test_threads_read_each_element_of_a_group_once(call, last, batch, groups, width, positions, itemsize, max_blocks):
+    channels = groups * width
+    numel = batch * channels * positions
+    sizes = batch, channels, positions, groups, last, itemsize, max_blocks
+    most, results = call("norm_visits", *sizes, out=2 * numel, returned=True)
+    assert results[:numel] == [1] * numel
+    place = torch.arange(channels).view(1, 1, -1) if last else torch.arange(channels).view(1, -1, 1)
+    order = (batch, positions, channels) if last else (batch, channels, positions)
+    assert results[numel:] == place.expand(order).flatten().tolist()
+    # On chip a thread has a fixed number of registers for them.
+    assert most <= 8 or not call("norm_blocks", *sizes, out=6)[-1]
+
+
+@each_norm_layout
+@given(
+    batch=st.integers(1, 2**12),
+    groups=st.integers(1, 64),
+    width=st.integers(1, 300),
+    positions=st.integers(1, 2**26),
+    itemsize=st.sampled_from((2, 4)),
+)
+def test_blocks_of_group_norm(call, last, batch, groups, width, positions, itemsize):
+    blocks = dict(zip(NORM_BLOCKS, call("norm_blocks", batch, groups * width, positions, groups, last, itemsize, 2048, out=6), strict=True))
+    assert blocks["team"] & (blocks["team"] - 1) == 0
+    assert blocks["tiles"] * blocks["tile"] >= groups * width > (blocks["tiles"] - 1) * blocks["tile"]
+    assert blocks["splits"] * blocks["piece"] >= positions > (blocks["splits"] - 1) * blocks["piece"]
+    # Enough to fill a GPU, and no more than twice that but for the batch and the channels.
+    assert blocks["splits"] == 1 or batch * blocks["tiles"] * blocks["splits"] <= 2 * 2048
+    # Vectors of a piece are aligned where those of the first are, and a warp shuffles only among its own threads.
+    assert blocks["splits"] == 1 or blocks["piece"] % 4 == 0
+    assert blocks["team"] <= (32 if last else THREADS)
+    if blocks["on_chip"]:
+        assert (blocks["tile"], blocks["tiles"], blocks["splits"]) == (width, groups, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        # Groups of 4096 elements are held, of more or of narrow channels read twice.
+        ((2, 512, 256, 32, False, 2), {"on_chip": 1, "team": 8}),
+        ((2, 512, 256, 32, True, 2), {"on_chip": 1, "team": 4}),
+        ((2, 512, 512, 32, False, 2), {"on_chip": 0, "team": 32, "tile": 4}),
+        ((2, 512, 512, 32, True, 2), {"on_chip": 0, "team": 32, "tile": 128}),
+        ((2, 128, 64, 32, True, 2), {"on_chip": 0}),
+        ((2, 128, 64, 32, True, 4), {"on_chip": 0}),
+        ((2, 256, 64, 32, True, 4), {"on_chip": 1}),
+        # One position: the channels lie side by side, and a group is as wide as its bytes.
+        ((64, 128, 1, 32, True, 2), {"on_chip": 1, "team": 1}),
+        # A large image: its pieces fill the GPU.
+        ((1, 128, 2**20, 32, False, 2), {"on_chip": 0, "team": 128, "tile": 1, "splits": 16}),
+        ((1, 128, 2**20, 32, True, 2), {"on_chip": 0, "tiles": 1, "splits": 2048}),
+        ((64, 128, 2**14, 32, True, 2), {"on_chip": 0, "splits": 32}),
+    ],
+    ids=str,
+)
+def test_known_blocks_of_group_norm(call, sizes, expected):
+    blocks = dict(zip(NORM_BLOCKS, call("norm_blocks", *sizes, 2048, out=6), strict=True))
+    assert {name: blocks[name] for name in expected} == expected

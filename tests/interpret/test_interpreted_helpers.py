@@ -10,7 +10,7 @@ from _helpers import NOISE_TOLERANCE
 
 from fastvae.kernels import _device
 from fastvae.kernels._index import divide, first_chunk
-from fastvae.kernels._math import log1p_unit, log_positive, sincos_turn
+from fastvae.kernels._math import expm1, log1p_unit, log_positive, logistic, sincos_turn, standard_normal
 from fastvae.kernels._philox import LANES, STREAMS, TILE, box_muller, draw_words, normal, philox4x32
 from fastvae.kernels._reduce import is_last, sum_programs, sum_slots
 from fastvae.reference import latent as reference
@@ -113,6 +113,30 @@ def test_functions_against_float64():
     torch.testing.assert_close(log1p.double(), unit.double().log1p(), rtol=2e-7, atol=1e-37)
     torch.testing.assert_close(sine.double(), angle.sin(), rtol=0, atol=2e-7)
     torch.testing.assert_close(cosine.double(), angle.cos(), rtol=0, atol=2e-7)
+
+
+@triton.jit
+def functions_of_any(x, out, COUNT: tl.constexpr):
+    offset = tl.arange(0, COUNT)
+    value = tl.load(x + offset)
+    logistics, normals = logistic(value), standard_normal(value)
+    tl.store(out + offset, expm1(value))
+    for j in tl.static_range(2):
+        tl.store(out + (1 + j) * COUNT + offset, logistics[j])
+        tl.store(out + (3 + j) * COUNT + offset, normals[j])
+
+
+def test_functions_of_any_number_against_float64():
+    x = torch.cat([torch.linspace(-12, 12, 8188), torch.tensor([0.0, math.inf, -math.inf, math.nan])])
+    out = torch.empty((5, x.numel()))
+    functions_of_any[(1,)](x, out, COUNT=x.numel())
+    wide = x.double()
+    for ours, wanted in zip(out, (wide.expm1(), wide.sigmoid(), (-wide).sigmoid()), strict=False):
+        torch.testing.assert_close(ours.double(), wanted, rtol=6e-7, atol=1e-37, equal_nan=True)
+    # Rounding -x^2 / 2 makes itself felt in its exponential.
+    normals = (-0.5 * wide.square()).exp() / math.sqrt(2 * math.pi), 0.5 * torch.erfc(-wide * math.sqrt(0.5))
+    for ours, wanted in zip(out[3:], normals, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=5e-6, atol=1e-37, equal_nan=True)
 
 
 @triton.jit

@@ -6,7 +6,7 @@
 #include <memory>
 #include <new>
 
-#include "codebook_exact.h"
+#include "../../common/codebook.h"
 #include "codebook_screen.h"
 #include "tiles.h"
 
@@ -58,24 +58,13 @@ bool measure(const Search& s, int64_t head, int64_t begin, int64_t end, double* 
     for (int64_t d = 0; d < s.dim; ++d) {
       double centred = code[d] - mean[d];
       square += centred * centred;
-      uint64_t bits;
-      memcpy(&bits, &code[d], sizeof bits);
-      bits = code[d] == 0.0 ? 0 : bits;
-      hash += (bits ^ (bits >> 27)) * (static_cast<uint64_t>(2 * d + 1) * 0x9e3779b97f4a7c15u);
+      hash += hash_of_element(code[d], d);
     }
     norms[k] = std::sqrt(square);
     hashes[k] = hash ^ (hash >> 31);
   }
   return finite;
 }
-
-// The error of a float sum of `terms` products, relative to the sum of their absolute values.
-float rounding_of_sum(int64_t terms) {
-  double n = static_cast<double>(terms) * 0x1p-24;
-  return static_cast<float>(n < 0.5 ? n / (1.0 - n) : 1.0);
-}
-
-constexpr float kUnderflow = 0x1p-110f;  // more than all products of one score that vanish
 
 #if defined(__AVX512VNNI__)
 void pack_pairs(const PackedCodes& packed, const float* code, int64_t k, int64_t dim) {
@@ -126,9 +115,14 @@ void pack(const Search& s, int64_t head, const std::vector<bool>& skipped, int64
   }
 }
 
-enum class Row : uint8_t { usual, not_finite, too_large };
+double squared_distance(const double* x, const double* code, int64_t dim) {
+  double total = 0.0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t d = 0; d < dim; ++d) total += (x[d] - code[d]) * (x[d] - code[d]);
+  return total;
+}
 
-constexpr float kLargestRow = 0x1p60f;  // norms of scaled rows beyond it could overflow
+enum class Row : uint8_t { usual, not_finite, too_large };
 
 // Sums and other loops over padded rows, whole vectors at a time.
 template <class F>
@@ -166,9 +160,7 @@ class Searcher {
         wide_x_(search.dim),
         wide_best_(search.dim),
         wide_code_(search.dim),
-        rounding_(rounding_of_sum(search.dim + 16)),
-        norm_factor_(1.0f + 2.0f * rounding_),
-        norm_underflow_(0x1p-60f * std::sqrt(static_cast<float>(search.dim))) {
+        errors_(score_errors(search.dim)) {
     std::fill(static_cast<T*>(x_), x_ + stride_, T(0));
     std::fill(static_cast<T*>(mean_), mean_ + stride_, T(0));
   }
@@ -199,9 +191,6 @@ class Searcher {
   SearchCounts counts;
 
  private:
-  // A norm from its square as float arithmetic gives it, rounded up.
-  float norm_at_least(float square) const { return std::sqrt(square) * norm_factor_ + norm_underflow_; }
-
   // Row i of the block, centred and scaled, its norm, and whether it can be screened at all.
   void prepare(int64_t i) {
     const T* x = load_row<T>(s_.x, head_, first_row_ + i, s_.dim, x_);
@@ -217,7 +206,7 @@ class Searcher {
       row[d] = static_cast<float>((x[d] - mean[d]) * scale);
       return row[d] * row[d];
     });
-    norm_[i] = norm_at_least(square);
+    norm_[i] = norm_at_least(errors_, square);
     kind_[i] = Row::usual;
     if (!(norm_[i] < kLargestRow)) {
       kind_[i] = convert_row(s_.x, head_, first_row_ + i, s_.dim, wide_x_) ? Row::too_large : Row::not_finite;
@@ -228,9 +217,7 @@ class Searcher {
   }
 
   // At least the error of a score in float arithmetic.
-  float float_error(int64_t k, float row_norm) const {
-    return rounding_ * (packed_->half_norm[k] + row_norm * packed_->norm[k]) + kUnderflow;
-  }
+  float float_error(int64_t k, float row_norm) const { return score_error(errors_, packed_->half_norm[k], packed_->norm[k], row_norm); }
 
   void screen_floats(int64_t done, int64_t count, int64_t tiles) {
     float* steps = steps_;
@@ -263,7 +250,7 @@ class Searcher {
       residual = square > residual ? square : residual;
     }
     // A row itself was rounded to float before.
-    residual = norm_at_least(residual) + 0x1p-22f * largest;
+    residual = norm_at_least(errors_, residual) + 0x1p-22f * largest;
     largest += residual;
 
     float product_scale = scale * kPairScale, residual_scale = residual * kPairScale;
@@ -376,12 +363,12 @@ class Searcher {
       distances_[c] = squared_distance(wide_x_, wide_row(candidates_[c], wide_code_), s_.dim);
       best = distances_[c] < best ? distances_[c] : best;
     }
-    double bound = best * (1.0 + 2.0 * static_cast<double>(s_.dim + 8) * 0x1p-52);
+    double bound = near_tie(best, s_.dim);
     int64_t nearest = -1;
     for (size_t c = 0; c < candidates_.size(); ++c) {
       if (!(distances_[c] <= bound)) continue;
       int64_t k = candidates_[c];
-      int order = nearest < 0 ? -1 : compare_distances(wide_x_, wide_row(k, wide_code_), wide_row(nearest, wide_best_), s_.dim);
+      int order = nearest < 0 ? -1 : compare_distances(wide_x_, wide_row(k, wide_code_), wide_row(nearest, wide_best_), s_.dim, exact_);
       // On an exact tie the lowest index.
       if (order < 0 || (order == 0 && k < nearest)) nearest = k;
     }
@@ -427,7 +414,9 @@ class Searcher {
 #endif
   Buffer<T> x_, mean_, code_, out_;
   Buffer<double> wide_x_, wide_best_, wide_code_;
-  float rounding_, norm_factor_, norm_underflow_, largest_norm_ = 0.0f;
+  ScoreErrors errors_;
+  ExactSum exact_;
+  float largest_norm_ = 0.0f;
   float norm_[kBlockRows];
   Row kind_[kBlockRows];
   std::vector<int64_t> candidates_;
@@ -462,17 +451,12 @@ T dot(const T* a, const T* b, int64_t dim) {
 // gradient <- its image under the transpose of the rotation and scaling that take x to the code; `between` is a buffer.
 template <class T>
 void rotate_back(const T* x, const T* code, int64_t dim, T* between, T* gradient) {
-  T tiny = std::numeric_limits<T>::min();
-  T x_norm = std::max(std::sqrt(dot(x, x, dim)), tiny), code_norm = std::sqrt(dot(code, code, dim));
-  T x_factor = 1 / x_norm, code_factor = 1 / std::max(code_norm, tiny);
+  Rotation<T> rotation = rotation_between(std::sqrt(dot(x, x, dim)), std::sqrt(dot(code, code, dim)));
 #pragma omp simd
-  for (int64_t d = 0; d < dim; ++d) between[d] = x[d] * x_factor + code[d] * code_factor;
-  T between_norm = std::max(std::sqrt(dot(between, between, dim)), tiny);
-  T along = dot<T>(between, gradient, dim) / between_norm / between_norm;
-  T along_code = dot(code, gradient, dim) * code_factor;
-  T scale = code_norm / x_norm;
+  for (int64_t d = 0; d < dim; ++d) between[d] = halfway(rotation, x[d], code[d]);
+  project(rotation, std::sqrt(dot(between, between, dim)), dot<T>(between, gradient, dim), dot<T>(code, gradient, dim));
 #pragma omp simd
-  for (int64_t d = 0; d < dim; ++d) gradient[d] = scale * (gradient[d] - 2 * along * between[d] + 2 * along_code * (x[d] * x_factor));
+  for (int64_t d = 0; d < dim; ++d) gradient[d] = rotate_back(rotation, gradient[d], between[d], x[d]);
 }
 
 template <class T>

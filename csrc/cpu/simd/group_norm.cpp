@@ -2,15 +2,16 @@
 // to row, so that one kernel serves both memory layouts and any number of channels.
 #include "../group_norm.h"
 
-#include "../../common/group_norm.h"
 #include "tiles.h"
 
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 namespace {
 
-// A storage type. Where it is that of the arithmetic, du passes through grad_input and is not computed twice.
+// A storage type, and how accurate the activation has to be for values that are stored in it; sums have them in full. Where it is the type
+// of the arithmetic, du passes through grad_input and is not computed twice.
 struct Float32 {
+  using Accuracy = Accurate;
   static constexpr bool kKeepsGradient = true;
   using Stored = float;
   using T = float;
@@ -19,6 +20,7 @@ struct Float32 {
 };
 
 struct Float64 {
+  using Accuracy = Accurate;
   static constexpr bool kKeepsGradient = true;
   using Stored = double;
   using T = double;
@@ -27,6 +29,7 @@ struct Float64 {
 };
 
 struct BFloat16 {
+  using Accuracy = Coarse;
   static constexpr bool kKeepsGradient = false;
   using Stored = uint16_t;
   using T = float;
@@ -40,6 +43,7 @@ struct BFloat16 {
 };
 
 struct Float16 {
+  using Accuracy = Accurate;
   static constexpr bool kKeepsGradient = false;
   using Stored = uint16_t;
   using T = float;
@@ -349,7 +353,15 @@ void with_storage(const GroupNorm& p, F f) {
 
 template <class F>
 void with_types(const GroupNorm& p, F f) {
-  with_storage(p, [&](auto storage) { p.activation == Activation::silu ? f(storage, Silu{}) : f(storage, Identity{}); });
+  with_storage(p, [&](auto storage) { with_activation(p.activation, [&](auto activation) { f(storage, activation); }); });
+}
+
+template <class F>
+void with_types_stored(const GroupNorm& p, F f) {
+  with_storage(p, [&](auto storage) {
+    using Accuracy = typename decltype(storage)::Accuracy;
+    with_activation<Accuracy>(p.activation, [&](auto activation) { f(storage, activation); });
+  });
 }
 
 void run_moments(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
@@ -357,7 +369,7 @@ void run_moments(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) 
 }
 
 void run_forward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
-  with_types(p, [&](auto s, auto a) { forward<decltype(s), decltype(a)>(p, begin, end, scratch); });
+  with_types_stored(p, [&](auto s, auto a) { forward<decltype(s), decltype(a)>(p, begin, end, scratch); });
 }
 
 void run_gradient_sums(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
@@ -365,7 +377,7 @@ void run_gradient_sums(const GroupNorm& p, int64_t begin, int64_t end, void* scr
 }
 
 void run_backward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
-  with_types(p, [&](auto s, auto a) { backward<decltype(s), decltype(a)>(p, begin, end, scratch); });
+  with_types_stored(p, [&](auto s, auto a) { backward<decltype(s), decltype(a)>(p, begin, end, scratch); });
 }
 
 void to_double(const View& view, int64_t count, double* to) { convert(view.data, view.dtype, 0, count, to); }

@@ -1,7 +1,6 @@
 // The contractive penalty and the epilogues of the Gram form, one instruction set a compilation.
 #include "../jacobian.h"
 
-#include "../../common/jacobian.h"
 #include "tiles.h"
 
 namespace fastvae {
@@ -171,28 +170,7 @@ void run_blocks(const ContractivePenalty& p, int64_t begin_block, int64_t end_bl
 
 template <class T>
 void run_activation(const ContractivePenalty& p, int64_t begin_block, int64_t end_block) {
-  switch (p.activation) {
-    case Activation::identity:
-      return run_blocks<Identity, T>(p, begin_block, end_block);
-    case Activation::sigmoid:
-      return run_blocks<Sigmoid, T>(p, begin_block, end_block);
-    case Activation::tanh:
-      return run_blocks<Tanh, T>(p, begin_block, end_block);
-    case Activation::relu:
-      return run_blocks<ReLU, T>(p, begin_block, end_block);
-    case Activation::leaky_relu:
-      return run_blocks<LeakyReLU, T>(p, begin_block, end_block);
-    case Activation::elu:
-      return run_blocks<ELU, T>(p, begin_block, end_block);
-    case Activation::softplus:
-      return run_blocks<Softplus, T>(p, begin_block, end_block);
-    case Activation::silu:
-      return run_blocks<SiLU, T>(p, begin_block, end_block);
-    case Activation::gelu:
-      return run_blocks<GELU, T>(p, begin_block, end_block);
-    case Activation::gelu_tanh:
-      return run_blocks<GELUTanh, T>(p, begin_block, end_block);
-  }
+  with_activation(p.activation, [&](auto activation) { run_blocks<decltype(activation), T>(p, begin_block, end_block); });
 }
 
 void contractive_penalty(const ContractivePenalty& p, int64_t begin_block, int64_t end_block) {

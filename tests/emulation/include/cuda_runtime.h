@@ -26,6 +26,8 @@
 #define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
 #define aoti_torch_create_device_guard emulated_create_device_guard
 #define aoti_torch_delete_device_guard emulated_delete_device_guard
+// What the kernels do not write shows: allocations are filled with NaN.
+#define aoti_torch_empty_strided emulated_empty_strided
 #include <torch/csrc/stable/library.h>
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m, C10_UID)
@@ -173,9 +175,44 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return emulation::exchange(value, static_cast<unsigned>(lane_mask));
 }
 
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  unsigned before = *address;
+inline void __syncwarp() { emulation::wait(emulation::State::at_warp_barrier); }
+
+// Which lanes of the warp have the same value.
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  if (mask != 0xffffffffu) emulation::fail("only whole warps are emulated");
+  unsigned lanes = 0;
+  for (unsigned other = 0; other < emulation::kWarpSize; ++other)
+    if (emulation::exchange(value, other) == value) lanes |= 1u << ((threadIdx.x ^ other) % emulation::kWarpSize);
+  return lanes;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+namespace emulation {
+// How often 64 bits were added to, for tests: once for each row that the search for nearest codes leaves to its second kernel.
+inline int64_t wide_additions = 0;
+}  // namespace emulation
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  emulation::wide_additions += sizeof(T) == sizeof(int64_t);
+  T before = *address;
   *address += value;
+  return before;
+}
+
+template <class T>
+T atomicMin(T* address, T value) {
+  T before = *address;
+  *address = std::min(before, value);
+  return before;
+}
+
+template <class T>
+T atomicMax(T* address, T value) {
+  T before = *address;
+  *address = std::max(before, value);
   return before;
 }
 
