@@ -20,7 +20,8 @@ __attribute__((visibility("default"))) void set_capturing(int capturing) { emula
 __attribute__((visibility("default"))) int64_t emulated_wide_additions() { return emulation::wide_additions; }
 }
 
-// The arithmetic of csrc/cuda/partition.h and noise.cuh, for tests.
+// The arithmetic of csrc/cuda/partition.h, codebook_partition.h and noise.cuh, for tests.
+#include "cuda/codebook_partition.h"
 #include "cuda/noise.cuh"
 
 namespace {
@@ -64,15 +65,6 @@ EXPORT int64_t emulated_column_element(int64_t rows, int64_t columns, int64_t in
   return fastvae::column_element(fastvae::column_sums_of(rows, columns, inner), row, column);
 }
 
-EXPORT void emulated_normals(int64_t seed, int64_t first, int lane, float* out) {
-  float normals[fastvae::kRuns];
-  fastvae::normals_from(fastvae::noise_key(&seed), first, lane, normals);
-  for (int j = 0; j < fastvae::kRuns; ++j) out[j] = normals[j];
-}
-
-// The arithmetic of csrc/cuda/codebook_partition.h, for tests.
-#include "cuda/codebook_partition.h"
-
 EXPORT void emulated_screen_grid(int64_t heads, int64_t rows, int64_t codes, int64_t dim, int64_t* out) {
   fastvae::CodeLayout layout = fastvae::code_layout(codes, dim);
   fastvae::ScreenGrid grid = fastvae::screen_grid(heads, rows, layout);
@@ -112,4 +104,10 @@ EXPORT void emulated_best(const float* scores, int64_t count, int64_t cut, float
   out[0] = first.least;
   out[1] = first.second;
   out[2] = static_cast<float>(first.code);
+}
+
+EXPORT void emulated_normals(int64_t seed, int64_t first, int lane, float* out) {
+  float normals[fastvae::kRuns];
+  fastvae::normals_from(fastvae::noise_key(&seed), first, lane, normals);
+  for (int j = 0; j < fastvae::kRuns; ++j) out[j] = normals[j];
 }
