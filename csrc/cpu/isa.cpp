@@ -38,9 +38,7 @@ Isa isa_in_use() { return current().load(std::memory_order_relaxed); }
 
 void set_isa(Isa isa) { current().store(isa, std::memory_order_relaxed); }
 
-void record_run(Family family, const char* isa_name) {
-  last_runs[static_cast<int>(family)].store(isa_name, std::memory_order_relaxed);
-}
+void record_run(Family family, const char* isa_name) { last_runs[static_cast<int>(family)].store(isa_name, std::memory_order_relaxed); }
 
 const char* last_run(Family family) { return last_runs[static_cast<int>(family)].load(std::memory_order_relaxed); }
 

@@ -82,10 +82,10 @@ Tensor active_dimensions(const LatentInputs& in, const Tensor& mu, double free_b
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> latent_forward(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                                                  const OptionalTensor& prior_logvar, const OptionalTensor& eps,
-                                                  const OptionalTensor& seed, std::optional<int64_t> num_samples, bool with_kl,
-                                                  int64_t reduction_number, double free_bits, double clamp_min, double clamp_max,
-                                                  bool keep_noise) {
+                                                          const OptionalTensor& prior_logvar, const OptionalTensor& eps,
+                                                          const OptionalTensor& seed, std::optional<int64_t> num_samples, bool with_kl,
+                                                          int64_t reduction_number, double free_bits, double clamp_min, double clamp_max,
+                                                          bool keep_noise) {
   auto reduction = static_cast<Reduction>(reduction_number);
   bool draws = eps.has_value() || seed.has_value();
   std::vector<int64_t> z_shape = shape_of(mu);
@@ -109,8 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_forward(const Tensor& mu, cons
     p.sums = slots.data();
   }
   torch::stable::parallel_for(0, p.partition.items(), 1, [&](int64_t begin, int64_t end) { kernels().forward(p, begin, end); });
-  if (with_kl && reduction != Reduction::none)
-    finish_reduction(slots, p.partition, reduction_scale(reduction, batch_of(mu), p.numel), kl);
+  if (with_kl && reduction != Reduction::none) finish_reduction(slots, p.partition, reduction_scale(reduction, batch_of(mu), p.numel), kl);
   return {z, kl, active, noise};
 }
 

@@ -19,10 +19,10 @@ struct LatentInputs {
 
 struct LatentForward : LatentInputs {
   Partition partition;
-  Output z;      // (samples, numel)
+  Output z;         // (samples, numel)
   Output kept_eps;  // the drawn noise, in the same shape
-  Output kl;     // elementwise
-  double* sums;  // of the KL, one a slot of the partition; nullptr: not wanted
+  Output kl;        // elementwise
+  double* sums;     // of the KL, one a slot of the partition; nullptr: not wanted
   double free_bits;
 };
 

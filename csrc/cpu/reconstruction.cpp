@@ -77,8 +77,7 @@ class LogvarGradient {
 
 std::tuple<Tensor, Tensor, Tensor> reconstruction_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                                           const OptionalTensor& pos_weight, const OptionalTensor& logvar,
-                                                          int64_t likelihood, int64_t reduction_number, double grad_scale,
-                                                          bool with_grad) {
+                                                          int64_t likelihood, int64_t reduction_number, double grad_scale, bool with_grad) {
   auto reduction = static_cast<Reduction>(reduction_number);
   Tensor loss = empty_reduced(input, reduction);
   Tensor grad_input = with_grad ? empty(shape_of(input), input.scalar_type()) : empty({0}, input.scalar_type());

@@ -28,9 +28,7 @@ struct Lanes {
   FASTVAE_INLINE Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_epu32(a.v, b.v)}; }
   FASTVAE_INLINE Lanes high(Lanes a) { return {_mm512_shuffle_epi32(a.v, static_cast<_MM_PERM_ENUM>(0xf5))}; }
   FASTVAE_INLINE Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
-  FASTVAE_INLINE void store(uint32_t* to, Lanes a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi64_epi32(a.v));
-  }
+  FASTVAE_INLINE void store(uint32_t* to, Lanes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi64_epi32(a.v)); }
 };
 #else
 struct Lanes {
