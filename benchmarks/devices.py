@@ -26,6 +26,8 @@ Sample = Callable[[int], float]
 class Cpu:
     kind = "cpu"
     modes = ("launch",)
+    # Those whose kernels are measured one against the other, beside the backend that a call takes by itself.
+    backends: tuple[str, ...] = ()
     device = torch.device("cpu")
     matmul_size = 1024
 
@@ -69,6 +71,7 @@ class Cpu:
 class Cuda:
     kind = "cuda"
     modes = ("launch", "graph")
+    backends: tuple[str, ...] = ("cuda", "triton")
     matmul_size = 8192
 
     def __init__(self):

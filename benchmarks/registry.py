@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 import benchmarks
+from fastvae import BackendError, use_backend
 
 OURS = "fastvae"
 
@@ -159,6 +160,25 @@ def _start_compiler(device: torch.device) -> None:
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except RuntimeError as error:
         raise Unavailable(f"torch.compile does not work here: {error}") from error
+
+
+def forced(provider: Provider, backend: str) -> Provider:
+    """The provider on one of fastvae's backends."""
+
+    def provide(inputs: Inputs) -> Operation:
+        with use_backend(backend):
+            operation = provider(inputs)
+
+        def on_backend():
+            with use_backend(backend):
+                try:
+                    return operation()
+                except BackendError as error:
+                    raise Unavailable(str(error)) from error
+
+        return on_backend
+
+    return provide
 
 
 def families() -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Checks the providers of a case against each other, then times them in interleaved rounds."""
 
+import dataclasses
 import functools
 import math
 import random
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.devices import Device, Sample
-from benchmarks.registry import OURS, Case, Inputs, Operation, Results, Unavailable, WrongResult
+from benchmarks.registry import OURS, Case, Inputs, Operation, Results, Unavailable, WrongResult, forced
 
 # Relative, and absolute in units of the largest magnitude.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -82,6 +83,8 @@ class Measurement:
 def measure(case: Case, device: Device, plan: Plan, say: Callable[[str], None] = lambda stage: None) -> Measurement:
     """Checks and times a case. Raises :class:`WrongResult` before anything is timed where fastvae disagrees with the first provider."""
     torch.compiler.reset()
+    on_backends = {f"{OURS}-{backend}": forced(case.providers[OURS], backend) for backend in device.backends}
+    case = dataclasses.replace(case, providers={**case.providers, **on_backends})
     contenders, absent = checked_contenders(case, device, case.providers, say)
     measurement = Measurement(case, case.work(contenders[OURS].inputs[0]), contenders, absent=absent)
     if case.remark is not None:

@@ -66,7 +66,9 @@ def _versions(rows: list[Figure]) -> str:
 
 def _table(cases: Iterable[Case], rows: dict[tuple[str, str], Figure]) -> str:
     cases = list(cases)
-    others = [name for name in dict.fromkeys(name for case in cases for name in case.providers) if name != OURS]
+    # On a GPU there are figures of single backends, too.
+    names = [name for case in cases for name in case.providers] + [provider for _, provider in rows]
+    others = [name for name in dict.fromkeys(names) if name != OURS]
     header = ["case", OURS, *others, "throughput", "peak memory"]
     lines = [header, ["---"] * len(header), *(_row(case, others, rows) for case in cases)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -74,7 +76,7 @@ def _table(cases: Iterable[Case], rows: dict[tuple[str, str], Figure]) -> str:
 
 def _row(case: Case, others: list[str], rows: dict[tuple[str, str], Figure]) -> list[str]:
     size = ", ".join(map(str, case.size))
-    found = {name: rows[case.id, name] for name in case.providers if (case.id, name) in rows}
+    found = {name: rows[case.id, name] for name in (OURS, *others) if (case.id, name) in rows}
     times = [_time(found[name]) if name in found else NOT_MEASURED if name in case.providers else "" for name in (OURS, *others)]
     return [f"{case.name} ({size}) {case.dtype_name}", *times, _throughput(found.get(OURS)), _memory(case, found)]
 

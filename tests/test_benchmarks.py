@@ -159,6 +159,22 @@ def test_absent_provider_is_reported_with_its_reason():
     assert set(measurement.timings["launch"]) == {"eager", "fastvae"}
 
 
+class WithReference(devices.Cpu):
+    backends = ("reference", "cuda")
+
+
+def test_backends_are_measured_one_against_the_other():
+    case = next(case for case in CASES if case.name == "mse_loss")
+    providers = {name: case.providers[name] for name in ("eager", "fastvae")}
+    measurement = measure(dataclasses.replace(case, size=case.tiny, providers=providers), WithReference(), BRIEF)
+    assert set(measurement.timings["launch"]) == {"eager", "fastvae", "fastvae-reference"}
+    assert "backend 'cuda' cannot serve" in measurement.absent["fastvae-cuda"]
+    rows = results.figures(results.describe_run(CPU), measurement)
+    header, _, row = tables._table([case], {(row.case, row.provider): row for row in rows}).splitlines()
+    assert "fastvae-reference" in header
+    assert case.name in row
+
+
 def test_case_without_fastvae_fails():
     with pytest.raises(Unavailable):
         measure(make_case(fastvae=missing), CPU, BRIEF)
