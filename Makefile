@@ -35,7 +35,7 @@ test-emulation: build
 
 # Triton decides at import whether it interprets, so its two suites have processes of their own.
 test-interpret: build
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret --numprocesses auto
 
 test-offline: build
 	$(RUN) -m pytest tests/offline

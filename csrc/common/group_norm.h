@@ -6,7 +6,7 @@
 namespace fastvae {
 
 // The numbers are those of fastvae/_ops.py.
-enum class Activation : int64_t { none = 0, silu = 1 };
+enum class NormActivation : int64_t { none = 0, silu = 1 };
 
 inline namespace FASTVAE_ISA {
 
@@ -99,8 +99,8 @@ struct Silu {
 // Calls f with the struct of an activation.
 FASTVAE_ANY_CALLEE
 template <class Accuracy = Accurate, class F>
-FASTVAE_INLINE void with_activation(Activation activation, F f) {
-  activation == Activation::silu ? f(Silu<Accuracy>{}) : f(Identity{});
+FASTVAE_INLINE void with_activation(NormActivation activation, F f) {
+  activation == NormActivation::silu ? f(Silu<Accuracy>{}) : f(Identity{});
 }
 
 // What normalises a channel of a sample: u = (x - centre) * scale + offset. The centre is the group's mean in T; what that lost of the mean

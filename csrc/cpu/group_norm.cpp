@@ -69,7 +69,15 @@ struct Problem {
   Problem(const Tensor& tensor, int64_t groups, const OptionalTensor& weight_tensor, const OptionalTensor& bias_tensor, int64_t activation)
       : sizes(tensor, groups),
         input(sizes.channels_last ? tensor : dense(tensor)),
-        p{runs_of(sizes), dtype_of(input), static_cast<Activation>(activation), input.const_data_ptr(), nullptr, nullptr, nullptr, {}, 1,
+        p{runs_of(sizes),
+          dtype_of(input),
+          static_cast<NormActivation>(activation),
+          input.const_data_ptr(),
+          nullptr,
+          nullptr,
+          nullptr,
+          {},
+          1,
           nullptr},
         weight(parameter(weight_tensor, sizes.channels, 1.0)),
         bias(parameter(bias_tensor, sizes.channels, 0.0)) {

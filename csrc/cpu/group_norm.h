@@ -41,7 +41,7 @@ struct ChannelParameters {
 struct GroupNorm {
   Runs runs;
   DType dtype;  // of the tensors below
-  Activation activation;
+  NormActivation activation;
   const void *input, *grad_output;
   void *output, *grad_input;
   ChannelParameters channel;

@@ -53,7 +53,7 @@ struct Statistics {
 struct NormProblem {
   NormBlocks blocks;
   Groups groups;
-  Activation activation;
+  NormActivation activation;
   bool vector;  // every vector of every operand is aligned
   Parameter weight, bias;
   Moments moments;
@@ -248,7 +248,7 @@ __device__ __forceinline__ void load_channels(const NormProblem& p, int64_t samp
 
 // From the input to the output, in place.
 template <int kCount, bool kLast>
-__device__ __forceinline__ void apply(Activation activation, const Channel (&channels)[kChannels<kLast>], Held<kCount>& values) {
+__device__ __forceinline__ void apply(NormActivation activation, const Channel (&channels)[kChannels<kLast>], Held<kCount>& values) {
   with_activation(activation, [&](auto act) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
@@ -261,7 +261,7 @@ __device__ __forceinline__ void apply(Activation activation, const Channel (&cha
 
 // From the incoming gradient to that of u, in place.
 template <int kCount, bool kLast>
-__device__ __forceinline__ void differentiate(Activation activation, const Channel (&channels)[kChannels<kLast>],
+__device__ __forceinline__ void differentiate(NormActivation activation, const Channel (&channels)[kChannels<kLast>],
                                               const Held<kCount>& inputs, Held<kCount>& gradients) {
   with_activation(activation, [&](auto act) {
 #pragma unroll
@@ -512,7 +512,7 @@ struct Arguments {
   const Tensor& input;
   const OptionalTensor &weight, &bias;
   GroupedChannels sizes;
-  Activation activation;
+  NormActivation activation;
 
   int64_t groups() const { return sizes.batch * sizes.groups; }
   bool last() const { return sizes.channels_adjacent(); }
@@ -583,7 +583,7 @@ using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 ThreeTensors group_norm_forward(const Tensor& input, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
                                 double eps, int64_t activation) {
-  Arguments a{input, weight, bias, GroupedChannels(input, num_groups), static_cast<Activation>(activation)};
+  Arguments a{input, weight, bias, GroupedChannels(input, num_groups), static_cast<NormActivation>(activation)};
   Launch launch(input);
   Tensor output = empty_in_layout(launch, input, a.sizes.channels_last);
   Tensor mean = launch.empty({a.sizes.batch, num_groups}, ScalarType::Double), rstd = launch.empty(shape_of(mean), ScalarType::Double);
@@ -609,7 +609,7 @@ Tensor empty_gradient(const Launch& launch, const OptionalTensor& parameter, con
 
 ThreeTensors group_norm_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& rstd,
                                  const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, int64_t activation) {
-  Arguments a{input, weight, bias, GroupedChannels(input, num_groups), static_cast<Activation>(activation)};
+  Arguments a{input, weight, bias, GroupedChannels(input, num_groups), static_cast<NormActivation>(activation)};
   Launch launch(input);
   Tensor grad_input = empty_in_layout(launch, input, a.sizes.channels_last);
   Tensor grad_weight = empty_gradient(launch, weight, input), grad_bias = empty_gradient(launch, bias, input);

@@ -10,20 +10,12 @@ namespace {
 
 // A storage type, and how accurate the activation has to be for values that are stored in it; sums have them in full. Where it is the type
 // of the arithmetic, du passes through grad_input and is not computed twice.
-struct Float32 {
+template <class Value>
+struct Unchanged {
   using Accuracy = Accurate;
   static constexpr bool kKeepsGradient = true;
-  using Stored = float;
-  using T = float;
-  FASTVAE_INLINE T get(Stored value) { return value; }
-  FASTVAE_INLINE Stored put(T value) { return value; }
-};
-
-struct Float64 {
-  using Accuracy = Accurate;
-  static constexpr bool kKeepsGradient = true;
-  using Stored = double;
-  using T = double;
+  using Stored = Value;
+  using T = Value;
   FASTVAE_INLINE T get(Stored value) { return value; }
   FASTVAE_INLINE Stored put(T value) { return value; }
 };
@@ -341,9 +333,9 @@ void with_storage(const GroupNorm& p, F f) {
   record_run(Family::group_norm, kIsaName);
   switch (p.dtype) {
     case DType::float32:
-      return f(Float32{});
+      return f(Unchanged<float>{});
     case DType::float64:
-      return f(Float64{});
+      return f(Unchanged<double>{});
     case DType::bfloat16:
       return f(BFloat16{});
     default:
