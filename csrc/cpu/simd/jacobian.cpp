@@ -221,6 +221,8 @@ FASTVAE_INLINE T dot(const T* __restrict left, const T* __restrict inner, const 
   return total;
 }
 
+constexpr int64_t kRowsAhead = 8;  // that are fetched: rows of the product are too far apart for the processor to see a stream
+
 // The rows of one sample against its columns [first, first + count).
 template <class T>
 FASTVAE_INLINE void reduce_sample(const GramReduce& p, const Matrices<T>& m, int64_t b, int64_t first, int64_t count, double* dots) {
@@ -230,6 +232,7 @@ FASTVAE_INLINE void reduce_sample(const GramReduce& p, const Matrices<T>& m, int
   T* grad_left = static_cast<T*>(p.grad_left) + b * m.left_stride + first;
   alignas(64) T grad_inner[kColumns] = {};
   for (int64_t r = 0; r < m.rows; ++r, product += m.columns, left += m.columns) {
+    for (int64_t k = 0; k < count; k += 16) __builtin_prefetch(product + kRowsAhead * m.columns + k);
     dots[b * m.rows + r] = static_cast<double>(dot(left, inner, product, count));
     if (!p.grad_left) continue;
     const T outer = m.outer[b * m.rows + r];
