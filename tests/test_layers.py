@@ -96,6 +96,17 @@ STEMS = sorted(p.stem for p in (ROOT / "fastvae" / "functional").glob("[!_]*.py"
 
 
 @pytest.mark.parametrize("stem", STEMS)
-@pytest.mark.parametrize("layer", ["fastvae/reference/{}.py", "csrc/cpu/{}.cpp", "tests/test_{}.py", "benchmarks/bench_{}.py"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "fastvae/reference/{}.py",
+        "csrc/common/{}.h",
+        "csrc/cpu/{}.cpp",
+        "csrc/cuda/{}.cu",
+        "kernels/{}.py",
+        "tests/test_{}.py",
+        "benchmarks/bench_{}.py",
+    ],
+)
 def test_a_family_has_one_name_everywhere(stem, layer):
     assert (ROOT / layer.format(stem)).is_file()

@@ -5,8 +5,6 @@
 namespace fastvae {
 namespace {
 
-using Copies = std::vector<Tensor>;
-
 int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // (heads, rows, dim); a copy where a row's elements do not lie side by side.

@@ -33,7 +33,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))
-        return self.shortcut(x) + self.conv2(self.norm2(h))
+        # In place: the backward pass of a convolution does not need its output.
+        return self.conv2(self.norm2(h)).add_(self.shortcut(x))
 
 
 class Attention(nn.Module):

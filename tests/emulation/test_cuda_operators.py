@@ -17,7 +17,6 @@ TOLERANCES = {
 }
 # Rows shorter than a vector, of a vector's odd multiple, longer than a block's step; tensors below a noise tile and across several.
 SHAPES = ((128, 20), (7, 33), (3, 5000), (2, 700), (1, 40), (300, 7), (5,), (), (4, 3, 8, 8), (64, 784))
-FAMILIES = ("latent", "reconstruction", "jacobian", "group_norm")
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -39,9 +38,8 @@ def assert_same(function, *inputs):
         torch.testing.assert_close(actual, expected, **tolerance, equal_nan=True)
 
 
-def test_the_emulated_backend_has_every_operator_of_its_families():
-    missing = [op for op in operators() if op.startswith(FAMILIES) and "cuda" not in _backend._served[op, "cpu"]]
-    assert missing == []
+def test_the_emulated_backend_has_every_operator():
+    assert [op for op in operators() if "cuda" not in _backend._served[op, "cpu"]] == []
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
