@@ -66,7 +66,7 @@ def test_equal_codes_cost_nothing(emulated, dim):
 
 
 @each_dtype
-@pytest.mark.parametrize("codebook_dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("codebook_dtype", DTYPES, ids=str)
 def test_nearest_of_every_dtype(dtype, codebook_dtype):
     for n, d, k in SIZES:
         x, codebook = contract.random(Source("cpu"), n, d, k)
@@ -75,14 +75,20 @@ def test_nearest_of_every_dtype(dtype, codebook_dtype):
 
 
 def test_float64_codes_that_float32_cannot_tell_apart():
+    """The public functions leave them to the reference, the operator takes them."""
+
+    def nearest(x, codebook):
+        return OVERLOADS["codebook_nearest", "cuda"](x[None], codebook[None], False)[0][0]
+
+    with pytest.raises(fastvae.BackendError, match=r"cannot serve codebook_nearest on cpu with torch\.float64"):
+        FV.vq_nearest(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.float64))
     source = Source("cpu", torch.float64)
     codebook = source.normal(20, 9)
     codebook[10:] = codebook[:10] + 1e-12
     x = (codebook[torch.arange(30) % 20] + 1e-3 * source.normal(30, 9)).float()
-    assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
-    for scale in (1e-200, 1e100, 1e200):
+    for scale in (1.0, 1e-200, 1e100, 1e200):
         wide = codebook * scale
-        assert_nearest(x, wide, FV.vq_nearest(x, wide))
+        assert_nearest(x, wide, nearest(x, wide))
 
 
 @settings(max_examples=25)
@@ -159,7 +165,7 @@ def test_vector_quantize(dtype, gradient, reduction):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_codebook_of_another_dtype_and_several_heads(gradient):
     source = Source("cpu")
-    x, codebook = source.normal(3, 50, 12), source.normal(3, 9, 12).double()
+    x, codebook = source.normal(3, 50, 12).bfloat16(), source.normal(3, 9, 12)
     results = []
     for backend in ("cuda", "reference"):
         with fastvae.use_backend(backend):
@@ -168,7 +174,7 @@ def test_codebook_of_another_dtype_and_several_heads(gradient):
             (output.quantized.square().sum() + output.loss).backward()
             results.append([*output, *(t.grad for t in leaves)])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
 def test_losses_and_gradients_of_expanded_and_strided_gradients():
