@@ -17,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Times fastvae against what it replaces, forward and backward.")
     parser.add_argument("families", nargs="*", metavar="family", help=f"{', '.join(registry.families())}; all by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=devices.available()[-1].kind, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="a few cases of each family, fewer rounds; saved only with --out")
+    parser.add_argument("--quick", action="store_true", help="a few cases of each operator, fewer rounds; saved only with --out")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="appended to; default: the file of the device in benchmarks/results/")
     parser.add_argument("--threads", type=_positive, metavar="N", help="of torch on the CPU; default: torch's own choice")
     return parser

@@ -152,7 +152,7 @@ def flops(inputs: Inputs) -> float:
     return 3 * total
 
 
-def _case(name, network, size, dtype, quick=False) -> Case:
+def _case(name, network, size, dtype) -> Case:
     autocast = None if dtype == torch.float32 else dtype
 
     def step(**options):
@@ -179,12 +179,11 @@ def _case(name, network, size, dtype, quick=False) -> Case:
         work=flops,
         unit="FLOP",
         compare=rounded,
-        quick=quick,
     )
 
 
 CASES = (
-    _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.float32, quick=True),
+    _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.float32),
     _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.bfloat16),
 )
 if importlib.util.find_spec("diffusers"):
