@@ -96,7 +96,7 @@ def without_integers(inputs: Inputs):
     return slower
 
 
-# The OpenBLAS that faiss brings does not know every processor, and then multiplies with what the oldest one had: three to four times slower.
+# The OpenBLAS that faiss brings does not know every processor, and then multiplies as the oldest one did: three to four times slower.
 OPENBLAS_CORES = {"AVX512": "SkylakeX", "AVX2": "Haswell"}
 
 
