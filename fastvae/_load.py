@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fastvae import _backend, reference  # noqa: F401
+from fastvae import _backend
+from fastvae.reference.jacobian import gram_in_chunks
 
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
@@ -39,6 +40,7 @@ def _load_cuda() -> None:
         _backend.UNAVAILABLE["cuda"] = "built with CUDA C++, but this torch has no CUDA"
     else:
         torch.ops.load_library(str(CUDA_LIBRARY))
+        torch.library.impl("fastvae::jacobian_gram.cuda", "CUDA", gram_in_chunks("cuda"))
 
 
 def cuda_build() -> str | None:

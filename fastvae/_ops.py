@@ -161,6 +161,18 @@ def jacobian_backward(grad_output, hidden, weight, squared_norms, activation, al
     return _empty_if(with_grad_hidden, hidden), _empty_if(with_grad_weight, weight)
 
 
+@_define(
+    "jacobian_gram",
+    "(Tensor left, Tensor inner, Tensor outer, Tensor gram, Tensor? weights, bool with_grad) "
+    "-> (Tensor norms, Tensor grad_left, Tensor grad_inner, Tensor grad_outer, Tensor grad_gram)",
+)
+def jacobian_gram(left, inner, outer, gram, weights, with_grad):
+    """For each sample <S, S ``gram``> with S = ``outer left inner``, see ``jacobian_gram_scale``, and where ``with_grad`` the gradients of
+    those norms' sum, each norm times its weight where there are ``weights``; ``gram`` is symmetric, all are in the accumulation dtype."""
+    return outer.new_empty(outer.shape[:1]), *(_empty_if(with_grad, t) for t in (left, inner, outer, gram))
+
+
+# What jacobian_gram is made of where a backend leaves the products to torch.
 @_define("jacobian_gram_scale", "(Tensor left, Tensor inner, Tensor outer) -> Tensor")
 def jacobian_gram_scale(left, inner, outer):
     """``outer[b, r] left[(b,) r, k] inner[b, k]`` as the rows (b, r) of a matrix; all in the accumulation dtype."""

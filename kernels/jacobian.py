@@ -20,6 +20,7 @@ from fastvae.kernels._index import NONE, SAMPLE, only
 from fastvae.kernels._math import expm1, logistic, standard_normal
 from fastvae.kernels._reduce import is_last, store_row_sums, store_slot_sums, sum_programs, sum_slots
 from fastvae.reference._reduce import reduction_scale
+from fastvae.reference.jacobian import gram_in_chunks
 
 SIGMOID, TANH = tl.constexpr(ACTIVATIONS["sigmoid"]), tl.constexpr(ACTIVATIONS["tanh"])
 RELU, LEAKY_RELU, ELU = tl.constexpr(ACTIVATIONS["relu"]), tl.constexpr(ACTIVATIONS["leaky_relu"]), tl.constexpr(ACTIVATIONS["elu"])
@@ -381,3 +382,6 @@ def _gram_reduce(left, inner, outer, product, with_grad):
 
 def _add_up(parts):
     return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+_device.implements("jacobian_gram")(gram_in_chunks("triton"))

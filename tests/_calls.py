@@ -131,7 +131,7 @@ def move_codes(x, codebook, indices, ema_count, ema_sum):
 
 LATENT, LOSS = ("latent_forward", "latent_backward"), ("reconstruction_forward", "reconstruction_backward", "reconstruction_rescale_")
 NORM, PENALTY = ("group_norm_forward", "group_norm_backward"), ("jacobian_forward", "jacobian_backward")
-GRAM = ("jacobian_gram_scale", "jacobian_gram_reduce")
+GRAM = ("jacobian_gram", "jacobian_gram_scale", "jacobian_gram_reduce")
 QUANTIZE, MOVE = ("codebook_quantize", "codebook_quantize_backward"), ("codebook_sums", "codebook_ema_")
 
 CALLS = (

@@ -36,8 +36,10 @@ def kl_and_loss(device: str = "cpu") -> torch.Tensor:
 
 
 def test_the_cpp_extension_is_built():
-    """CI and `make test` build it; only a pure-Python install that was asked for does without."""
-    missing = [op for op in _ops.operators() if "cpp" not in _backend._served[op, "cpu"]]
+    """CI and `make test` build it; only a pure-Python install that was asked for does without. The epilogues of the Gram form are for
+    backends that leave its products to torch."""
+    epilogues = {"jacobian_gram_scale", "jacobian_gram_reduce"}
+    missing = [op for op in _ops.operators() if op not in epilogues and "cpp" not in _backend._served[op, "cpu"]]
     assert os.environ.get("FASTVAE_BUILD") == "0" or not missing
 
 
@@ -125,7 +127,7 @@ def test_the_size_reaches_the_choice(monkeypatch):
     FV.contractive_penalty(torch.ones(3, 5), torch.ones(5, 2))
     FV.jacobian_frobenius(torch.nn.Sequential(torch.nn.Linear(90, 5), torch.nn.Linear(5, 2)), torch.ones(30, 90), method="gram")
     expected = {"latent_forward": 12, "reconstruction_forward": 12, "group_norm_forward": 24, "jacobian_forward": 15}
-    assert seen == expected | {"jacobian_gram_scale": 30 * 2 * 5}
+    assert seen == expected | {"jacobian_gram": 30 * 2 * 5}
 
 
 def test_an_unknown_device_is_served_by_the_reference():

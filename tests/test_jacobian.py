@@ -38,7 +38,8 @@ from fastvae.reference import jacobian as reference
 from fastvae.reference.jacobian import DEFAULT_ALPHAS, FROM_PREACTIVATION
 
 OPERATOR = "jacobian_forward"
-GRAM = "jacobian_gram_reduce"
+GRAM = "jacobian_gram"
+EPILOGUES = "jacobian_gram_scale", "jacobian_gram_reduce"
 SCALAR_REDUCTIONS = ("batchmean", "sum", "mean")
 
 # The activation itself, and another value of its parameter than the default.
@@ -306,6 +307,11 @@ def test_one_operator_does_it(place):
     assert not any("pow" in str(op) or "mul" in str(op) for op in ran.operators)
 
 
+def symmetric(source: Source, size: int) -> torch.Tensor:
+    matrix = source.normal(size, size)
+    return matrix + matrix.T
+
+
 def samples(source: Source):
     hidden, weight, norms = source.uniform(5, 6), source.normal(6, 7), source.uniform(6)
     for reduction in (REDUCTIONS["none"], REDUCTIONS["sample"], REDUCTIONS["mean"]):
@@ -314,8 +320,11 @@ def samples(source: Source):
         grad = source.normal(*_ops.reduced_shape(hidden.shape, reduction))
         for wanted in ((True, True), (True, False), (False, True)):
             yield "jacobian_backward", (grad, hidden, weight, norms, ACTIVATIONS["sigmoid"], 0.0, reduction, *wanted)
-    inner, outer = source.uniform(5, 7), source.uniform(5, 6)
+    inner, outer, gram = source.uniform(5, 7), source.uniform(5, 6), symmetric(source, 7)
     for left in (source.normal(6, 7), source.normal(5, 6, 7)):
+        for with_grad in (True, False):
+            for weights in (None, source.normal(5)):
+                yield "jacobian_gram", (left, inner, outer, gram, weights, with_grad)
         yield "jacobian_gram_scale", (left, inner, outer)
         for with_grad in (True, False):
             yield "jacobian_gram_reduce", (left, inner, outer, source.normal(30, 7), with_grad)
@@ -323,14 +332,17 @@ def samples(source: Source):
 
 @each_place(OPERATOR)
 def test_opcheck(place):
+    served = {op for op in _ops.operators() if op.startswith("jacobian") and place in places(op)}
     seen = set()
     for op, arguments in samples(Source(place.device)):
+        if op not in served:
+            continue
         assert set(opcheck(_ops.OVERLOADS[op, place.backend], arguments).values()) == {"SUCCESS"}
         seen.add(op)
-    assert seen == {op for op in _ops.operators() if op.startswith("jacobian")}
+    assert seen == served
 
 
-@each_place(GRAM)
+@each_place(*EPILOGUES)
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("shape", [(5, 6, 7), (3, 64, 130), (1, 1, 1), (0, 3, 4), (2, 3, 64)], ids=str)
 def test_epilogues_of_the_gram_form(place, batched, shape):
@@ -350,6 +362,55 @@ def test_epilogues_of_the_gram_form(place, batched, shape):
     wide_dots = (wide_left * wide_inner[:, None, :] * product.double().view(shape)).sum(2)
     for actual, wanted in ((dots, wide_dots), (grad_left, expected[0]), (grad_inner, expected[1])):
         assert_close(actual, wanted.detach(), dtype, magnitude=100.0)
+
+
+# Beyond what the C++ kernels scale at a time, in samples and in one of them; beyond the parts that have sums of their own.
+GRAM_SHAPES = [
+    *((5, 6, 7), (3, 64, 130), (1, 1, 1), (40, 64, 130), (3, 400, 350), (200, 30, 100), (17, 3, 1100)),
+    *((0, 3, 4), (2, 0, 4), (2, 3, 0)),
+]
+
+
+def gram_operands(source: Source, batched: bool, shape: tuple[int, int, int]) -> list[torch.Tensor]:
+    """Near 1 in size, each product too."""
+    batch, rows, columns = shape
+    left = source.normal(*(shape if batched else shape[1:]))
+    gram = symmetric(source, columns) / max(columns, 1)
+    return [left / max(rows, 1) ** 0.5, source.uniform(batch, columns), source.uniform(batch, rows), gram]
+
+
+@each_place(GRAM)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("shape", GRAM_SHAPES, ids=str)
+def test_norms_of_scaled_matrices(place, batched, weighted, shape):
+    """In float32; in float64 the comparisons of whole encoders see them."""
+    source = Source(place.device)
+    operands = gram_operands(source, batched, shape)
+    weights = source.normal(shape[0]) if weighted else None
+    norms, *grads = _ops.OVERLOADS[GRAM, place.backend](*operands, weights, True)
+    left, inner, outer, gram = wide = [wide_leaf(t) for t in operands]
+    scaled = outer[:, :, None] * left * inner[:, None, :]
+    expected = (scaled * (scaled @ gram)).sum((1, 2))
+    expected_grads = torch.autograd.grad(expected, wide, torch.ones_like(expected) if weights is None else weights.double())
+    alone, *nothing = _ops.OVERLOADS[GRAM, place.backend](*operands, weights, False)
+    for actual, oracle in ((norms, expected.detach()), (alone, expected.detach()), *zip(grads, expected_grads, strict=True)):
+        assert_close(actual, oracle, torch.float32, magnitude=float(shape[0]))
+    assert all(t.numel() == 0 for t in nothing)
+
+
+@pytest.mark.parametrize("place", compiled_places(GRAM), ids=str)
+@pytest.mark.parametrize("shape", [(40, 64, 130), (3, 400, 350), (200, 30, 100)], ids=str)
+def test_the_parts_of_a_batch_do_not_depend_on_the_threads(place, shape):
+    """But for the last gradient, a product of the library's over all rows of a part, whose order follows the threads."""
+    operands = gram_operands(Source(place.device), False, shape)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(_ops.OVERLOADS[GRAM, place.backend](*operands, None, True))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result[:-1], results[0][:-1], strict=True))
+        assert_close(result[-1], results[0][-1].double(), torch.float32, magnitude=float(shape[0]))
 
 
 def mlp(sizes: tuple[int, ...], activation: str = "sigmoid", last: bool = True) -> nn.Sequential:
@@ -416,7 +477,7 @@ def test_every_order_of_multiplication_gives_the_same(place, sizes, monkeypatch)
 
 @each_place(GRAM, dtype=torch.float64)
 def test_a_batch_of_many_chunks(place, monkeypatch):
-    monkeypatch.setattr("fastvae.functional.jacobian._GRAM_ELEMENTS", 3 * 5 * 8)
+    monkeypatch.setattr("fastvae.reference.jacobian.GRAM_ELEMENTS", 3 * 5 * 8)
     encoder, x = mlp((20, 8, 5)).to(place.device), Source(place.device).normal(11, 20)
     compare_with_the_oracle(encoder, x, "gram")
     compare_with_the_oracle(mlp((20, 8, 6, 5)).to(place.device), x, "gram")

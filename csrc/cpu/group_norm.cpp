@@ -12,8 +12,6 @@ namespace {
 
 constexpr int64_t kPiece = 32768;  // elements: some 20 us of work, and both of the backward pass's inputs in a second-level cache
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 Runs::Runs(int64_t count, int64_t length, int64_t channels) : count(count), length(length), channels(channels) {

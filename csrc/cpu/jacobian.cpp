@@ -1,6 +1,8 @@
 // The Jacobian operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
 #include "jacobian.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "tensor.h"
 
 namespace fastvae {
@@ -121,34 +123,157 @@ ScaledMatrices matrices_of(const Tensor& left, const Tensor& inner, const Tensor
           left.scalar_type() == ScalarType::Double};
 }
 
-Tensor jacobian_gram_scale(const Tensor& left, const Tensor& inner, const Tensor& outer) {
-  Copies copies;
-  ScaledMatrices m = matrices_of(left, inner, outer, copies);
-  Tensor scaled = empty({m.batch * m.rows, m.columns}, left.scalar_type());
-  void* out = scaled.mutable_data_ptr();
-  torch::stable::parallel_for(0, m.batch, 1, [&](int64_t begin, int64_t end) { kernels().gram_scale(m, out, begin, end); });
-  return scaled;
+// What is scaled at a time: little enough for a second-level cache to hold it, its product and the Gram matrix, and at least so many rows,
+// without which a product with a larger Gram matrix is slow.
+constexpr int64_t kGramElements = 1 << 17, kGramRows = 512;
+// A batch is cut into so many parts at most, each with sums of its own: enough for the threads, few enough to add up. Beyond so many
+// elements of sums there are fewer, down to one whose products use all threads.
+constexpr int64_t kGramParts = 16, kGramSums = 1 << 22;
+
+// A matrix in the memory of another tensor.
+Tensor window(const Tensor& memory, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, int64_t offset) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 2, sizes, strides, offset, &handle));
+  return Tensor(handle);
 }
 
-std::tuple<Tensor, Tensor, Tensor> jacobian_gram_reduce(const Tensor& left, const Tensor& inner, const Tensor& outer, const Tensor& product,
-                                                        bool with_grad) {
+// The lower left of a.T @ b is not computed: it is symmetric, and this leaves out three eighths of its columns.
+struct SymmetricBlocks {
+  static constexpr int64_t kBlocks = 4, kLeast = 64;
+  int64_t size, width;
+
+  explicit SymmetricBlocks(int64_t size) : size(size), width(ceil_divide(size, kBlocks)) {
+    if (width < kLeast) width = kLeast;
+  }
+
+  // Writes to the matrix at the offset, or adds to it.
+  void multiply(const Tensor& a, const Tensor& b, int64_t rows, const Tensor& out, int64_t offset, bool adds) const {
+    for (int64_t begin = 0; begin < size; begin += width) {
+      int64_t count = begin + width < size ? width : size - begin;
+      Tensor left = window(a, count, rows, 1, size, begin), right = window(b, rows, size - begin, size, 1, begin),
+             block = window(out, count, size - begin, size, 1, offset + begin * size + begin);
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(block.get(), block.get(), left.get(), right.get(), adds ? 1.0 : 0.0, 1.0));
+    }
+  }
+
+  int64_t first_column(int64_t row) const { return row / width * width; }
+};
+
+// Adds up the parts' matrices, and mirrors what is right of the diagonal's blocks.
+template <class T>
+void add_symmetric_parts(const Tensor& parts, int64_t count, const SymmetricBlocks& blocks, const Tensor& out) {
+  const T* values = static_cast<const T*>(parts.const_data_ptr());
+  T* sums = static_cast<T*>(out.mutable_data_ptr());
+  int64_t size = blocks.size;
+  torch::stable::parallel_for(0, size, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t first = blocks.first_column(row), offset = row * size + first;
+      kernels().gram_add(values + offset, size * size, count, size - first, sizeof(T) == sizeof(double), sums + offset);
+      for (int64_t column = first + blocks.width; column < size; ++column) sums[column * size + row] = sums[row * size + column];
+    }
+  });
+}
+
+// The norms of a batch: each part of it has sums of its own, which are added up in their order.
+template <class T>
+class GramForm {
+ public:
+  // `whole` points to the tensors' beginnings.
+  GramForm(const GramReduce& whole, const Tensor& gram)
+      : whole(whole),
+        m(whole.matrices),
+        size(m.rows * m.columns),
+        samples(least(m.batch, most(ceil_divide(kGramRows, m.rows), kGramElements / size))),
+        parts(least(ceil_divide(m.batch, samples), most(1, least(kGramParts, kGramSums / (m.columns * m.columns))))),
+        gram(gram),
+        blocks(m.columns),
+        lefts(buffer(shares_left() ? parts : 0, size)),
+        grams(buffer(whole.with_grad ? parts : 0, m.columns * m.columns)) {}
+
+  void run() const {
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      Tensor scaled = buffer(samples * m.rows, m.columns), product = buffer(samples * m.rows, m.columns);
+      for (int64_t part = first; part < last; ++part) run_part(part, scaled, product);
+    });
+  }
+
+  void add_up(const Tensor& grad_left, const Tensor& grad_gram) const {
+    add_symmetric_parts<T>(grams, parts, blocks, grad_gram);
+    if (shares_left()) kernels().gram_add(lefts.const_data_ptr(), size, parts, size, m.wide, grad_left.mutable_data_ptr());
+  }
+
+ private:
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  bool shares_left() const { return whole.with_grad && !m.left_is_batched; }
+  Tensor buffer(int64_t rows, int64_t columns) const { return empty({rows, columns}, gram.scalar_type()); }
+
+  void run_part(int64_t part, const Tensor& scaled, const Tensor& product) const {
+    int64_t begin = part * m.batch / parts, end = (part + 1) * m.batch / parts;
+    for (int64_t first = begin; first < end; first += samples)
+      run_samples(part, first, least(first + samples, end), first > begin, scaled, product);
+  }
+
+  void run_samples(int64_t part, int64_t begin, int64_t end, bool adds, const Tensor& scaled, const Tensor& product) const {
+    int64_t rows = (end - begin) * m.rows;
+    kernels().gram_scale(m, scaled.mutable_data_ptr(), begin, end);
+    Tensor left = window(scaled, rows, m.columns, m.columns, 1, 0), out = window(product, rows, m.columns, m.columns, 1, 0);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), gram.get()));
+    GramReduce p = whole;
+    p.scaled = scaled.const_data_ptr();
+    p.product = product.mutable_data_ptr();
+    if (whole.with_grad) p.grad_left = grad_left_of(part, begin);
+    p.adds = adds && !m.left_is_batched;
+    kernels().gram_reduce(p, begin, end);
+    if (p.with_grad) blocks.multiply(scaled, p.weights ? product : scaled, rows, grams, part * m.columns * m.columns, adds);
+  }
+
+  void* grad_left_of(int64_t part, int64_t sample) const {
+    return m.left_is_batched ? static_cast<T*>(whole.grad_left) + sample * size : static_cast<T*>(lefts.mutable_data_ptr()) + part * size;
+  }
+
+  GramReduce whole;
+  const ScaledMatrices& m;
+  int64_t size, samples, parts;
+  Tensor gram;
+  SymmetricBlocks blocks;
+  Tensor lefts, grams;
+};
+
+template <class T>
+void run_gram(const GramReduce& p, const Tensor& gram, const Tensor& grad_left, const Tensor& grad_gram) {
+  GramForm<T> form(p, gram);
+  form.run();
+  if (p.with_grad) form.add_up(grad_left, grad_gram);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> jacobian_gram(const Tensor& left, const Tensor& inner, const Tensor& outer,
+                                                                 const Tensor& gram, const OptionalTensor& weights, bool with_grad) {
   Copies copies;
   ScaledMatrices m = matrices_of(left, inner, outer, copies);
-  copies.push_back(dense(product));
-  Tensor dots = empty(shape_of(outer), outer.scalar_type());
-  Tensor grad_inner = empty_if(with_grad, inner), grad_left = empty_if(with_grad, left);
-  if (with_grad && !m.left_is_batched && m.batch == 0) torch::stable::zero_(grad_left);
-
-  GramReduce p{m, copies.back().const_data_ptr(), nullptr, nullptr, nullptr};
-  if (with_grad) {
-    p.grad_inner = grad_inner.mutable_data_ptr();
-    p.grad_left = grad_left.mutable_data_ptr();
+  Tensor norms = empty({m.batch}, outer.scalar_type());
+  Tensor grad_left = empty_if(with_grad, left), grad_inner = empty_if(with_grad, inner), grad_outer = empty_if(with_grad, outer),
+         grad_gram = empty_if(with_grad, gram);
+  if (m.batch * m.rows * m.columns == 0) {
+    for (Tensor* tensor : {&norms, &grad_left, &grad_inner, &grad_outer, &grad_gram}) torch::stable::zero_(*tensor);
+    return {norms, grad_left, grad_inner, grad_outer, grad_gram};
   }
-  std::vector<double> partial(p.items() * m.batch * m.rows);
-  p.dots = partial.data();
-  torch::stable::parallel_for(0, p.items(), 1, [&](int64_t begin, int64_t end) { kernels().gram_reduce(p, begin, end); });
-  write_values(sum_items(partial, p.items(), m.batch * m.rows), 1.0, dots);
-  return {dots, grad_inner, grad_left};
+  if (weights) copies.push_back(dense(*weights));
+  GramReduce p{m,
+               weights ? copies.back().const_data_ptr() : nullptr,
+               nullptr,
+               nullptr,
+               norms.mutable_data_ptr(),
+               grad_inner.mutable_data_ptr(),
+               grad_outer.mutable_data_ptr(),
+               grad_left.mutable_data_ptr(),
+               with_grad,
+               false};
+  Tensor square = dense(gram);
+  m.wide ? run_gram<double>(p, square, grad_left, grad_gram) : run_gram<float>(p, square, grad_left, grad_gram);
+  return {norms, grad_left, grad_inner, grad_outer, grad_gram};
 }
 
 }  // namespace
@@ -156,8 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> jacobian_gram_reduce(const Tensor& left, cons
 STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
   m.impl("jacobian_forward.cpp", TORCH_BOX(&jacobian_forward));
   m.impl("jacobian_backward.cpp", TORCH_BOX(&jacobian_backward));
-  m.impl("jacobian_gram_scale.cpp", TORCH_BOX(&jacobian_gram_scale));
-  m.impl("jacobian_gram_reduce.cpp", TORCH_BOX(&jacobian_gram_reduce));
+  m.impl("jacobian_gram.cpp", TORCH_BOX(&jacobian_gram));
 }
 
 }  // namespace fastvae

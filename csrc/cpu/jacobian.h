@@ -50,22 +50,24 @@ struct ScaledMatrices {
   bool left_is_batched, wide;
 };
 
-// Columns that one item of gram_reduce takes.
-constexpr int64_t kColumns = 64;
-
+// What the samples [begin, end) give once their scaled matrices are multiplied with the Gram matrix: squared norms, and the gradients of
+// the norms' sum, where wanted, each norm times its weight where there are weights.
 struct GramReduce {
   ScaledMatrices matrices;
-  const void* product;
-  double* dots;                  // (items, batch, rows)
-  void *grad_inner, *grad_left;  // not wanted where null
-
-  int64_t items() const { return (matrices.columns + kColumns - 1) / kColumns; }
+  const void* weights;  // (batch,)
+  const void* scaled;   // of these samples
+  void* product;        // in: scaled times the Gram matrix; out, where there are weights: scaled times them
+  void *norms, *grad_inner, *grad_outer;
+  void* grad_left;  // of these samples, or of a matrix that all share: added to where `adds`
+  bool with_grad, adds;
 };
 
 struct JacobianKernels {
   void (*contractive_penalty)(const ContractivePenalty&, int64_t begin_block, int64_t end_block);
   void (*gram_scale)(const ScaledMatrices&, void* out, int64_t begin_sample, int64_t end_sample);
-  void (*gram_reduce)(const GramReduce&, int64_t begin_item, int64_t end_item);
+  void (*gram_reduce)(const GramReduce&, int64_t begin_sample, int64_t end_sample);
+  // out[i] = values[i] + values[stride + i] + ..., so many parts, in their order
+  void (*gram_add)(const void* values, int64_t stride, int64_t parts, int64_t count, bool wide, void* out);
 };
 
 FASTVAE_DECLARE_KERNELS(JacobianKernels, jacobian)

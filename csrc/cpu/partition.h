@@ -5,6 +5,8 @@
 
 namespace fastvae {
 
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr int64_t kItemElements = 16384;  // about 10 us of work; a multiple of the kernels' tile
 
 // (rows, inner) elements in row-major order, cut into items of about kItemElements: a piece of one row, or several whole rows. Item i

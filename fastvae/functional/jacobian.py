@@ -20,10 +20,6 @@ from fastvae.reference.jacobian import DEFAULT_ALPHAS
 METHODS = ("auto", "closed_form", "gram", "projection", "autograd")
 NORM_REDUCTIONS = ("batchmean", "sum", "sample")
 
-# Elements of a scaled matrix: few enough that memory does not grow with the batch, enough that what each part costs beside its products
-# (calls, starting threads) does not count.
-_GRAM_ELEMENTS = 1 << 21
-
 
 class _ContractivePenalty(torch.autograd.Function):
     generate_vmap_rule = True
@@ -147,60 +143,6 @@ def _check_alpha(activation, alpha) -> float:
     return float(alpha)
 
 
-class _GramNorms(NamedTuple):
-    """The squared norms of ``outer left inner lower`` and their gradients, each sample's counted ``weights`` times."""
-
-    norms: Tensor
-    left: Tensor
-    inner: Tensor
-    outer: Tensor
-    gram: Tensor
-
-
-def _gram_norms(left, inner, outer, gram, weights, with_grad, backend) -> _GramNorms:
-    """|S V|^2 = <S V, S V G> for S V = ``outer left inner`` and G = ``gram``, some samples at a time, which bounds the memory."""
-    scale, reduce = OVERLOADS["jacobian_gram_scale", backend], OVERLOADS["jacobian_gram_reduce", backend]
-    rows, columns = outer.shape[1], inner.shape[1]
-    count = max(_GRAM_ELEMENTS // max(rows * columns, 1), 1)
-    parts, grad_gram = [], None
-    for start in range(0, outer.shape[0], count):
-        chunk = slice(start, start + count)
-        lefts, inners, outers = left[chunk] if left.ndim == 3 else left, inner[chunk], outer[chunk]
-        scaled = scale(lefts, inners, outers)
-        weighted_outers, weighted = outers, scaled
-        if weights is not None:
-            weighted_outers = outers * weights[chunk].unsqueeze(1)
-            weighted = scaled * weights[chunk].repeat_interleave(rows).unsqueeze(1)
-        parts.append(reduce(lefts, inners, weighted_outers, scaled @ gram, with_grad))
-        if with_grad:
-            grad_gram = _add_symmetric_product(grad_gram, scaled, weighted)
-    if not parts:
-        return _GramNorms(outer.sum(1), *(torch.zeros_like(t) for t in (left, inner, outer, gram)))
-    dots, inners, lefts = zip(*parts, strict=True)
-    dots = torch.cat(dots)
-    grad_outer = 2 * dots if weights is None else 2 * dots * weights.unsqueeze(1)
-    grad_left = torch.cat(lefts) if left.ndim == 3 else sum(lefts[1:], lefts[0])
-    grad_gram = gram if grad_gram is None else _mirrored(grad_gram)
-    return _GramNorms((outer * dots).sum(1), 2 * grad_left, 2 * torch.cat(inners), grad_outer, grad_gram)
-
-
-def _add_symmetric_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Adds ``a.T @ b``, which is symmetric, to ``total``, but for the lower left quarter."""
-    half = a.shape[1] // 2
-    if total is None:
-        total = a.new_zeros((a.shape[1], a.shape[1]))
-    total[:half].addmm_(a[:, :half].T, b)
-    total[half:, half:].addmm_(a[:, half:].T, b[:, half:])
-    return total
-
-
-def _mirrored(total: Tensor) -> Tensor:
-    """Writes the lower left quarter of a symmetric matrix."""
-    half = total.shape[1] // 2
-    total[half:, :half].copy_(total[:half, half:].T)
-    return total
-
-
 class _GramPenalty(torch.autograd.Function):
     """sum_j of |(S V W)_j|^2 for S V = ``outer left inner`` of each sample and a matrix W = ``lower`` that all samples share."""
 
@@ -208,11 +150,10 @@ class _GramPenalty(torch.autograd.Function):
 
     @staticmethod
     def forward(left, inner, outer, lower, reduction, with_grad, backend):
-        result = _gram_norms(left, inner, outer, lower @ lower.T, None, with_grad, backend)
-        norms = result.norms
+        norms, *grads = OVERLOADS["jacobian_gram", backend](left, inner, outer, lower @ lower.T, None, with_grad)
         if reduction != REDUCTIONS["sample"]:
             norms = norms.sum() * reduction_scale(outer.shape[:1], reduction)
-        return norms, *result[1:]
+        return norms, *grads
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -228,17 +169,19 @@ class _GramPenalty(torch.autograd.Function):
             return (None,) * 7
         left, inner, outer, lower, *grads = ctx.saved_tensors
         factor = grad_output * reduction_scale(outer.shape[:1], ctx.reduction)
-        if not ctx.written:
-            _, *grads = _gram_norms(left, inner, outer, lower @ lower.T, factor.expand(outer.shape[0]), True, ctx.backend)
-            factor = 1.0
+        if ctx.written:
+            grads = [grad * factor for grad in grads]
+        else:
+            weights = factor.expand(outer.shape[0])
+            _, *grads = OVERLOADS["jacobian_gram", ctx.backend](left, inner, outer, lower @ lower.T, weights, True)
         *grads, grad_gram = grads
-        return *(grad * factor for grad in grads), (2.0 * factor * grad_gram) @ lower, None, None, None
+        return *grads, 2.0 * grad_gram @ lower, None, None, None
 
 
 def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, reduction: str) -> Tensor:
     tensors = left, inner, outer, lower
     with_grad = reduction != "sample" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    backend = _backend.resolve("jacobian_gram_scale", left.device, left.dtype, outer.numel() * inner.shape[1])
+    backend = _backend.resolve("jacobian_gram", left.device, left.dtype, outer.numel() * inner.shape[1])
     return apply(_GramPenalty, *tensors, REDUCTIONS[reduction], with_grad, backend)[0]
 
 

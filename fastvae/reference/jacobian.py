@@ -2,11 +2,12 @@
 fallback."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastvae._ops import ACTIVATIONS, REDUCTIONS, accumulation_dtype
+from fastvae._ops import ACTIVATIONS, OVERLOADS, REDUCTIONS, accumulation_dtype
 from fastvae.reference._reduce import expand_gradient, reduce_elements
 
 _NAMES = {number: name for name, number in ACTIVATIONS.items()}
@@ -14,6 +15,10 @@ _NAMES = {number: name for name, number in ACTIVATIONS.items()}
 DEFAULT_ALPHAS = {"leaky_relu": 0.01, "elu": 1.0, "softplus": 1.0}
 # Whose derivative takes the pre-activation: the output does not determine it.
 FROM_PREACTIVATION = ("silu", "gelu", "gelu_tanh")
+
+# Elements of a scaled matrix: few enough that memory does not grow with the batch, enough that what each chunk costs beside its products
+# does not count.
+GRAM_ELEMENTS = 1 << 21
 
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
@@ -109,3 +114,53 @@ def _jacobian_gram_reduce(left, inner, outer, product, with_grad):
     weighted = outer.unsqueeze(2) * product
     grad_left = weighted * inner.unsqueeze(1)
     return dots, (left * weighted).sum(1), grad_left if left.ndim == 3 else grad_left.sum(0)
+
+
+def gram_in_chunks(backend: str) -> Callable:
+    """``jacobian_gram`` by torch's products between the backend's two epilogues, some samples at a time, which bounds the memory."""
+    scale, reduce = OVERLOADS["jacobian_gram_scale", backend], OVERLOADS["jacobian_gram_reduce", backend]
+
+    def gram_norms(left, inner, outer, gram, weights, with_grad):
+        rows, columns = outer.shape[1], inner.shape[1]
+        count = max(GRAM_ELEMENTS // max(rows * columns, 1), 1)
+        parts, grad_gram = [], torch.zeros_like(gram) if with_grad else gram.new_empty((0,))
+        for start in range(0, outer.shape[0], count):
+            chunk = slice(start, start + count)
+            lefts, inners, outers = left[chunk] if left.ndim == 3 else left, inner[chunk], outer[chunk]
+            scaled = scale(lefts, inners, outers)
+            weighted_outers, weighted = outers, scaled
+            if weights is not None:
+                weighted_outers = outers * weights[chunk].unsqueeze(1)
+                weighted = scaled * weights[chunk].repeat_interleave(rows).unsqueeze(1)
+            parts.append(reduce(lefts, inners, weighted_outers, scaled @ gram, with_grad))
+            if with_grad:
+                _add_symmetric_product(grad_gram, scaled, weighted)
+        if not parts:
+            return outer.sum(1), *(torch.zeros_like(t) if with_grad else t.new_empty((0,)) for t in (left, inner, outer)), grad_gram
+        dots, inners, lefts = zip(*parts, strict=True)
+        dots = torch.cat(dots)
+        norms = (outer * dots).sum(1)
+        if not with_grad:
+            return norms, *(gram.new_empty((0,)) for _ in range(4))
+        grad_left = torch.cat(lefts) if left.ndim == 3 else sum(lefts[1:], lefts[0])
+        grad_outer = 2 * dots if weights is None else 2 * dots * weights.unsqueeze(1)
+        return norms, 2 * grad_left, 2 * torch.cat(inners), grad_outer, _mirrored(grad_gram)
+
+    return gram_norms
+
+
+def _add_symmetric_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds ``a.T @ b``, which is symmetric, to ``total``, but for the lower left quarter."""
+    half = a.shape[1] // 2
+    total[:half].addmm_(a[:, :half].T, b)
+    total[half:, half:].addmm_(a[:, half:].T, b[:, half:])
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """Writes the lower left quarter of a symmetric matrix."""
+    half = total.shape[1] // 2
+    total[half:, :half].copy_(total[:half, half:].T)
+    return total
+
+
+torch.library.impl("fastvae::jacobian_gram.reference", "CompositeExplicitAutograd", gram_in_chunks("reference"))

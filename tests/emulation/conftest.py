@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastvae import _backend
+from fastvae.reference.jacobian import gram_in_chunks
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -56,5 +57,6 @@ def emulated() -> ctypes.CDLL:
         pytest.skip("there is no C++ compiler to build the emulation with")
     library = build()
     torch.ops.load_library(str(library))
+    torch.library.impl("fastvae::jacobian_gram.cuda", "CPU", gram_in_chunks("cuda"))
     _backend.refresh()
     return ctypes.CDLL(str(library))

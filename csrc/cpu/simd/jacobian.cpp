@@ -200,7 +200,7 @@ void scale_samples(const ScaledMatrices& matrices, T* out, int64_t begin, int64_
     for (int64_t r = 0; r < m.rows; ++r) {
       const T* left = m.left + b * m.left_stride + r * m.columns;
       const T outer = m.outer[b * m.rows + r];
-      T* to = out + (b * m.rows + r) * m.columns;
+      T* to = out + ((b - begin) * m.rows + r) * m.columns;
 #pragma omp simd
       for (int64_t k = 0; k < m.columns; ++k) to[k] = outer * left[k] * inner[k];
     }
@@ -213,64 +213,87 @@ void gram_scale(const ScaledMatrices& m, void* out, int64_t begin_sample, int64_
          : scale_samples(m, static_cast<float*>(out), begin_sample, end_sample);
 }
 
-template <class T>
-FASTVAE_INLINE T dot(const T* __restrict left, const T* __restrict inner, const T* __restrict product, int64_t count) {
-  T total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t k = 0; k < count; ++k) total += left[k] * inner[k] * product[k];
-  return total;
-}
-
-constexpr int64_t kRowsAhead = 8;  // that are fetched: rows of the product are too far apart for the processor to see a stream
-
-// The rows of one sample against its columns [first, first + count).
-template <class T>
-FASTVAE_INLINE void reduce_sample(const GramReduce& p, const Matrices<T>& m, int64_t b, int64_t first, int64_t count, double* dots) {
-  const T* product = static_cast<const T*>(p.product) + b * m.rows * m.columns + first;
-  const T* left = m.left + b * m.left_stride + first;
-  const T* inner = m.inner + b * m.columns + first;
-  T* grad_left = static_cast<T*>(p.grad_left) + b * m.left_stride + first;
-  alignas(64) T grad_inner[kColumns] = {};
-  for (int64_t r = 0; r < m.rows; ++r, product += m.columns, left += m.columns) {
-    for (int64_t k = 0; k < count; k += 16) __builtin_prefetch(product + kRowsAhead * m.columns + k);
-    dots[b * m.rows + r] = static_cast<double>(dot(left, inner, product, count));
-    if (!p.grad_left) continue;
-    const T outer = m.outer[b * m.rows + r];
-    const bool first_term = b == 0 || m.left_stride > 0;
-    T* grad = grad_left + r * m.columns;
-#pragma omp simd
-    for (int64_t k = 0; k < count; ++k) {
-      T weighted = outer * product[k];
-      grad_inner[k] += left[k] * weighted;
-      grad[k] = (first_term ? T(0) : grad[k]) + inner[k] * weighted;
+// Of one row: what left, inner and product give in all, and each its share of the gradients.
+template <bool kWithGrad, class T>
+FASTVAE_INLINE double reduce_row(const T* __restrict left, const T* __restrict inner, const T* __restrict product, T outer, int64_t columns,
+                                 T* __restrict grad_inner, T* __restrict grad_left, bool adds) {
+  double dot = 0.0;
+  for (int64_t begin = 0; begin < columns; begin += kTile) {
+    const int64_t end = begin + kTile < columns ? begin + kTile : columns;
+    T part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t k = begin; k < end; ++k) {
+      part += left[k] * inner[k] * product[k];
+      if (kWithGrad) {
+        T weighted = outer * product[k];
+        grad_inner[k] += left[k] * weighted;
+        grad_left[k] = (adds ? grad_left[k] : T(0)) + inner[k] * weighted;
+      }
     }
+    dot += static_cast<double>(part);
   }
-  if (p.grad_inner) memcpy(static_cast<T*>(p.grad_inner) + b * m.columns + first, grad_inner, static_cast<size_t>(count) * sizeof(T));
+  return dot;
 }
 
 template <class T>
-void reduce_items(const GramReduce& p, int64_t begin_item, int64_t end_item) {
+T* at(void* values, int64_t offset) {
+  return values ? static_cast<T*>(values) + offset : nullptr;
+}
+
+template <bool kWithGrad, class T>
+void reduce_samples(const GramReduce& p, int64_t begin, int64_t end) {
   const Matrices<T> m(p.matrices);
-  for (int64_t item = begin_item; item < end_item; ++item) {
-    int64_t first = item * kColumns;
-    double* dots = p.dots + item * p.matrices.batch * m.rows;
-    for (int64_t b = 0; b < p.matrices.batch; ++b) {
-      if (m.columns - first >= kColumns)
-        reduce_sample<T>(p, m, b, first, kColumns, dots);
-      else
-        reduce_sample<T>(p, m, b, first, m.columns - first, dots);
+  const int64_t size = m.rows * m.columns;
+  for (int64_t b = begin; b < end; ++b) {
+    const T *left = m.left + b * m.left_stride, *inner = m.inner + b * m.columns, *outer = m.outer + b * m.rows;
+    T *product = static_cast<T*>(p.product) + (b - begin) * size, *grad_inner = at<T>(p.grad_inner, b * m.columns);
+    T* grad_left = at<T>(p.grad_left, m.left_stride > 0 ? (b - begin) * size : 0);
+    const T weight = p.weights ? static_cast<const T*>(p.weights)[b] : T(1);
+    const bool adds = p.adds || (m.left_stride == 0 && b > begin);
+    double norm = 0.0;
+    if (kWithGrad) memset(grad_inner, 0, static_cast<size_t>(m.columns) * sizeof(T));
+    for (int64_t r = 0; r < m.rows; ++r) {
+      int64_t row = r * m.columns;
+      double dot =
+          reduce_row<kWithGrad>(left + row, inner, product + row, T(2) * weight * outer[r], m.columns, grad_inner, grad_left + row, adds);
+      norm += static_cast<double>(outer[r]) * dot;
+      if (kWithGrad) static_cast<T*>(p.grad_outer)[b * m.rows + r] = static_cast<T>(2.0 * static_cast<double>(weight) * dot);
     }
+    static_cast<T*>(p.norms)[b] = static_cast<T>(norm);
+    if (!kWithGrad || !p.weights) continue;
+    const T* scaled = static_cast<const T*>(p.scaled) + (b - begin) * size;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) product[i] = weight * scaled[i];
   }
 }
 
-void gram_reduce(const GramReduce& p, int64_t begin_item, int64_t end_item) {
-  record_run(Family::jacobian, kIsaName);
-  p.matrices.wide ? reduce_items<double>(p, begin_item, end_item) : reduce_items<float>(p, begin_item, end_item);
+template <class T>
+void reduce_samples(const GramReduce& p, int64_t begin, int64_t end) {
+  p.with_grad ? reduce_samples<true, T>(p, begin, end) : reduce_samples<false, T>(p, begin, end);
+}
+
+void gram_reduce(const GramReduce& p, int64_t begin_sample, int64_t end_sample) {
+  p.matrices.wide ? reduce_samples<double>(p, begin_sample, end_sample) : reduce_samples<float>(p, begin_sample, end_sample);
+}
+
+template <class T>
+void add_parts(const T* values, int64_t stride, int64_t parts, int64_t count, T* out) {
+  memcpy(out, values, static_cast<size_t>(count) * sizeof(T));
+  for (int64_t part = 1; part < parts; ++part) {
+    const T* more = values + part * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[i] += more[i];
+  }
+}
+
+void gram_add(const void* values, int64_t stride, int64_t parts, int64_t count, bool wide, void* out) {
+  wide ? add_parts(static_cast<const double*>(values), stride, parts, count, static_cast<double*>(out))
+       : add_parts(static_cast<const float*>(values), stride, parts, count, static_cast<float*>(out));
 }
 
 }  // namespace
 }  // namespace FASTVAE_ISA
 
-const JacobianKernels FASTVAE_CONCAT(jacobian_kernels_, FASTVAE_ISA) = {contractive_penalty, gram_scale, gram_reduce};
+const JacobianKernels FASTVAE_CONCAT(jacobian_kernels_, FASTVAE_ISA) = {contractive_penalty, gram_scale, gram_reduce, gram_add};
 
 }  // namespace fastvae
