@@ -15,7 +15,7 @@ from benchmarks.registry import Case, Inputs, Provider, Results, Unavailable
 from fastvae import functional as FV
 from fastvae.compat import patch_diffusers
 from fastvae.models import ResidualConvVAE
-from fastvae.nn import GroupNormSiLU
+from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 
 CHANNELS = (32, 64, 128)
 
@@ -27,12 +27,23 @@ class PlainGroupNormSiLU(nn.GroupNorm):
         return F.silu(super().forward(input))
 
 
-def with_plain_norms(model: nn.Module) -> nn.Module:
+class PlainUpsampleConv2d(nn.Conv2d):
+    """What :class:`fastvae.nn.UpsampleConv2d` replaces."""
+
+    def forward(self, input):
+        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+
+
+def with_plain_layers(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if type(module) is GroupNormSiLU:
             plain = PlainGroupNormSiLU(module.num_groups, module.num_channels, module.eps)
-            plain.load_state_dict(module.state_dict())
-            model.set_submodule(name, plain)
+        elif type(module) is UpsampleConv2d:
+            plain = PlainUpsampleConv2d(module.in_channels, module.out_channels, 3, padding=1)
+        else:
+            continue
+        plain.load_state_dict(module.state_dict())
+        model.set_submodule(name, plain)
     return model
 
 
@@ -55,7 +66,7 @@ class Residual:
 
     def __init__(self, size, device, fused: bool):
         model = ResidualConvVAE(size[1], CHANNELS, precision="float32").to(device)
-        self.model = model if fused else with_plain_norms(model)
+        self.model = model if fused else with_plain_layers(model)
 
     def encode(self, x):
         return self.model.encoder(x)

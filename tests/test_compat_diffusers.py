@@ -8,7 +8,7 @@ from _helpers import Source, leaf
 from torch import nn
 
 from fastvae.compat import DiagonalGaussianDistribution, patch_diffusers
-from fastvae.nn import GroupNormSiLU
+from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 from fastvae.nn.optimize import examine
 
 diffusers = pytest.importorskip("diffusers")
@@ -35,6 +35,7 @@ def test_autoencoder_kl_gives_the_same(channels_last):
     patched = patch_diffusers(copy.deepcopy(vae), channels_last=channels_last)
     assert list(patched.state_dict()) == list(vae.state_dict())
     assert sum(isinstance(module, GroupNormSiLU) for module in patched.modules()) == 2 * 5 * 2 - 2 + 4
+    assert sum(isinstance(module, UpsampleConv2d) for module in patched.modules()) == 1
     x = Source("cpu").uniform(2, 3, 16, 16)
     results = []
     for model in (vae, patched):

@@ -10,7 +10,7 @@ from _helpers import Source, leaf
 from torch import nn
 
 import fastvae
-from fastvae.nn import GroupNormSiLU
+from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 from fastvae.nn.optimize import examine
 
 
@@ -82,7 +82,15 @@ def sequential():
     )
 
 
+def upsampling():
+    return nn.Sequential(
+        nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, padding=1), nn.UpsamplingNearest2d(scale_factor=2),
+        nn.Conv2d(4, 6, 3, padding="same", bias=False), nn.GroupNorm(2, 6), nn.SiLU(),
+    )  # fmt: skip
+
+
 MAKERS = {
+    "upsampling": (upsampling, 3),
     "sequential": (sequential, 2),
     "functional": (Functional, 2),
     "submodule": (Submodule, 1),
@@ -100,7 +108,7 @@ def test_same_outputs_gradients_and_names(make, count, channels_last):
     lines = []
     assert fastvae.optimize(module, channels_last=channels_last, report=lines.append) is module
     assert len([line for line in lines if line.startswith("fused")]) == count
-    assert sum(isinstance(m, GroupNormSiLU) for m in module.modules()) == count
+    assert sum(isinstance(m, GroupNormSiLU | UpsampleConv2d) for m in module.modules()) == count
     assert list(module.state_dict()) == keys
     assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
     x = Source("cpu").normal(2, 4, 8, 8)
@@ -151,6 +159,34 @@ def test_it_is_still_a_module(make, count):
 def test_it_prints_by_default(capsys):
     fastvae.optimize(sequential())
     assert capsys.readouterr().out == "fused 1 with 2\nfused 4 with 5\n"
+
+
+SHARED = nn.Conv2d(4, 4, 3, padding=1)
+NOT_DOUBLED = {
+    "nothing behind it": nn.Sequential(nn.Upsample(scale_factor=2)),
+    "another mode": nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 4, 3, padding=1)),
+    "another factor": nn.Sequential(nn.Upsample(scale_factor=(2, 3)), nn.Conv2d(4, 4, 3, padding=1)),
+    "a size": nn.Sequential(nn.Upsample(size=(16, 16)), nn.Conv2d(4, 4, 3, padding=1)),
+    "another padding": nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3)),
+    "reflected borders": nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+    "another stride": nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, 2, padding=1)),
+    "a convolution in two places": nn.Sequential(SHARED, nn.Upsample(scale_factor=2), SHARED),
+    "another layer": nn.Sequential(nn.Upsample(scale_factor=2), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)),
+    "other code": nn.ModuleList([nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, padding=1)]),
+}
+
+
+@pytest.mark.parametrize("module", NOT_DOUBLED.values(), ids=NOT_DOUBLED)
+def test_other_upsamplings_stay(module):
+    text = repr(module)
+    fastvae.optimize(module, report=None)
+    assert repr(module) == text
+
+
+def test_an_upsampling_that_stays_is_reported():
+    lines = []
+    fastvae.optimize(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 1)), report=lines.append)
+    assert lines == ["left 0: what follows it is not a convolution of size 3 with padding 1 in one place"]
 
 
 # Modules that must stay as they are, and the reason that is given.

@@ -14,13 +14,14 @@ from fastvae.nn.optimize import examine, optimize
 def patch_diffusers(vae: nn.Module, *, channels_last: bool = False, report: Callable[[str], None] | None = None) -> nn.Module:
     """Fuses GroupNorm and SiLU in a VAE of diffusers (``AutoencoderKL`` and its like), in place: :func:`fastvae.optimize` on it.
 
-    ``norm1`` and ``norm2`` of the residual blocks and ``conv_norm_out`` of encoder and decoder take over the activation behind them.
-    Names and parameters stay, so checkpoints load as before; ``SpatialNorm`` and the norms of attention are left alone.
+    ``norm1`` and ``norm2`` of the residual blocks and ``conv_norm_out`` of encoder and decoder take over the activation behind them, and
+    the decoder's ``upsamplers`` compute repetition and convolution as one. Names and parameters stay, so checkpoints load as before;
+    ``SpatialNorm`` and the norms of attention are left alone.
 
     Args:
         vae: the model; it is changed. Patching it again changes nothing.
         channels_last: also puts the weights of its convolutions into ``torch.channels_last``.
-        report: called with one line for each norm; silent by default.
+        report: called with one line for each norm and each upsampling; silent by default.
 
     Returns:
         ``vae``.

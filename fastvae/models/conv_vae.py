@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvae.functional._checks import check_choice
 from fastvae.models.vae import VAE
-from fastvae.nn import GroupNormSiLU
+from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 
 PRECISIONS = ("auto", "bfloat16", "float32")
 
@@ -50,17 +50,6 @@ class Attention(nn.Module):
         query, key, value = (t.flatten(2).mT for t in self.qkv(self.norm(x)).chunk(3, dim=1))
         attended = F.scaled_dot_product_attention(query, key, value)
         return x + self.out(attended.mT.unflatten(2, x.shape[2:]))
-
-
-class Upsample(nn.Module):
-    """Twice the size by repetition, and a convolution of size 3."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def _blocks(in_channels: int, out_channels: int, count: int, groups: int) -> list[nn.Module]:
@@ -120,7 +109,7 @@ class ResidualDecoder(nn.Sequential):
         layers += _middle(previous, groups) if attention else []
         for level, width in enumerate(reversed(channels)):
             if level > 0:
-                layers.append(Upsample(previous))
+                layers.append(UpsampleConv2d(previous, previous))
             layers += _blocks(previous, width, blocks, groups)
             previous = width
         super().__init__(*layers, GroupNormSiLU(groups, previous), nn.Conv2d(previous, in_channels, 3, padding=1))

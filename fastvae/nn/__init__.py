@@ -6,6 +6,7 @@ from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty
 from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
 from fastvae.nn.sampling import Reparameterize
 from fastvae.nn.schedules import CapacitySchedule, CosineSchedule, CyclicalSchedule, LinearSchedule
+from fastvae.nn.upsampling import UpsampleConv2d
 from fastvae.nn.vector_quantizer import ResidualVectorQuantizer, VectorQuantizer, VQOutput
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ResidualVectorQuantizer",
     "SaltAndPepper",
     "StandardScaler",
+    "UpsampleConv2d",
     "VAELoss",
     "VQOutput",
     "VectorQuantizer",

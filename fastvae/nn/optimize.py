@@ -6,15 +6,18 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import fx, nn
 
 from fastvae.nn.group_norm import GroupNormSiLU
+from fastvae.nn.upsampling import UpsampleConv2d
 
 MEMORY_FORMATS = {
     nn.Conv2d: torch.channels_last,
+    UpsampleConv2d: torch.channels_last,
     nn.ConvTranspose2d: torch.channels_last,
     nn.Conv3d: torch.channels_last_3d,
     nn.ConvTranspose3d: torch.channels_last_3d,
@@ -27,11 +30,11 @@ class NotUnderstood(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """A GroupNorm in a module.
+    """A GroupNorm in a module, or an upsampling.
 
     Args:
         name: its name in the module.
-        followed_by: the SiLU that becomes part of it; ``None`` where it is left alone.
+        followed_by: the SiLU, or the convolution, that becomes one with it; ``None`` where it is left alone.
         reason: why it is left alone.
     """
 
@@ -54,11 +57,12 @@ class _Plan:
 
 
 def optimize(module: nn.Module, *, channels_last: bool = False, report: Callable[[str], None] | None = print) -> nn.Module:
-    """Swaps, in place, each GroupNorm that SiLU follows for one :class:`GroupNormSiLU` that does both.
+    """Swaps, in place, each GroupNorm that SiLU follows for one :class:`GroupNormSiLU` that does both, and each upsampling by repetition
+    that a convolution of size 3 follows for one :class:`UpsampleConv2d`.
 
-    Found are pairs in an :class:`torch.nn.Sequential`; pairs in the code of a ``forward`` that torch.fx can trace and that has no branches
-    but on whether a submodule is there; and the residual blocks, encoders and decoders of diffusers. What is not understood with certainty
-    is left alone. The modules of an ``nn.Sequential`` are taken to be called by it alone.
+    Found are pairs in an :class:`torch.nn.Sequential`; pairs of GroupNorm and SiLU in the code of a ``forward`` that torch.fx can trace and
+    that has no branches but on whether a submodule is there; and the residual blocks, encoders and decoders of diffusers. What is not
+    understood with certainty is left alone. The modules of an ``nn.Sequential`` are taken to be called by it alone.
 
     Parameters are the same objects under the same names: the ``state_dict`` and an optimizer stay valid. Where ``forward`` calls SiLU as a
     function, the module gets a ``forward`` of its own with the rest of its code unchanged.
@@ -66,8 +70,8 @@ def optimize(module: nn.Module, *, channels_last: bool = False, report: Callable
     Args:
         module: any module; it is changed.
         channels_last: also puts the weights of convolutions into ``torch.channels_last`` (``channels_last_3d``); their outputs follow.
-        report: called with one line for each GroupNorm, what was done or why nothing was; ``None`` for silence. :func:`examine` gives
-            the same without a change.
+        report: called with one line for each GroupNorm and each upsampling, what was done or why nothing was; ``None`` for silence.
+            :func:`examine` gives the same without a change.
 
     Returns:
         ``module``.
@@ -93,6 +97,11 @@ def _to_channels_last(module: nn.Module) -> None:
 
 def _walk(root: nn.Module, change: bool) -> Iterator[Finding]:
     uses = Counter(id(child) for parent in root.modules() for child in parent._modules.values())
+    yield from _walk_norms(root, uses, change)
+    yield from _walk_upsamplings(root, uses, change)
+
+
+def _walk_norms(root: nn.Module, uses: Counter, change: bool) -> Iterator[Finding]:
     for prefix, parent in list(root.named_modules()):
         norms = {name: child for name, child in parent._modules.items() if type(child) is nn.GroupNorm}
         if not norms:
@@ -184,6 +193,56 @@ def _plan_diffusers(parent: nn.Module) -> _Plan:
         parent.set_submodule(act, nn.Identity())
 
     return _Plan(dict.fromkeys(norms, act), apply)
+
+
+@dataclass(frozen=True)
+class _Upsampling:
+    """An upsampling to twice the size: its name, the module that has what follows it and under which name, and how to turn it off."""
+
+    name: str
+    owner: nn.Module
+    conv: str
+    turn_off: Callable[[], None]
+
+
+def _walk_upsamplings(root: nn.Module, uses: Counter, change: bool) -> Iterator[Finding]:
+    for found in _upsamplings(root):
+        conv = found.owner.get_submodule(found.conv)
+        if not _is_plain_conv(conv) or uses[id(conv)] > 1:
+            yield Finding(found.name, reason="what follows it is not a convolution of size 3 with padding 1 in one place")
+            continue
+        if change:
+            found.owner.set_submodule(found.conv, UpsampleConv2d.sharing(conv))
+            found.turn_off()
+        yield Finding(found.name, found.conv)
+
+
+def _upsamplings(root: nn.Module) -> Iterator[_Upsampling]:
+    for prefix, parent in list(root.named_modules()):
+        if type(parent).forward is nn.Sequential.forward:
+            for name, follower in pairwise(list(parent._modules)):
+                if _doubles(parent.get_submodule(name)):
+                    turn_off = partial(parent.set_submodule, name, nn.Identity())
+                    yield _Upsampling(f"{prefix}.{name}".removeprefix("."), parent, follower, turn_off)
+        elif type(parent).__module__.startswith("diffusers.") and type(parent).__name__ == "UpDecoderBlock2D":
+            # This one asks its upsamplers for twice the size; others may ask for a size of their own.
+            for name, upsampler in parent.named_modules():
+                if type(upsampler).__name__ == "Upsample2D" and upsampler.interpolate and upsampler.use_conv and upsampler.name == "conv":
+                    turn_off = partial(setattr, upsampler, "interpolate", False)
+                    yield _Upsampling(f"{prefix}.{name}".removeprefix("."), upsampler, "conv", turn_off)
+
+
+def _doubles(module: nn.Module) -> bool:
+    if type(module) not in (nn.Upsample, nn.UpsamplingNearest2d) or _has_hooks(module):
+        return False
+    return module.mode == "nearest" and module.size is None and module.scale_factor in (2, (2, 2))
+
+
+def _is_plain_conv(module: nn.Module) -> bool:
+    if type(module) is not nn.Conv2d or _has_hooks(module):
+        return False
+    sizes = module.kernel_size, module.stride, module.dilation, module.groups, module.padding_mode
+    return sizes == ((3, 3), (1, 1), (1, 1), 1, "zeros") and module.padding in ((1, 1), "same")
 
 
 class _Tracer(fx.Tracer):
