@@ -28,7 +28,7 @@ constexpr int64_t kFewestColumns = 256, kMostColumns = 2048, kVector = 32;
 inline int64_t columns_of(const Runs& runs) {
   int64_t whole = runs.channels;
   while (whole % kVector != 0) whole += runs.channels;
-  if (whole > kMostColumns) whole = runs.channels;
+  if (whole > kMostColumns) whole = runs.channels % 2 == 0 ? runs.channels : 2 * runs.channels;
   return whole * (whole < kFewestColumns ? (kFewestColumns + whole - 1) / whole : 1);
 }
 
