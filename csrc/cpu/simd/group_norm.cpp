@@ -13,10 +13,10 @@ struct Number {
   static constexpr int value = number;
 };
 
-// Adjacent elements that are loaded and stored together.
-template <class Value, int lanes>
-struct Lanes {
-  Value lane[lanes];
+// What a loop over columns handles at once: the elements of a word, or of the words of several rows.
+template <class T, int count>
+struct Values {
+  T at[count];
 };
 
 // A storage type, how many of its elements make a word, and how accurate the activation has to be for values that are stored in it; sums
@@ -28,8 +28,8 @@ struct Unchanged {
   static constexpr int kLanes = 1;
   using Stored = Value;
   using T = Value;
-  FASTVAE_INLINE Lanes<T, 1> get(const Stored* from, Number<1>) { return {{*from}}; }
-  FASTVAE_INLINE void put(Stored* to, Lanes<T, 1> values) { *to = values.lane[0]; }
+  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{*from}}; }
+  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = values.at[0]; }
 };
 
 // Two to a word of 32 bits: where the vectors are as wide as the arithmetic's, no instruction has to move elements across them.
@@ -40,14 +40,14 @@ struct BFloat16 {
   using Stored = uint16_t;
   using Word [[gnu::may_alias, gnu::aligned(sizeof(Stored))]] = uint32_t;
   using T = float;
-  FASTVAE_INLINE Lanes<T, 1> get(const Stored* from, Number<1>) { return {{bfloat16_to_float(*from)}}; }
-  FASTVAE_INLINE Lanes<T, 2> get(const Stored* from, Number<2>) {
+  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{bfloat16_to_float(*from)}}; }
+  FASTVAE_INLINE Values<T, 2> get(const Stored* from, Number<2>) {
     uint32_t word = *reinterpret_cast<const Word*>(from);
     return {{bits_to_float(word << 16), bits_to_float(word & 0xffff0000u)}};
   }
-  FASTVAE_INLINE void put(Stored* to, Lanes<T, 1> values) { *to = static_cast<Stored>(rounded(values.lane[0]) >> 16); }
-  FASTVAE_INLINE void put(Stored* to, Lanes<T, 2> values) {
-    *reinterpret_cast<Word*>(to) = (rounded(values.lane[0]) >> 16) | (rounded(values.lane[1]) & 0xffff0000u);
+  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = static_cast<Stored>(rounded(values.at[0]) >> 16); }
+  FASTVAE_INLINE void put(Stored* to, Values<T, 2> values) {
+    *reinterpret_cast<Word*>(to) = (rounded(values.at[0]) >> 16) | (rounded(values.at[1]) & 0xffff0000u);
   }
 
  private:
@@ -62,8 +62,8 @@ struct Float16 {
   static constexpr int kLanes = 1;
   using Stored = uint16_t;
   using T = float;
-  FASTVAE_INLINE Lanes<T, 1> get(const Stored* from, Number<1>) { return {{half_to_float(*from)}}; }
-  FASTVAE_INLINE void put(Stored* to, Lanes<T, 1> values) { *to = float_to_half(values.lane[0]); }
+  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{half_to_float(*from)}}; }
+  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = float_to_half(values.at[0]); }
 };
 
 // A piece of a run.
@@ -112,29 +112,47 @@ FASTVAE_INLINE void for_each_word(int64_t count, F f) {
 
 // The columns of a word, read once for all rows.
 template <class T, int lanes>
-FASTVAE_INLINE Lanes<T, lanes> columns_at(const T* from, Number<lanes>) {
-  Lanes<T, lanes> values;
+FASTVAE_INLINE Values<T, lanes> load_columns(const T* from, Number<lanes>) {
+  Values<T, lanes> values;
 #pragma GCC unroll 2
-  for (int l = 0; l < lanes; ++l) values.lane[l] = from[l];
+  for (int l = 0; l < lanes; ++l) values.at[l] = from[l];
   return values;
 }
 
 template <class T, int lanes>
-FASTVAE_INLINE void add_to_columns(T* to, const Lanes<T, lanes>& values) {
+FASTVAE_INLINE void add_to_columns(T* to, const Values<T, lanes>& values) {
 #pragma GCC unroll 2
-  for (int l = 0; l < lanes; ++l) to[l] += values.lane[l];
+  for (int l = 0; l < lanes; ++l) to[l] += values.at[l];
+}
+
+// A word of each row, one behind the other. All are loaded before one is stored: the compiler, which cannot tell apart what is read and
+// what is written, may then interleave their arithmetic.
+template <class S, int rows, int lanes>
+FASTVAE_INLINE Values<typename S::T, rows * lanes> load_rows(const typename S::Stored* from, int64_t stride, Number<lanes> number) {
+  Values<typename S::T, rows * lanes> values;
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    auto word = S::get(from + r * stride, number);
+#pragma GCC unroll 2
+    for (int l = 0; l < lanes; ++l) values.at[r * lanes + l] = word.at[l];
+  }
+  return values;
+}
+
+template <class S, int rows, int lanes>
+FASTVAE_INLINE void store_rows(typename S::Stored* to, int64_t stride, Number<lanes> number,
+                               const Values<typename S::T, rows * lanes>& values) {
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) S::put(to + r * stride, load_columns(values.at + r * lanes, number));
 }
 
 template <class S, int rows>
 void add_rows(const typename S::Stored* __restrict x, int64_t stride, int64_t count, typename S::T* __restrict sums) {
   for_each_word<S>(count, [=](auto lanes, int64_t i) {
-    Lanes<typename S::T, lanes.value> total{};
+    Values<typename S::T, lanes.value> total{};
+    auto values = load_rows<S, rows>(x + i, stride, lanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      auto values = S::get(x + r * stride + i, lanes);
-#pragma GCC unroll 2
-      for (int l = 0; l < lanes.value; ++l) total.lane[l] += values.lane[l];
-    }
+    for (int j = 0; j < rows * lanes.value; ++j) total.at[j % lanes.value] += values.at[j];
     add_to_columns(sums + i, total);
   });
 }
@@ -142,18 +160,17 @@ void add_rows(const typename S::Stored* __restrict x, int64_t stride, int64_t co
 template <class S, int rows>
 void add_moments(const typename S::Stored* __restrict x, int64_t stride, int64_t count, const typename S::T* __restrict shift,
                  typename S::T* __restrict first, typename S::T* __restrict second) {
+  using T = typename S::T;
   for_each_word<S>(count, [=](auto lanes, int64_t i) {
-    Lanes<typename S::T, lanes.value> total{}, squares{};
-    auto k = columns_at(shift + i, lanes);
+    Values<T, lanes.value> total{}, squares{};
+    auto k = load_columns(shift + i, lanes);
+    auto values = load_rows<S, rows>(x + i, stride, lanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      auto values = S::get(x + r * stride + i, lanes);
-#pragma GCC unroll 2
-      for (int l = 0; l < lanes.value; ++l) {
-        typename S::T d = values.lane[l] - k.lane[l];
-        total.lane[l] += d;
-        squares.lane[l] = fma(d, d, squares.lane[l]);
-      }
+    for (int j = 0; j < rows * lanes.value; ++j) {
+      int l = j % lanes.value;
+      T d = values.at[j] - k.at[l];
+      total.at[l] += d;
+      squares.at[l] = fma(d, d, squares.at[l]);
     }
     add_to_columns(first + i, total);
     add_to_columns(second + i, squares);
@@ -164,14 +181,14 @@ template <class S, class A, int rows>
 void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __restrict y, int64_t stride, int64_t count,
                   const typename S::T* __restrict centre, const typename S::T* __restrict scale, const typename S::T* __restrict offset) {
   for_each_word<S>(count, [=](auto lanes, int64_t i) {
-    auto c = columns_at(centre + i, lanes), a = columns_at(scale + i, lanes), b = columns_at(offset + i, lanes);
+    auto c = load_columns(centre + i, lanes), a = load_columns(scale + i, lanes), b = load_columns(offset + i, lanes);
+    auto values = load_rows<S, rows>(x + i, stride, lanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      auto values = S::get(x + r * stride + i, lanes);
-#pragma GCC unroll 2
-      for (int l = 0; l < lanes.value; ++l) values.lane[l] = A::value(affine(values.lane[l], c.lane[l], a.lane[l], b.lane[l]));
-      S::put(y + r * stride + i, values);
+    for (int j = 0; j < rows * lanes.value; ++j) {
+      int l = j % lanes.value;
+      values.at[j] = A::value(affine(values.at[j], c.at[l], a.at[l], b.at[l]));
     }
+    store_rows<S, rows>(y + i, stride, lanes, values);
   });
 }
 
@@ -181,20 +198,18 @@ void add_gradients(const typename S::Stored* __restrict x, const typename S::Sto
                    const typename S::T* __restrict offset, typename S::T* __restrict plain, typename S::T* __restrict weighted) {
   using T = typename S::T;
   for_each_word<S>(count, [=](auto lanes, int64_t i) {
-    Lanes<T, lanes.value> total{}, product{};
-    auto c = columns_at(centre + i, lanes), a = columns_at(scale + i, lanes), b = columns_at(offset + i, lanes);
+    Values<T, lanes.value> total{}, product{};
+    auto c = load_columns(centre + i, lanes), a = load_columns(scale + i, lanes), b = load_columns(offset + i, lanes);
+    auto values = load_rows<S, rows>(x + i, stride, lanes), gradients = load_rows<S, rows>(grad + i, stride, lanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      auto values = S::get(x + r * stride + i, lanes), gradients = S::get(grad + r * stride + i, lanes);
-#pragma GCC unroll 2
-      for (int l = 0; l < lanes.value; ++l) {
-        T value = values.lane[l], du = A::gradient(affine(value, c.lane[l], a.lane[l], b.lane[l]), gradients.lane[l]);
-        gradients.lane[l] = du;
-        total.lane[l] += du;
-        product.lane[l] = fma(du, value - c.lane[l], product.lane[l]);
-      }
-      if (S::kKeepsGradient) S::put(kept + r * stride + i, gradients);
+    for (int j = 0; j < rows * lanes.value; ++j) {
+      int l = j % lanes.value;
+      T du = A::gradient(affine(values.at[j], c.at[l], a.at[l], b.at[l]), gradients.at[j]);
+      gradients.at[j] = du;
+      total.at[l] += du;
+      product.at[l] = fma(du, values.at[j] - c.at[l], product.at[l]);
     }
+    if (S::kKeepsGradient) store_rows<S, rows>(kept + i, stride, lanes, gradients);
     add_to_columns(plain + i, total);
     add_to_columns(weighted + i, product);
   });
@@ -208,19 +223,18 @@ void backward_rows(const typename S::Stored* __restrict x, const typename S::Sto
                    const typename S::T* __restrict constant) {
   using T = typename S::T;
   for_each_word<S>(count, [=](auto lanes, int64_t i) {
-    auto c = columns_at(centre + i, lanes), a = columns_at(scale + i, lanes), b = columns_at(offset + i, lanes);
-    auto s = columns_at(slope + i, lanes), k = columns_at(constant + i, lanes);
+    auto c = load_columns(centre + i, lanes), a = load_columns(scale + i, lanes), b = load_columns(offset + i, lanes);
+    auto s = load_columns(slope + i, lanes), k = load_columns(constant + i, lanes);
+    auto values = load_rows<S, rows>(x + i, stride, lanes);
+    auto gradients = load_rows<S, rows>((S::kKeepsGradient ? out : grad) + i, stride, lanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      auto values = S::get(x + r * stride + i, lanes), gradients = S::get((S::kKeepsGradient ? out : grad) + r * stride + i, lanes);
-#pragma GCC unroll 2
-      for (int l = 0; l < lanes.value; ++l) {
-        T value = values.lane[l], g = gradients.lane[l];
-        T du = S::kKeepsGradient ? g : A::gradient(affine(value, c.lane[l], a.lane[l], b.lane[l]), g);
-        gradients.lane[l] = gradient_of_input(value, du, c.lane[l], a.lane[l], s.lane[l], k.lane[l]);
-      }
-      S::put(out + r * stride + i, gradients);
+    for (int j = 0; j < rows * lanes.value; ++j) {
+      int l = j % lanes.value;
+      T value = values.at[j], g = gradients.at[j];
+      T du = S::kKeepsGradient ? g : A::gradient(affine(value, c.at[l], a.at[l], b.at[l]), g);
+      gradients.at[j] = gradient_of_input(value, du, c.at[l], a.at[l], s.at[l], k.at[l]);
     }
+    store_rows<S, rows>(out + i, stride, lanes, gradients);
   });
 }
 
