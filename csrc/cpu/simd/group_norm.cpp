@@ -148,7 +148,7 @@ FASTVAE_INLINE void store_rows(typename S::Stored* to, int64_t stride, Number<la
 
 template <class S, int rows>
 void add_rows(const typename S::Stored* __restrict x, int64_t stride, int64_t count, typename S::T* __restrict sums) {
-  for_each_word<S>(count, [=](auto lanes, int64_t i) {
+  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
     Values<typename S::T, lanes.value> total{};
     auto values = load_rows<S, rows>(x + i, stride, lanes);
 #pragma GCC unroll 8
@@ -161,7 +161,7 @@ template <class S, int rows>
 void add_moments(const typename S::Stored* __restrict x, int64_t stride, int64_t count, const typename S::T* __restrict shift,
                  typename S::T* __restrict first, typename S::T* __restrict second) {
   using T = typename S::T;
-  for_each_word<S>(count, [=](auto lanes, int64_t i) {
+  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
     Values<T, lanes.value> total{}, squares{};
     auto k = load_columns(shift + i, lanes);
     auto values = load_rows<S, rows>(x + i, stride, lanes);
@@ -180,7 +180,7 @@ void add_moments(const typename S::Stored* __restrict x, int64_t stride, int64_t
 template <class S, class A, int rows>
 void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __restrict y, int64_t stride, int64_t count,
                   const typename S::T* __restrict centre, const typename S::T* __restrict scale, const typename S::T* __restrict offset) {
-  for_each_word<S>(count, [=](auto lanes, int64_t i) {
+  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
     auto c = load_columns(centre + i, lanes), a = load_columns(scale + i, lanes), b = load_columns(offset + i, lanes);
     auto values = load_rows<S, rows>(x + i, stride, lanes);
 #pragma GCC unroll 8
@@ -197,7 +197,7 @@ void add_gradients(const typename S::Stored* __restrict x, const typename S::Sto
                    int64_t stride, int64_t count, const typename S::T* __restrict centre, const typename S::T* __restrict scale,
                    const typename S::T* __restrict offset, typename S::T* __restrict plain, typename S::T* __restrict weighted) {
   using T = typename S::T;
-  for_each_word<S>(count, [=](auto lanes, int64_t i) {
+  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
     Values<T, lanes.value> total{}, product{};
     auto c = load_columns(centre + i, lanes), a = load_columns(scale + i, lanes), b = load_columns(offset + i, lanes);
     auto values = load_rows<S, rows>(x + i, stride, lanes), gradients = load_rows<S, rows>(grad + i, stride, lanes);
@@ -222,7 +222,7 @@ void backward_rows(const typename S::Stored* __restrict x, const typename S::Sto
                    const typename S::T* __restrict offset, const typename S::T* __restrict slope,
                    const typename S::T* __restrict constant) {
   using T = typename S::T;
-  for_each_word<S>(count, [=](auto lanes, int64_t i) {
+  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
     auto c = load_columns(centre + i, lanes), a = load_columns(scale + i, lanes), b = load_columns(offset + i, lanes);
     auto s = load_columns(slope + i, lanes), k = load_columns(constant + i, lanes);
     auto values = load_rows<S, rows>(x + i, stride, lanes);
