@@ -110,9 +110,9 @@ FASTVAE_INLINE void for_each_word(int64_t count, F f) {
   if (S::kLanes > 1 && count % S::kLanes != 0) f(Number<1>{}, count - 1);
 }
 
-// The columns of a word, read once for all rows.
+// As many adjacent values as a word has.
 template <class T, int lanes>
-FASTVAE_INLINE Values<T, lanes> load_columns(const T* from, Number<lanes>) {
+FASTVAE_INLINE Values<T, lanes> adjacent(const T* from, Number<lanes>) {
   Values<T, lanes> values;
 #pragma GCC unroll 2
   for (int l = 0; l < lanes; ++l) values.at[l] = from[l];
@@ -143,7 +143,7 @@ template <class S, int rows, int lanes>
 FASTVAE_INLINE void store_rows(typename S::Stored* to, int64_t stride, Number<lanes> number,
                                const Values<typename S::T, rows * lanes>& values) {
 #pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) S::put(to + r * stride, load_columns(values.at + r * lanes, number));
+  for (int r = 0; r < rows; ++r) S::put(to + r * stride, adjacent(values.at + r * lanes, number));
 }
 
 template <class S, int rows>
@@ -163,7 +163,7 @@ void add_moments(const typename S::Stored* __restrict x, int64_t stride, int64_t
   using T = typename S::T;
   for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
     Values<T, lanes.value> total{}, squares{};
-    auto k = load_columns(shift + i, lanes);
+    auto k = adjacent(shift + i, lanes);
     auto values = load_rows<S, rows>(x + i, stride, lanes);
 #pragma GCC unroll 8
     for (int j = 0; j < rows * lanes.value; ++j) {
@@ -181,7 +181,7 @@ template <class S, class A, int rows>
 void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __restrict y, int64_t stride, int64_t count,
                   const typename S::T* __restrict centre, const typename S::T* __restrict scale, const typename S::T* __restrict offset) {
   for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-    auto c = load_columns(centre + i, lanes), a = load_columns(scale + i, lanes), b = load_columns(offset + i, lanes);
+    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
     auto values = load_rows<S, rows>(x + i, stride, lanes);
 #pragma GCC unroll 8
     for (int j = 0; j < rows * lanes.value; ++j) {
@@ -199,7 +199,7 @@ void add_gradients(const typename S::Stored* __restrict x, const typename S::Sto
   using T = typename S::T;
   for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
     Values<T, lanes.value> total{}, product{};
-    auto c = load_columns(centre + i, lanes), a = load_columns(scale + i, lanes), b = load_columns(offset + i, lanes);
+    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
     auto values = load_rows<S, rows>(x + i, stride, lanes), gradients = load_rows<S, rows>(grad + i, stride, lanes);
 #pragma GCC unroll 8
     for (int j = 0; j < rows * lanes.value; ++j) {
@@ -223,8 +223,8 @@ void backward_rows(const typename S::Stored* __restrict x, const typename S::Sto
                    const typename S::T* __restrict constant) {
   using T = typename S::T;
   for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-    auto c = load_columns(centre + i, lanes), a = load_columns(scale + i, lanes), b = load_columns(offset + i, lanes);
-    auto s = load_columns(slope + i, lanes), k = load_columns(constant + i, lanes);
+    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
+    auto s = adjacent(slope + i, lanes), k = adjacent(constant + i, lanes);
     auto values = load_rows<S, rows>(x + i, stride, lanes);
     auto gradients = load_rows<S, rows>((S::kKeepsGradient ? out : grad) + i, stride, lanes);
 #pragma GCC unroll 8
