@@ -52,6 +52,12 @@ def compiler() -> str | None:
     return next((command for command in candidates if shutil.which(shlex.split(command)[0])), None)
 
 
+def accepted(flags: list[str]) -> list[str]:
+    """Those of the flags that the compiler knows."""
+    check = [*shlex.split(compiler()), "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
+    return [flag for flag in flags if subprocess.run([*check, flag], capture_output=True).returncode == 0]
+
+
 def wants_extension() -> bool:
     mode = os.environ.get("FASTVAE_BUILD", "auto")
     if mode not in ("auto", "0", "1"):
@@ -174,10 +180,10 @@ def write_cpp(ninja, library: Path) -> None:
         compile_source(source, source.stem, *include_flags())
     # The baseline comes first: of the standard library's inline functions the linker keeps the first copy, which every processor runs.
     for source in sorted((ROOT / "csrc/cpu/simd").glob("*.cpp")):
+        family_flags = accepted(FAMILY_FLAGS.get(source.stem, []))
         for isa, isa_flags in sets.items():
             if source.stem not in ONLY_FOR.get(isa, (source.stem,)):
                 continue
-            family_flags = FAMILY_FLAGS.get(source.stem, [])
             compile_source(source, f"{source.stem}.{isa}", *MATH_FLAGS, *family_flags, *isa_flags, f"-DFASTVAE_ISA={isa}")
     ninja.build(str(library), "link", objects)
 
