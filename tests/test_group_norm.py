@@ -117,10 +117,12 @@ def test_matches_float64(place, dtype, case):
 @each_place_and_dtype(OPERATOR)
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((1, 3, 301, 299), 3), ((1, 3, 301, 299), 1), ((3, 520, 9, 9), 40), ((1, 700, 64), 7)], ids=str
+    ("shape", "groups"),
+    [((1, 3, 301, 299), 3), ((1, 3, 301, 299), 1), ((3, 520, 9, 9), 40), ((1, 700, 64), 7), ((2, 77, 9, 9), 7)],
+    ids=str,
 )
 def test_odd_sizes(place, dtype, layout, shape, groups):
-    """Groups that several items share, and rows wider than the kernels' columns."""
+    """Groups that several items share, rows wider than the kernels' columns, and rows of odd length."""
     if place in SIMULATED:
         shape = (*shape[:2], *(min(length, 61) for length in shape[2:]))
     check(place, dtype, Case(shape, groups, layout=layout, grad_layout=layout))

@@ -47,22 +47,26 @@ FASTVAE_INLINE float refine_reciprocal(Accurate, float value, float r) { return 
 FASTVAE_INLINE float refine_reciprocal(Coarse, float, float r) { return r; }
 
 // Half the instructions of exp() and a division: e^-u needs no infinities, since |u| > 87 changes nothing in float, and its sum with 1 is a
-// normal number.
+// normal number. So it is for NaN, which the caller's product with u passes on.
 template <class Accuracy>
 FASTVAE_INLINE Logistic<float> logistic(Accuracy accuracy, float u) {
-  uint32_t bits = float_to_bits(u), magnitude = bits & 0x7fffffffu;
-  magnitude = magnitude < 0x42ae0000u ? magnitude : 0x42ae0000u;
-  float x = bits_to_float(magnitude | (bits & 0x80000000u));
-  // 2^(n + f), |f| <= 1/2: adding 1.5 * 2^23 rounds to the integer n and leaves it in the low bits.
-  float shifted = fma(x, -1.44269504f, 12582912.0f);
-  float f = fma(x, -1.44269504f, 12582912.0f - shifted);
-  float decay = bits_to_float(float_to_bits(exp2_fraction(accuracy, f)) + (float_to_bits(shifted) << 23));
-  float sum = 1.0f + decay;
+  // Between -87 and 87, NaN too: positive numbers are ordered as signed integers, to which the negative ones are less, and negative numbers
+  // as unsigned ones, to which the positive ones are less.
+  int32_t below = static_cast<int32_t>(float_to_bits(u));
+  below = below < 0x42ae0000 ? below : 0x42ae0000;
+  uint32_t bits = static_cast<uint32_t>(below);
+  float x = bits_to_float(bits < 0xc2ae0000u ? bits : 0xc2ae0000u);
+  // 2^(n + f), |f| <= 1/2: adding 1.5 * 2^23 + 127 rounds to the integer n and leaves it in the low bits, with the bias of an exponent.
+  constexpr float kRoundAndBias = 12583039.0f;
+  float shifted = fma(x, -1.44269504f, kRoundAndBias);
+  float fraction = exp2_fraction(accuracy, fma(x, -1.44269504f, kRoundAndBias - shifted));
+  float power = bits_to_float(float_to_bits(shifted) << 23);
+  float sum = fma(fraction, power, 1.0f);
   // 1 / sum: five bits from the subtraction of the exponents, a cubic step to thirteen.
   float r = bits_to_float(0x7ef31000u - float_to_bits(sum));
   float e = fma(-sum, r, 1.0f);
   r = fma(r, fma(e, e, e), r);
-  return {decay, refine_reciprocal(accuracy, sum, r)};
+  return {fraction * power, refine_reciprocal(accuracy, sum, r)};
 }
 #endif
 

@@ -1,6 +1,7 @@
 // The group norm operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
 #include "group_norm.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "../common/layout.h"
@@ -10,14 +11,15 @@ namespace fastvae {
 
 namespace {
 
-constexpr int64_t kPiece = 32768;  // elements: some 20 us of work, and both of the backward pass's inputs in a second-level cache
+constexpr int64_t kPiece = 32768;    // elements: some 10 us of work, and both of the backward pass's inputs in a second-level cache
+constexpr int64_t kPositions = 128;  // of a piece at least, so that its sums of each channel are little beside it
 
 }  // namespace
 
 Runs::Runs(int64_t count, int64_t length, int64_t channels) : count(count), length(length), channels(channels) {
   // Whole rows of columns, as many fours of rows as make a piece.
-  int64_t rows = 4 * columns_of(*this);
-  piece = rows * (rows < kPiece ? kPiece / rows : 1);
+  int64_t rows = 4 * columns_of(*this), elements = std::max(kPiece, kPositions * channels);
+  piece = rows * (rows < elements ? elements / rows : 1);
   pieces_per_run = length > piece ? ceil_divide(length, piece) : 1;
   runs_per_item = length > 0 && length < piece ? ceil_divide(piece, length) : 1;
 }

@@ -21,14 +21,15 @@ struct Runs {
   int64_t piece_length(int64_t i) const { return i + 1 < pieces_per_run ? piece : length - i * piece; }
 };
 
-// Kernels work on rows of columns, a whole number of times the channels: some hundreds, so that a loop over them pays, and where that does
-// not make them too many a multiple of the widest vector. Sums over the rows are in T, those over columns in double.
-constexpr int64_t kFewestColumns = 256, kMostColumns = 2048, kVector = 32;
+// Kernels work on rows of columns, a whole number of times the channels and even, since two bfloat16 make a word: enough that a loop over
+// them pays, and where that does not make them too many a multiple of the widest vector. Sums over the rows are in T, those over columns in
+// double.
+constexpr int64_t kFewestColumns = 64, kMostColumns = 2048, kVector = 32;
 
 inline int64_t columns_of(const Runs& runs) {
   int64_t whole = runs.channels;
   while (whole % kVector != 0) whole += runs.channels;
-  if (whole > kMostColumns) whole = runs.channels;
+  if (whole > kMostColumns) whole = runs.channels % 2 == 0 ? runs.channels : 2 * runs.channels;
   return whole * (whole < kFewestColumns ? (kFewestColumns + whole - 1) / whole : 1);
 }
 

@@ -8,39 +8,62 @@ namespace fastvae {
 inline namespace FASTVAE_ISA {
 namespace {
 
-// A storage type, and how accurate the activation has to be for values that are stored in it; sums have them in full. Where it is the type
-// of the arithmetic, du passes through grad_input and is not computed twice.
+template <int number>
+struct Number {
+  static constexpr int value = number;
+};
+
+// What a loop over columns handles at once: the elements of a word, or of the words of several rows.
+template <class T, int count>
+struct Values {
+  T at[count];
+};
+
+// A storage type, how many of its elements make a word, and how accurate the activation has to be for values that are stored in it; sums
+// have them in full. Where it is the type of the arithmetic, du passes through grad_input and is not computed twice.
 template <class Value>
 struct Unchanged {
   using Accuracy = Accurate;
   static constexpr bool kKeepsGradient = true;
+  static constexpr int kLanes = 1;
   using Stored = Value;
   using T = Value;
-  FASTVAE_INLINE T get(Stored value) { return value; }
-  FASTVAE_INLINE Stored put(T value) { return value; }
+  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{*from}}; }
+  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = values.at[0]; }
 };
 
+// Two to a word of 32 bits: where the vectors are as wide as the arithmetic's, no instruction has to move elements across them.
 struct BFloat16 {
   using Accuracy = Coarse;
   static constexpr bool kKeepsGradient = false;
+  static constexpr int kLanes = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 2 : 1;
   using Stored = uint16_t;
+  using Word [[gnu::may_alias, gnu::aligned(sizeof(Stored))]] = uint32_t;
   using T = float;
-  FASTVAE_INLINE T get(Stored value) { return bfloat16_to_float(value); }
-  // float_to_bfloat16() without its test for NaN: those that get here end in 16 zeros (the tensors' and, by spread(), the parameters'), so
-  // that rounding does not carry them away.
-  FASTVAE_INLINE Stored put(T value) {
-    uint32_t bits = float_to_bits(value);
-    return static_cast<Stored>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{bfloat16_to_float(*from)}}; }
+  FASTVAE_INLINE Values<T, 2> get(const Stored* from, Number<2>) {
+    uint32_t word = *reinterpret_cast<const Word*>(from);
+    return {{bits_to_float(word << 16), bits_to_float(word & 0xffff0000u)}};
   }
+  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = static_cast<Stored>(rounded(values.at[0]) >> 16); }
+  FASTVAE_INLINE void put(Stored* to, Values<T, 2> values) {
+    *reinterpret_cast<Word*>(to) = (rounded(values.at[0]) >> 16) | (rounded(values.at[1]) & 0xffff0000u);
+  }
+
+ private:
+  // To nearest in the upper half, ties away from zero: one result in 65536 is a tie. NaN need no test: those that get here end in 16 zeros
+  // (the tensors' and, by spread(), the parameters').
+  FASTVAE_INLINE uint32_t rounded(T value) { return float_to_bits(value) + 0x8000u; }
 };
 
 struct Float16 {
   using Accuracy = Accurate;
   static constexpr bool kKeepsGradient = false;
+  static constexpr int kLanes = 1;
   using Stored = uint16_t;
   using T = float;
-  FASTVAE_INLINE T get(Stored value) { return half_to_float(value); }
-  FASTVAE_INLINE Stored put(T value) { return float_to_half(value); }
+  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{half_to_float(*from)}}; }
+  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = float_to_half(values.at[0]); }
 };
 
 // A piece of a run.
@@ -49,68 +72,124 @@ struct Piece {
 };
 
 template <class F>
-void for_each_piece(const Runs& runs, int64_t begin_item, int64_t end_item, F f) {
-  for (int64_t item = begin_item; item < end_item; ++item) {
-    int64_t first = item / runs.pieces_per_run * runs.runs_per_item, part = item % runs.pieces_per_run;
-    int64_t end = first + runs.runs_per_item < runs.count ? first + runs.runs_per_item : runs.count;
-    for (int64_t run = first; run < end; ++run)
-      f(Piece{run, run * runs.pieces_per_run + part, run * runs.length + part * runs.piece, runs.piece_length(part)});
-  }
+FASTVAE_INLINE void for_pieces_of(const Runs& runs, int64_t item, F f) {
+  int64_t first = item / runs.pieces_per_run * runs.runs_per_item, part = item % runs.pieces_per_run;
+  int64_t end = first + runs.runs_per_item < runs.count ? first + runs.runs_per_item : runs.count;
+  for (int64_t run = first; run < end; ++run)
+    f(Piece{run, run * runs.pieces_per_run + part, run * runs.length + part * runs.piece, runs.piece_length(part)});
+}
+
+template <class F>
+FASTVAE_INLINE void for_each_piece(const Runs& runs, int64_t begin_item, int64_t end_item, F f) {
+  for (int64_t item = begin_item; item < end_item; ++item) for_pieces_of(runs, item, f);
+}
+
+// From the last item: those that an earlier pass read last are still in the cache.
+template <class F>
+FASTVAE_INLINE void for_each_piece_from_the_end(const Runs& runs, int64_t begin_item, int64_t end_item, F f) {
+  for (int64_t item = end_item - 1; item >= begin_item; --item) for_pieces_of(runs, item, f);
 }
 
 // Calls f(rows, offset, count) with a compile-time number of rows of `count` columns: fours of rows, single ones, and the rest of one.
 constexpr int kRows = 4;
 
-template <int rows>
-struct Rows {
-  static constexpr int value = rows;
-};
-
 template <class F>
 FASTVAE_INLINE void for_each_rows(int64_t length, int64_t columns, F f) {
   int64_t offset = 0;
-  for (; offset + kRows * columns <= length; offset += kRows * columns) f(Rows<kRows>{}, offset, columns);
-  for (; offset + columns <= length; offset += columns) f(Rows<1>{}, offset, columns);
-  if (offset < length) f(Rows<1>{}, offset, length - offset);
+  for (; offset + kRows * columns <= length; offset += kRows * columns) f(Number<kRows>{}, offset, columns);
+  for (; offset + columns <= length; offset += columns) f(Number<1>{}, offset, columns);
+  if (offset < length) f(Number<1>{}, offset, length - offset);
+}
+
+// Calls f(lanes, column) for the words of a row and for the element that is left over where their number is odd.
+template <class S, class F>
+FASTVAE_INLINE void for_each_word(int64_t count, F f) {
+  int64_t words = count / S::kLanes;
+#pragma omp simd
+  for (int64_t i = 0; i < words; ++i) f(Number<S::kLanes>{}, i * S::kLanes);
+  if (S::kLanes > 1 && count % S::kLanes != 0) f(Number<1>{}, count - 1);
+}
+
+// As many adjacent values as a word has.
+template <class T, int lanes>
+FASTVAE_INLINE Values<T, lanes> adjacent(const T* from, Number<lanes>) {
+  Values<T, lanes> values;
+#pragma GCC unroll 2
+  for (int l = 0; l < lanes; ++l) values.at[l] = from[l];
+  return values;
+}
+
+template <class T, int lanes>
+FASTVAE_INLINE void add_to_columns(T* to, const Values<T, lanes>& values) {
+#pragma GCC unroll 2
+  for (int l = 0; l < lanes; ++l) to[l] += values.at[l];
+}
+
+// A word of each row, one behind the other. All are loaded before one is stored: the compiler, which cannot tell apart what is read and
+// what is written, may then interleave their arithmetic.
+template <class S, int rows, int lanes>
+FASTVAE_INLINE Values<typename S::T, rows * lanes> load_rows(const typename S::Stored* from, int64_t stride, Number<lanes> number) {
+  Values<typename S::T, rows * lanes> values;
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    auto word = S::get(from + r * stride, number);
+#pragma GCC unroll 2
+    for (int l = 0; l < lanes; ++l) values.at[r * lanes + l] = word.at[l];
+  }
+  return values;
+}
+
+template <class S, int rows, int lanes>
+FASTVAE_INLINE void store_rows(typename S::Stored* to, int64_t stride, Number<lanes> number,
+                               const Values<typename S::T, rows * lanes>& values) {
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) S::put(to + r * stride, adjacent(values.at + r * lanes, number));
 }
 
 template <class S, int rows>
 void add_rows(const typename S::Stored* __restrict x, int64_t stride, int64_t count, typename S::T* __restrict sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    typename S::T total = 0;
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) total += S::get(x[r * stride + i]);
-    sums[i] += total;
-  }
+  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
+    Values<typename S::T, lanes.value> total{};
+    auto values = load_rows<S, rows>(x + i, stride, lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < rows * lanes.value; ++j) total.at[j % lanes.value] += values.at[j];
+    add_to_columns(sums + i, total);
+  });
 }
 
 template <class S, int rows>
 void add_moments(const typename S::Stored* __restrict x, int64_t stride, int64_t count, const typename S::T* __restrict shift,
                  typename S::T* __restrict first, typename S::T* __restrict second) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    typename S::T total = 0, squares = 0, k = shift[i];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-      typename S::T d = S::get(x[r * stride + i]) - k;
-      total += d;
-      squares = fma(d, d, squares);
+  using T = typename S::T;
+  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
+    Values<T, lanes.value> total{}, squares{};
+    auto k = adjacent(shift + i, lanes);
+    auto values = load_rows<S, rows>(x + i, stride, lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < rows * lanes.value; ++j) {
+      int l = j % lanes.value;
+      T d = values.at[j] - k.at[l];
+      total.at[l] += d;
+      squares.at[l] = fma(d, d, squares.at[l]);
     }
-    first[i] += total;
-    second[i] += squares;
-  }
+    add_to_columns(first + i, total);
+    add_to_columns(second + i, squares);
+  });
 }
 
 template <class S, class A, int rows>
 void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __restrict y, int64_t stride, int64_t count,
                   const typename S::T* __restrict centre, const typename S::T* __restrict scale, const typename S::T* __restrict offset) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    typename S::T c = centre[i], a = scale[i], b = offset[i];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) y[r * stride + i] = S::put(A::value(affine(S::get(x[r * stride + i]), c, a, b)));
-  }
+  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
+    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
+    auto values = load_rows<S, rows>(x + i, stride, lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < rows * lanes.value; ++j) {
+      int l = j % lanes.value;
+      values.at[j] = A::value(affine(values.at[j], c.at[l], a.at[l], b.at[l]));
+    }
+    store_rows<S, rows>(y + i, stride, lanes, values);
+  });
 }
 
 template <class S, class A, int rows>
@@ -118,20 +197,22 @@ void add_gradients(const typename S::Stored* __restrict x, const typename S::Sto
                    int64_t stride, int64_t count, const typename S::T* __restrict centre, const typename S::T* __restrict scale,
                    const typename S::T* __restrict offset, typename S::T* __restrict plain, typename S::T* __restrict weighted) {
   using T = typename S::T;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    T c = centre[i], a = scale[i], b = offset[i], total = 0, product = 0;
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-      T value = S::get(x[r * stride + i]);
-      T du = A::gradient(affine(value, c, a, b), S::get(grad[r * stride + i]));
-      if (S::kKeepsGradient) kept[r * stride + i] = static_cast<typename S::Stored>(du);
-      total += du;
-      product = fma(du, value - c, product);
+  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
+    Values<T, lanes.value> total{}, product{};
+    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
+    auto values = load_rows<S, rows>(x + i, stride, lanes), gradients = load_rows<S, rows>(grad + i, stride, lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < rows * lanes.value; ++j) {
+      int l = j % lanes.value;
+      T du = A::gradient(affine(values.at[j], c.at[l], a.at[l], b.at[l]), gradients.at[j]);
+      gradients.at[j] = du;
+      total.at[l] += du;
+      product.at[l] = fma(du, values.at[j] - c.at[l], product.at[l]);
     }
-    plain[i] += total;
-    weighted[i] += product;
-  }
+    if (S::kKeepsGradient) store_rows<S, rows>(kept + i, stride, lanes, gradients);
+    add_to_columns(plain + i, total);
+    add_to_columns(weighted + i, product);
+  });
 }
 
 // Where the storage keeps it, out holds du and grad is not read.
@@ -141,16 +222,20 @@ void backward_rows(const typename S::Stored* __restrict x, const typename S::Sto
                    const typename S::T* __restrict offset, const typename S::T* __restrict slope,
                    const typename S::T* __restrict constant) {
   using T = typename S::T;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    T c = centre[i], a = scale[i], b = offset[i], s = slope[i], k = constant[i];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-      T value = S::get(x[r * stride + i]);
-      T du = S::kKeepsGradient ? static_cast<T>(out[r * stride + i]) : A::gradient(affine(value, c, a, b), S::get(grad[r * stride + i]));
-      out[r * stride + i] = S::put(gradient_of_input(value, du, c, a, s, k));
+  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
+    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
+    auto s = adjacent(slope + i, lanes), k = adjacent(constant + i, lanes);
+    auto values = load_rows<S, rows>(x + i, stride, lanes);
+    auto gradients = load_rows<S, rows>((S::kKeepsGradient ? out : grad) + i, stride, lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < rows * lanes.value; ++j) {
+      int l = j % lanes.value;
+      T value = values.at[j], g = gradients.at[j];
+      T du = S::kKeepsGradient ? g : A::gradient(affine(value, c.at[l], a.at[l], b.at[l]), g);
+      gradients.at[j] = gradient_of_input(value, du, c.at[l], a.at[l], s.at[l], k.at[l]);
     }
-  }
+    store_rows<S, rows>(out + i, stride, lanes, gradients);
+  });
 }
 
 // Scratch of one range of items: arrays of one T a column, and of one double a channel.
@@ -272,7 +357,7 @@ void forward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* mem
   Scratch<typename S::T> scratch(p.runs, memory);
   auto& column = scratch.column;
   int64_t full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled = -1;
-  for_each_piece(p.runs, begin_item, end_item, [&](const Piece& piece) {
+  for_each_piece_from_the_end(p.runs, begin_item, end_item, [&](const Piece& piece) {
     const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
     auto* y = static_cast<typename S::Stored*>(p.output) + piece.offset;
     if (piece.run != filled) spread_parameters(p, piece.run, columns, 3, scratch);
@@ -315,7 +400,7 @@ void backward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* me
   Scratch<typename S::T> scratch(p.runs, memory);
   auto& column = scratch.column;
   int64_t full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled = -1;
-  for_each_piece(p.runs, begin_item, end_item, [&](const Piece& piece) {
+  for_each_piece_from_the_end(p.runs, begin_item, end_item, [&](const Piece& piece) {
     const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
     const auto* grad = static_cast<const typename S::Stored*>(p.grad_output) + piece.offset;
     auto* out = static_cast<typename S::Stored*>(p.grad_input) + piece.offset;
