@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from _helpers import (
     LAYOUTS,
     TOLERANCES,
+    Place,
     Recorder,
     Source,
     accumulated,
@@ -379,13 +380,9 @@ def gram_operands(source: Source, batched: bool, shape: tuple[int, int, int]) ->
     return [left / max(rows, 1) ** 0.5, source.uniform(batch, columns), source.uniform(batch, rows), gram]
 
 
-@each_place(GRAM)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("shape", GRAM_SHAPES, ids=str)
-def test_norms_of_scaled_matrices(place, batched, weighted, shape):
-    """In float32; in float64 the comparisons of whole encoders see them."""
-    source = Source(place.device)
+def check_norms(place: Place, dtype: torch.dtype, batched: bool, weighted: bool, shape: tuple[int, int, int]) -> None:
+    """Against float64, and against autograd."""
+    source = Source(place.device, dtype)
     operands = gram_operands(source, batched, shape)
     weights = source.normal(shape[0]) if weighted else None
     norms, *grads = _ops.OVERLOADS[GRAM, place.backend](*operands, weights, True)
@@ -395,22 +392,45 @@ def test_norms_of_scaled_matrices(place, batched, weighted, shape):
     expected_grads = torch.autograd.grad(expected, wide, torch.ones_like(expected) if weights is None else weights.double())
     alone, *nothing = _ops.OVERLOADS[GRAM, place.backend](*operands, weights, False)
     for actual, oracle in ((norms, expected.detach()), (alone, expected.detach()), *zip(grads, expected_grads, strict=True)):
-        assert_close(actual, oracle, torch.float32, magnitude=float(shape[0]))
+        assert_close(actual, oracle, dtype, magnitude=float(shape[0]))
     assert all(t.numel() == 0 for t in nothing)
+
+
+each_norm = pytest.mark.parametrize(("batched", "weighted"), list(itertools.product([False, True], repeat=2)), ids=str)
+
+
+@each_place(GRAM)
+@each_norm
+@pytest.mark.parametrize("shape", GRAM_SHAPES, ids=str)
+def test_norms_of_scaled_matrices(place, batched, weighted, shape):
+    check_norms(place, torch.float32, batched, weighted, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each_norm
+def test_norms_on_each_instruction_set(instruction_set, batched, weighted, dtype):
+    for shape in ((40, 64, 130), (3, 400, 350), (17, 3, 1100), (1, 1, 1)):
+        check_norms(Place("cpu", "cpp"), dtype, batched, weighted, shape)
+        assert fastvae._C.last_instruction_set("jacobian") == compiled_path("jacobian", instruction_set)
+
+
+def test_norms_of_more_columns_than_parts_have_sums_for():
+    """All threads share one part."""
+    for count in (1, 2):
+        with threads(count):
+            check_norms(Place("cpu", "cpp"), torch.float32, False, True, (3, 60, 2100))
 
 
 @pytest.mark.parametrize("place", compiled_places(GRAM), ids=str)
 @pytest.mark.parametrize("shape", [(40, 64, 130), (3, 400, 350), (200, 30, 100)], ids=str)
-def test_the_parts_of_a_batch_do_not_depend_on_the_threads(place, shape):
-    """But for the last gradient, a product of the library's over all rows of a part, whose order follows the threads."""
+def test_norms_do_not_depend_on_the_threads(place, shape):
     operands = gram_operands(Source(place.device), False, shape)
     results = []
     for count in (1, 2, 3):
         with threads(count):
             results.append(_ops.OVERLOADS[GRAM, place.backend](*operands, None, True))
     for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result[:-1], results[0][:-1], strict=True))
-        assert_close(result[-1], results[0][-1].double(), torch.float32, magnitude=float(shape[0]))
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def mlp(sizes: tuple[int, ...], activation: str = "sigmoid", last: bool = True) -> nn.Sequential:

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <algorithm>
+
 #include "tensor.h"
 
 namespace fastvae {
@@ -129,48 +131,28 @@ constexpr int64_t kGramElements = 1 << 17, kGramRows = 512;
 // A batch is cut into so many parts at most, each with sums of its own: enough for the threads, few enough to add up. Beyond so many
 // elements of sums there are fewer, down to one whose products use all threads.
 constexpr int64_t kGramParts = 16, kGramSums = 1 << 22;
+// Rows whose symmetric product is added at a time: two panels of them are in a first-level cache.
+constexpr int64_t kGramDepth = 128;
 
-// A matrix in the memory of another tensor.
-Tensor window(const Tensor& memory, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, int64_t offset) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+Tensor first_rows(const Tensor& matrix, int64_t rows) {
+  const int64_t sizes[] = {rows, matrix.size(1)}, strides[] = {matrix.size(1), 1};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 2, sizes, strides, offset, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, 0, &handle));
   return Tensor(handle);
 }
 
-// The lower left of a.T @ b is not computed: it is symmetric, and this leaves out three eighths of its columns.
-struct SymmetricBlocks {
-  static constexpr int64_t kBlocks = 4, kLeast = 64;
-  int64_t size, width;
-
-  explicit SymmetricBlocks(int64_t size) : size(size), width(ceil_divide(size, kBlocks)) {
-    if (width < kLeast) width = kLeast;
-  }
-
-  // Writes to the matrix at the offset, or adds to it.
-  void multiply(const Tensor& a, const Tensor& b, int64_t rows, const Tensor& out, int64_t offset, bool adds) const {
-    for (int64_t begin = 0; begin < size; begin += width) {
-      int64_t count = begin + width < size ? width : size - begin;
-      Tensor left = window(a, count, rows, 1, size, begin), right = window(b, rows, size - begin, size, 1, begin),
-             block = window(out, count, size - begin, size, 1, offset + begin * size + begin);
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(block.get(), block.get(), left.get(), right.get(), adds ? 1.0 : 0.0, 1.0));
-    }
-  }
-
-  int64_t first_column(int64_t row) const { return row / width * width; }
-};
-
-// Adds up the parts' matrices, and mirrors what is right of the diagonal's blocks.
+// Adds up the parts' symmetric matrices, of which only the panels down to the diagonal's are there, and mirrors them.
 template <class T>
-void add_symmetric_parts(const Tensor& parts, int64_t count, const SymmetricBlocks& blocks, const Tensor& out) {
+void add_symmetric_parts(const Tensor& parts, int64_t panel, const Tensor& out) {
   const T* values = static_cast<const T*>(parts.const_data_ptr());
   T* sums = static_cast<T*>(out.mutable_data_ptr());
-  int64_t size = blocks.size;
+  int64_t size = out.size(0), stride = parts.size(2);
   torch::stable::parallel_for(0, size, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      int64_t first = blocks.first_column(row), offset = row * size + first;
-      kernels().gram_add(values + offset, size * size, count, size - first, sizeof(T) == sizeof(double), sums + offset);
-      for (int64_t column = first + blocks.width; column < size; ++column) sums[column * size + row] = sums[row * size + column];
+      int64_t first = row / panel * panel;
+      kernels().gram_add(values + row * stride + first, stride * stride, parts.size(0), size - first, sizeof(T) == sizeof(double),
+                         sums + row * size + first);
+      for (int64_t column = first + panel; column < size; ++column) sums[column * size + row] = sums[row * size + column];
     }
   });
 }
@@ -186,48 +168,77 @@ class GramForm {
         size(m.rows * m.columns),
         samples(least(m.batch, most(ceil_divide(kGramRows, m.rows), kGramElements / size))),
         parts(least(ceil_divide(m.batch, samples), most(1, least(kGramParts, kGramSums / (m.columns * m.columns))))),
+        panel(kernels().gram_panel(m.wide)),
+        padded(ceil_divide(m.columns, panel) * panel),
         gram(gram),
-        blocks(m.columns),
-        lefts(buffer(shares_left() ? parts : 0, size)),
-        grams(buffer(whole.with_grad ? parts : 0, m.columns * m.columns)) {}
+        lefts(buffer({shares_left() ? parts : 0, size})),
+        grams(buffer({whole.with_grad ? parts : 0, padded, padded})) {}
 
   void run() const {
     torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-      Tensor scaled = buffer(samples * m.rows, m.columns), product = buffer(samples * m.rows, m.columns);
-      for (int64_t part = first; part < last; ++part) run_part(part, scaled, product);
+      Scratch scratch{buffer({samples * m.rows, m.columns}), buffer({samples * m.rows, m.columns}),
+                      buffer({whole.with_grad ? kGramDepth : 0, padded}),
+                      buffer({whole.with_grad && whole.weights ? kGramDepth : 0, padded})};
+      for (int64_t part = first; part < last; ++part) run_part(part, scratch);
     });
   }
 
   void add_up(const Tensor& grad_left, const Tensor& grad_gram) const {
-    add_symmetric_parts<T>(grams, parts, blocks, grad_gram);
+    add_symmetric_parts<T>(grams, panel, grad_gram);
     if (shares_left()) kernels().gram_add(lefts.const_data_ptr(), size, parts, size, m.wide, grad_left.mutable_data_ptr());
   }
 
  private:
+  // Of one thread.
+  struct Scratch {
+    Tensor scaled, product, panels, weighted;
+  };
+
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
   bool shares_left() const { return whole.with_grad && !m.left_is_batched; }
-  Tensor buffer(int64_t rows, int64_t columns) const { return empty({rows, columns}, gram.scalar_type()); }
+  Tensor buffer(const Sizes& shape) const { return empty(shape, gram.scalar_type()); }
+  T* gram_of(int64_t part) const { return static_cast<T*>(grams.mutable_data_ptr()) + part * padded * padded; }
 
-  void run_part(int64_t part, const Tensor& scaled, const Tensor& product) const {
+  void run_part(int64_t part, const Scratch& scratch) const {
     int64_t begin = part * m.batch / parts, end = (part + 1) * m.batch / parts;
+    if (whole.with_grad) std::fill_n(gram_of(part), padded * padded, T(0));
     for (int64_t first = begin; first < end; first += samples)
-      run_samples(part, first, least(first + samples, end), first > begin, scaled, product);
+      run_samples(part, first, least(first + samples, end), first > begin, scratch);
   }
 
-  void run_samples(int64_t part, int64_t begin, int64_t end, bool adds, const Tensor& scaled, const Tensor& product) const {
+  void run_samples(int64_t part, int64_t begin, int64_t end, bool adds, const Scratch& scratch) const {
     int64_t rows = (end - begin) * m.rows;
-    kernels().gram_scale(m, scaled.mutable_data_ptr(), begin, end);
-    Tensor left = window(scaled, rows, m.columns, m.columns, 1, 0), out = window(product, rows, m.columns, m.columns, 1, 0);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), gram.get()));
+    kernels().gram_scale(m, scratch.scaled.mutable_data_ptr(), begin, end);
+    Tensor scaled = first_rows(scratch.scaled, rows), product = first_rows(scratch.product, rows);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), scaled.get(), gram.get()));
     GramReduce p = whole;
-    p.scaled = scaled.const_data_ptr();
-    p.product = product.mutable_data_ptr();
+    p.product = product.const_data_ptr();
     if (whole.with_grad) p.grad_left = grad_left_of(part, begin);
     p.adds = adds && !m.left_is_batched;
     kernels().gram_reduce(p, begin, end);
-    if (p.with_grad) blocks.multiply(scaled, p.weights ? product : scaled, rows, grams, part * m.columns * m.columns, adds);
+    if (whole.with_grad) add_gram(scratch, begin * m.rows, rows, gram_of(part));
+  }
+
+  // Threads share the panels where they do not share the parts.
+  void add_gram(const Scratch& scratch, int64_t first, int64_t rows, T* out) const {
+    const T* scaled = static_cast<const T*>(scratch.scaled.const_data_ptr());
+    void *panels = scratch.panels.mutable_data_ptr(), *weighted = whole.weights ? scratch.weighted.mutable_data_ptr() : panels;
+    for (int64_t row = 0; row < rows; row += kGramDepth) {
+      GramProduct p{scaled + row * m.columns,
+                    least(kGramDepth, rows - row),
+                    m.columns,
+                    first + row,
+                    whole.weights,
+                    m.rows,
+                    m.wide,
+                    panels,
+                    weighted,
+                    out};
+      kernels().gram_pack(p);
+      torch::stable::parallel_for(0, padded / panel, 1, [&](int64_t begin, int64_t end) { kernels().gram_multiply(p, begin, end); });
+    }
   }
 
   void* grad_left_of(int64_t part, int64_t sample) const {
@@ -236,10 +247,8 @@ class GramForm {
 
   GramReduce whole;
   const ScaledMatrices& m;
-  int64_t size, samples, parts;
-  Tensor gram;
-  SymmetricBlocks blocks;
-  Tensor lefts, grams;
+  int64_t size, samples, parts, panel, padded;
+  Tensor gram, lefts, grams;
 };
 
 template <class T>
@@ -263,7 +272,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> jacobian_gram(const Tensor& l
   if (weights) copies.push_back(dense(*weights));
   GramReduce p{m,
                weights ? copies.back().const_data_ptr() : nullptr,
-               nullptr,
                nullptr,
                norms.mutable_data_ptr(),
                grad_inner.mutable_data_ptr(),

@@ -55,17 +55,33 @@ struct ScaledMatrices {
 struct GramReduce {
   ScaledMatrices matrices;
   const void* weights;  // (batch,)
-  const void* scaled;   // of these samples
-  void* product;        // in: scaled times the Gram matrix; out, where there are weights: scaled times them
+  const void* product;  // of the scaled matrices of these samples and the Gram matrix
   void *norms, *grad_inner, *grad_outer;
   void* grad_left;  // of these samples, or of a matrix that all share: added to where `adds`
   bool with_grad, adds;
+};
+
+// The gradient of the Gram matrix: scaled.T @ diag(weights) @ scaled, symmetric, of some rows of the scaled matrices of samples. It is
+// computed by panels of columns, each down to the diagonal's.
+struct GramProduct {
+  const void* scaled;  // of so many rows, the first of which is row `first` of all samples'
+  int64_t rows, columns, first;
+  const void* weights;  // of samples
+  int64_t rows_per_weight;
+  bool wide;
+  void *panels, *weighted;  // scratch for the rows as panels; the same where there are no weights
+  void* out;                // added to: rows of whole panels
+
+  int64_t padded(int64_t panel) const { return (columns + panel - 1) / panel * panel; }
 };
 
 struct JacobianKernels {
   void (*contractive_penalty)(const ContractivePenalty&, int64_t begin_block, int64_t end_block);
   void (*gram_scale)(const ScaledMatrices&, void* out, int64_t begin_sample, int64_t end_sample);
   void (*gram_reduce)(const GramReduce&, int64_t begin_sample, int64_t end_sample);
+  int64_t (*gram_panel)(bool wide);  // columns of a panel
+  void (*gram_pack)(const GramProduct&);
+  void (*gram_multiply)(const GramProduct&, int64_t begin_panel, int64_t end_panel);
   // out[i] = values[i] + values[stride + i] + ..., so many parts, in their order
   void (*gram_add)(const void* values, int64_t stride, int64_t parts, int64_t count, bool wide, void* out);
 };

@@ -87,7 +87,7 @@ def test_epilogues_of_the_gram_form(place, batched, shape):
 def test_norms_of_scaled_matrices(place, monkeypatch, batched, weighted):
     """In several chunks."""
     monkeypatch.setattr("fastvae.reference.jacobian.GRAM_ELEMENTS", 3 * 6 * 70)
-    contract.test_norms_of_scaled_matrices(place, batched, weighted, (10, 6, 70))
+    contract.check_norms(place, torch.float32, batched, weighted, (10, 6, 70))
 
 
 def test_epilogues_of_operands_that_are_not_aligned(place):

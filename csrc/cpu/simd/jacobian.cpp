@@ -1,6 +1,7 @@
 // The contractive penalty and the epilogues of the Gram form, one instruction set a compilation.
 #include "../jacobian.h"
 
+#include "symmetric_product.h"
 #include "tiles.h"
 
 namespace fastvae {
@@ -246,7 +247,8 @@ void reduce_samples(const GramReduce& p, int64_t begin, int64_t end) {
   const int64_t size = m.rows * m.columns;
   for (int64_t b = begin; b < end; ++b) {
     const T *left = m.left + b * m.left_stride, *inner = m.inner + b * m.columns, *outer = m.outer + b * m.rows;
-    T *product = static_cast<T*>(p.product) + (b - begin) * size, *grad_inner = at<T>(p.grad_inner, b * m.columns);
+    const T* product = static_cast<const T*>(p.product) + (b - begin) * size;
+    T* grad_inner = at<T>(p.grad_inner, b * m.columns);
     T* grad_left = at<T>(p.grad_left, m.left_stride > 0 ? (b - begin) * size : 0);
     const T weight = p.weights ? static_cast<const T*>(p.weights)[b] : T(1);
     const bool adds = p.adds || (m.left_stride == 0 && b > begin);
@@ -260,10 +262,6 @@ void reduce_samples(const GramReduce& p, int64_t begin, int64_t end) {
       if (kWithGrad) static_cast<T*>(p.grad_outer)[b * m.rows + r] = static_cast<T>(2.0 * static_cast<double>(weight) * dot);
     }
     static_cast<T*>(p.norms)[b] = static_cast<T>(norm);
-    if (!kWithGrad || !p.weights) continue;
-    const T* scaled = static_cast<const T*>(p.scaled) + (b - begin) * size;
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) product[i] = weight * scaled[i];
   }
 }
 
@@ -274,6 +272,35 @@ void reduce_samples(const GramReduce& p, int64_t begin, int64_t end) {
 
 void gram_reduce(const GramReduce& p, int64_t begin_sample, int64_t end_sample) {
   p.matrices.wide ? reduce_samples<double>(p, begin_sample, end_sample) : reduce_samples<float>(p, begin_sample, end_sample);
+}
+
+int64_t gram_panel(bool wide) { return wide ? ProductVector<double>::kPanel : ProductVector<float>::kPanel; }
+
+template <class T>
+void pack_rows(const GramProduct& p) {
+  const T *scaled = static_cast<const T*>(p.scaled), *weights = static_cast<const T*>(p.weights);
+  pack_panels<T>(scaled, p.rows, p.columns, nullptr, 1, 0, static_cast<T*>(p.panels));
+  if (weights) pack_panels<T>(scaled, p.rows, p.columns, weights, p.rows_per_weight, p.first, static_cast<T*>(p.weighted));
+}
+
+void gram_pack(const GramProduct& p) { p.wide ? pack_rows<double>(p) : pack_rows<float>(p); }
+
+template <class T>
+void multiply_panels(const GramProduct& p, int64_t begin_panel, int64_t end_panel) {
+  constexpr int64_t panel = ProductVector<T>::kPanel;
+  const T *left = static_cast<const T*>(p.panels), *right = static_cast<const T*>(p.weighted);
+  const int64_t stride = p.padded(panel), size = p.rows * panel, count = stride / panel;
+  for (int64_t index = begin_panel; index < end_panel; ++index) {
+    // A short panel and a long one in turn, so that threads with as many have as much to do.
+    int64_t j = index % 2 == 0 ? index / 2 : count - 1 - index / 2;
+    for (int64_t i = 0; i < (j + 1) * panel; i += kProductRows)
+      add_product_tile<T>(left + i / panel * size + i % panel, right + j * size, p.rows, static_cast<T*>(p.out) + i * stride + j * panel,
+                          stride);
+  }
+}
+
+void gram_multiply(const GramProduct& p, int64_t begin_panel, int64_t end_panel) {
+  p.wide ? multiply_panels<double>(p, begin_panel, end_panel) : multiply_panels<float>(p, begin_panel, end_panel);
 }
 
 template <class T>
@@ -294,6 +321,7 @@ void gram_add(const void* values, int64_t stride, int64_t parts, int64_t count, 
 }  // namespace
 }  // namespace FASTVAE_ISA
 
-const JacobianKernels FASTVAE_CONCAT(jacobian_kernels_, FASTVAE_ISA) = {contractive_penalty, gram_scale, gram_reduce, gram_add};
+const JacobianKernels FASTVAE_CONCAT(jacobian_kernels_, FASTVAE_ISA) = {contractive_penalty, gram_scale,    gram_reduce, gram_panel,
+                                                                        gram_pack,           gram_multiply, gram_add};
 
 }  // namespace fastvae
