@@ -93,8 +93,9 @@ def test_what_is_left_alone_and_why():
     assert [line.split()[1] for line in left] == [f"{part}.mid_block.attentions.0.group_norm:" for part in ("encoder", "decoder")]
 
 
-def test_patching_twice_changes_nothing():
-    vae = patch_diffusers(small_vae())
+@pytest.mark.parametrize("act_fn", ["silu", "gelu"])
+def test_patching_twice_changes_nothing(act_fn):
+    vae = patch_diffusers(small_vae(act_fn=act_fn))
     text = repr(vae)
     assert repr(patch_diffusers(vae)) == text
 

@@ -414,15 +414,27 @@ def test_norms_on_each_instruction_set(instruction_set, batched, weighted, dtype
         assert fastvae._C.last_instruction_set("jacobian") == compiled_path("jacobian", instruction_set)
 
 
-def test_norms_of_more_columns_than_parts_have_sums_for():
-    """All threads share one part."""
-    for count in (1, 2):
-        with threads(count):
-            check_norms(Place("cpu", "cpp"), torch.float32, False, True, (3, 60, 2100))
+@each_place(GRAM)
+def test_norms_of_operands_in_any_layout(place):
+    source = Source(place.device)
+    operands = gram_operands(source, True, (5, 6, 7))
+    weights = source.normal(1).expand(5)
+    strided = [t.mT.contiguous().mT for t in operands]
+    results = [_ops.OVERLOADS[GRAM, place.backend](*t, w, True) for t, w in ((operands, weights.contiguous()), (strided, weights))]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@each_place(GRAM)
+def test_norms_of_a_sample_with_nan(place):
+    left, inner, outer, gram = gram_operands(Source(place.device), False, (5, 6, 7))
+    inner[2, 3] = torch.nan
+    norms, *_ = _ops.OVERLOADS[GRAM, place.backend](left, inner, outer, gram, None, True)
+    assert norms.isnan().tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("place", compiled_places(GRAM), ids=str)
-@pytest.mark.parametrize("shape", [(40, 64, 130), (3, 400, 350), (200, 30, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 64, 130), (3, 400, 350), (200, 30, 100), (5, 6, 7), (3, 60, 700)], ids=str)
 def test_norms_do_not_depend_on_the_threads(place, shape):
     operands = gram_operands(Source(place.device), False, shape)
     results = []
@@ -841,6 +853,18 @@ def test_autocast(place, method, dtype):
         results.append((norm, torch.autograd.grad(norm, next(encoder.parameters()))[0]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0.05, atol=0)
     assert F.cosine_similarity(results[0][1].flatten(), results[1][1].flatten(), dim=0) > 0.98
+
+
+@each_place(GRAM)
+def test_backward_under_autocast(place):
+    """Of single norms, which the backward pass computes again."""
+    encoder, x = (t.to(place.device) for t in ENCODERS["gram"]())
+    results = []
+    for enabled in (True, False):
+        with torch.autocast(place.device, torch.bfloat16, enabled=enabled):
+            norms = FV.jacobian_frobenius(encoder, x, method="gram", reduction="sample")
+            results.append(torch.autograd.grad(norms.sum(), next(encoder.parameters()))[0])
+    assert F.cosine_similarity(results[0].flatten(), results[1].flatten(), dim=0) > 0.98
 
 
 @each_place(OPERATOR)

@@ -183,6 +183,13 @@ def test_other_upsamplings_stay(module):
     assert repr(module) == text
 
 
+def test_modules_with_a_forward_of_their_own_stay():
+    module = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU())
+    for layer in (module[1], module[2]):
+        layer.forward = layer.forward
+    assert [finding.followed_by for finding in examine(module)] == [None, None]
+
+
 def test_an_upsampling_that_stays_is_reported():
     lines = []
     fastvae.optimize(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 1)), report=lines.append)

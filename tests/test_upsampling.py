@@ -66,6 +66,15 @@ def test_gradients_of_both_orders():
     assert gradgradcheck(function, arguments)
 
 
+@each_layout
+def test_what_follows_may_change_it_in_place(layout):
+    module, x = make(3, 4), Source("cpu").normal(2, 3, 4, 4).contiguous(memory_format=layout)
+    output = F.relu(module(x), inplace=True)
+    output.sum().backward()
+    torch.testing.assert_close(output, plain(x, module.weight, module.bias).relu())
+    assert module.weight.grad.isfinite().all()
+
+
 def test_vmap_and_compile():
     torch.compiler.reset()
     module, x = make(2, 3), Source("cpu").normal(4, 2, 3, 5)

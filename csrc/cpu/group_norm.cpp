@@ -21,7 +21,7 @@ Runs::Runs(int64_t count, int64_t length, int64_t channels) : count(count), leng
   int64_t rows = 4 * columns_of(*this), elements = std::max(kPiece, kPositions * channels);
   piece = rows * (rows < elements ? elements / rows : 1);
   pieces_per_run = length > piece ? ceil_divide(length, piece) : 1;
-  runs_per_item = length > 0 && length < piece ? ceil_divide(piece, length) : 1;
+  runs_per_item = length > 0 && length < kPiece ? ceil_divide(kPiece, length) : 1;
 }
 
 namespace {

@@ -130,7 +130,7 @@ ScaledMatrices matrices_of(const Tensor& left, const Tensor& inner, const Tensor
 constexpr int64_t kGramElements = 1 << 17, kGramRows = 512;
 // A batch is cut into so many parts at most, each with sums of its own: enough for the threads, few enough to add up. Beyond so many
 // elements of sums there are fewer, down to one whose products use all threads.
-constexpr int64_t kGramParts = 16, kGramSums = 1 << 22;
+constexpr int64_t kGramParts = 16, kGramSums = 1 << 24;
 // Rows whose symmetric product is added at a time: two panels of them are in a first-level cache.
 constexpr int64_t kGramDepth = 128;
 
@@ -166,8 +166,8 @@ class GramForm {
       : whole(whole),
         m(whole.matrices),
         size(m.rows * m.columns),
-        samples(least(m.batch, most(ceil_divide(kGramRows, m.rows), kGramElements / size))),
-        parts(least(ceil_divide(m.batch, samples), most(1, least(kGramParts, kGramSums / (m.columns * m.columns))))),
+        samples(std::min(m.batch, std::max(ceil_divide(kGramRows, m.rows), kGramElements / size))),
+        parts(std::min(ceil_divide(m.batch, samples), std::max(int64_t{1}, std::min(kGramParts, kGramSums / (m.columns * m.columns))))),
         panel(kernels().gram_panel(m.wide)),
         padded(ceil_divide(m.columns, panel) * panel),
         gram(gram),
@@ -194,9 +194,6 @@ class GramForm {
     Tensor scaled, product, panels, weighted;
   };
 
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-  static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
   bool shares_left() const { return whole.with_grad && !m.left_is_batched; }
   Tensor buffer(const Sizes& shape) const { return empty(shape, gram.scalar_type()); }
   T* gram_of(int64_t part) const { return static_cast<T*>(grams.mutable_data_ptr()) + part * padded * padded; }
@@ -205,7 +202,7 @@ class GramForm {
     int64_t begin = part * m.batch / parts, end = (part + 1) * m.batch / parts;
     if (whole.with_grad) std::fill_n(gram_of(part), padded * padded, T(0));
     for (int64_t first = begin; first < end; first += samples)
-      run_samples(part, first, least(first + samples, end), first > begin, scratch);
+      run_samples(part, first, std::min(first + samples, end), first > begin, scratch);
   }
 
   void run_samples(int64_t part, int64_t begin, int64_t end, bool adds, const Scratch& scratch) const {
@@ -227,7 +224,7 @@ class GramForm {
     void *panels = scratch.panels.mutable_data_ptr(), *weighted = whole.weights ? scratch.weighted.mutable_data_ptr() : panels;
     for (int64_t row = 0; row < rows; row += kGramDepth) {
       GramProduct p{scaled + row * m.columns,
-                    least(kGramDepth, rows - row),
+                    std::min(kGramDepth, rows - row),
                     m.columns,
                     first + row,
                     whole.weights,
@@ -260,6 +257,8 @@ void run_gram(const GramReduce& p, const Tensor& gram, const Tensor& grad_left, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> jacobian_gram(const Tensor& left, const Tensor& inner, const Tensor& outer,
                                                                  const Tensor& gram, const OptionalTensor& weights, bool with_grad) {
+  for (const Tensor& tensor : {inner, outer, gram, weights.value_or(left)})
+    STD_TORCH_CHECK(tensor.scalar_type() == left.scalar_type(), "fastvae: the operands of the Gram form have one dtype");
   Copies copies;
   ScaledMatrices m = matrices_of(left, inner, outer, copies);
   Tensor norms = empty({m.batch}, outer.scalar_type());

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae.functional.latent import LOGVAR_CLAMP
-from fastvae.nn import GroupNormSiLU
+from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 from fastvae.nn.optimize import examine, optimize
 
 
 def patch_diffusers(vae: nn.Module, *, channels_last: bool = False, report: Callable[[str], None] | None = None) -> nn.Module:
-    """Fuses GroupNorm and SiLU in a VAE of diffusers (``AutoencoderKL`` and its like), in place: :func:`fastvae.optimize` on it.
+    """Fuses GroupNorm and SiLU, upsampling and convolution in a VAE of diffusers (``AutoencoderKL`` and its like), in place:
+    :func:`fastvae.optimize` on it.
 
     ``norm1`` and ``norm2`` of the residual blocks and ``conv_norm_out`` of encoder and decoder take over the activation behind them, and
     the decoder's ``upsamplers`` compute repetition and convolution as one. Names and parameters stay, so checkpoints load as before;
@@ -29,9 +30,10 @@ def patch_diffusers(vae: nn.Module, *, channels_last: bool = False, report: Call
     Raises:
         ValueError: where there is nothing to fuse.
     """
-    patched = any(isinstance(module, GroupNormSiLU) for module in vae.modules())
+    patched = any(isinstance(module, GroupNormSiLU | UpsampleConv2d) for module in vae.modules())
     if not patched and all(finding.followed_by is None for finding in examine(vae)):
-        raise ValueError(f"vae: got a {type(vae).__name__} without a GroupNorm that SiLU follows, takes a VAE of diffusers")
+        missing = "a GroupNorm that SiLU follows or an upsampling that a convolution follows"
+        raise ValueError(f"vae: got a {type(vae).__name__} without {missing}, takes a VAE of diffusers")
     return optimize(vae, channels_last=channels_last, report=report)
 
 

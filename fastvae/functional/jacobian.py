@@ -169,13 +169,15 @@ class _GramPenalty(torch.autograd.Function):
             return (None,) * 7
         left, inner, outer, lower, *grads = ctx.saved_tensors
         factor = grad_output * reduction_scale(outer.shape[:1], ctx.reduction)
-        if ctx.written:
-            grads = [grad * factor for grad in grads]
-        else:
-            weights = factor.expand(outer.shape[0])
-            _, *grads = OVERLOADS["jacobian_gram", ctx.backend](left, inner, outer, lower @ lower.T, weights, True)
-        *grads, grad_gram = grads
-        return *grads, 2.0 * grad_gram @ lower, None, None, None
+        # As in the forward pass: autocast would round the products.
+        with torch.autocast(left.device.type, enabled=False):
+            if ctx.written:
+                grads = [grad * factor for grad in grads]
+            else:
+                weights = factor.expand(outer.shape[0])
+                _, *grads = OVERLOADS["jacobian_gram", ctx.backend](left, inner, outer, lower @ lower.T, weights, True)
+            *grads, grad_gram = grads
+            return *grads, 2.0 * grad_gram @ lower, None, None, None
 
 
 def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, reduction: str) -> Tensor:

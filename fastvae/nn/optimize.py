@@ -137,7 +137,9 @@ def _plan(parent: nn.Module) -> tuple[_Plan | None, str | None]:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    """Whether more happens at a call than the class says."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
 def _fuse(parent: nn.Module, norms: list[str]) -> None:
@@ -227,9 +229,14 @@ def _upsamplings(root: nn.Module) -> Iterator[_Upsampling]:
         elif type(parent).__module__.startswith("diffusers.") and type(parent).__name__ == "UpDecoderBlock2D":
             # This one asks its upsamplers for twice the size; others may ask for a size of their own.
             for name, upsampler in parent.named_modules():
-                if type(upsampler).__name__ == "Upsample2D" and upsampler.interpolate and upsampler.use_conv and upsampler.name == "conv":
+                if type(upsampler).__name__ == "Upsample2D" and _interpolates(upsampler):
                     turn_off = partial(setattr, upsampler, "interpolate", False)
                     yield _Upsampling(f"{prefix}.{name}".removeprefix("."), upsampler, "conv", turn_off)
+
+
+def _interpolates(upsampler: nn.Module) -> bool:
+    # Versions without the attribute cannot be told not to.
+    return getattr(upsampler, "interpolate", False) and upsampler.use_conv and upsampler.name == "conv"
 
 
 def _doubles(module: nn.Module) -> bool:

@@ -16,10 +16,11 @@ def _by_parity(weight: Tensor, dim: int) -> Tensor:
 
 
 def _empty_like(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """In the memory layout of ``like``."""
+    """In the memory layout of ``like``, and no view, which what follows might not change in place."""
+    shape = like.shape[0], channels, height, width
     if channels_are_last(like):
-        return like.new_empty(like.shape[0], height, width, channels).permute(0, 3, 1, 2)
-    return like.new_empty(like.shape[0], channels, height, width)
+        return like.new_empty_strided(shape, (channels * height * width, 1, channels * width, channels))
+    return like.new_empty(shape)
 
 
 def _parities(phases: Tensor, image: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -85,6 +86,8 @@ class UpsampleConv2d(nn.Conv2d):
     Of the nine pixels under the kernel at most four differ. For each of the four parities of a position in the output the weights of equal
     pixels are added up, which leaves four convolutions of size 2 on the input; they are computed as one and their results interleaved. It
     is the same function but for rounding (Shi et al., *Is the deconvolution layer the same as a convolutional layer?*, 2016).
+
+    Differentiable any number of times, in reverse mode: a function with a forward mode is one that torch.compile does not take.
 
     Weight and bias have the names, shapes and initial values of those of ``nn.Conv2d(in_channels, out_channels, 3, padding=1)``.
 

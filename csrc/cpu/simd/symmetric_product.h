@@ -25,16 +25,13 @@ struct ProductVector {
   static constexpr int kPanel = kProductVectors * kLanes;  // columns
 };
 
-// out[i][j] += sum over d of a[d][i] b[d][j] for a tile that fills the registers; a and b are panels.
+// out[i][j] += sum over d of a[d][i] b[d][j] for a tile that fills the registers; a and b are panels. The terms are added before they are
+// added to what was there, so that no sum is as long as the batch.
 template <class T>
 FASTVAE_INLINE void add_product_tile(const T* a, const T* b, int64_t depth, T* out, int64_t stride) {
   using Vector = typename ProductVector<T>::Type;
   constexpr int lanes = ProductVector<T>::kLanes, panel = ProductVector<T>::kPanel;
-  Vector sum[kProductRows][kProductVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kProductRows; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < kProductVectors; ++v) memcpy(&sum[i][v], out + i * stride + v * lanes, sizeof(Vector));
+  Vector sum[kProductRows][kProductVectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
     Vector right[kProductVectors];
 #pragma GCC unroll 2
@@ -47,7 +44,12 @@ FASTVAE_INLINE void add_product_tile(const T* a, const T* b, int64_t depth, T* o
 #pragma GCC unroll 8
   for (int i = 0; i < kProductRows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < kProductVectors; ++v) memcpy(out + i * stride + v * lanes, &sum[i][v], sizeof(Vector));
+    for (int v = 0; v < kProductVectors; ++v) {
+      Vector total;
+      memcpy(&total, out + i * stride + v * lanes, sizeof(Vector));
+      total += sum[i][v];
+      memcpy(out + i * stride + v * lanes, &total, sizeof(Vector));
+    }
 }
 
 // Rows of a, each times its weight, as panels (panel, row, column), the last filled up with zeros.

@@ -1,4 +1,4 @@
-// The widest vectors of the instruction set, for the one product that the compiler does not tile by itself.
+// The widest vectors of the instruction set, for the product of the search, with whose scores more is done than adding.
 #pragma once
 
 #include <cstdint>
