@@ -39,8 +39,13 @@ def _load_cuda() -> None:
     elif torch.version.cuda is None:
         _backend.UNAVAILABLE["cuda"] = "built with CUDA C++, but this torch has no CUDA"
     else:
-        torch.ops.load_library(str(CUDA_LIBRARY))
-        torch.library.impl("fastvae::jacobian_gram.cuda", "CUDA", gram_in_chunks("cuda"))
+        add_cuda(CUDA_LIBRARY)
+
+
+def add_cuda(library: Path, key: str = "CUDA") -> None:
+    """The backend's kernels, and the operator that is made of them; for tensors of a dispatch key."""
+    torch.ops.load_library(str(library))
+    torch.library.impl("fastvae::jacobian_gram.cuda", key, gram_in_chunks("cuda"))
 
 
 def cuda_build() -> str | None:

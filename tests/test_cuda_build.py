@@ -102,8 +102,8 @@ def test_library_brings_its_own_cuda_runtime(library):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a CUDA library of its own, and loads this one")
 def test_library_loads_and_registers_beside_a_stand_in_for_torch_s_cuda_library(library, objects):
     program = (
-        "import torch, fastvae; from fastvae import _backend, _ops\n"
-        f"torch.ops.load_library({str(library)!r}); _backend.refresh()\n"
+        "from fastvae import _backend, _load, _ops\n"
+        f"_load.add_cuda({str(library)!r}); _backend.refresh()\n"
         "print(*(op for op in _ops.operators() if 'cuda' in _backend._served[op, 'cuda']))"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(objects)}

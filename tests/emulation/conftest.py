@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastvae import _backend
-from fastvae.reference.jacobian import gram_in_chunks
+from fastvae._load import add_cuda
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -56,7 +56,6 @@ def emulated() -> ctypes.CDLL:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("there is no C++ compiler to build the emulation with")
     library = build()
-    torch.ops.load_library(str(library))
-    torch.library.impl("fastvae::jacobian_gram.cuda", "CPU", gram_in_chunks("cuda"))
+    add_cuda(library, "CPU")
     _backend.refresh()
     return ctypes.CDLL(str(library))
