@@ -22,7 +22,7 @@ KINDS = {
     "convolution, backward": ("convolution_backward",),
     "convolution, forward": ("convolution",),
     "copies, casts and layouts": ("copy", "clone", "contiguous", "_to_copy", "cat", "fill", "zero", "empty"),
-    "up- and downsampling": ("upsample", "pad"),
+    "up- and downsampling": ("upsample", "pad", "Interleave", "Separate"),
     "loss and sampling": ("latent_", "reconstruction_", "binary_cross_entropy", "log_sigmoid", "exp", "pow", "sum"),
     "optimizer": ("Optimizer", "_foreach", "_fused", "addcdiv", "addcmul", "sqrt", "lerp"),
     "compiled code": ("Compiled", "cpp_fused"),
