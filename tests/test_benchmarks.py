@@ -459,7 +459,7 @@ def test_floors_need_features_that_are_looked_for():
     assert needed <= known
 
 
-@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.report"])
+@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.report", "benchmarks.profile_conv_vae"])
 def test_help(module):
     shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith(f"usage: python -m {module}")
