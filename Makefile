@@ -13,7 +13,7 @@ STAGES ?=
 NATIVE := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 
-.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline bench lint format build setup clean gpu-pass
+.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline bench results lint format build setup clean gpu-pass
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -42,6 +42,13 @@ test-offline: build
 
 bench: build
 	$(RUN) -m benchmarks $(ARGS)
+
+# All that the documentation says of this machine. Only on one that does nothing else.
+results: build
+	$(RUN) -m benchmarks $(ARGS)
+	$(RUN) -m benchmarks.profile_conv_vae
+	$(RUN) -m benchmarks.report
+	$(RUN) -m benchmarks.report --floors
 
 lint: setup
 	$(RUN) -m ruff check .

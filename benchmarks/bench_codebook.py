@@ -277,7 +277,7 @@ def _training_step(size, quick=False) -> Case:
 CASES = (
     _nearest("vq_nearest", (8192, 64, 512), quick=True),
     _nearest("vq_nearest", (32768, 64, 1024)),
-    _nearest("vq_nearest_without_bf16", (32768, 64, 1024), ours=without_integers),
+    _nearest("vq_nearest_without_int16", (32768, 64, 1024), ours=without_integers),
     _nearest("vq_nearest_structured", (32768, 64, 1024), setup=structured),
     _nearest("vq_nearest_trained", (8192, 64, 512), setup=trained),
     _nearest("vq_nearest", (16384, 256, 8192)),

@@ -5,22 +5,32 @@ replayed from a CUDA graph, so that the device's time is seen alone.
 """
 
 import itertools
-import json
 import math
 import platform
 import re
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.registry import Operation, Unavailable
+from fastvae.training import _measure
 
 # Runs at least so many operations and returns the seconds of one.
 Sample = Callable[[int], float]
+
+# The flags of /proc/cpuinfo that decide how fast products are, and what they are called here. A processor with a vector extension has
+# those before it too.
+VECTOR_EXTENSIONS = {"avx2": "avx2", "avx512f": "avx512", "avx512_vnni": "avx512_vnni", "avx512_bf16": "avx512_bf16"}
+MATRIX_EXTENSIONS = {"amx_bf16": "amx"}
+
+
+def decisive(features: Iterable[str]) -> tuple[str, ...]:
+    """The features that tell one processor from another of the same name: the last vector extension, and those for matrices."""
+    features = tuple(features)
+    vector = [name for name in VECTOR_EXTENSIONS.values() if name in features]
+    return (*vector[-1:], *(name for name in MATRIX_EXTENSIONS.values() if name in features))
 
 
 class Cpu:
@@ -33,9 +43,12 @@ class Cpu:
 
     @property
     def name(self) -> str:
-        listing = Path("/proc/cpuinfo")
-        found = re.search(r"^model name\s*: (.+)$", listing.read_text(), re.MULTILINE) if listing.exists() else None
-        return found[1] if found else platform.processor() or platform.machine()
+        return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        flags = _cpuinfo("flags").split()
+        return tuple(name for flag, name in (VECTOR_EXTENSIONS | MATRIX_EXTENSIONS).items() if flag in flags)
 
     def rotation(self, nbytes: int) -> int:
         """How many sets of inputs the calls take in turn. One: in a training step what a loss reads has just been written."""
@@ -58,20 +71,21 @@ class Cpu:
 
     def peak_memory(self, operation: Operation) -> int:
         """The most bytes that torch's allocator held during one call, over what it held before."""
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            operation()
-        with tempfile.TemporaryDirectory() as directory:
-            trace = Path(directory, "trace.json")
-            profiler.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
-        return max(itertools.accumulate((size for _, size in changes), initial=0))
+        return _measure.peak_memory(operation)
+
+
+def _cpuinfo(key: str) -> str:
+    """A line of the first processor's description; empty where the system has none."""
+    listing = Path("/proc/cpuinfo")
+    found = re.search(rf"^{key}\s*: (.+)$", listing.read_text(), re.MULTILINE) if listing.exists() else None
+    return found[1] if found else ""
 
 
 class Cuda:
     kind = "cuda"
     modes = ("launch", "graph")
     backends: tuple[str, ...] = ("cuda", "triton")
+    features: tuple[str, ...] = ()
     matmul_size = 8192
 
     def __init__(self):

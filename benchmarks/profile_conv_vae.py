@@ -1,7 +1,7 @@
-"""Where the time of a training step goes, by kind of operator: ``python -m benchmarks.profile_conv_vae [--out FILE.png]``.
+"""Where the time of a training step goes, by kind of operator: ``python -m benchmarks.profile_conv_vae [case ...]``.
 
-For each setting of :mod:`benchmarks.bench_conv_vae` a profile of a few steps on the CPU, the operators' own time added up by kind, and the
-kinds stacked in a bar.
+For each provider of a case of :mod:`benchmarks.bench_conv_vae` a profile of a few steps on the CPU, the operators' own time added up by
+kind, and the kinds stacked in a bar.
 """
 
 import argparse
@@ -13,8 +13,10 @@ from matplotlib.figure import Figure as Picture
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from benchmarks import registry
+from benchmarks import registry, results
 from benchmarks.bench_conv_vae import CASES
+from benchmarks.devices import Cpu
+from benchmarks.tables import describe_processor, profile_name
 
 # The first kind whose words are in an operator's name has it.
 KINDS = {
@@ -80,21 +82,27 @@ def draw(path: Path, profiles: dict[str, Counter], title: str) -> None:
 
 
 def main() -> None:
+    cases = {case.id: case for case in CASES}
     parser = argparse.ArgumentParser("python -m benchmarks.profile_conv_vae", description=__doc__)
-    parser.add_argument("--case", choices=[case.id for case in CASES], default=CASES[0].id, help="default: %(default)s")
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(cases)}; default: in the dtype that suits the processor")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
-    parser.add_argument("--out", type=Path, default=Path("out/profile_conv_vae.png"))
+    parser.add_argument("--out", type=Path, default=results.DIRECTORY, metavar="FOLDER", help="default: %(default)s")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    case = next(case for case in CASES if case.id == arguments.case)
-    profiles = measure(case, arguments.steps)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(arguments.out, profiles, f"{case.id}, {torch.get_num_threads()} threads")
-    for name, times in profiles.items():
-        print(f"{name}: {', '.join(f'{kind} {ms:.0f} ms' for kind, ms in times.most_common())}")
-    print(f"The picture is {arguments.out}.")
+    processor = results.describe_run(Cpu())
+    suitable = "bfloat16" if "avx512_bf16" in processor.features.split() else "float32"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in arguments.cases or [name for name, case in cases.items() if case.dtype_name == suitable]:
+        if name not in cases:
+            parser.error(f"case: got {name!r}, takes {', '.join(cases)}")
+        profiles = measure(cases[name], arguments.steps)
+        path = arguments.out / profile_name(processor.slug, name)
+        draw(path, profiles, f"{name}: {describe_processor(processor)}")
+        for provider, times in profiles.items():
+            print(f"{provider}: {', '.join(f'{kind} {ms:.0f} ms' for kind, ms in times.most_common())}")
+        print(f"The picture is {path}.")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
-"""Draws the plots and writes the README's tables: ``python -m benchmarks.report [--check | --floors]``."""
+"""Draws the plots and writes the tables of the README and docs/benchmarks.md: ``python -m benchmarks.report [--check | --floors]``."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from benchmarks import floors, plots, results, tables
+from benchmarks.devices import Cpu
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+# Each document with what writes the text between its marks.
+DOCUMENTS = {ROOT / "README.md": tables.readme_section, ROOT / "docs" / "benchmarks.md": tables.page}
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.report", description="Draws plots and writes the README's tables.")
+    parser = argparse.ArgumentParser("python -m benchmarks.report", description="Draws plots and writes the tables of the documentation.")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--check", action="store_true", help="writes nothing; exit status 1 where the README's tables are stale")
+    modes.add_argument("--check", action="store_true", help="writes nothing; exit status 1 where a table is stale")
     modes.add_argument("--floors", action="store_true", help="holds the figures against floors.toml; exit status 1 where one falls short")
     return parser
 
@@ -22,23 +26,34 @@ def main(argv: list[str] | None = None) -> int:
     figures = results.newest(results.read_all())
     if arguments.floors:
         return hold_against_floors(figures)
-    text = tables.tables(figures)
+    written = {path: inserted(path.read_text(), write(figures)) for path, write in DOCUMENTS.items()}
+    stale = [path for path, text in written.items() if path.read_text() != text]
     if arguments.check:
-        stale = tables.is_stale(README, text)
-        print(f"{README.name}: the tables are {'stale: run python -m benchmarks.report' if stale else 'up to date'}")
-        return int(stale)
-    tables.write(README, text)
+        names = ", ".join(path.name for path in stale)
+        print(f"Stale: {names}. Run python -m benchmarks.report." if stale else "The tables are up to date.")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(written[path])
     pictures = plots.draw(figures, results.DIRECTORY)
-    print(f"{README.name}: tables written from {len(figures)} figures; {len(pictures)} pictures in {results.DIRECTORY}")
+    print(f"{len(figures)} figures in the tables, {len(pictures)} pictures in {results.DIRECTORY}")
     return 0
 
 
+def inserted(document: str, text: str) -> str:
+    """The document with ``text`` between the two marks."""
+    if document.count(BEGIN) != 1 or document.count(END) != 1:
+        raise ValueError(f"takes a document with the lines {BEGIN} and {END}, once each")
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
 def hold_against_floors(figures: list[results.Figure]) -> int:
-    verdicts = floors.judge(figures, floors.load())
+    verdicts = floors.judge(figures, floors.load(), Cpu())
     print("\n".join(map(str, verdicts)))
     short = [verdict for verdict in verdicts if verdict.falls_short]
-    unmeasured = sum(verdict.measured is None for verdict in verdicts)
-    print(f"{len(verdicts)} floors: {len(short)} fall short, {unmeasured} not measured")
+    missing = [verdict for verdict in verdicts if verdict.missing]
+    unmeasured = sum(verdict.measured is None and not verdict.missing for verdict in verdicts)
+    print(f"{len(verdicts)} floors: {len(short)} fall short, {len(missing)} do not apply, {unmeasured} not measured")
     return int(bool(short))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.devices import Device
+from benchmarks.devices import Device, decisive
 from benchmarks.registry import OURS
 from benchmarks.runner import Measurement
 from fastvae import _backend, info
@@ -21,11 +21,12 @@ DIRECTORY = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Run:
-    """When, where and with what a run was made."""
+    """When, where and with what a run was made; ``features`` are those of the processor, separated by spaces."""
 
     timestamp: str
     device: str
     device_name: str
+    features: str
     threads: int
     instruction_set: str
     backend: str
@@ -35,7 +36,7 @@ class Run:
 
     @property
     def slug(self) -> str:
-        return device_slug(self.device, self.device_name, self.threads)
+        return device_slug(self.device, self.device_name, self.features.split(), self.threads)
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,16 @@ class Figure(Run):
     remark: str = ""
 
 
-def device_slug(kind: str, name: str, threads: int) -> str:
-    """The name of a device's result file."""
-    words = re.sub(r"\((r|tm)\)|[^a-z0-9]+", "-", name.lower())
-    threads_used = f"-{threads}threads" if kind == "cpu" else ""
-    return re.sub("-+", "-", f"{kind}-{words.strip('-')}{threads_used}")
+def short_name(device_name: str) -> str:
+    """The name of a device without marks, the clock and the word for what it is."""
+    return " ".join(re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", device_name, flags=re.IGNORECASE).split())
+
+
+def device_slug(kind: str, name: str, features: Iterable[str], threads: int) -> str:
+    """The name of a device's result file. Virtual machines give different processors one name, so their decisive features are in it."""
+    words = re.sub(r"[^a-z0-9]+", "-", short_name(name).lower()).strip("-")
+    threads_used = (f"{threads}threads",) if kind == "cpu" else ()
+    return "-".join((kind, words, *decisive(features), *threads_used))
 
 
 def describe_run(device: Device) -> Run:
@@ -82,6 +88,7 @@ def describe_run(device: Device) -> Run:
         timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=device.kind,
         device_name=device.name,
+        features=" ".join(device.features),
         threads=torch.get_num_threads(),
         instruction_set=facts["instruction_set"] or "",
         backend=next(serving) if forced == "auto" else forced,

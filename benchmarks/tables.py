@@ -1,122 +1,213 @@
-"""The result tables of the README, written from figures alone."""
+"""The tables of the README and of docs/benchmarks.md, written from figures alone. None has more than six columns."""
 
-from collections.abc import Iterable
-from itertools import groupby
-from pathlib import Path
+import importlib
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
 
-from benchmarks import registry
+from benchmarks import headline, registry, units
+from benchmarks.devices import decisive
 from benchmarks.registry import OURS, Case
-from benchmarks.results import DIRECTORY, Figure
+from benchmarks.results import DIRECTORY, Figure, Run, short_name
 
-INTRODUCTION = """\
-Times are of one forward and backward pass with the gradients of all inputs: the median of interleaved rounds in one process and, in
-brackets, its ratio to that of fastvae. `eager` is what fastvae replaces, written in plain PyTorch; `compile` is `torch.compile` of it. All
-results were checked against each other before they were timed. The throughput counts what the fused kernels have to move or compute, beside
-what the machine reached in the same rounds; peak memory is over the inputs."""
-
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+MOST_COLUMNS = 6
+HEADLINE_PLOT = "headline.png"
 NOT_MEASURED = "not measured"
-TITLES = {"cpu": "CPU", "cuda": "CUDA"}
-MODES = {"launch": "each call started from Python", "graph": "replayed from a CUDA graph"}
+MODES = {"launch": "", "graph": ", replayed from a CUDA graph"}
 ROOFS = {"GB/s": "a copy", "GFLOP/s": "a matrix product"}
+
+HEADLINE_NOTE = """\
+Measured on {processor}, {versions}: median times, in brackets the multiple of fastvae's, and peak memory beside the inputs.
+Where plain PyTorch has variants (memory layouts, precisions, formulas) the fastest is shown."""
+PROCESSORS_NOTE = """\
+Virtual machines give different processors one model name, so the extensions that decide their speed are named with it."""
+AT_A_GLANCE = """\
+The median time of fastvae, then the times of `eager` and `compile` in multiples of it: above 1x fastvae is faster."""
+TIMES_NOTE = "Median time of a call, and in brackets the multiple of fastvae's time: above 1x fastvae is faster."
+WORK_NOTE = """\
+What the fused kernels move or compute in a second, and its share of {roof} in the same rounds. Memory is the most that a call holds beside
+its inputs, with fastvae and with `{first}`."""
+EMULATED = """\
+This processor has no instructions for products of bfloat16 (`avx512_bf16`). PyTorch's convolutions then take longer in bfloat16 than in
+float32, and they are most of a step: `eager-fp32`, the same step in float32, is faster than fastvae's in bfloat16. Train in float32 on such
+a processor, as `ResidualConvVAE` does by itself."""
+
+
+def describe_processor(row: Run) -> str:
+    features = f" ({', '.join(decisive(row.features.split()))})" if row.features else ""
+    threads = f", {row.threads} threads" if row.device == "cpu" else ""
+    return f"{short_name(row.device_name)}{features}{threads}"
 
 
 def plot_name(slug: str, mode: str, family: str) -> str:
     return f"{slug}-{mode}-{family}.png"
 
 
-def describe_device(row: Figure) -> str:
-    threads = f", {row.threads} threads" if row.device == "cpu" else ""
-    return f"{row.device_name}{threads}, {MODES[row.mode]}"
+def profile_name(slug: str, case: str) -> str:
+    return f"{slug}-profile-{case}.png"
 
 
-def tables(figures: Iterable[Figure]) -> str:
-    """Markdown for the newest figures of every device; what has no figure says so."""
-    figures = list(figures)
-    parts = [INTRODUCTION]
-    for kind, title in TITLES.items():
-        rows = sorted((row for row in figures if row.device == kind), key=lambda row: (row.slug, row.mode != "launch"))
-        if not rows:
-            parts.append(f"### {title}\n\nNot measured.")
-        for (slug, mode), group in groupby(rows, key=lambda row: (row.slug, row.mode)):
-            parts.append(_device_section(title, slug, mode, list(group)))
-    return "\n\n".join(parts)
+def case_title(case: Case) -> str:
+    return f"{case.name} ({', '.join(map(str, case.size))}) {case.dtype_name}"
 
 
-def _device_section(title: str, slug: str, mode: str, rows: list[Figure]) -> str:
-    parts = [f"### {title}: {describe_device(rows[0])}", _versions(rows)]
+def readme_section(figures: Iterable[Figure]) -> str:
+    """The picture and the table that the README begins with."""
+    rows = headline.of_processor(figures)
+    if not rows:
+        return f"The four operations were {NOT_MEASURED}."
+    first = rows[0].fastvae
+    note = HEADLINE_NOTE.format(processor=describe_processor(first), versions=f"torch {first.torch}")
+    header = ["", "fastvae", "eager PyTorch", "torch.compile", "memory, fastvae", "memory, eager"]
+    table = _table(header, [_headline_cells(row) for row in rows])
+    return "\n\n".join((f"![Time and memory of the four operations]({_picture(HEADLINE_PLOT)})", table, note))
+
+
+def _headline_cells(row: headline.Row) -> list[str]:
+    others = [f"{_time(figure)}{_variant(figure)}" for figure in (row.eager, row.compiled)]
+    memory = [units.memory(figure.peak_memory_mb) for figure in (row.fastvae, row.eager)]
+    return [f"**{row.title}**, {row.conditions}", f"**{_time(row.fastvae)}**", *others, *memory]
+
+
+def _variant(figure: Figure) -> str:
+    return "" if figure.provider in ("eager", "compile") else f" `{figure.provider}`"
+
+
+def page(figures: Iterable[Figure]) -> str:
+    """Everything of every processor; what was not measured says so."""
+    figures = sorted(figures, key=lambda row: (row.slug, row.mode != "launch"))
+    processors = [list(rows) for _, rows in groupby(figures, key=lambda row: row.slug)]
+    parts = ["## Processors", PROCESSORS_NOTE, *_processors(processors), "## At a glance", AT_A_GLANCE, *_at_a_glance(processors)]
     for family in registry.families():
-        of_family = {(row.case, row.provider): row for row in rows if row.family == family}
-        if of_family:
-            parts += [f"**{family}**", _table(registry.cases(family), of_family)]
-            parts.append(f"![{family}]({DIRECTORY.parent.name}/{DIRECTORY.name}/{plot_name(slug, mode, family)})")
-        else:
-            parts.append(f"**{family}**: {NOT_MEASURED}.")
+        parts += [f"## {family}", _introduction(family)]
+        parts += _family(family, [row for row in figures if row.family == family])
     return "\n\n".join(parts)
 
 
-def _versions(rows: list[Figure]) -> str:
-    def seen(values):
-        return " and ".join(sorted(set(values)))
-
-    backends = seen(f"{row.backend}, {row.instruction_set}" if row.backend == "cpp" else row.backend for row in rows)
-    dates = seen(row.timestamp[:10] for row in rows)
-    return f"fastvae {seen(row.fastvae for row in rows)} ({backends}), torch {seen(row.torch for row in rows)}, {dates}."
+def _processors(processors: list[list[Figure]]) -> list[str]:
+    header = ["in the tables", "model name", "threads", "vector and matrix extensions", "versions", "measured"]
+    table = _table(header, [_processor_cells(rows) for rows in processors])
+    gpu = any(rows[0].device == "cuda" for rows in processors)
+    return [table, *([] if gpu else [f"GPUs: {NOT_MEASURED}."])]
 
 
-def _table(cases: Iterable[Case], rows: dict[tuple[str, str], Figure]) -> str:
-    cases = list(cases)
+def _processor_cells(rows: list[Figure]) -> list[str]:
+    backends = _seen(f"{row.backend}, {row.instruction_set}" if row.backend == "cpp" else row.backend for row in rows)
+    versions = f"fastvae {_seen(row.fastvae for row in rows)} ({backends}), torch {_seen(row.torch for row in rows)}"
+    dates = _seen(row.timestamp[:10] for row in rows)
+    return [describe_processor(rows[0]), rows[0].device_name, str(rows[0].threads), rows[0].features, versions, dates]
+
+
+def _seen(values: Iterable[str]) -> str:
+    return " and ".join(sorted(set(values)))
+
+
+def _at_a_glance(processors: list[list[Figure]]) -> list[str]:
+    """A row a case, a column a processor."""
+    tables = []
+    for some in _pieces(processors, MOST_COLUMNS - 1):
+        found = [{(row.case, row.provider): row for row in rows if row.mode == rows[0].mode} for rows in some]
+        header = ["case", *(describe_processor(rows[0]) for rows in some)]
+        tables.append(_table(header, [[case_title(case), *(_glance(case, rows) for rows in found)] for case in registry.all_cases()]))
+    return tables
+
+
+def _glance(case: Case, rows: dict[tuple[str, str], Figure]) -> str:
+    if (case.id, OURS) not in rows:
+        return NOT_MEASURED
+    others = [f"{name} {units.ratio(rows[case.id, name].ratio)}" for name in ("eager", "compile") if (case.id, name) in rows]
+    return f"{_time(rows[case.id, OURS])}: {', '.join(others)}" if others else _time(rows[case.id, OURS])
+
+
+def _introduction(family: str) -> str:
+    """What the family's file says of its cases."""
+    return (importlib.import_module(f"benchmarks.bench_{family}").__doc__ or "").strip().replace("``", "`")
+
+
+def _family(family: str, figures: list[Figure]) -> list[str]:
+    parts = []
+    for (slug, mode), group in groupby(figures, key=lambda row: (row.slug, row.mode)):
+        rows = list(group)
+        cases = [case for case in registry.cases(family) if any(row.case == case.id for row in rows)]
+        parts += [f"### {family}: {describe_processor(rows[0])}{MODES[mode]}", *_tables(cases, rows)]
+        parts.append(f"![{family}](../{_picture(plot_name(slug, mode, family))})")
+        parts += _profiles(slug, cases)
+    return parts or [f"{NOT_MEASURED.capitalize()}."]
+
+
+def _profiles(slug: str, cases: list[Case]) -> list[str]:
+    """The pictures of :mod:`benchmarks.profile_conv_vae`, where they were drawn."""
+    names = [profile_name(slug, case.id) for case in cases]
+    drawn = [name for name in names if (DIRECTORY / name).is_file()]
+    return ["Where the time of a step goes, by kind of operator:"] * bool(drawn) + [f"![{name}](../{_picture(name)})" for name in drawn]
+
+
+def _tables(cases: list[Case], rows: list[Figure]) -> list[str]:
+    """Times with the providers as rows, then work and memory with the cases as rows."""
+    found = {(row.case, row.provider): row for row in rows}
     # On a GPU there are figures of single backends, too.
-    names = [name for case in cases for name in case.providers] + [provider for _, provider in rows]
+    names = [name for case in cases for name in case.providers] + [row.provider for row in rows]
     others = [name for name in dict.fromkeys(names) if name != OURS]
-    header = ["case", OURS, *others, "throughput", "peak memory"]
-    lines = [header, ["---"] * len(header), *(_row(case, others, rows) for case in cases)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    measured = [name for name in (OURS, *others) if any((case.id, name) in found for case in cases)]
+    parts = [TIMES_NOTE, *(_times(some, measured, found) for some in _pieces(cases, MOST_COLUMNS - 1))]
+    absent = [f"`{name}`" for name in others if name not in measured]
+    parts += [f"{NOT_MEASURED.capitalize()}: {', '.join(absent)}."] if absent else []
+    parts += [EMULATED] if any(_is_emulated(row) for row in rows) else []
+    first = next(iter(cases[0].providers))
+    roofs = " or ".join(sorted({ROOFS[row.rate_unit] for row in rows}))
+    return [*parts, WORK_NOTE.format(roof=roofs, first=first), _work(cases, first, found)]
 
 
-def _row(case: Case, others: list[str], rows: dict[tuple[str, str], Figure]) -> list[str]:
-    size = ", ".join(map(str, case.size))
-    found = {name: rows[case.id, name] for name in (OURS, *others) if (case.id, name) in rows}
-    times = [_time(found[name]) if name in found else NOT_MEASURED if name in case.providers else "" for name in (OURS, *others)]
-    return [f"{case.name} ({size}) {case.dtype_name}", *times, _throughput(found.get(OURS)), _memory(case, found)]
+def _is_emulated(row: Figure) -> bool:
+    """Whether a step in float32 beat one in bfloat16, on a processor without products of bfloat16."""
+    faster = row.provider == "eager-fp32" and row.dtype == "bfloat16" and row.ratio < 1
+    return faster and row.device == "cpu" and "avx512_bf16" not in row.features.split()
+
+
+def _times(cases: Sequence[Case], providers: list[str], found: dict[tuple[str, str], Figure]) -> str:
+    rows = [[f"`{name}`", *(_time_of(case, name, found) for case in cases)] for name in providers]
+    return _table(["provider", *map(case_title, cases)], [row for row in rows if any(row[1:])])
+
+
+def _time_of(case: Case, provider: str, found: dict[tuple[str, str], Figure]) -> str:
+    if (case.id, provider) in found:
+        return _time(found[case.id, provider])
+    return NOT_MEASURED if provider in case.providers else ""
 
 
 def _time(row: Figure) -> str:
-    time = f"{row.median_ms:.3g} ms" if row.median_ms >= 1 else f"{row.median_ms * 1e3:.3g} µs"
-    return time if row.provider == OURS else f"{time} ({row.ratio:.3g}x)"
+    return units.time(row.median_ms) + ("" if row.provider == OURS else f" ({units.ratio(row.ratio)})")
 
 
-def _throughput(row: Figure | None) -> str:
-    if row is None:
-        return NOT_MEASURED
-    remark = f"; {row.remark}" if row.remark else ""
-    return f"{row.rate:.3g} {row.rate_unit}, {row.rate / row.roof_rate:.0%} of {ROOFS[row.rate_unit]}{remark}"
+def _work(cases: list[Case], first: str, found: dict[tuple[str, str], Figure]) -> str:
+    header = ["case", "throughput", "share", "memory, fastvae", f"memory, {first}"]
+    rows = [_work_cells(case, first, found) for case in cases]
+    remarks = [found[case.id, OURS].remark if (case.id, OURS) in found else "" for case in cases]
+    if any(remarks):
+        header, rows = [*header, "remark"], [[*cells, remark] for cells, remark in zip(rows, remarks, strict=True)]
+    return _table(header, rows)
 
 
-def _memory(case: Case, found: dict[str, Figure]) -> str:
-    if OURS not in found:
-        return NOT_MEASURED
-    first = next(iter(case.providers))
-    beside = f" ({first} {_size(found[first])})" if first in found else ""
-    return _size(found[OURS]) + beside
+def _work_cells(case: Case, first: str, found: dict[tuple[str, str], Figure]) -> list[str]:
+    ours, beside = found.get((case.id, OURS)), found.get((case.id, first))
+    if ours is None:
+        return [case_title(case), *[NOT_MEASURED] * 4]
+    share = f"{units.share(ours.rate / ours.roof_rate)} of {ROOFS[ours.rate_unit]}"
+    memory = [NOT_MEASURED if row is None else units.memory(row.peak_memory_mb) for row in (ours, beside)]
+    return [case_title(case), units.rate(ours.rate, ours.rate_unit), share, *memory]
 
 
-def _size(row: Figure) -> str:
-    return f"{row.peak_memory_mb:.3g} MiB" if row.peak_memory_mb >= 1 else f"{row.peak_memory_mb * 1024:.3g} KiB"
+def _pieces(items: Sequence, most: int) -> list[Sequence]:
+    """Consecutive pieces of ``most`` items at most, about equally long."""
+    count = max(-(-len(items) // most), 1)
+    size, longer = divmod(len(items), count)
+    starts = [index * size + min(index, longer) for index in range(count + 1)]
+    return [items[start:stop] for start, stop in pairwise(starts)]
 
 
-def inserted(document: str, text: str) -> str:
-    """The document with ``text`` between the two marks."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"takes a document with the lines {BEGIN} and {END}, once each")
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
-def write(readme: Path, text: str) -> None:
-    readme.write_text(inserted(readme.read_text(), text))
-
-
-def is_stale(readme: Path, text: str) -> bool:
-    document = readme.read_text()
-    return document != inserted(document, text)
+def _picture(name: str) -> str:
+    """From the root of the repository."""
+    return f"{DIRECTORY.parent.name}/{DIRECTORY.name}/{name}"

@@ -17,7 +17,8 @@ DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "reference": FLOATS,
 }
-# Fastest first. On a GPU two may serve. Neither was measured against the other: C++ comes first because it takes less time to launch.
+# In the order in which they are asked. On a GPU two may serve, which were not measured one against the other: C++ comes first because it
+# takes less time to launch.
 PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # For an operator, from how many elements on Triton was measured to be the faster of the two. Nothing was measured yet.
 TRITON_FROM: dict[str, int] = {}
@@ -58,7 +59,7 @@ def serving(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def preference(op: str, device_type: str, numel: int, triton_from: dict[str, int] = TRITON_FROM) -> tuple[str, ...]:
-    """The backends for ``op`` on ``numel`` elements, fastest first."""
+    """The backends for ``op`` on ``numel`` elements, in the order in which they are asked."""
     order = PREFERENCE.get(device_type, ())
     if device_type == "cuda" and op in triton_from and numel >= triton_from[op]:
         return ("triton", *(backend for backend in order if backend != "triton"))
@@ -75,7 +76,7 @@ def choice(device_type: str) -> str:
 
 
 def resolve(op: str, device: torch.device, dtype: torch.dtype, numel: int = 0) -> str:
-    """The backend for ``op`` on ``numel`` elements of this device and dtype: the forced one, or the fastest that serves them."""
+    """The backend for ``op`` on ``numel`` elements of this device and dtype: the forced one, or the first that serves them."""
     served = _served.get((op, device.type), ("reference",))
     forced = _forced.backend or _from_environment
     if forced is not None:
@@ -113,7 +114,7 @@ def use_backend(name: str | None):
     """Forces a backend for the calling thread: ``with fastvae.use_backend("reference"): ...``.
 
     Args:
-        name: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"reference"``, or ``"auto"`` (also ``None``) for the fastest that serves a call.
+        name: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"reference"``, or ``"auto"`` (also ``None``) for the first that serves a call.
 
     A call that the backend cannot serve raises :class:`BackendError`; there is no silent fallback. A backward pass uses the backend of
     its forward pass. The environment variable ``FASTVAE_BACKEND`` does the same for a whole process.

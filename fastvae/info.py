@@ -96,7 +96,7 @@ def report(facts: dict) -> str:
     lines += _section("C++ module", _describe_extension(facts))
     for device, backends in facts["backends"].items():
         described = {name: _describe_support(support) for name, support in backends.items()}
-        lines += _section(f"backends for {device} tensors", described | {"fastest first": facts["choice"][device]})
+        lines += _section(f"backends for {device} tensors", described | {"in this order": facts["choice"][device]})
     lines += _section("CUDA library", _describe_cuda(facts))
     lines += _section("CUDA devices", _describe_devices(facts))
     lines += _section("environment", {name: "not set" if value is None else value for name, value in facts["environment"].items()})

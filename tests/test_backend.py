@@ -76,7 +76,7 @@ def test_a_backend_serves_a_family_as_a_whole(op):
 @pytest.mark.parametrize("op", FORWARD)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_auto_takes_the_fastest_that_serves(op, dtype, device):
+def test_auto_takes_the_first_that_serves(op, dtype, device):
     resolved = _backend.resolve(op, torch.device(device), dtype)
     assert resolved == next(b for b in _backend.PREFERENCE[device] if b in _backend.serving(op, device, dtype))
 

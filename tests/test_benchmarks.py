@@ -1,6 +1,7 @@
 """The benchmark suite: every case's providers agree, a wrong one is caught, and figures survive the way into tables and floors."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import devices, floors, plots, registry, report, results, tables
+from benchmarks import devices, floors, headline, plots, registry, report, results, tables, units
 from benchmarks.registry import Case, Inputs, Unavailable, WrongResult, forward_backward
 from benchmarks.runner import WRONG, Plan, checked_contenders, measure
 
@@ -54,6 +55,7 @@ def make_figure(**changes) -> results.Figure:
         "timestamp": "2026-01-02T00:00:00+00:00",
         "device": "cpu",
         "device_name": CPU.name,
+        "features": " ".join(CPU.features),
         "threads": 2,
         "instruction_set": "avx2",
         "backend": "cpp",
@@ -167,13 +169,12 @@ class WithReference(devices.Cpu):
 def test_backends_are_measured_one_against_the_other():
     case = next(case for case in CASES if case.name == "mse_loss")
     providers = {name: case.providers[name] for name in ("eager", "fastvae")}
-    measurement = measure(dataclasses.replace(case, size=case.tiny, providers=providers), WithReference(), BRIEF)
+    case = dataclasses.replace(case, size=case.tiny, providers=providers)
+    measurement = measure(case, WithReference(), BRIEF)
     assert set(measurement.timings["launch"]) == {"eager", "fastvae", "fastvae-reference"}
     assert "backend 'cuda' cannot serve" in measurement.absent["fastvae-cuda"]
     rows = results.figures(results.describe_run(CPU), measurement)
-    header, _, row = tables._table([case], {(row.case, row.provider): row for row in rows}).splitlines()
-    assert "fastvae-reference" in header
-    assert case.name in row
+    assert "| `fastvae-reference` | " in "\n".join(tables._tables([case], rows))
 
 
 def test_case_without_fastvae_fails():
@@ -228,53 +229,198 @@ def test_newest_run_wins():
 
 
 def test_file_name_carries_the_device():
-    assert results.device_slug("cpu", "Intel(R) Xeon(R) Gold 6430 @ 2.1GHz", 2) == "cpu-intel-xeon-gold-6430-2-1ghz-2threads"
-    assert results.device_slug("cuda", "NVIDIA H200", 16) == "cuda-nvidia-h200"
+    assert results.device_slug("cpu", "Intel(R) Xeon(R) Gold 6430 @ 2.1GHz", ["avx2"], 2) == "cpu-intel-xeon-gold-6430-avx2-2threads"
+    assert results.device_slug("cpu", "AMD EPYC 9B14 96-Core Processor", [], 4) == "cpu-amd-epyc-9b14-96-core-4threads"
+    assert results.device_slug("cuda", "NVIDIA H200", (), 16) == "cuda-nvidia-h200"
+
+
+@pytest.mark.parametrize(
+    ("flags", "features", "slug"),
+    [
+        ("fpu sse2", (), "cpu-intel-xeon-2threads"),
+        ("avx2 avx512f avx512_vnni", ("avx2", "avx512", "avx512_vnni"), "cpu-intel-xeon-avx512_vnni-2threads"),
+        (
+            "avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 amx_tile",
+            ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"),
+            "cpu-intel-xeon-avx512_bf16-amx-2threads",
+        ),
+    ],
+)
+def test_processors_of_one_name_have_files_of_their_own(monkeypatch, flags, features, slug):
+    described = {"model name": "Intel(R) Xeon(R) Processor", "flags": flags}
+    monkeypatch.setattr(devices, "_cpuinfo", described.__getitem__)
+    assert devices.Cpu().features == features
+    assert results.device_slug("cpu", devices.Cpu().name, devices.Cpu().features, 2) == slug
+
+
+def test_stored_files_are_named_after_what_they_hold():
+    stored = {path.stem: {row.slug for row in results.read(path)} for path in results.DIRECTORY.glob("*.csv")}
+    assert stored
+    assert all(slugs == {stem} for stem, slugs in stored.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (units.time(1790.0), "1.79 s"),
+        (units.time(999.6), "1.00 s"),
+        (units.time(36.04), "36.0 ms"),
+        (units.time(0.0821), "82.1 µs"),
+        (units.memory(4098.0), "4.00 GiB"),
+        (units.memory(1010.4), "1010 MiB"),
+        (units.memory(0.0390701), "40.0 KiB"),
+        (units.memory(0.0), "0 B"),
+        (units.ratio(0.0123), "0.0123x"),
+        (units.ratio(9.996), "10.0x"),
+        (units.ratio(12345.6), "12346x"),
+        (units.rate(0.0515, "GB/s"), "51.5 MB/s"),
+        (units.rate(1200.0, "GFLOP/s"), "1.20 TFLOP/s"),
+        (units.share(1.18), "118%"),
+        (units.share(0.0004), "under 1%"),
+    ],
+)
+def test_figures_have_three_digits_and_no_exponent(text, expected):
+    assert text == expected
 
 
 def test_tables_hold_the_figures_and_say_what_was_not_measured():
-    text = tables.tables(FIGURES)
-    row = next(line for line in text.splitlines() if line.startswith("| mse_loss (128, 784)"))
-    assert "| 250 µs | 375 µs (1.5x) | not measured |" in row
-    assert "| 4 GB/s, 25% of a copy | 2 MiB (eager 4 MiB) |" in row
-    assert "| gaussian_nll (32, 3, 256, 256) float32 | not measured | not measured |" in text
-    assert "**latent**: not measured." in text
-    assert text.endswith("### CUDA\n\nNot measured.")
+    text = tables.page(FIGURES)
+    processor = tables.describe_processor(FIGURES[0])
+    assert f"### reconstruction: {processor}\n" in text
+    assert "| provider | mse_loss (128, 784) float32 |\n| --- | --- |\n| `fastvae` | 250 µs |\n| `eager` | 375 µs (1.50x) |" in text
+    assert "Not measured: `compile`" in text
+    assert "| mse_loss (128, 784) float32 | 4.00 GB/s | 25% of a copy | 2.00 MiB | 4.00 MiB |" in text
+    assert "| mse_loss (128, 784) float32 | 250 µs: eager 1.50x |" in text
+    assert "| gaussian_nll (32, 3, 256, 256) float32 | not measured |" in text
+    assert "## latent\n\nReparameterized sampling with the analytic KL divergence.\n\nNot measured." in text
+    assert "GPUs: not measured." in text
 
 
-def test_readme_is_written_once_and_checked(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    monkeypatch.setattr(report, "README", readme)
+def figures_of_every_case(**changes) -> list[results.Figure]:
+    """Extreme figures of every provider, which grow from one to the next."""
+    rows = []
+    for case in CASES:
+        values = {"family": case.family, "case": case.id, "size": case.size_name, "dtype": case.dtype_name, "rate_unit": f"G{case.unit}/s"}
+        for index, provider in enumerate(case.providers):
+            time = 10.0 ** (2 * index - 4)
+            measured = {"provider": provider, "median_ms": time, "ratio": time * 1e4, "peak_memory_mb": time, "remark": "a remark"}
+            rows.append(make_figure(**values | measured | changes))
+    return rows
+
+
+OTHER_PROCESSOR = {"device_name": "AMD EPYC 9B14 96-Core Processor", "features": "avx2 avx512", "timestamp": "2026-01-01T00:00:00+00:00"}
+GPU = {"device": "cuda", "device_name": "NVIDIA H200", "features": ""}
+
+
+def test_no_table_is_wider_than_six_columns_nor_has_exponents():
+    figures = figures_of_every_case()
+    figures += figures_of_every_case(**OTHER_PROCESSOR)
+    figures += [row for mode in ("launch", "graph") for row in figures_of_every_case(**GPU, mode=mode)]
+    for text in (tables.page(figures), tables.readme_section(figures)):
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert rows
+        assert max(line.count(" | ") for line in rows) < 6
+        assert not re.search(r"\de[+-]\d", text)
+
+
+def test_processors_stand_side_by_side():
+    text = tables.page([*FIGURES, *(dataclasses.replace(row, **OTHER_PROCESSOR) for row in FIGURES)])
+    processor = tables.describe_processor(FIGURES[0])
+    assert f"| case | AMD EPYC 9B14 96-Core (avx512), 2 threads | {processor} |" in text
+    assert "| mse_loss (128, 784) float32 | 250 µs: eager 1.50x | 250 µs: eager 1.50x |" in text
+
+
+@pytest.mark.parametrize(("features", "ratio", "explained"), [("avx2", 0.3, True), ("avx2", 1.2, False), ("avx512_bf16", 0.3, False)])
+def test_slow_bfloat16_is_explained_where_the_processor_lacks_its_products(features, ratio, explained):
+    values = {"family": "conv_vae", "case": "residual_vae_step-4x3x128x128-bfloat16", "dtype": "bfloat16", "features": features}
+    rows = [make_figure(**values), make_figure(**values, provider="eager-fp32", ratio=ratio)]
+    assert ("no instructions for products of bfloat16" in tables.page(rows)) == explained
+
+
+def test_page_shows_the_profiles_that_were_drawn(tmp_path, monkeypatch):
+    case = next(case for case in CASES if case.family == "conv_vae")
+    row = make_figure(family="conv_vae", case=case.id)
+    picture = tables.profile_name(row.slug, case.id)
+    monkeypatch.setattr(tables, "DIRECTORY", tmp_path / "benchmarks" / "results")
+    tables.DIRECTORY.mkdir(parents=True)
+    assert picture not in tables.page([row])
+    (tables.DIRECTORY / picture).touch()
+    assert f"(../benchmarks/results/{picture})" in tables.page([row])
+
+
+def test_readme_begins_with_the_newest_processor_on_which_all_four_were_measured():
+    ours, other = figures_of_every_case(), figures_of_every_case(**OTHER_PROCESSOR)
+    assert headline.of_processor([*ours, *other])[0].fastvae.slug == ours[0].slug
+    rows = headline.of_processor([*other, *(row for row in ours if row.family != "codebook")])
+    assert [row.fastvae.case for row in rows][-1] == "residual_vae_step-4x3x128x128-float32"
+    assert {row.fastvae.slug for row in rows} == {other[0].slug}
+    assert headline.of_processor(FIGURES) == []
+    assert "not measured" in tables.readme_section(FIGURES)
+
+
+def test_readme_has_the_step_in_bfloat16_where_the_processor_multiplies_it():
+    rows = headline.of_processor(figures_of_every_case(features="avx2 avx512 avx512_vnni avx512_bf16"))
+    assert rows[-1].fastvae.dtype == "bfloat16"
+
+
+def test_readme_shows_the_fastest_variant_of_plain_pytorch():
+    figures = figures_of_every_case()
+    changed = [dataclasses.replace(row, median_ms=1e-5, ratio=0.5) if row.provider == "addmm" else row for row in figures]
+    assert headline.of_processor(changed)[2].eager.provider == "addmm"
+    assert "| 0.0100 µs (0.500x) `addmm` |" in tables.readme_section(changed)
+
+
+def test_documents_are_what_the_stored_figures_say():
+    assert report.main(["--check"]) == 0
+
+
+def test_documents_are_written_once_and_checked(tmp_path, monkeypatch):
+    written = {tmp_path / "README.md": tables.readme_section, tmp_path / "benchmarks.md": tables.page}
+    for path in written:
+        path.write_text(f"before\n{report.BEGIN}\nstale text\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "DOCUMENTS", written)
     monkeypatch.setattr(results, "DIRECTORY", tmp_path)
     monkeypatch.setattr(results, "read_all", lambda: FIGURES)
     assert report.main(["--check"]) == 1
     assert report.main([]) == 0
-    written = readme.read_text()
+    texts = [path.read_text() for path in written]
     assert report.main(["--check"]) == 0
     assert report.main([]) == 0
-    assert readme.read_text() == written
-    assert written.startswith("before\n<!-- benchmarks:begin -->\nTimes are of")
-    assert written.endswith("<!-- benchmarks:end -->\nafter\n")
-    assert "old" not in written
+    assert [path.read_text() for path in written] == texts
+    for text in texts:
+        assert text.startswith("before\n<!-- benchmarks:begin -->\n")
+        assert text.endswith("<!-- benchmarks:end -->\nafter\n")
+        assert "stale text" not in text
 
 
-def test_readme_without_marks_is_refused():
+def test_document_without_marks_is_refused():
     with pytest.raises(ValueError, match="benchmarks:begin"):
-        tables.inserted("no marks", "text")
+        report.inserted("no marks", "text")
 
 
-def test_a_picture_for_each_device_mode_and_family(tmp_path):
-    figures = [*FIGURES, *(make_figure(device="cuda", device_name="NVIDIA H200", mode=mode) for mode in ("launch", "graph"))]
+def test_every_provider_and_case_is_explained():
+    explained = set(re.findall(r"`([\w-]+)`", (ROOT / "docs" / "benchmarks.md").read_text().split(report.BEGIN)[0]))
+    providers = {name for case in CASES for name in case.providers} | {f"fastvae-{backend}" for backend in devices.Cuda.backends}
+    # The variant of a case is explained with the case, by what its name adds.
+    variants = {"contractive_penalty_with_encoder": "..._with_encoder"}
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert providers <= explained
+    assert all(case.name in explained or f"`{variants[case.name]}`" in text for case in CASES)
+
+
+def test_a_picture_for_each_device_mode_and_family_and_one_for_the_readme(tmp_path):
+    figures = [*FIGURES, *(make_figure(**GPU, mode=mode) for mode in ("launch", "graph"))]
     drawn = plots.draw(figures, tmp_path)
     assert len(drawn) == 3
+    drawn += plots.draw(figures_of_every_case(), tmp_path)
+    assert drawn[-1].name == "headline.png"
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
 def test_floors_name_what_falls_short(capsys):
     floor = {"case": "mse_loss-*", "at_least": {"eager": 2.0, "compile": 1.0}, "share_of_roof": 0.2}
     section = {"threads": 2, "mode": "launch", "floors": [floor]}
-    found = {verdict.provider: verdict for verdict in floors.judge(FIGURES, {"cpu": section})}
+    found = {verdict.provider: verdict for verdict in floors.judge(FIGURES, {"cpu": section}, CPU)}
     assert found["eager"].falls_short
     assert found["eager"].measured == 1.5
     assert found["compile"].measured is None
@@ -285,14 +431,35 @@ def test_floors_name_what_falls_short(capsys):
     assert "0.50 FALLS SHORT" in capsys.readouterr().out
 
 
-def test_floors_pass_over_other_machines():
+@pytest.mark.parametrize("change", [{"threads": 3}, {"device_name": "another"}, {"features": "none of ours"}])
+def test_floors_pass_over_other_machines(change):
     floor = {"case": "*", "at_least": {"eager": 2.0}}
-    strangers = [dataclasses.replace(FIGURES[1], threads=3), dataclasses.replace(FIGURES[1], device_name="another")]
-    verdicts = floors.judge(strangers, {"cpu": {"threads": 2, "mode": "launch", "floors": [floor]}})
+    stranger = dataclasses.replace(FIGURES[1], **change)
+    verdicts = floors.judge([stranger], {"cpu": {"threads": 2, "mode": "launch", "floors": [floor]}}, CPU)
     assert [verdict.measured for verdict in verdicts] == [None]
 
 
-@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.report"])
+@pytest.mark.parametrize(("features", "applies"), [(("avx2",), False), (("avx2", "avx512", "avx512_vnni", "avx512_bf16"), True)])
+def test_floor_applies_where_the_processor_has_what_it_needs(features, applies):
+    class Processor(devices.Cpu):
+        pass
+
+    Processor.features = features
+    floor = {"case": "mse_loss-*", "at_least": {"eager": 2.0}, "needs": "avx512_bf16"}
+    figure = dataclasses.replace(FIGURES[1], features=" ".join(features))
+    (verdict,) = floors.judge([figure], {"cpu": {"threads": 2, "mode": "launch", "floors": [floor]}}, Processor())
+    assert verdict.falls_short == applies
+    assert str(verdict).endswith("1.50 FALLS SHORT" if applies else "1.50, not applicable: needs avx512_bf16")
+
+
+def test_floors_need_features_that_are_looked_for():
+    known = {*devices.VECTOR_EXTENSIONS.values(), *devices.MATRIX_EXTENSIONS.values()}
+    needed = {floor["needs"] for section in floors.load().values() for floor in section["floors"] if "needs" in floor}
+    assert needed
+    assert needed <= known
+
+
+@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.report", "benchmarks.profile_conv_vae"])
 def test_help(module):
     shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith(f"usage: python -m {module}")

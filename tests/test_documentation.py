@@ -69,6 +69,26 @@ def test_every_environment_variable_has_its_row():
     assert read | set(info.ENVIRONMENT) == documented
 
 
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_have_six_columns_at_most(page):
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) <= 7 for row in rows)
+
+
+# A number with the unit of a time, a rate or an amount of memory, a multiple, or a share.
+FIGURE = re.compile(r"\b\d[\d.,]*(?: ?(?:[nmµu]?s|[KMG]i?B|[KMGT]?(?:B|FLOP)/s)|x)\b|\b\d[\d.,]* ?%")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_measured_figure_is_typed_by_hand(page):
+    text = re.sub(r"<!-- benchmarks:begin -->.*<!-- benchmarks:end -->|^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert [match[0] for match in FIGURE.finditer(text)] == []
+
+
 def rows_of_the_weight_table() -> list[tuple[str, str, float]]:
     text = (ROOT / "docs/losses.md").read_text()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
