@@ -1,8 +1,8 @@
 """Builds from source with another torch and runs the native tests there, then runs them again on the libraries that the pinned torch built:
 ``python tools/compat.py 2.10.0 --pinned .venv/bin/python``.
 
-All is in ``.venv-compat-<torch>/``: an environment with that torch, and in its ``source/`` a copy of the checkout. What cannot be had, built or
-run is an error, and so is a compiler's warning.
+All is in ``.venv-compat-<torch>/``: an environment with that torch, and in its ``source/`` a copy of the checkout. What cannot be had,
+built or run is an error, and so is a compiler's warning.
 """
 
 import argparse
