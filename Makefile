@@ -9,11 +9,14 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint re
 ARGS ?=
 OUT ?= out/gpu-pass
 STAGES ?=
+# The other torch of `make compat`, and which of the tests run with it: all, or tenth, the tenth that today's date chooses.
+TORCH ?= 2.10.0
+TESTS ?= all
 
 NATIVE := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 
-.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline bench results lint format build setup clean gpu-pass
+.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline bench results compat lint format build setup clean gpu-pass
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -39,6 +42,10 @@ test-interpret: build
 
 test-offline: build
 	$(RUN) -m pytest tests/offline
+
+# Some gigabytes and many minutes: .venv-compat-$(TORCH) gets that torch, PYTHON says of which Python.
+compat: build
+	$(PYTHON) tools/compat.py $(TORCH) --pinned $(RUN) --tests $(TESTS)
 
 bench: build
 	$(RUN) -m benchmarks $(ARGS)
@@ -91,6 +98,6 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf build dist out *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks $(VENV)/.built
+	rm -rf build dist out *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks $(VENV)/.built .venv-compat-*
 	find fastvae kernels tests benchmarks tools -name "__pycache__" -prune -exec rm -rf {} +
 	rm -f fastvae/*.so

@@ -5,7 +5,8 @@ FASTVAE_BUILD=auto (default) installs pure Python with a message where there is 
 compiler an error. A compile error is always an error.
 
 The CUDA kernels are built where torch has CUDA and nvcc is found (in CUDA_HOME, on the PATH, or in /usr/local/cuda). FORCE_CUDA=1 builds
-them against any torch, without a GPU, and makes a missing nvcc an error. FASTVAE_CUDA_ARCHS names the compute capabilities.
+them against any torch, without a GPU, and makes a missing nvcc an error. TORCH_CUDA_ARCH_LIST names the compute capabilities and MAX_JOBS
+bounds the compilers that run at a time, as both do for torch's own extensions.
 """
 
 import os
@@ -23,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the first stable ABI with all that is used
+LAUNCHERS = ("ccache", "sccache", "distcc")
 INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": [],
@@ -34,7 +36,8 @@ INSTRUCTION_SETS = {
 ONLY_FOR = {"avx512_vnni": ("codebook",)}  # families to compile; all where a set is not named
 # GCC does not interleave independent chains of operations by itself on x86, and these are longer than the processor looks ahead.
 FAMILY_FLAGS = {"group_norm": ["-fschedule-insns", "-fsched-pressure"]} if platform.machine() == "x86_64" else {}
-CUDA_ARCHS = ("8.0", "9.0", "10.0+PTX")
+# PTX of 12.0 serves later GPUs; that of 10.0 serves 11.0, which neither the machine code of 10.0 nor the PTX of 12.0 runs on.
+CUDA_ARCHS = ("8.0", "9.0", "10.0+PTX", "12.0+PTX")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]
 # Never -ffinite-math-only: NaN must pass through. Reductions are reassociated by `omp simd` alone.
@@ -50,6 +53,12 @@ def compiler() -> str | None:
     chosen = os.environ.get("CXX")
     candidates = (chosen,) if chosen else ("c++", "g++", "clang++")
     return next((command for command in candidates if shutil.which(shlex.split(command)[0])), None)
+
+
+def host_compiler() -> str:
+    """The program of the compiler's command, for nvcc, which takes no launcher before it ("ccache g++") and no flags."""
+    first, *rest = shlex.split(compiler())
+    return rest[0] if Path(first).name in LAUNCHERS and rest else first
 
 
 def accepted(flags: list[str]) -> list[str]:
@@ -96,17 +105,18 @@ def wants_cuda() -> bool:
 
 
 def cuda_archs() -> list[str]:
-    """The compute capabilities to build for: FASTVAE_CUDA_ARCHS, e.g. "8.0 9.0+PTX", or those of the default that nvcc knows."""
+    """The compute capabilities to build for: TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX", or those of the default that nvcc knows."""
     listing = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"compute_(\d+)", listing))
-    asked = os.environ.get("FASTVAE_CUDA_ARCHS")
-    if asked is None:
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not asked:
         archs = [arch for arch in CUDA_ARCHS if _number(arch) in known]
         return [*archs[:-1], f"{archs[-1].removesuffix('+PTX')}+PTX"]
-    archs = asked.replace(",", " ").split()
+    archs = asked.replace(";", " ").split()
     wrong = [arch for arch in archs if not re.fullmatch(r"\d+\.\d(\+PTX)?", arch) or _number(arch) not in known]
     if wrong or not archs:
-        sys.exit(f"FASTVAE_CUDA_ARCHS: got {asked!r}, takes compute capabilities that nvcc knows, for example 9.0 or 9.0+PTX")
+        takes = "compute capabilities that nvcc knows, for example 9.0 or 9.0+PTX, with spaces or semicolons between them"
+        sys.exit(f"TORCH_CUDA_ARCH_LIST: got {asked!r}, takes {takes}")
     return archs
 
 
@@ -139,11 +149,20 @@ class NinjaBuild(build_ext):
                 library.parent.mkdir(parents=True, exist_ok=True)
                 WRITERS[extension.name](ninja, library)
                 ninja.default(str(library))
-        subprocess.run(["ninja", "-C", str(directory), *verbosity()], check=True)
+        jobs = max_jobs()
+        options = [*(["-j", str(jobs)] if jobs else []), *(["-v"] if os.environ.get("FASTVAE_VERBOSE") else [])]
+        # As a module: an environment's programs are not on the PATH of one who calls its Python without activating it.
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(directory), *options], check=True)
 
 
-def verbosity() -> list[str]:
-    return ["-v"] if os.environ.get("FASTVAE_VERBOSE") else []
+def max_jobs() -> int | None:
+    """How many compilers may run at a time; where MAX_JOBS is not set, ninja decides."""
+    asked = os.environ.get("MAX_JOBS")
+    if not asked:
+        return None
+    if not re.fullmatch(r"[1-9]\d*", asked):
+        sys.exit(f"MAX_JOBS: got {asked!r}, takes a positive integer")
+    return int(asked)
 
 
 def torch_include_flags() -> list[str]:
@@ -152,10 +171,11 @@ def torch_include_flags() -> list[str]:
     return [f"-isystem {path}" for path in include_paths()]
 
 
-def include_flags() -> list[str]:
+def module_include_flags() -> list[str]:
+    """For module.cpp alone, which includes nothing of torch: torch's headers bring a pybind11 of another version."""
     import pybind11
 
-    return [*torch_include_flags(), *(f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"]))]
+    return [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
 
 
 def write_cpp(ninja, library: Path) -> None:
@@ -175,9 +195,9 @@ def write_cpp(ninja, library: Path) -> None:
         objects.append(f"{name}.o")
         ninja.build(objects[-1], "compile", str(source), variables={"flags": " ".join(flags)})
 
-    compile_source(ROOT / "csrc/module.cpp", "module", *include_flags(), described, f'-DFASTVAE_TORCH_TARGET=\\"{TORCH_TARGET}\\"')
+    compile_source(ROOT / "csrc/module.cpp", "module", *module_include_flags(), described, f'-DFASTVAE_TORCH_TARGET=\\"{TORCH_TARGET}\\"')
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        compile_source(source, source.stem, *include_flags())
+        compile_source(source, source.stem, *torch_include_flags())
     # The baseline comes first: of the standard library's inline functions the linker keeps the first copy, which every processor runs.
     for source in sorted((ROOT / "csrc/cpu/simd").glob("*.cpp")):
         family_flags = accepted(FAMILY_FLAGS.get(source.stem, []))
@@ -195,10 +215,12 @@ def write_cuda(ninja, library: Path) -> None:
     archs = cuda_archs()
     version = re.search(r"V([\d.]+)", subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout)[1]
     described = shlex.quote(f'-DFASTVAE_CUDA_BUILD="nvcc {version}, compute capabilities {" ".join(archs)}"')
-    host = ["-ccbin", compiler()] if "CXX" in os.environ else []
+    host = ["-ccbin", host_compiler()] if "CXX" in os.environ else []
     flags = [*CUDA_FLAGS, *host, *cuda_arch_flags(archs), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch_include_flags()]
     # What ptxas says of registers and spills goes to a log, for tools/cuda_table.py.
-    command = f"{nvcc()} --threads 0 -MMD -MF $out.d {' '.join(flags)} -Xptxas -v -c $in -o $out"
+    # nvcc compiles for the architectures in as many threads as there are processors, unless MAX_JOBS counts the compilers.
+    threads = 1 if max_jobs() else 0
+    command = f"{nvcc()} --threads {threads} -MMD -MF $out.d {' '.join(flags)} -Xptxas -v -c $in -o $out"
     ninja.rule("compile_cuda", f"{command} > $out.log 2>&1 || {{ cat $out.log; false; }}", depfile="$out.d", deps="gcc")
     ninja.rule("describe_cuda", f"{compiler()} {' '.join(COMMON_FLAGS)} {described} -c $in -o $out")
     # Stands for torch's CUDA library, which a CPU build of torch has not got. Only its name gets into ours.

@@ -6,7 +6,7 @@
 #include "common/philox.h"
 #include "cpu/codebook.h"
 #include "cpu/isa.h"
-#include "cpu/tensor.h"
+#include "cpu/poison.h"
 
 namespace py = pybind11;
 

@@ -26,6 +26,8 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 # Why a backend is missing, filled in by the modules that load it.
 UNAVAILABLE: dict[str, str] = {}
+# Of those, the backends that are installed but broken, with the error: they serve nothing, even where a part of them got registered.
+ERRORS: dict[str, Exception] = {}
 
 
 class BackendError(RuntimeError):
@@ -49,7 +51,7 @@ def refresh() -> None:
             _served[op, device] = tuple(
                 backend
                 for backend in _ops.BACKENDS
-                if torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastvae::{op}.{backend}", key)
+                if backend not in ERRORS and torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastvae::{op}.{backend}", key)
             )
 
 
@@ -81,7 +83,7 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, numel: int = 0) -
     forced = _forced.backend or _from_environment
     if forced is not None:
         if forced not in served or dtype not in DTYPES[forced]:
-            raise BackendError(_explain(forced, op, device.type, dtype))
+            raise BackendError(_explain(forced, op, device.type, dtype)) from ERRORS.get(forced)
         return forced
     for backend in preference(op, device.type, numel):
         if backend in served and dtype in DTYPES[backend]:

@@ -1,8 +1,16 @@
-"""Imports the implementations, each of which registers itself with the operators."""
+"""Imports the implementations, each of which registers itself with the operators.
+
+One that is here but broken (a library of another Python or torch, a file cut short, a Triton of another version) does not end the import of
+the package: a warning says the error once, and it is the backend's reason from then on.
+"""
 
 import ctypes
 import importlib
+import importlib.machinery
 import os
+import struct
+import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,40 +18,93 @@ import torch
 from fastvae import _backend
 from fastvae.reference.jacobian import gram_in_chunks
 
+EXTENSION_PATHS = [Path(__file__).with_name(f"_C{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
+
+# What loading raises: ImportError and OSError the loader of shared libraries, SystemError and RuntimeError the start of a module and the
+# registration of operators, AttributeError and TypeError a Triton that lacks names or arguments.
+LOAD_ERRORS = (ImportError, OSError, SystemError, RuntimeError, AttributeError, TypeError)
 
 
 def load_implementations() -> None:
-    _load("cpp", "fastvae._C", "built without C++ (with a compiler: pip install --no-build-isolation .)")
-    if torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1":
-        _load("triton", "fastvae.kernels", "Triton is not installed (pip install triton)")
-    else:
-        _backend.UNAVAILABLE["triton"] = "this torch has no GPU support (TRITON_INTERPRET=1 serves CPU tensors, for tests)"
-    _load_cuda()
+    """Loads the backends; those that cannot serve have their reason in ``_backend.UNAVAILABLE``, and their error in ``ERRORS``."""
+    for backend, load in (("cpp", _load_cpp), ("triton", _load_triton), ("cuda", _load_cuda)):
+        try:
+            reason = load()
+        except LOAD_ERRORS as error:
+            reason = f"it is installed but does not load: {_message(error)}"
+            _backend.ERRORS[backend] = error
+            warnings.warn(f"fastvae: the backend {backend!r} serves no call: {reason}", RuntimeWarning, stacklevel=2)
+        if reason:
+            _backend.UNAVAILABLE[backend] = reason
     _backend.refresh()
 
 
-def _load(backend: str, module: str, reason: str) -> None:
+def _message(error: BaseException) -> str:
+    """With the cause: torch says which library did not load, and the error behind it says why."""
+    cause = f" ({_message(error.__cause__)})" if error.__cause__ else ""
+    return f"{type(error).__name__}: {error}{cause}"
+
+
+def _check_length(library: Path) -> None:
+    """Raises where the end of a file of Linux's format is missing, since mapping such a file ends the process with a bus error."""
+    with library.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+            return
+        segments, sections, _, _, segment_size, segment_count, section_size, section_count = struct.unpack_from("<QQIHHHHH", header, 32)
+        file.seek(segments)
+        table = file.read(segment_size * segment_count)
+    length = sections + section_size * section_count
+    for start in range(0, len(table) - segment_size + 1, segment_size):
+        _, _, offset, _, _, size = struct.unpack_from("<IIQQQQ", table, start)
+        length = max(length, offset + size)
+    if library.stat().st_size < length:
+        raise OSError(f"{library} is cut short: it has {library.stat().st_size} bytes of {length}")
+
+
+def _load_cpp() -> str | None:
+    for library in EXTENSION_PATHS:
+        if library.exists():
+            _check_length(library)
+    if not _import("fastvae._C", missing="fastvae._C"):
+        others = sorted(path.name for path in Path(__file__).parent.glob("_C.*.so"))
+        if others:
+            raise ImportError(f"{', '.join(others)} was built for another Python than this one ({sys.implementation.cache_tag})")
+        return "built without C++ (with a compiler: pip install --no-build-isolation .)"
+    return None
+
+
+def _load_triton() -> str | None:
+    if not (torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"):
+        return "this torch has no GPU support (TRITON_INTERPRET=1 serves CPU tensors, for tests)"
+    return None if _import("fastvae.kernels", missing="triton") else "Triton is not installed (pip install triton)"
+
+
+def _import(module: str, missing: str) -> bool:
+    """False where ``missing`` is not installed; what else is missing is an error."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in (module, "triton"):
+        if error.name != missing:
             raise
-        _backend.UNAVAILABLE[backend] = reason
+        return False
+    return True
 
 
-def _load_cuda() -> None:
+def _load_cuda() -> str | None:
     """The library asks for torch's own CUDA library, so it loads where torch has one."""
     if not CUDA_LIBRARY.exists():
-        _backend.UNAVAILABLE["cuda"] = "built without CUDA C++: there was no nvcc, or torch had no CUDA (see FORCE_CUDA)"
-    elif torch.version.cuda is None:
-        _backend.UNAVAILABLE["cuda"] = "built with CUDA C++, but this torch has no CUDA"
-    else:
-        add_cuda(CUDA_LIBRARY)
+        return "built without CUDA C++: there was no nvcc, or torch had no CUDA (see FORCE_CUDA)"
+    if torch.version.cuda is None:
+        return "built with CUDA C++, but this torch has no CUDA"
+    add_cuda(CUDA_LIBRARY)
+    return None
 
 
 def add_cuda(library: Path, key: str = "CUDA") -> None:
     """The backend's kernels, and the operator that is made of them; for tensors of a dispatch key."""
+    _check_length(Path(library))
     torch.ops.load_library(str(library))
     torch.library.impl("fastvae::jacobian_gram.cuda", key, gram_in_chunks("cuda"))
 

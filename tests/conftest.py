@@ -20,6 +20,17 @@ hypothesis.settings.register_profile("brief", parent=hypothesis.settings.get_pro
 hypothesis.settings.load_profile("fastvae")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--tenth", type=int, choices=range(10), help="run every tenth test, beginning with this one")
+
+
+def pytest_collection_modifyitems(config, items):
+    tenth = config.getoption("--tenth")
+    if tenth is not None:
+        config.hook.pytest_deselected(items=[item for index, item in enumerate(items) if index % 10 != tenth])
+        items[:] = items[tenth::10]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory():
     """Fills what ``torch.empty`` and the operators in C++ allocate with NaN, so that an element that nobody wrote shows."""

@@ -19,7 +19,10 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 needs_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the tests are not in a checkout")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so the CUDA kernels cannot be compiled here")
-default_archs = pytest.mark.skipif("FASTVAE_CUDA_ARCHS" in os.environ, reason="FASTVAE_CUDA_ARCHS asks for other architectures")
+default_archs = pytest.mark.skipif(bool(os.environ.get("TORCH_CUDA_ARCH_LIST")), reason="TORCH_CUDA_ARCH_LIST asks for other architectures")
+
+# Two processes must not build in one folder at the same time.
+pytestmark = pytest.mark.xdist_group("cuda_build")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +46,79 @@ def library(table, objects) -> Path:
 
 
 def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FASTVAE_", "CUDA_HOME"))}
+    settings = ("FASTVAE_", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
     command = [sys.executable, "setup.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+
+
+STAND_IN = """#!/usr/bin/env bash
+# Writes down when it starts and ends, and makes the file that it is asked for.
+case "$*" in
+  *--list-gpu-arch*) printf 'compute_80\\ncompute_90\\ncompute_100\\n'; exit ;;
+  *--version*) echo 'release 13.0, V13.0.48'; exit ;;
+  *-fsyntax-only*) exit ;;
+esac
+echo "start $*" >> {log}
+while [ "$1" != -o ]; do shift; done
+sleep 0.05
+touch "$2"
+echo end >> {log}
+"""
+
+
+class StandIns:
+    """A compiler and an nvcc that write down how they are called; nvcc knows 8.0, 9.0 and 10.0."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.log = folder, folder / "calls"
+        (folder / "bin").mkdir()
+        for name in ("nvcc", "g++", "ccache"):
+            (folder / "bin" / name).write_text(STAND_IN.format(log=self.log))
+            (folder / "bin" / name).chmod(0o755)
+
+    def build(self, **environment: str) -> list[str]:
+        """The lines of the log."""
+        places = ("--build-temp", self.folder / "temp", "--build-lib", self.folder / "lib")
+        defaults = {"FORCE_CUDA": "1", "CUDA_HOME": str(self.folder), "CXX": str(self.folder / "bin/g++")}
+        result = setup("build_ext", *map(str, places), **defaults | environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def stand_ins(tmp_path) -> StandIns:
+    return StandIns(tmp_path)
+
+
+def architectures(calls: list[str]) -> set[str]:
+    return set(re.findall(r"arch=compute_\d+,code=(\w+)", "\n".join(calls)))
+
+
+@needs_source
+@pytest.mark.parametrize("asked", ["8.0;9.0+PTX", "8.0 9.0+PTX", "8.0; 9.0+PTX;"])
+def test_architectures_are_those_that_torch_s_own_extensions_are_built_for(stand_ins, asked):
+    assert architectures(stand_ins.build(TORCH_CUDA_ARCH_LIST=asked)) == {"sm_80", "sm_90", "compute_90"}
+
+
+@needs_source
+@pytest.mark.parametrize("environment", [{}, {"TORCH_CUDA_ARCH_LIST": ""}], ids=["not set", "empty"])
+def test_architectures_are_those_of_the_default_that_nvcc_knows(stand_ins, environment):
+    assert architectures(stand_ins.build(**environment)) == {"sm_80", "sm_90", "sm_100", "compute_100"}
+
+
+@needs_source
+def test_no_more_compilers_run_at_a_time_than_max_jobs(stand_ins):
+    lines = stand_ins.build(MAX_JOBS="1")
+    assert [line.split()[0] for line in lines] == ["start", "end"] * (len(lines) // 2)
+    assert all("--threads 1 " in line for line in lines if ".cu " in line)
+
+
+@needs_source
+def test_a_launcher_before_the_compiler_is_not_nvcc_s_host_compiler(stand_ins):
+    compiler = stand_ins.folder / "bin/g++"
+    lines = stand_ins.build(CXX=f"{stand_ins.folder}/bin/ccache {compiler}")
+    assert all(f"-ccbin {compiler} " in line for line in lines if ".cu " in line)
 
 
 @needs_source
@@ -118,8 +191,10 @@ def test_library_loads_and_registers_beside_a_stand_in_for_torch_s_cuda_library(
     [
         ({"FORCE_CUDA": "yes"}, "FORCE_CUDA: got 'yes', takes 0 or 1"),
         ({"FORCE_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FORCE_CUDA=1 but no nvcc was found"),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS: got '0', takes a positive integer"),
+        ({"MAX_JOBS": "all"}, "MAX_JOBS: got 'all', takes a positive integer"),
     ],
-    ids=["unknown", "no nvcc"],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
 def test_settings_that_cannot_be_met_are_errors(environment, message):
     result = setup("build_ext", **environment)
@@ -129,7 +204,8 @@ def test_settings_that_cannot_be_met_are_errors(environment, message):
 
 @needs_source
 @needs_nvcc
-def test_unknown_architectures_are_an_error():
-    result = setup("build_ext", FORCE_CUDA="1", FASTVAE_CUDA_ARCHS="9.0 1.5")
+@pytest.mark.parametrize("asked", ["9.0 1.5", "9.0a", "Hopper", "9.0,8.0", ";"])
+def test_unknown_architectures_are_an_error(asked):
+    result = setup("build_ext", FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=asked)
     assert result.returncode != 0
-    assert "FASTVAE_CUDA_ARCHS: got '9.0 1.5'" in result.stderr
+    assert f"TORCH_CUDA_ARCH_LIST: got {asked!r}, takes compute capabilities that nvcc knows" in result.stderr

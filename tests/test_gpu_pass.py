@@ -71,8 +71,8 @@ def test_tests_share_a_gpu_where_xdist_lets_them():
 
 def test_cuda_is_built_for_this_gpu_alone():
     build = gpu_pass.stages(GPU, Path("out"))["build"].commands[0]
-    assert build.environment == {"FASTVAE_BUILD": "1", "FASTVAE_CUDA_ARCHS": "9.0"}
-    assert "FASTVAE_CUDA_ARCHS" not in gpu_pass.stages(NO_GPU, Path("out"))["build"].commands[0].environment
+    assert build.environment == {"FASTVAE_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    assert "TORCH_CUDA_ARCH_LIST" not in gpu_pass.stages(NO_GPU, Path("out"))["build"].commands[0].environment
 
 
 def test_sanitizer_looks_for_bad_accesses_and_for_races():

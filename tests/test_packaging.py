@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def pure_wheel(tmp_path_factory) -> Path:
 def library() -> Path:
     """The shared library that this process uses."""
     if "cpp" in fastvae._backend.UNAVAILABLE:
-        assert shutil.which(os.environ.get("CXX", "c++")) is None, "there is a compiler, but the C++ module is not built"
+        assert shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None, "there is a compiler, but the C++ module is not built"
         pytest.skip("a pure-Python install: there is no C++ compiler")
     return Path(sys.modules["fastvae._C"].__file__)
 

@@ -110,7 +110,7 @@ def stages(machine: Machine, out: Path) -> dict[str, Stage]:
 
 def _build(machine: Machine) -> Command:
     """For this GPU alone: the other architectures would take five times as long."""
-    archs = {} if machine.capability is None else {"FASTVAE_CUDA_ARCHS": machine.capability}
+    archs = {} if machine.capability is None else {"TORCH_CUDA_ARCH_LIST": machine.capability}
     return Command((sys.executable, "setup.py", "build_ext", "--inplace"), {"FASTVAE_BUILD": "1", **archs})
 
 
@@ -128,7 +128,7 @@ def _rest(machine: Machine) -> Stage:
 
 
 def _in_parallel(machine: Machine) -> tuple[str, ...]:
-    return () if machine.processes == 1 else ("-n", str(machine.processes))
+    return () if machine.processes == 1 else ("-n", str(machine.processes), "--dist", "loadgroup")
 
 
 def _sanitize(machine: Machine) -> Stage:

@@ -73,8 +73,8 @@ using Sizes = std::vector<int64_t>;
 // Through the C shim: a fourth of the cost of the dispatcher's aten::empty.
 inline Tensor allocate_strided(const Sizes& shape, const Sizes& strides, ScalarType dtype, int32_t device_type, int32_t device_index) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                         shim_dtype(dtype), device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), shim_dtype(dtype),
+                                                  device_type, device_index, &handle));
   return Tensor(handle);
 }
 

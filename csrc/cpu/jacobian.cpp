@@ -137,7 +137,7 @@ constexpr int64_t kGramDepth = 128;
 Tensor first_rows(const Tensor& matrix, int64_t rows) {
   const int64_t sizes[] = {rows, matrix.size(1)}, strides[] = {matrix.size(1), 1};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, 0, &handle));
   return Tensor(handle);
 }
 
@@ -209,7 +209,7 @@ class GramForm {
     int64_t rows = (end - begin) * m.rows;
     kernels().gram_scale(m, scratch.scaled.mutable_data_ptr(), begin, end);
     Tensor scaled = first_rows(scratch.scaled, rows), product = first_rows(scratch.product, rows);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), scaled.get(), gram.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), scaled.get(), gram.get()));
     GramReduce p = whole;
     p.product = product.const_data_ptr();
     if (whole.with_grad) p.grad_left = grad_left_of(part, begin);

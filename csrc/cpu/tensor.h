@@ -4,14 +4,14 @@
 #include "../common/reduction.h"
 #include "../common/tensor.h"
 #include "partition.h"
+#include "poison.h"
 #include "view.h"
 
 namespace fastvae {
 
-// A contiguous CPU tensor, filled with NaN where set_poison(true) asks for it, so that an element no kernel writes shows in a test.
+// A CPU tensor, filled with NaN where set_poison(true) asks for it.
 Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype);
 Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype);
-void set_poison(bool on);
 
 inline Tensor empty_reduced(const Tensor& like, Reduction reduction) {
   if (reduction == Reduction::none) return empty(shape_of(like), like.scalar_type());

@@ -25,7 +25,7 @@ class Launch {
  public:
   explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_), keep_(tensor) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 

@@ -5,8 +5,10 @@ In a process of its own: the operators that it registers stay.
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,7 @@ def build() -> Path:
         for source in sources:
             ninja.build(f"{source.stem}.o", "compile", str(source))
         ninja.build(str(library), "link", [f"{source.stem}.o" for source in sources])
-    result = subprocess.run(["ninja", "-C", str(BUILD)], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "ninja", "-C", str(BUILD)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return library
 
@@ -53,7 +55,7 @@ def emulated() -> ctypes.CDLL:
     # A conftest that skips where it is imported would end pytest.
     if torch.cuda.is_available():
         pytest.skip("the kernels are emulated where there is no GPU")
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+    if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None:
         pytest.skip("there is no C++ compiler to build the emulation with")
     library = build()
     add_cuda(library, "CPU")
