@@ -22,7 +22,7 @@ def inside(offset, remaining, MASKED: tl.constexpr):
 
 
 @triton.jit
-def only(values, mask):
+def zero_outside(values, mask):
     """``values``, and 0 where there are no elements."""
     if mask is None:
         return values

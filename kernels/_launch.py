@@ -7,7 +7,7 @@ WARPS = 4
 
 # Accesses of 16 bytes are the widest a thread has. Two of each operand are under way at once, or one of a uint8 image: 16 pixels, beside
 # which the same elements of a float32 operand are four. More would hold more registers than eight programs a multiprocessor leave.
-ACCESS_BYTES, ACCESSES, MOST_ELEMENTS = 16, 2, 16
+ACCESS_BYTES, ACCESSES, MAX_ELEMENTS = 16, 2, 16
 
 # For every kernel. Fusing a product and a sum into one rounding is Triton's default up to 3.9 and no longer from 3.10 on.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
@@ -91,7 +91,7 @@ class Matrices:
 
 def elements_per_thread(itemsize: int) -> int:
     """``itemsize`` is that of the narrowest operand."""
-    return min(ACCESSES * ACCESS_BYTES // itemsize, MOST_ELEMENTS)
+    return min(ACCESSES * ACCESS_BYTES // itemsize, MAX_ELEMENTS)
 
 
 def stream(n: int, itemsize: int, machine: Machine) -> Stream:
@@ -129,12 +129,12 @@ def column_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Mat
 # A screen's tile of scores is 64 rows by 64 codes: with the two least of each slot beside it, 96 registers of a thread of 128. Fewer rows
 # where they would leave multiprocessors idle; tensor cores take no less than 16. Products without them hold their factors in registers
 # too, and take half the rows.
-SCREEN_ROWS, LEAST_SCREEN_ROWS, SCREEN_CODES = {True: 64, False: 32}, 16, 64
+SCREEN_ROWS, MIN_SCREEN_ROWS, SCREEN_CODES = {True: 64, False: 32}, 16, 64
 # Below, padding a vector to the 16 elements that tensor cores take at once costs more than they gain.
-LEAST_TENSOR_CORE_DIM = 16
+MIN_TENSOR_CORE_DIM = 16
 # How many low bits of a score the number of its tile may take, in half precision and in single precision: what they take from its
 # precision has to stay small beside what rounding took. More tiles go in rounds, each of which ends in reductions over the slots.
-MOST_TILE_BITS = {True: 8, False: 6}
+MAX_TILE_BITS = {True: 8, False: 6}
 # Codes, and elements of each, that a program has in float64 at once: four a thread.
 RECHECK_CODES, RECHECK_COLUMNS = 32, 16
 RECHECK_REGISTERS = 128
@@ -194,10 +194,10 @@ class Screen:
 
 
 def screen(heads: int, rows: int, codes: int, dim: int, machine: Machine) -> Screen:
-    half = dim >= LEAST_TENSOR_CORE_DIM
+    half = dim >= MIN_TENSOR_CORE_DIM
     columns = _columns_of_products(dim) if half else dim
     block_rows = SCREEN_ROWS[half]
-    while block_rows > LEAST_SCREEN_ROWS and heads * _ceil_div(rows, block_rows) < machine.multiprocessors:
+    while block_rows > MIN_SCREEN_ROWS and heads * _ceil_div(rows, block_rows) < machine.multiprocessors:
         block_rows //= 2
     tiles = _ceil_div(codes, SCREEN_CODES)
     pack_columns = min(max(_power_of_two(dim), 16), 128)
@@ -209,7 +209,7 @@ def screen(heads: int, rows: int, codes: int, dim: int, machine: Machine) -> Scr
         columns=columns,
         block_rows=block_rows,
         block_codes=SCREEN_CODES,
-        tile_bits=min((tiles - 1).bit_length(), MOST_TILE_BITS[half]),
+        tile_bits=min((tiles - 1).bit_length(), MAX_TILE_BITS[half]),
         pack_rows=8 * machine.threads // pack_columns,
         pack_columns=pack_columns,
         recheck_codes=RECHECK_CODES,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastvae._ops import ACTIVATIONS, REDUCTIONS, reduced_shape
 from fastvae.kernels import _device, _launch
-from fastvae.kernels._index import NONE, SAMPLE, only
+from fastvae.kernels._index import NONE, SAMPLE, zero_outside
 from fastvae.kernels._math import expm1, logistic, standard_normal
 from fastvae.kernels._reduce import is_last, store_row_sums, store_slot_sums, sum_programs, sum_slots
 from fastvae.reference._reduce import reduction_scale
@@ -132,7 +132,7 @@ def jacobian_units_kernel(
             gradient = weights * norm[None, :] * slope * change
             tl.store(grad_hidden + row[:, None] * columns + column[None, :], gradient, mask=mask)
         if sums is not None:
-            total += only(weights * (slope * slope), mask)
+            total += zero_outside(weights * (slope * slope), mask)
     if sums is not None:
         tl.store(sums + tl.cast(split, tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
 
@@ -170,7 +170,7 @@ def jacobian_weight_kernel(
         else:
             programs = tl.num_programs(0) * splits
             tl.store((slots + split.to(tl.int64) * rows if SPLIT else norms) + row, norm, mask=row < rows)
-            tl.store(shares + tl.program_id(0).to(tl.int64) * splits + split, tl.sum(only(norm * unit_sums, row < rows)))
+            tl.store(shares + tl.program_id(0).to(tl.int64) * splits + split, tl.sum(zero_outside(norm * unit_sums, row < rows)))
             if is_last(ticket, programs):
                 if SPLIT:
                     store_slot_sums(norms, slots, rows, splits)
@@ -193,7 +193,7 @@ def jacobian_penalty_kernel(
         if REDUCTION == NONE:
             tl.store(penalty + row[:, None] * columns + column[None, :], elements, mask=mask)
         else:
-            total += only(elements, mask)
+            total += zero_outside(elements, mask)
     if REDUCTION == SAMPLE:
         store_row_sums(tl.sum(total, axis=1), penalty, slots, ticket, row, rows, SPLIT)
 

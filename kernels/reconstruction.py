@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvae._ops import LIKELIHOODS, REDUCTIONS, reduced_shape
 from fastvae.kernels import _device, _launch
-from fastvae.kernels._index import common_gradient, divide, first_chunk, incoming_gradient, inside, only
+from fastvae.kernels._index import common_gradient, divide, first_chunk, incoming_gradient, inside, zero_outside
 from fastvae.kernels._layout import shared_operand
 from fastvae.kernels._math import log1p_unit
 from fastvae.kernels._reduce import is_last, store_row_sums, sum_programs
@@ -138,7 +138,7 @@ def forward_block(
         tl.store(grad_input + start + offset, terms[1] * grad_scale, mask=mask)
     if grad_logvar is not None and not TOTAL_LOGVAR:
         tl.store(grad_logvar + start + offset, terms[3] * grad_scale, mask=mask)
-    return only(terms[0], mask), only(terms[3] + tl.zeros([BLOCK], tl.float32), mask)
+    return zero_outside(terms[0], mask), zero_outside(terms[3] + tl.zeros([BLOCK], tl.float32), mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -192,7 +192,7 @@ def reconstruction_rows_kernel(
         mask = (first_row + row < rows)[:, None] & (column < columns - first)[None, :]
         # With more than one row they are no longer than a block, so the offset stays below ROWS * COLUMNS.
         offset = row[:, None] * columns + column[None, :]
-        total += only(load_terms(operands, first_row * columns + first, offset, mask, LIKELIHOOD, ROWS * COLUMNS)[0], mask)
+        total += zero_outside(load_terms(operands, first_row * columns + first, offset, mask, LIKELIHOOD, ROWS * COLUMNS)[0], mask)
     store_row_sums(tl.sum(total, axis=1), loss, slots, ticket, first_row + row, rows, SPLIT)
 
 
@@ -212,7 +212,7 @@ def backward_block(
         tl.store(grad_target + start + offset, terms[2] * incoming, mask=mask)
     if grad_logvar is not None and not TOTAL_LOGVAR:
         tl.store(grad_logvar + start + offset, terms[3] * incoming, mask=mask)
-    return only(terms[3] * incoming + tl.zeros([BLOCK], tl.float32), mask)
+    return zero_outside(terms[3] * incoming + tl.zeros([BLOCK], tl.float32), mask)
 
 
 @triton.jit(do_not_specialize=["n"])

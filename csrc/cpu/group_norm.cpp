@@ -20,8 +20,8 @@ Runs::Runs(int64_t count, int64_t length, int64_t channels) : count(count), leng
   // Whole rows of columns, as many fours of rows as make a piece.
   int64_t rows = 4 * columns_of(*this), elements = std::max(kPiece, kPositions * channels);
   piece = rows * (rows < elements ? elements / rows : 1);
-  pieces_per_run = length > piece ? ceil_divide(length, piece) : 1;
-  runs_per_item = length > 0 && length < kPiece ? ceil_divide(kPiece, length) : 1;
+  pieces_per_run = length > piece ? ceil_div(length, piece) : 1;
+  runs_per_item = length > 0 && length < kPiece ? ceil_div(kPiece, length) : 1;
 }
 
 namespace {
@@ -47,7 +47,7 @@ Runs runs_of(const GroupedChannels& sizes) {
 // Calls kernel(p, begin_item, end_item, scratch) for all items.
 template <class Kernel>
 void run(const GroupNorm& p, Kernel kernel) {
-  int64_t doubles = ceil_divide(kernels().scratch_bytes(p.runs), sizeof(double));
+  int64_t doubles = ceil_div(kernels().scratch_bytes(p.runs), sizeof(double));
   torch::stable::parallel_for(0, p.runs.items(), 1, [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(doubles);
     kernel(p, begin, end, scratch.data());

@@ -166,10 +166,10 @@ class GramForm {
       : whole(whole),
         m(whole.matrices),
         size(m.rows * m.columns),
-        samples(std::min(m.batch, std::max(ceil_divide(kGramRows, m.rows), kGramElements / size))),
-        parts(std::min(ceil_divide(m.batch, samples), std::max(int64_t{1}, std::min(kGramParts, kGramSums / (m.columns * m.columns))))),
+        samples(std::min(m.batch, std::max(ceil_div(kGramRows, m.rows), kGramElements / size))),
+        parts(std::min(ceil_div(m.batch, samples), std::max(int64_t{1}, std::min(kGramParts, kGramSums / (m.columns * m.columns))))),
         panel(kernels().gram_panel(m.wide)),
-        padded(ceil_divide(m.columns, panel) * panel),
+        padded(ceil_div(m.columns, panel) * panel),
         gram(gram),
         lefts(buffer({shares_left() ? parts : 0, size})),
         grams(buffer({whole.with_grad ? parts : 0, padded, padded})) {}

@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(const __grid_constant
   BlockPlace place(p.blocks);
   Walk<kLast> walk = walk_of<kLast>(p.blocks, place.sample, place.tile, place.split, threadIdx.x);
   int team = p.blocks.team;
-  int64_t positions = least(p.blocks.piece, p.blocks.positions - place.split * p.blocks.piece);
-  float pilot = static_cast<float>(least(positions, positions_at_once(team, kLast)));
+  int64_t positions = min64(p.blocks.piece, p.blocks.positions - place.split * p.blocks.piece);
+  float pilot = static_cast<float>(min64(positions, positions_at_once(team, kLast)));
   Held<kRuns> values;
   float shift[kCount] = {}, total[kCount] = {}, squares[kCount] = {};
   load_walk<kRuns>(p.input, walk, p.vector, values);
@@ -208,9 +208,9 @@ __global__ void __launch_bounds__(kThreads) combine_moments_kernel(const __grid_
   };
   auto size = [&](int64_t i) {
     int64_t begin = pieces.piece(p, i).split * p.blocks.piece;
-    return static_cast<double>(least(p.blocks.piece, p.blocks.positions - begin));
+    return static_cast<double>(min64(p.blocks.piece, p.blocks.positions - begin));
   };
-  double elements = static_cast<double>(most(p.groups.elements, 1));
+  double elements = static_cast<double>(max64(p.groups.elements, 1));
   // About the first piece's mean, so that equal means leave no rounding.
   double shift = pieces.count > 0 ? *slot(0) : 0.0, total = 0.0, squares = 0.0;
   for (int64_t i = threadIdx.x; i < pieces.count; i += kThreads) total += size(i) * (slot(i)[0] - shift);

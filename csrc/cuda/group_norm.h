@@ -44,7 +44,7 @@ inline NormBlocks blocks_in_pieces(int64_t batch, int64_t channels, int64_t posi
   NormBlocks b{batch, channels, positions, 0, 0, 0, 0, 0, false};
   int64_t vectors = ceil_div(channels_last ? channels : positions, kVector);
   if (channels_last) {
-    b.team = power_of_two(least(vectors, kWarp));
+    b.team = power_of_two(min64(vectors, kWarp));
     b.tile = static_cast<int64_t>(b.team) * kVector;
   } else {
     // Short planes share a warp; a longer one has a block of its own.
@@ -54,9 +54,9 @@ inline NormBlocks blocks_in_pieces(int64_t batch, int64_t channels, int64_t posi
   }
   b.tiles = ceil_div(channels, b.tile);
   int64_t step = positions_at_once(b.team, channels_last);
-  int64_t wanted = ceil_div(max_blocks, most(batch * b.tiles, 1));
-  int64_t splits = most(least(wanted, ceil_div(positions, step)), 1);
-  b.piece = most(ceil_div(ceil_div(positions, splits), step), 1) * step;
+  int64_t wanted = ceil_div(max_blocks, max64(batch * b.tiles, 1));
+  int64_t splits = max64(min64(wanted, ceil_div(positions, step)), 1);
+  b.piece = max64(ceil_div(ceil_div(positions, splits), step), 1) * step;
   b.splits = ceil_div(positions, b.piece);
   return b;
 }
@@ -67,7 +67,7 @@ inline int team_on_chip(int64_t width, int64_t positions, bool channels_last, in
   if (channels_last && positions > 1 && width * itemsize < kSectorBytes) return 0;
   int64_t vectors = ceil_div(channels_last ? width : positions, kVector);
   int most_threads = channels_last ? kWarp : kThreads / power_of_two(width);
-  int team = power_of_two(least(vectors, most_threads));
+  int team = power_of_two(min64(vectors, most_threads));
   return positions_at_once(team, channels_last) / kRuns * kHeldRuns >= positions ? team : 0;
 }
 
@@ -101,8 +101,8 @@ struct Walk {
 template <bool kLast>
 FASTVAE_INLINE Walk<kLast> walk_of(const NormBlocks& b, int64_t sample, int64_t tile, int64_t split, int thread) {
   int member = thread % b.team, line = thread / b.team;
-  int64_t begin = split * b.piece, end = least(begin + b.piece, b.positions);
-  int64_t first = tile * b.tile, stop = least(first + b.tile, b.channels);
+  int64_t begin = split * b.piece, end = min64(begin + b.piece, b.positions);
+  int64_t first = tile * b.tile, stop = min64(first + b.tile, b.channels);
   Walk<kLast> walk;
   int64_t position;
   if (kLast) {

@@ -19,7 +19,7 @@ struct NormParams {
 template <class T>
 __global__ void __launch_bounds__(kThreads) norms_kernel(const __grid_constant__ NormParams<T> p) {
   LossAccumulator rows(p.rows, p.chunk);
-  int64_t begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, p.numel);
+  int64_t begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, p.numel);
   for (int64_t base = begin; base < end; base += kStep) {
     rows.begin_step(base);
     Values weights;
@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kThreads) norms_kernel(const __grid_constant__
     }
     rows.end_step();
   }
-  rows.leave_parts();
-  if (is_last_block(p.ticket, gridDim.x)) rows.add_all_parts();
+  rows.store_partial_sums();
+  if (is_last_block(p.ticket, gridDim.x)) rows.finish_sums();
 }
 
 template <class T>
@@ -53,7 +53,7 @@ struct PenaltyParams {
 template <class T>
 __global__ void __launch_bounds__(kThreads) penalty_kernel(const __grid_constant__ PenaltyParams<T> p) {
   LossAccumulator loss(p.loss, p.chunk);
-  int64_t begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, p.numel);
+  int64_t begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, p.numel);
   for (int64_t base = begin; base < end; base += kStep) {
     loss.begin_step(base);
     int64_t first = base + vector_offset(threadIdx.x, 0);
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kThreads) penalty_kernel(const __grid_constant
     loss.end_step();
   }
   if (!p.loss.wanted()) return;
-  loss.leave_parts();
-  if (is_last_block(p.ticket, gridDim.x)) loss.add_all_parts();
+  loss.store_partial_sums();
+  if (is_last_block(p.ticket, gridDim.x)) loss.finish_sums();
 }
 
 template <class T>
@@ -136,7 +136,7 @@ struct WeightGradientParams {
 // Each row of the weight times its factor.
 template <class T>
 __global__ void __launch_bounds__(kThreads) weight_gradient_kernel(const __grid_constant__ WeightGradientParams<T> p) {
-  int64_t begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, p.numel);
+  int64_t begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, p.numel);
   for (int64_t base = begin; base < end; base += kStep) {
     int64_t first = base + vector_offset(threadIdx.x, 0);
     Values values;
@@ -206,7 +206,7 @@ struct GramScaleParams {
 };
 
 __global__ void __launch_bounds__(kThreads) gram_scale_kernel(const __grid_constant__ GramScaleParams p) {
-  int64_t numel = p.matrices.numel, begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, numel);
+  int64_t numel = p.matrices.numel, begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, numel);
   for (int64_t base = begin; base < end; base += kStep) {
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
@@ -233,7 +233,7 @@ struct GramRowParams {
 // The dot products of the rows, and the gradient of a left matrix that is not shared.
 __global__ void __launch_bounds__(kThreads) gram_rows_kernel(const __grid_constant__ GramRowParams p) {
   LossAccumulator dots(p.dots, p.chunk);
-  int64_t numel = p.matrices.numel, begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, numel);
+  int64_t numel = p.matrices.numel, begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, numel);
   for (int64_t base = begin; base < end; base += kStep) {
     dots.begin_step(base);
     int64_t first = base + vector_offset(threadIdx.x, 0);
@@ -254,8 +254,8 @@ __global__ void __launch_bounds__(kThreads) gram_rows_kernel(const __grid_consta
     }
     dots.end_step();
   }
-  dots.leave_parts();
-  if (is_last_block(p.ticket, gridDim.x)) dots.add_all_parts();
+  dots.store_partial_sums();
+  if (is_last_block(p.ticket, gridDim.x)) dots.finish_sums();
 }
 
 struct GramColumnParams {

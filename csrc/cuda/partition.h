@@ -27,11 +27,11 @@ constexpr int64_t kMaxColumnBlocks = 512;
 constexpr int64_t kMaxRescaleBlocks = 1024;
 
 FASTVAE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTVAE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTVAE_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTVAE_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTVAE_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // How many elements a vector has, of the `rest` that are left.
-FASTVAE_INLINE int vector_count(int64_t rest) { return static_cast<int>(most(least(rest, kVector), 0)); }
+FASTVAE_INLINE int vector_count(int64_t rest) { return static_cast<int>(max64(min64(rest, kVector), 0)); }
 
 // The element that a thread's vector begins with, counted from the block's step.
 FASTVAE_INLINE int vector_offset(int thread, int run) { return thread / kWarp * kNoiseTile + run * kNoiseLanes + thread % kWarp * kVector; }
@@ -69,7 +69,7 @@ struct Chunks {
 
 inline Chunks chunks_of(int64_t numel, int64_t max_blocks) {
   int64_t steps = ceil_div(numel, kStep);
-  int64_t steps_per_block = most(ceil_div(steps, max_blocks), 1);
+  int64_t steps_per_block = max64(ceil_div(steps, max_blocks), 1);
   return {numel, steps_per_block * kStep, ceil_div(steps, steps_per_block)};
 }
 
@@ -120,7 +120,7 @@ inline ColumnSums column_sums_of(int64_t rows, int64_t columns, int64_t inner) {
   c.groups = static_cast<int>(ceil_div(columns, c.width));
   // At least 8 rows a thread.
   int64_t useful = ceil_div(rows, kThreads / c.width * 8);
-  c.splits = static_cast<int>(most(least(useful, kMaxColumnBlocks / c.groups), 1));
+  c.splits = static_cast<int>(max64(min64(useful, kMaxColumnBlocks / c.groups), 1));
   c.rows_per_split = ceil_div(rows, c.splits);
   return c;
 }

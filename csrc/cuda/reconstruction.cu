@@ -101,7 +101,7 @@ template <class T, class Terms>
 __global__ void __launch_bounds__(kThreads, 6) loss_kernel(const __grid_constant__ ReconstructionParams<T> p) {
   LossAccumulator loss(p.loss_sum, p.chunk);
   float logvar_total = 0.0f;
-  int64_t begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, p.numel);
+  int64_t begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, p.numel);
   for (int64_t base = begin; base < end; base += kStep) {
     loss.begin_step(base);
     int64_t first = base + vector_offset(threadIdx.x, 0);
@@ -139,11 +139,11 @@ __global__ void __launch_bounds__(kThreads, 6) loss_kernel(const __grid_constant
   }
   bool sums_logvar = p.logvar_sum.out.data != nullptr;
   if (!p.loss_sum.wanted() && !sums_logvar) return;
-  loss.leave_parts();
-  if (sums_logvar) leave_part(p.logvar_sum, logvar_total);
+  loss.store_partial_sums();
+  if (sums_logvar) store_partial_sum(p.logvar_sum, logvar_total);
   if (!is_last_block(p.ticket, gridDim.x)) return;
-  loss.add_all_parts();
-  if (sums_logvar) add_parts(p.logvar_sum);
+  loss.finish_sums();
+  if (sums_logvar) finish_sum(p.logvar_sum);
 }
 
 template <class T>
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(const __grid_constant
   float incoming = *p.incoming;
   if (p.from == p.to && incoming == p.expected) return;
   float factor = incoming / p.expected;
-  int64_t begin = blockIdx.x * p.chunks.elements, end = least(begin + p.chunks.elements, p.chunks.numel);
+  int64_t begin = blockIdx.x * p.chunks.elements, end = min64(begin + p.chunks.elements, p.chunks.numel);
   for (int64_t base = begin; base < end; base += kStep) {
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {

@@ -67,12 +67,12 @@ struct ScalarSum {
   float* slots = nullptr;
 };
 
-__device__ __forceinline__ void leave_part(const ScalarSum& sum, float value) {
+__device__ __forceinline__ void store_partial_sum(const ScalarSum& sum, float value) {
   float total = block_sum(value);
   if (threadIdx.x == 0) sum.slots[blockIdx.x] = total;
 }
 
-__device__ __forceinline__ void add_parts(const ScalarSum& sum) {
+__device__ __forceinline__ void finish_sum(const ScalarSum& sum) {
   double total = 0.0;
   for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) total += __ldcg(sum.slots + block);
   total = block_sum(total);
@@ -100,7 +100,7 @@ class LossAccumulator {
   // Elements [base, base + kStep) come next.
   __device__ __forceinline__ void begin_step(int64_t base) {
     base_ = base;
-    end_ = least(base + kStep, sum_.rows.numel);
+    end_ = min64(base + kStep, sum_.rows.numel);
     spread_ = false;
     if (!sum_.row_out || base >= end_) return;
     row_ = quotient(sum_.rows.length, base);
@@ -123,14 +123,14 @@ class LossAccumulator {
       close_row();
   }
 
-  __device__ __forceinline__ void leave_parts() {
-    if (sum_.all.out.data) leave_part(sum_.all, total_);
+  __device__ __forceinline__ void store_partial_sums() {
+    if (sum_.all.out.data) store_partial_sum(sum_.all, total_);
     if (sum_.row_out) leave_open_row();
   }
 
   // In the last block alone.
-  __device__ __forceinline__ void add_all_parts() {
-    if (sum_.all.out.data) add_parts(sum_.all);
+  __device__ __forceinline__ void finish_sums() {
+    if (sum_.all.out.data) finish_sum(sum_.all);
     if (sum_.row_out) add_crossing_rows();
   }
 
@@ -175,8 +175,8 @@ class LossAccumulator {
       int64_t row = row_ + index;
       float total = 0.0f;
       if (index < rows) {
-        int stop = static_cast<int>(least(row_end(row), end_) - base_);
-        for (int i = static_cast<int>(most(row_begin(row) - base_, 0)) + member; i < stop; i += group) total += buffer().values[i];
+        int stop = static_cast<int>(min64(row_end(row), end_) - base_);
+        for (int i = static_cast<int>(max64(row_begin(row) - base_, 0)) + member; i < stop; i += group) total += buffer().values[i];
       }
       total = warp_sum(total, group);
       if (index >= rows || member != 0) continue;
@@ -190,7 +190,7 @@ class LossAccumulator {
   }
 
   __device__ __forceinline__ void leave_open_row() {
-    int64_t end = least(begin_ + chunk_, sum_.rows.numel);
+    int64_t end = min64(begin_ + chunk_, sum_.rows.numel);
     if (begin_ >= end || remainder(sum_.rows.length, end) == 0) return;
     float total = block_sum(total_);
     if (threadIdx.x != 0) return;
@@ -241,7 +241,7 @@ __device__ __forceinline__ void sum_columns(const ColumnSums& c, const Workspace
   int thread = threadIdx.x, width = c.width, part = thread / width, parts = kThreads / width;
   int64_t column = static_cast<int64_t>(blockIdx.x) * width + thread % width;
   bool inside = column < c.columns, first = thread < width;
-  int64_t begin = blockIdx.y * c.rows_per_split, end = least(begin + c.rows_per_split, c.rows);
+  int64_t begin = blockIdx.y * c.rows_per_split, end = min64(begin + c.rows_per_split, c.rows);
   float value = 0.0f;
   if (inside)
     for (int64_t row = begin + part; row < end; row += parts) value += element(column_element(c, row, column));
