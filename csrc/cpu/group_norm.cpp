@@ -1,5 +1,5 @@
 // The group norm operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
-#include "group_norm.h"
+#include "group_norm_kernels.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,5 @@
 // The Jacobian operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
-#include "jacobian.h"
+#include "jacobian_kernels.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 

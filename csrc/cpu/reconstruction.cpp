@@ -1,5 +1,5 @@
 // The reconstruction operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
-#include "reconstruction.h"
+#include "reconstruction_kernels.h"
 
 #include "tensor.h"
 

@@ -1,6 +1,6 @@
 // Group normalisation with its activation, one instruction set a compilation. Every loop runs over columns whose channels repeat from row
 // to row, so that one kernel serves both memory layouts and any number of channels.
-#include "../group_norm.h"
+#include "../group_norm_kernels.h"
 
 #include "tiles.h"
 

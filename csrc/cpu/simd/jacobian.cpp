@@ -1,5 +1,5 @@
 // The contractive penalty and the epilogues of the Gram form, one instruction set a compilation.
-#include "../jacobian.h"
+#include "../jacobian_kernels.h"
 
 #include "symmetric_product.h"
 #include "tiles.h"

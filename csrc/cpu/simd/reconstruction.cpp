@@ -1,7 +1,7 @@
 // Reconstruction losses, one instruction set a compilation: the loss and its gradient in one pass over input and target.
-#include "../reconstruction.h"
+#include "../reconstruction_kernels.h"
 
-#include "../../common/reconstruction.h"
+#include "../../common/reconstruction_formulas.h"
 #include "tiles.h"
 
 namespace fastvae {

@@ -1,7 +1,7 @@
 // What the group norm operators ask of their kernels.
 #pragma once
 
-#include "../common/group_norm.h"
+#include "../common/group_norm_formulas.h"
 #include "isa.h"
 #include "view.h"
 

@@ -1,7 +1,7 @@
 // What the Jacobian operators ask of their kernels.
 #pragma once
 
-#include "../common/jacobian.h"
+#include "../common/jacobian_formulas.h"
 #include "isa.h"
 #include "view.h"
 
