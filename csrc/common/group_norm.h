@@ -11,7 +11,7 @@ enum class NormActivation : int64_t { none = 0, silu = 1 };
 inline namespace FASTVAE_ISA {
 
 template <class T>
-struct Logistic {
+struct NormLogistic {
   T decay, sigmoid;  // e^-u and 1 / (1 + e^-u)
 };
 
@@ -22,7 +22,7 @@ struct Coarse {};
 
 #if defined(__CUDA_ARCH__)
 template <class Accuracy>
-FASTVAE_INLINE Logistic<float> logistic(Accuracy, float u) {
+FASTVAE_INLINE NormLogistic<float> logistic(Accuracy, float u) {
   float decay = exp(u < -87.0f ? 87.0f : -u);
   return {decay, divide(1.0f, 1.0f + decay)};
 }
@@ -49,7 +49,7 @@ FASTVAE_INLINE float refine_reciprocal(Coarse, float, float r) { return r; }
 // Half the instructions of exp() and a division: e^-u needs no infinities, since |u| > 87 changes nothing in float, and its sum with 1 is a
 // normal number. So it is for NaN, which the caller's product with u passes on.
 template <class Accuracy>
-FASTVAE_INLINE Logistic<float> logistic(Accuracy accuracy, float u) {
+FASTVAE_INLINE NormLogistic<float> logistic(Accuracy accuracy, float u) {
   // Between -87 and 87, NaN too: positive numbers are ordered as signed integers, to which the negative ones are less, and negative numbers
   // as unsigned ones, to which the positive ones are less.
   int32_t below = static_cast<int32_t>(float_to_bits(u));
@@ -71,12 +71,12 @@ FASTVAE_INLINE Logistic<float> logistic(Accuracy accuracy, float u) {
 #endif
 
 template <class Accuracy>
-FASTVAE_INLINE Logistic<double> logistic(Accuracy, double u) {
+FASTVAE_INLINE NormLogistic<double> logistic(Accuracy, double u) {
   double decay = exp(u < -700.0 ? 700.0 : -u);
   return {decay, 1.0 / (1.0 + decay)};
 }
 
-struct Identity {
+struct NormIdentity {
   template <class T>
   FASTVAE_INLINE T value(T u) {
     return u;
@@ -88,7 +88,7 @@ struct Identity {
 };
 
 template <class Accuracy>
-struct Silu {
+struct NormSilu {
   template <class T>
   FASTVAE_INLINE T value(T u) {
     return u * logistic(Accuracy{}, u).sigmoid;
@@ -103,8 +103,8 @@ struct Silu {
 // Calls f with the struct of an activation.
 FASTVAE_ANY_CALLEE
 template <class Accuracy = Accurate, class F>
-FASTVAE_INLINE void with_activation(NormActivation activation, F f) {
-  activation == NormActivation::silu ? f(Silu<Accuracy>{}) : f(Identity{});
+FASTVAE_INLINE void with_norm_activation(NormActivation activation, F f) {
+  activation == NormActivation::silu ? f(NormSilu<Accuracy>{}) : f(NormIdentity{});
 }
 
 // What normalises a channel of a sample: u = (x - centre) * scale + offset. The centre is the group's mean in T; what that lost of the mean
@@ -114,11 +114,11 @@ FASTVAE_INLINE T affine(T x, T centre, T scale, T offset) {
   return fma(x - centre, scale, offset);
 }
 
-struct Affine {
+struct NormAffine {
   double centre, scale, offset;
 };
 
-FASTVAE_INLINE Affine affine_of(double mean, double centre, double rstd, double weight, double bias) {
+FASTVAE_INLINE NormAffine affine_of(double mean, double centre, double rstd, double weight, double bias) {
   double scale = rstd * weight;
   return {centre, scale, bias - (mean - centre) * scale};
 }
@@ -134,12 +134,13 @@ FASTVAE_INLINE T gradient_of_input(T x, T du, T centre, T scale, T slope, T cons
   return fma(du, scale, fma(x - centre, slope, constant));
 }
 
-struct Through {
+struct NormThrough {
   double slope, constant;
 };
 
 // From a group's sums of weight * du and of weight * du times the normalised input.
-FASTVAE_INLINE Through through_statistics(double mean, double centre, double rstd, double grad_sum, double projection, double elements) {
+FASTVAE_INLINE NormThrough through_statistics(double mean, double centre, double rstd, double grad_sum, double projection,
+                                              double elements) {
   double slope = -rstd * rstd * projection / elements;
   return {slope, -rstd * grad_sum / elements - (mean - centre) * slope};
 }

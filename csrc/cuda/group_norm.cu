@@ -231,7 +231,7 @@ struct Channel {
 };
 
 __device__ __forceinline__ Channel channel_at(const NormProblem& p, const Statistics& s, int64_t channel) {
-  Affine affine = affine_of(s.mean, s.centre, s.rstd, value_of(p.weight, channel), value_of(p.bias, channel));
+  NormAffine affine = affine_of(s.mean, s.centre, s.rstd, value_of(p.weight, channel), value_of(p.bias, channel));
   return {static_cast<float>(affine.centre), static_cast<float>(affine.scale), static_cast<float>(affine.offset)};
 }
 
@@ -249,7 +249,7 @@ __device__ __forceinline__ void load_channels(const NormProblem& p, int64_t samp
 // From the input to the output, in place.
 template <int kCount, bool kLast>
 __device__ __forceinline__ void apply(NormActivation activation, const Channel (&channels)[kChannels<kLast>], Held<kCount>& values) {
-  with_activation(activation, [&](auto act) {
+  with_norm_activation(activation, [&](auto act) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
       for (int k = 0; k < kVector; ++k) {
@@ -263,7 +263,7 @@ __device__ __forceinline__ void apply(NormActivation activation, const Channel (
 template <int kCount, bool kLast>
 __device__ __forceinline__ void differentiate(NormActivation activation, const Channel (&channels)[kChannels<kLast>],
                                               const Held<kCount>& inputs, Held<kCount>& gradients) {
-  with_activation(activation, [&](auto act) {
+  with_norm_activation(activation, [&](auto act) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
       for (int k = 0; k < kVector; ++k) {
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(kThreads) combine_gradients_kernel(const __gri
   grad_sum = block_sum(grad_sum);
   projection = block_sum(projection);
   if (threadIdx.x != 0) return;
-  Through through = through_statistics(s.mean, s.centre, s.rstd, grad_sum, projection, static_cast<double>(p.groups.elements));
+  NormThrough through = through_statistics(s.mean, s.centre, s.rstd, grad_sum, projection, static_cast<double>(p.groups.elements));
   p.through[2 * static_cast<int64_t>(blockIdx.x)] = static_cast<float>(through.slope);
   p.through[2 * static_cast<int64_t>(blockIdx.x) + 1] = static_cast<float>(through.constant);
 }
@@ -450,7 +450,7 @@ __global__ void __launch_bounds__(kThreads) propagate_group_kernel(const __grid_
   }
   grad_sum = block_sum(grad_sum);
   projection = block_sum(projection);
-  Through through = through_statistics(s.mean, s.centre, s.rstd, grad_sum, projection, static_cast<double>(p.groups.elements));
+  NormThrough through = through_statistics(s.mean, s.centre, s.rstd, grad_sum, projection, static_cast<double>(p.groups.elements));
   ThroughChannel of_channels[kChannels<kLast>];
 #pragma unroll
   for (int c = 0; c < kChannels<kLast>; ++c) of_channels[c] = {static_cast<float>(through.slope), static_cast<float>(through.constant)};
