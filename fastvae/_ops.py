@@ -261,7 +261,7 @@ def codebook_quantize_backward(
 def codebook_sums(x, indices, codes):
     """How many rows of ``x`` (heads, rows, dim) fell on each code (int64) and their sums in the accumulation dtype, added in row order.
 
-    A negative index leaves its row out."""
+    A negative index leaves its row out, and so does a row with NaN or infinite values."""
     counts = x.new_empty((x.shape[0], codes), dtype=torch.int64)
     return counts, x.new_empty((x.shape[0], codes, x.shape[2]), dtype=accumulation_dtype(x.dtype))
 

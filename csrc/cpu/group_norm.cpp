@@ -1,32 +1,17 @@
 // The group norm operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
-#include "group_norm_kernels.h"
-
 #include <algorithm>
 #include <cmath>
 
 #include "../common/layout.h"
+#include "group_norm_kernels.h"
 #include "tensor.h"
 
 namespace fastvae {
 
 namespace {
 
-constexpr int64_t kPiece = 32768;    // elements: some 10 us of work, and both of the backward pass's inputs in a second-level cache
-constexpr int64_t kPositions = 128;  // of a piece at least, so that its sums of each channel are little beside it
-
-}  // namespace
-
-Runs::Runs(int64_t count, int64_t length, int64_t channels) : count(count), length(length), channels(channels) {
-  // Whole rows of columns, as many fours of rows as make a piece.
-  int64_t rows = 4 * columns_of(*this), elements = std::max(kPiece, kPositions * channels);
-  piece = rows * (rows < elements ? elements / rows : 1);
-  pieces_per_run = length > piece ? ceil_div(length, piece) : 1;
-  runs_per_item = length > 0 && length < kPiece ? ceil_div(kPiece, length) : 1;
-}
-
-namespace {
-
-const GroupNormKernels& kernels() { return FASTVAE_SELECT_KERNELS(group_norm); }
+// Read once a call: another thread may choose another instruction set meanwhile.
+const GroupNormKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(group_norm); }
 
 Tensor empty_in_layout(const Tensor& like, bool channels_last) {
   Sizes shape = shape_of(like);
@@ -39,35 +24,37 @@ Tensor copy_in_layout(const Tensor& tensor, bool channels_last) {
   return copy;
 }
 
-Runs runs_of(const GroupedChannels& sizes) {
-  return sizes.channels_adjacent() ? Runs(sizes.batch, sizes.positions * sizes.channels, sizes.channels)
-                                   : Runs(sizes.batch * sizes.channels, sizes.positions, 1);
+NormRuns runs_of(const GroupedChannels& sizes) {
+  return sizes.channels_adjacent() ? NormRuns(sizes.batch, sizes.positions * sizes.channels, sizes.channels)
+                                   : NormRuns(sizes.batch * sizes.channels, sizes.positions, 1);
 }
 
-// Calls kernel(p, begin_item, end_item, scratch) for all items.
+// Calls a kernel, a member of the table, with (p, begin_item, end_item, scratch) for all items.
 template <class Kernel>
-void run(const GroupNorm& p, Kernel kernel) {
-  int64_t doubles = ceil_div(kernels().scratch_bytes(p.runs), sizeof(double));
+void run(const GroupNorm& p, const GroupNormKernels& kernels, Kernel kernel) {
+  int64_t doubles = ceil_div(kernels.scratch_bytes(p.runs), sizeof(double));
   torch::stable::parallel_for(0, p.runs.items(), 1, [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(doubles);
-    kernel(p, begin, end, scratch.data());
+    (kernels.*kernel)(p, begin, end, scratch.data());
   });
 }
 
-std::vector<double> parameter(const OptionalTensor& tensor, int64_t channels, double otherwise) {
+std::vector<double> parameter(const OptionalTensor& tensor, int64_t channels, double otherwise, const GroupNormKernels& kernels) {
   std::vector<double> values(channels, otherwise);
-  if (tensor && channels > 0) kernels().to_double(contiguous_view(dense(*tensor)), channels, values.data());
+  if (tensor && channels > 0) kernels.to_double(contiguous_view(dense(*tensor)), channels, values.data());
   return values;
 }
 
 struct Problem {
+  const GroupNormKernels& kernels;
   GroupedChannels sizes;
   Tensor input;
   GroupNorm p;
   std::vector<double> weight, bias, centre, scale, offset, slope, constant;
 
   Problem(const Tensor& tensor, int64_t groups, const OptionalTensor& weight_tensor, const OptionalTensor& bias_tensor, int64_t activation)
-      : sizes(tensor, groups),
+      : kernels(selected_kernels()),
+        sizes(tensor, groups),
         input(sizes.channels_last ? tensor : dense(tensor)),
         p{runs_of(sizes),
           dtype_of(input),
@@ -79,8 +66,8 @@ struct Problem {
           {},
           1,
           nullptr},
-        weight(parameter(weight_tensor, sizes.channels, 1.0)),
-        bias(parameter(bias_tensor, sizes.channels, 0.0)) {
+        weight(parameter(weight_tensor, sizes.channels, 1.0, kernels)),
+        bias(parameter(bias_tensor, sizes.channels, 0.0, kernels)) {
     if (sizes.channels_adjacent()) p.groups = groups;
   }
 
@@ -92,7 +79,7 @@ struct Problem {
     for (auto* values : {&centre, &scale, &offset}) values->resize(count);
     for (int64_t i = 0; i < count; ++i) {
       int64_t group = i / width, channel = i % sizes.channels;
-      Affine affine = affine_of(mean[group], rounded(mean[group]), rstd[group], weight[channel], bias[channel]);
+      NormAffine affine = affine_of(mean[group], rounded(mean[group]), rstd[group], weight[channel], bias[channel]);
       centre[i] = affine.centre;
       scale[i] = affine.scale;
       offset[i] = affine.offset;
@@ -104,7 +91,7 @@ struct Problem {
 // The moments of a group: the pieces' means and squared deviations, put together in their order (Chan, Golub and LeVeque 1983).
 void combine_moments(const Problem& problem, double eps, double* mean, double* rstd) {
   const GroupedChannels& sizes = problem.sizes;
-  const Runs& runs = problem.p.runs;
+  const NormRuns& runs = problem.p.runs;
   int64_t per_slot = problem.p.groups;
   // Slots of a group, one behind the other: all pieces of its sample, or of its planes.
   int64_t slots = per_slot > 1 || sizes.channels_adjacent() ? runs.pieces_per_run : sizes.width() * runs.pieces_per_run;
@@ -141,16 +128,16 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, int64
 
   std::vector<double> moments(p.runs.slots() * p.groups * 2);
   p.sums = moments.data();
-  run(p, kernels().moments);
+  run(p, problem.kernels, &GroupNormKernels::moments);
   combine_moments(problem, eps, means, rstds);
   problem.set_normalisation(means, rstds);
   p.output = output.mutable_data_ptr();
-  run(p, kernels().forward);
+  run(p, problem.kernels, &GroupNormKernels::forward);
   return {output, mean, rstd};
 }
 
 // From the slots the sums of each channel of each sample: of du, and of du times the deviation from the rounded mean.
-void combine_gradient_sums(const Runs& runs, const double* slots, double* plain, double* weighted) {
+void combine_gradient_sums(const NormRuns& runs, const double* slots, double* plain, double* weighted) {
   int64_t channels = runs.channels;
   for (int64_t run = 0; run < runs.count; ++run)
     for (int64_t piece = 0; piece < runs.pieces_per_run; ++piece) {
@@ -160,10 +147,11 @@ void combine_gradient_sums(const Runs& runs, const double* slots, double* plain,
     }
 }
 
-Tensor parameter_gradient(const OptionalTensor& parameter, const Tensor& input, const std::vector<double>& values) {
+Tensor parameter_gradient(const OptionalTensor& parameter, const Tensor& input, const std::vector<double>& values,
+                          const GroupNormKernels& kernels) {
   if (!parameter) return empty({0}, input.scalar_type());
   Tensor grad = empty(shape_of(*parameter), parameter->scalar_type());
-  if (!values.empty()) kernels().from_double(values.data(), static_cast<int64_t>(values.size()), output_of(grad));
+  if (!values.empty()) kernels.from_double(values.data(), static_cast<int64_t>(values.size()), output_of(grad));
   return grad;
 }
 
@@ -183,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output
   p.grad_input = grad_input.mutable_data_ptr();
   std::vector<double> slots(p.runs.slots() * p.runs.channels * 2);
   p.sums = slots.data();
-  run(p, kernels().gradient_sums);
+  run(p, problem.kernels, &GroupNormKernels::gradient_sums);
 
   int64_t count = sizes.batch * sizes.channels, width = sizes.width();
   std::vector<double> plain(count), weighted(count), grad_weight(sizes.channels), grad_bias(sizes.channels);
@@ -195,23 +183,25 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output
     double grad_sum = 0.0, projection = 0.0;
     for (int64_t i = first; i < first + width; ++i) {
       int64_t channel = i % sizes.channels;
-      double normal = sum_of_normal(means[group], problem.centre[i], rstds[group], plain[i], weighted[i]);
+      double normal = sum_du_xhat_of(means[group], problem.centre[i], rstds[group], plain[i], weighted[i]);
       grad_weight[channel] += normal;
       grad_bias[channel] += plain[i];
       grad_sum += problem.weight[channel] * plain[i];
       projection += problem.weight[channel] * normal;
     }
     double elements = static_cast<double>(sizes.group_elements());
-    Through through = through_statistics(means[group], problem.centre[first], rstds[group], grad_sum, projection, elements);
+    NormStatisticsGradient through =
+        statistics_gradient_of(means[group], problem.centre[first], rstds[group], grad_sum, projection, elements);
     for (int64_t i = first; i < first + width; ++i) {
       problem.slope[i] = through.slope;
-      problem.constant[i] = through.constant;
+      problem.constant[i] = through.intercept;
     }
   }
   p.channel.slope = problem.slope.data();
   p.channel.constant = problem.constant.data();
-  run(p, kernels().backward);
-  return {grad_input, parameter_gradient(weight, input, grad_weight), parameter_gradient(bias, input, grad_bias)};
+  run(p, problem.kernels, &GroupNormKernels::backward);
+  return {grad_input, parameter_gradient(weight, input, grad_weight, problem.kernels),
+          parameter_gradient(bias, input, grad_bias, problem.kernels)};
 }
 
 }  // namespace

@@ -1,20 +1,20 @@
 // The Jacobian operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
-#include "jacobian_kernels.h"
-
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
 
+#include "jacobian_kernels.h"
 #include "tensor.h"
 
 namespace fastvae {
 namespace {
 
-const JacobianKernels& kernels() { return FASTVAE_SELECT_KERNELS(jacobian); }
+// Read once a call: another thread may choose another instruction set between two steps, and each has panels of its own size.
+const JacobianKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(jacobian); }
 
 using Copies = std::vector<Tensor>;
 
-Rows rows_of(const Tensor& tensor, Copies& copies) {
+JacobianRows rows_of(const Tensor& tensor, Copies& copies) {
   bool contiguous_rows = tensor.stride(1) == 1 || tensor.size(1) <= 1;
   copies.push_back(contiguous_rows ? tensor : dense(tensor));
   return {copies.back().const_data_ptr(), dtype_of(tensor), copies.back().stride(0)};
@@ -38,7 +38,8 @@ ContractivePenalty problem(const Tensor& hidden, const Tensor& weight, int64_t a
 }
 
 void run(const ContractivePenalty& p) {
-  torch::stable::parallel_for(0, p.blocks(), 1, [&](int64_t begin, int64_t end) { kernels().contractive_penalty(p, begin, end); });
+  const JacobianKernels& kernels = selected_kernels();
+  torch::stable::parallel_for(0, p.blocks(), 1, [&](int64_t begin, int64_t end) { kernels.contractive_penalty(p, begin, end); });
 }
 
 double value_of(const Tensor& scalar) {
@@ -143,15 +144,15 @@ Tensor first_rows(const Tensor& matrix, int64_t rows) {
 
 // Adds up the parts' symmetric matrices, of which only the panels down to the diagonal's are there, and mirrors them.
 template <class T>
-void add_symmetric_parts(const Tensor& parts, int64_t panel, const Tensor& out) {
+void add_symmetric_parts(const Tensor& parts, int64_t panel, const JacobianKernels& kernels, const Tensor& out) {
   const T* values = static_cast<const T*>(parts.const_data_ptr());
   T* sums = static_cast<T*>(out.mutable_data_ptr());
   int64_t size = out.size(0), stride = parts.size(2);
   torch::stable::parallel_for(0, size, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       int64_t first = row / panel * panel;
-      kernels().gram_add(values + row * stride + first, stride * stride, parts.size(0), size - first, sizeof(T) == sizeof(double),
-                         sums + row * size + first);
+      kernels.gram_add(values + row * stride + first, stride * stride, parts.size(0), size - first, sizeof(T) == sizeof(double),
+                       sums + row * size + first);
       for (int64_t column = first + panel; column < size; ++column) sums[column * size + row] = sums[row * size + column];
     }
   });
@@ -163,12 +164,13 @@ class GramForm {
  public:
   // `whole` points to the tensors' beginnings.
   GramForm(const GramReduce& whole, const Tensor& gram)
-      : whole(whole),
+      : kernels(selected_kernels()),
+        whole(whole),
         m(whole.matrices),
         size(m.rows * m.columns),
         samples(std::min(m.batch, std::max(ceil_div(kGramRows, m.rows), kGramElements / size))),
         parts(std::min(ceil_div(m.batch, samples), std::max(int64_t{1}, std::min(kGramParts, kGramSums / (m.columns * m.columns))))),
-        panel(kernels().gram_panel(m.wide)),
+        panel(kernels.gram_panel(m.wide)),
         padded(ceil_div(m.columns, panel) * panel),
         gram(gram),
         lefts(buffer({shares_left() ? parts : 0, size})),
@@ -184,8 +186,8 @@ class GramForm {
   }
 
   void add_up(const Tensor& grad_left, const Tensor& grad_gram) const {
-    add_symmetric_parts<T>(grams, panel, grad_gram);
-    if (shares_left()) kernels().gram_add(lefts.const_data_ptr(), size, parts, size, m.wide, grad_left.mutable_data_ptr());
+    add_symmetric_parts<T>(grams, panel, kernels, grad_gram);
+    if (shares_left()) kernels.gram_add(lefts.const_data_ptr(), size, parts, size, m.wide, grad_left.mutable_data_ptr());
   }
 
  private:
@@ -207,14 +209,14 @@ class GramForm {
 
   void run_samples(int64_t part, int64_t begin, int64_t end, bool adds, const Scratch& scratch) const {
     int64_t rows = (end - begin) * m.rows;
-    kernels().gram_scale(m, scratch.scaled.mutable_data_ptr(), begin, end);
+    kernels.gram_scale(m, scratch.scaled.mutable_data_ptr(), begin, end);
     Tensor scaled = first_rows(scratch.scaled, rows), product = first_rows(scratch.product, rows);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), scaled.get(), gram.get()));
     GramReduce p = whole;
     p.product = product.const_data_ptr();
     if (whole.with_grad) p.grad_left = grad_left_of(part, begin);
     p.adds = adds && !m.left_is_batched;
-    kernels().gram_reduce(p, begin, end);
+    kernels.gram_reduce(p, begin, end);
     if (whole.with_grad) add_gram(scratch, begin * m.rows, rows, gram_of(part));
   }
 
@@ -233,8 +235,8 @@ class GramForm {
                     panels,
                     weighted,
                     out};
-      kernels().gram_pack(p);
-      torch::stable::parallel_for(0, padded / panel, 1, [&](int64_t begin, int64_t end) { kernels().gram_multiply(p, begin, end); });
+      kernels.gram_pack(p);
+      torch::stable::parallel_for(0, padded / panel, 1, [&](int64_t begin, int64_t end) { kernels.gram_multiply(p, begin, end); });
     }
   }
 
@@ -242,6 +244,7 @@ class GramForm {
     return m.left_is_batched ? static_cast<T*>(whole.grad_left) + sample * size : static_cast<T*>(lefts.mutable_data_ptr()) + part * size;
   }
 
+  const JacobianKernels& kernels;
   GramReduce whole;
   const ScaledMatrices& m;
   int64_t size, samples, parts, panel, padded;

@@ -11,7 +11,7 @@ namespace fastvae {
 constexpr int64_t kUnits = 32;
 
 // A matrix whose rows are contiguous.
-struct Rows {
+struct JacobianRows {
   const void* data = nullptr;
   DType dtype = DType::float32;
   int64_t stride = 0;
@@ -23,7 +23,7 @@ struct Rows {
 struct ContractivePenalty {
   Activation activation;
   double alpha;
-  Rows hidden, weight;
+  JacobianRows hidden, weight;
   int64_t batch, units, inputs;
   bool wide;  // double arithmetic, for float64 tensors
 
@@ -37,7 +37,7 @@ struct ContractivePenalty {
   // Wanted of either pass: grad_scale times the gradients, times the incoming gradient of the sample or the element where given.
   double grad_scale;
   const void* sample_weights;  // (batch,) in the accumulation dtype
-  Rows element_weights;
+  JacobianRows element_weights;
   Output grad_hidden, grad_weight;
 
   int64_t blocks() const { return (units + kUnits - 1) / kUnits; }

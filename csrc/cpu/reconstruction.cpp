@@ -1,12 +1,12 @@
 // The reconstruction operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
 #include "reconstruction_kernels.h"
-
 #include "tensor.h"
 
 namespace fastvae {
 namespace {
 
-const ReconstructionKernels& kernels() { return FASTVAE_SELECT_KERNELS(reconstruction); }
+// Read once a call: another thread may choose another instruction set meanwhile.
+const ReconstructionKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(reconstruction); }
 
 struct Arguments {
   const Tensor &input, &target;
@@ -37,9 +37,9 @@ Reconstruction problem(const Arguments& a, const Partition& partition, Copies& c
   return p;
 }
 
-void run(const Reconstruction& p) {
+void run(const Reconstruction& p, const ReconstructionKernels& kernels) {
   // Two items a thread at least: less does not pay for waking one.
-  torch::stable::parallel_for(0, p.partition.items(), 2, [&](int64_t begin, int64_t end) { kernels().run(p, begin, end); });
+  torch::stable::parallel_for(0, p.partition.items(), 2, [&](int64_t begin, int64_t end) { kernels.run(p, begin, end); });
 }
 
 // The gradient of a log variance: elementwise, or summed over what shares a value.
@@ -56,7 +56,7 @@ class LogvarGradient {
     shared_ = true;
   }
 
-  void finish() {
+  void finish(const ReconstructionKernels& kernels) {
     if (!shared_) return;
     int64_t values = grad_.numel(), items = values > 0 ? static_cast<int64_t>(sums_.size()) / values : 0;
     std::vector<double> totals(values);
@@ -66,7 +66,7 @@ class LogvarGradient {
     view.data = totals.data();
     view.dtype = DType::float64;
     view.inner = values > 0 ? values : 1;
-    kernels().scale(view, output_of(grad_), 1.0, true, 0, values);
+    kernels.scale(view, output_of(grad_), 1.0, true, 0, values);
   }
 
  private:
@@ -99,9 +99,10 @@ std::tuple<Tensor, Tensor, Tensor> reconstruction_forward(const Tensor& input, c
     p.grad_input = output_of(grad_input);
     p.grad_scale = grad_scale * scale;
   }
-  run(p);
+  const ReconstructionKernels& kernels = selected_kernels();
+  run(p, kernels);
   if (reduction != Reduction::none) finish_reduction(slots, p.partition, scale, loss);
-  logvar_gradient.finish();
+  logvar_gradient.finish(kernels);
   return {loss, grad_input, grad_logvar};
 }
 
@@ -122,20 +123,22 @@ std::tuple<Tensor, Tensor, Tensor> reconstruction_backward(const Tensor& grad_ou
   p.grad_input = output_of(grad_input);
   if (with_target) p.grad_target = output_of(grad_target);
   LogvarGradient logvar_gradient(p, logvar, grad_logvar);
-  run(p);
-  logvar_gradient.finish();
+  const ReconstructionKernels& kernels = selected_kernels();
+  run(p, kernels);
+  logvar_gradient.finish(kernels);
   return {grad_input, grad_target, grad_logvar};
 }
 
 void rescale(const Tensor& grad, const Tensor& grad_output, double expected, const Tensor& out) {
+  const ReconstructionKernels& kernels = selected_kernels();
   double incoming;
   View view = contiguous_view(grad_output);
   Output number{&incoming, DType::float64};
-  kernels().scale(view, number, 1.0 / expected, true, 0, 1);
+  kernels.scale(view, number, 1.0 / expected, true, 0, 1);
   Partition partition(1, grad.numel());
   bool wide = grad.scalar_type() == ScalarType::Double;
   torch::stable::parallel_for(0, partition.items(), 2, [&](int64_t begin, int64_t end) {
-    kernels().scale(contiguous_view(grad), output_of(out), incoming, wide, partition.begin(begin), partition.end(end - 1));
+    kernels.scale(contiguous_view(grad), output_of(out), incoming, wide, partition.begin(begin), partition.end(end - 1));
   });
 }
 

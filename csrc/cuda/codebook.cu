@@ -522,6 +522,46 @@ std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad
   return dispatch(x.scalar_type(), [&](auto type) { return quantize_backward<typename decltype(type)::Type>(arguments); });
 }
 
+struct FiniteRowsParams {
+  RowView x;
+  Divider rows;
+  int64_t count, dim;
+  int width;
+  const int64_t* indices;
+  int64_t* kept;
+};
+
+// kept is the index of each row, -1 for a row that is not finite.
+__global__ void __launch_bounds__(kThreads) finite_rows_kernel(const __grid_constant__ FiniteRowsParams p) {
+  Group group(p.width);
+  int64_t number = static_cast<int64_t>(blockIdx.x) * group.count + group.number;
+  int strange = 0;
+  if (number < p.count) {
+    int64_t head = quotient(p.rows, number), first = row_offset(p.x, head, number - head * p.rows.divisor);
+    for (int64_t d = group.member * kVector; d < p.dim; d += group.width * kVector) {
+      float x[kVector];
+      load(p.x, first + d, static_cast<int>(min64(p.dim - d, kVector)), p.x.vector, x);
+      for (int k = 0; k < kVector; ++k) strange |= !is_finite(x[k]);
+    }
+  }
+  strange = warp_sum(strange, group.width);
+  if (group.member == 0 && number < p.count) p.kept[number] = strange == 0 ? p.indices[number] : -1;
+}
+
+// The indices of the rows of x (heads, rows, dim), of which those that are not finite have none.
+Tensor indices_of_finite_rows(const Launch& launch, const RowView& view, const Tensor& x, const Tensor& indices) {
+  Tensor kept = launch.empty({x.size(0), x.size(1)}, ScalarType::Long);
+  FiniteRowsParams p{view,
+                     divider(x.size(1)),
+                     x.size(0) * x.size(1),
+                     x.size(2),
+                     row_group(x.size(2)),
+                     static_cast<const int64_t*>(indices.const_data_ptr()),
+                     static_cast<int64_t*>(kept.mutable_data_ptr())};
+  launch.run(finite_rows_kernel, ceil_div(p.count, kThreads / p.width), 1, kThreads, p);
+  return kept;
+}
+
 std::tuple<Tensor, Tensor> codebook_sums(const Tensor& x, const Tensor& indices, int64_t codes) {
   Launch launch(x);
   int64_t heads = x.size(0), rows = x.size(1), dim = x.size(2);
@@ -531,10 +571,11 @@ std::tuple<Tensor, Tensor> codebook_sums(const Tensor& x, const Tensor& indices,
     launch.fill(counts, 0);
     return {counts, sums};
   }
-  Copies copies{dense(indices)};
-  auto* totals = static_cast<int64_t*>(counts.mutable_data_ptr());
-  SortParams sort = sort_by_code(launch, static_cast<const int64_t*>(copies[0].const_data_ptr()), heads, rows, codes, totals, copies);
+  Copies copies;
   RowView view = rows_of(x, copies);
+  Tensor kept = indices_of_finite_rows(launch, view, x, dense(indices));
+  auto* totals = static_cast<int64_t*>(counts.mutable_data_ptr());
+  SortParams sort = sort_by_code(launch, static_cast<const int64_t*>(kept.const_data_ptr()), heads, rows, codes, totals, copies);
   dispatch(x.scalar_type(), [&](auto type) {
     SegmentParams<typename decltype(type)::Type> p{};
     p.sort = sort;

@@ -53,8 +53,6 @@ __device__ __forceinline__ void load(const RowView& rows, int64_t index, int cou
   }
 }
 
-__device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
-
 // A thread's place among those that share a row: `width` adjacent ones, a power of two up to a warp.
 struct Group {
   int width, member, number, count;

@@ -1,4 +1,4 @@
-"""How launches are cut, and where the parts of sums go: csrc/cuda/partition.h and group_norm_partition.h, and the numbering of the noise."""
+"""How launches are cut and where partial sums go (csrc/cuda/partition.h, group_norm_partition.h), and the numbering of the noise."""
 
 import ctypes
 

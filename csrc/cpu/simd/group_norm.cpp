@@ -72,7 +72,7 @@ struct Piece {
 };
 
 template <class F>
-FASTVAE_INLINE void for_pieces_of(const Runs& runs, int64_t item, F f) {
+FASTVAE_INLINE void for_pieces_of(const NormRuns& runs, int64_t item, F f) {
   int64_t first = item / runs.pieces_per_run * runs.runs_per_item, part = item % runs.pieces_per_run;
   int64_t end = first + runs.runs_per_item < runs.count ? first + runs.runs_per_item : runs.count;
   for (int64_t run = first; run < end; ++run)
@@ -80,13 +80,13 @@ FASTVAE_INLINE void for_pieces_of(const Runs& runs, int64_t item, F f) {
 }
 
 template <class F>
-FASTVAE_INLINE void for_each_piece(const Runs& runs, int64_t begin_item, int64_t end_item, F f) {
+FASTVAE_INLINE void for_each_piece(const NormRuns& runs, int64_t begin_item, int64_t end_item, F f) {
   for (int64_t item = begin_item; item < end_item; ++item) for_pieces_of(runs, item, f);
 }
 
 // From the last item: those that an earlier pass read last are still in the cache.
 template <class F>
-FASTVAE_INLINE void for_each_piece_from_the_end(const Runs& runs, int64_t begin_item, int64_t end_item, F f) {
+FASTVAE_INLINE void for_each_piece_from_the_end(const NormRuns& runs, int64_t begin_item, int64_t end_item, F f) {
   for (int64_t item = end_item - 1; item >= begin_item; --item) for_pieces_of(runs, item, f);
 }
 
@@ -245,7 +245,7 @@ struct Scratch {
   T* column[kArrays];
   double* channel[2];
 
-  Scratch(const Runs& runs, void* memory) {
+  Scratch(const NormRuns& runs, void* memory) {
     int64_t columns = columns_of(runs);
     channel[0] = static_cast<double*>(memory);
     channel[1] = channel[0] + runs.channels;
@@ -254,7 +254,7 @@ struct Scratch {
   }
 };
 
-int64_t scratch_bytes(const Runs& runs) {
+int64_t scratch_bytes(const NormRuns& runs) {
   int64_t column = Scratch<double>::kArrays * columns_of(runs), channel = 2 * runs.channels;
   return (column + channel) * static_cast<int64_t>(sizeof(double));
 }
@@ -430,14 +430,14 @@ void with_storage(const GroupNorm& p, F f) {
 
 template <class F>
 void with_types(const GroupNorm& p, F f) {
-  with_storage(p, [&](auto storage) { with_activation(p.activation, [&](auto activation) { f(storage, activation); }); });
+  with_storage(p, [&](auto storage) { with_norm_activation(p.activation, [&](auto activation) { f(storage, activation); }); });
 }
 
 template <class F>
 void with_types_stored(const GroupNorm& p, F f) {
   with_storage(p, [&](auto storage) {
     using Accuracy = typename decltype(storage)::Accuracy;
-    with_activation<Accuracy>(p.activation, [&](auto activation) { f(storage, activation); });
+    with_norm_activation<Accuracy>(p.activation, [&](auto activation) { f(storage, activation); });
   });
 }
 

@@ -9,13 +9,13 @@ inline namespace FASTVAE_ISA {
 namespace {
 
 template <class T>
-const T* native(const Rows& rows, int64_t row, int64_t column) {
+const T* native(const JacobianRows& rows, int64_t row, int64_t column) {
   return static_cast<const T*>(rows.data) + row * rows.stride + column;
 }
 
 // Elements [column, column + count) of a row, in place where they lie so in memory, else in the buffer.
 template <class T>
-const T* load_row(const Rows& rows, int64_t row, int64_t column, int64_t count, T* buffer) {
+const T* load_row(const JacobianRows& rows, int64_t row, int64_t column, int64_t count, T* buffer) {
   if (rows.dtype == native_dtype<T>()) return native<T>(rows, row, column);
   convert(rows.data, rows.dtype, row * rows.stride + column, count, buffer);
   return buffer;
@@ -33,7 +33,7 @@ template <class T>
 struct Units {
   alignas(64) T values[kUnits] = {};
 
-  const T* load(const Rows& rows, int64_t row, const Block& block) {
+  const T* load(const JacobianRows& rows, int64_t row, const Block& block) {
     if (block.count == kUnits) return load_row(rows, row, block.first, kUnits, values);
     convert(rows.data, rows.dtype, row * rows.stride + block.first, block.count, values);
     return values;
