@@ -125,7 +125,7 @@ def reconstruction_rescale_(grad, grad_output, expected):
     """The same in place; the device returns early where ``grad_output == expected``."""
 
 
-# Mirrored by csrc/common/jacobian.h and by the constexprs in kernels/.
+# Mirrored by csrc/common/jacobian_formulas.h and by the constexprs in kernels/.
 ACTIVATIONS = {
     "identity": 0,
     "sigmoid": 1,

@@ -1,4 +1,5 @@
-// What the Jacobian operators ask of their kernels.
+// The interface between the Jacobian operators (jacobian.cpp) and their kernels (simd/jacobian.cpp), which are compiled once per
+// instruction set and know nothing of torch. T is the type of the arithmetic: double where all tensors are float64, float otherwise.
 #pragma once
 
 #include "../common/jacobian_formulas.h"
@@ -7,10 +8,11 @@
 
 namespace fastvae {
 
-// Hidden units that one item of work takes: their columns of the hidden values, their rows of the weight. A multiple of every vector.
-constexpr int64_t kUnits = 32;
+// The hidden units of a block, which is what one thread takes at a time: columns of the hidden values and rows of the weight. It is a
+// multiple of the lanes of every vector register, so that loops over a block have a constant length and no remainder.
+constexpr int64_t kBlockUnits = 32;
 
-// A matrix whose rows are contiguous.
+// A matrix whose rows are contiguous; `stride` is the number of elements from one row to the next.
 struct JacobianRows {
   const void* data = nullptr;
   DType dtype = DType::float32;
@@ -19,71 +21,80 @@ struct JacobianRows {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// sum_j phi'(h_bj)^2 |W_j|^2 and its gradients, one item for each block of kUnits units.
+// The contractive penalty phi'(h_bj)^2 |W_j|^2 and its gradients, for each sample b and unit j. Outputs that are not requested are nullptr.
 struct ContractivePenalty {
   Activation activation;
   double alpha;
-  JacobianRows hidden, weight;
+  JacobianRows hidden, weight;  // (batch, units) and (units, inputs)
   int64_t batch, units, inputs;
-  bool wide;  // double arithmetic, for float64 tensors
+  bool is_double;
 
-  void* squared_norms;  // (units,) in the accumulation dtype
-  bool norms_known;     // else the item computes them
+  void* squared_norms;  // (units,) of T: read where norms_known, written otherwise
+  bool norms_known;
 
-  // Wanted of the forward pass: elementwise, or summed by block, or by block and sample (blocks, batch).
-  Output elements;
-  double *sums, *sample_sums;
+  // The forward pass requests one of these.
+  Output elements;      // (batch, units)
+  double* sums;         // (blocks,)
+  double* sample_sums;  // (blocks, batch)
 
-  // Wanted of either pass: grad_scale times the gradients, times the incoming gradient of the sample or the element where given.
+  // The gradients are multiplied by grad_scale and, where there is one, by the grad_output of the sample or of the element.
   double grad_scale;
-  const void* sample_weights;  // (batch,) in the accumulation dtype
-  JacobianRows element_weights;
-  Output grad_hidden, grad_weight;
+  const void* sample_weights;       // (batch,) of T
+  JacobianRows element_weights;     // (batch, units)
+  Output grad_hidden, grad_weight;  // (batch, units) and (units, inputs)
 
-  int64_t blocks() const { return (units + kUnits - 1) / kUnits; }
+  int64_t blocks() const { return (units + kBlockUnits - 1) / kBlockUnits; }
 };
 
-// The scaled matrices of the Gram form: outer[b, r] left[(b,) r, k] inner[b, k], all float or all double and contiguous.
+// The factors of the scaled matrices S_b[r, k] = outer[b, r] * left[(b,) r, k] * inner[b, k] of the Gram form, all contiguous and of T.
 struct ScaledMatrices {
-  const void *left, *inner, *outer;
+  const void* left;           // (batch, rows, columns), or (rows, columns) where all samples share it
+  const void *inner, *outer;  // (batch, columns) and (batch, rows)
   int64_t batch, rows, columns;
-  bool left_is_batched, wide;
+  bool left_is_batched, is_double;
 };
 
-// What the samples [begin, end) give once their scaled matrices are multiplied with the Gram matrix: squared norms, and the gradients of
-// the norms' sum, where wanted, each norm times its weight where there are weights.
+// The squared norm of each sample, sum(S_b * (S_b @ gram)), and the gradients of the sum of the norms, each norm times its weight. All
+// pointers are to T. A call handles the samples [begin, end): `product` and a batched grad_left begin at sample `begin`, the other tensors
+// at sample 0.
 struct GramReduce {
   ScaledMatrices matrices;
-  const void* weights;  // (batch,)
-  const void* product;  // of the scaled matrices of these samples and the Gram matrix
-  void *norms, *grad_inner, *grad_outer;
-  void* grad_left;  // of these samples, or of a matrix that all share: added to where `adds`
-  bool with_grad, adds;
+  const void* weights;                    // (batch,), or nullptr
+  const void* product;                    // (end - begin, rows, columns): S_b @ gram
+  void *norms, *grad_inner, *grad_outer;  // (batch,), (batch, columns), (batch, rows)
+  void* grad_left;                        // (end - begin, rows, columns), or (rows, columns) where all samples share left
+  bool with_grad, adds;                   // adds: a shared grad_left is added to what is there
 };
 
-// The gradient of the Gram matrix: scaled.T @ diag(weights) @ scaled, symmetric, of some rows of the scaled matrices of samples. It is
-// computed by panels of columns, each down to the diagonal's.
+// The gradient of the Gram matrix, scaled.T @ diag(weights) @ scaled, for some rows of the scaled matrices. It is symmetric, so only the
+// panels of columns up to that of the diagonal are computed, see symmetric_product.h. All pointers are to T.
 struct GramProduct {
-  const void* scaled;  // of so many rows, the first of which is row `first` of all samples'
-  int64_t rows, columns, first;
-  const void* weights;  // of samples
+  const void* scaled;  // (rows, columns)
+  int64_t rows, columns;
+  int64_t first_row;    // the number of the first row among those of all samples, from which its weight follows
+  const void* weights;  // (batch,), or nullptr
   int64_t rows_per_weight;
-  bool wide;
-  void *panels, *weighted;  // scratch for the rows as panels; the same where there are no weights
-  void* out;                // added to: rows of whole panels
+  bool is_double;
+  void *panels, *weighted;  // scratch buffers of the packed rows, plain and weighted; one buffer where there are no weights
+  void* out;                // (padded, padded), which the product is added to
 
+  // The number of columns, rounded up to whole panels.
   int64_t padded(int64_t panel) const { return (columns + panel - 1) / panel * panel; }
 };
 
 struct JacobianKernels {
   void (*contractive_penalty)(const ContractivePenalty&, int64_t begin_block, int64_t end_block);
+  // Writes the scaled matrices of the samples to `out`, (end_sample - begin_sample, rows, columns).
   void (*gram_scale)(const ScaledMatrices&, void* out, int64_t begin_sample, int64_t end_sample);
   void (*gram_reduce)(const GramReduce&, int64_t begin_sample, int64_t end_sample);
-  int64_t (*gram_panel)(bool wide);  // columns of a panel
+  // The number of columns of a panel.
+  int64_t (*gram_panel)(bool is_double);
+  // Packs the rows as panels.
   void (*gram_pack)(const GramProduct&);
+  // Multiplies packed panels and adds the products to `out`.
   void (*gram_multiply)(const GramProduct&, int64_t begin_panel, int64_t end_panel);
-  // out[i] = values[i] + values[stride + i] + ..., so many parts, in their order
-  void (*gram_add)(const void* values, int64_t stride, int64_t parts, int64_t count, bool wide, void* out);
+  // Adds parts in their order: out[i] = values[i] + values[stride + i] + values[2 * stride + i] + ...
+  void (*gram_add)(const void* values, int64_t stride, int64_t parts, int64_t count, bool is_double, void* out);
 };
 
 FASTVAE_DECLARE_KERNELS(JacobianKernels, jacobian)
