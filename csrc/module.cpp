@@ -42,7 +42,7 @@ py::tuple philox4x32_words(std::tuple<uint32_t, uint32_t, uint32_t, uint32_t> c,
 }
 
 py::dict statistics_of_codebook(bool reset) {
-  SearchCounts counts = codebook_statistics(reset);
+  CodebookSearchCounts counts = codebook_statistics(reset);
   py::dict result;
   result["rows"] = counts.rows;
   result["rechecked"] = counts.rechecked;

@@ -125,7 +125,7 @@ def reconstruction_rescale_(grad, grad_output, expected):
     """The same in place; the device returns early where ``grad_output == expected``."""
 
 
-# Mirrored by csrc/common/jacobian.h and by the constexprs in kernels/.
+# Mirrored by csrc/common/jacobian_formulas.h and by the constexprs in kernels/.
 ACTIVATIONS = {
     "identity": 0,
     "sigmoid": 1,
@@ -261,7 +261,7 @@ def codebook_quantize_backward(
 def codebook_sums(x, indices, codes):
     """How many rows of ``x`` (heads, rows, dim) fell on each code (int64) and their sums in the accumulation dtype, added in row order.
 
-    A negative index leaves its row out."""
+    A negative index leaves its row out, and so does a row with NaN or infinite values."""
     counts = x.new_empty((x.shape[0], codes), dtype=torch.int64)
     return counts, x.new_empty((x.shape[0], codes, x.shape[2]), dtype=accumulation_dtype(x.dtype))
 

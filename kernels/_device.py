@@ -1,4 +1,4 @@
-"""What launchers need to know of the device they launch on; nothing here runs at import."""
+"""The device of a launch: its machine, the current device and the ticket counters. Importing this touches no device."""
 
 import contextlib
 import functools
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastvae.kernels._launch import Machine
 
-# Under TRITON_INTERPRET=1 the kernels run on the CPU, on numpy.
+# Under TRITON_INTERPRET=1 Triton runs the kernels on the CPU with numpy.
 DISPATCH_KEYS = ("CUDA", "CPU") if triton.knobs.runtime.interpret else ("CUDA",)
 
-# Two multiprocessors, so that small tensors go through several programs.
+# With two multiprocessors even the small tensors of the tests are shared among several programs.
 _INTERPRETER = Machine("interpreter", 2)
 
 _tickets: dict[tuple[int, int], Tensor] = {}
@@ -30,6 +30,7 @@ def implements(operator: str):
 
 
 def machine(device: torch.device) -> Machine:
+    """The machine that launch configurations on ``device`` are computed for."""
     return _INTERPRETER if device.type == "cpu" else _machine(device.index)
 
 
@@ -41,24 +42,25 @@ def _machine(index: int) -> Machine:
 
 
 def on(device: torch.device):
-    """Triton launches on the current device: makes it that of the tensors."""
+    """A context in which ``device`` is the current one, because that is where Triton launches."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
 def ticket(device: torch.device) -> Tensor:
-    """A counter that is 0, for the programs of one launch to tell who is last; the last puts it back to 0.
+    """A ticket counter, an int32 scalar on ``device`` that is 0. With it the programs of one launch find out which is the last, see
+    :func:`fastvae.kernels._reduce.is_last`; the last one resets it to 0.
 
-    One a stream, since launches on different streams overlap and those on one do not. While a graph is captured, a new one whose zero is
-    part of the graph: the graph may be replayed on any stream.
+    Each stream has its own, because launches on different streams overlap, and those on one stream do not. While a graph is captured this
+    returns a new counter, whose zeroing is part of the graph, because the graph may be replayed on any stream.
     """
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.zeros((), dtype=torch.int32, device=device)
     key = device.index, triton.runtime.driver.active.get_current_stream(device.index)
     if key not in _tickets:
-        # In a thread of its own: this one may direct its allocations to the pool of a graph (torch.compile does, before it captures),
-        # whose memory does not outlive the graph.
+        # Another thread allocates it, because this one may direct its allocations to the memory pool of a graph (torch.compile does so
+        # before it captures), which does not outlive the graph.
         with ThreadPoolExecutor(1) as thread:
             _tickets[key] = thread.submit(_new_ticket, device).result()
     return _tickets[key]
@@ -66,6 +68,7 @@ def ticket(device: torch.device) -> Tensor:
 
 def _new_ticket(device: torch.device) -> Tensor:
     zero = torch.zeros((), dtype=torch.int32, device=device)
-    # Once a stream: this thread's stream is not the one that the ticket is for.
+    # The zero was written on the stream of this thread, and launches on the stream of the ticket have to see it. This happens once a
+    # stream.
     torch.cuda.current_stream(device).synchronize()
     return zero

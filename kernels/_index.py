@@ -1,4 +1,8 @@
-"""Index arithmetic: which elements a program takes, and where they lie. Offsets are 64 bits wide, but for those within a block."""
+"""Index arithmetic: the elements that a program handles, and their addresses.
+
+Offsets have 64 bits, so that tensors of more than 2^31 elements work. Offsets within a block have 32, because a GPU composes 64-bit
+arithmetic of several instructions.
+"""
 
 import triton
 import triton.language as tl
@@ -10,20 +14,21 @@ NONE, SAMPLE = tl.constexpr(REDUCTIONS["none"]), tl.constexpr(REDUCTIONS["sample
 
 @triton.jit
 def first_chunk(full, program, programs):
-    """Programs take the ``full`` blocks in turn, then the chunks of what is left: the first chunk of this one."""
+    """The first of the chunks that ``program`` handles, where programs handle the ``full`` blocks in turn and then the chunks of the rest
+    in turn, see _launch.Stream."""
     return (program - full % programs + programs) % programs
 
 
 @triton.jit
 def inside(offset, remaining, MASKED: tl.constexpr):
-    """The mask of the elements that there are; None, which makes accesses wider, where all are."""
+    """The mask of the elements that exist. Without MASKED all do, and the mask is None, with which accesses can be 16 bytes wide."""
     if MASKED:
         return offset < remaining
 
 
 @triton.jit
-def only(values, mask):
-    """``values``, and 0 where there are no elements."""
+def zero_outside(values, mask):
+    """``values``, but 0 for elements that do not exist."""
     if mask is None:
         return values
     else:
@@ -32,10 +37,11 @@ def only(values, mask):
 
 @triton.jit
 def divide(start, offset, divisor, BOUND: tl.constexpr):
-    """``start + offset`` divided by ``divisor``: the quotient of ``start``, what ``offset`` adds to it, and the remainder.
+    """Divides ``start + offset`` by ``divisor``: the quotient of ``start``, what ``offset`` adds to the quotient, and the remainder.
 
-    ``start`` is an int64 scalar, ``offset`` a block of numbers in [0, BOUND): one 64-bit division for all of them. A divisor above them
-    all is passed at most once, so that a comparison divides; elsewhere 32 bits do.
+    ``start`` is an int64 scalar and ``offset`` a block of numbers in [0, BOUND), so that one 64-bit division serves the whole block. A
+    divisor of at least BOUND is reached at most once in a block, so a comparison stands for the division. A smaller one takes a 32-bit
+    division.
     """
     first = start // divisor
     local = (start - first * divisor) + offset
@@ -51,7 +57,8 @@ def divide(start, offset, divisor, BOUND: tl.constexpr):
 
 @triton.jit
 def locate(start, offset, inner, BOUND: tl.constexpr):
-    """The row and the column of the elements ``start + offset``, for :func:`at`; without rows where ``inner``, their length, is None."""
+    """The row and the column of the elements ``start + offset``, as :func:`at` takes them. ``inner`` is the length of a row; where it is
+    None, the tensor is contiguous and has no rows."""
     if inner is None:
         return start, offset, offset
     else:
@@ -60,7 +67,7 @@ def locate(start, offset, inner, BOUND: tl.constexpr):
 
 @triton.jit
 def at(pointer, first, added, column, stride):
-    """Pointers to located elements: rows lie ``stride`` apart, or there are none and all is contiguous."""
+    """Pointers to elements from :func:`locate`, in rows that are ``stride`` elements apart; None stands for a contiguous tensor."""
     if stride is None:
         return pointer + first + column
     else:
@@ -69,7 +76,8 @@ def at(pointer, first, added, column, stride):
 
 @triton.jit
 def incoming_gradient(gradient, start, offset, mask, per_sample, common, REDUCTION: tl.constexpr, BOUND: tl.constexpr):
-    """The gradient that comes in for each element, where one does for each or for each sample; else ``common``."""
+    """grad_output of the elements ``start + offset``, one value for each element or for each sample of ``per_sample`` elements, by
+    REDUCTION; for a scalar it is ``common``, see :func:`common_gradient`."""
     if REDUCTION == NONE:
         return tl.load(gradient + start + offset, mask=mask).to(tl.float32)
     elif REDUCTION == SAMPLE:
@@ -81,7 +89,8 @@ def incoming_gradient(gradient, start, offset, mask, per_sample, common, REDUCTI
 
 @triton.jit
 def common_gradient(gradient, scale, REDUCTION: tl.constexpr):
-    """The gradient of a scalar, times the reduction's scale; 0 where :func:`incoming_gradient` reads gradients of its own."""
+    """A scalar grad_output times ``scale``; 0 where there is none or where :func:`incoming_gradient` reads one value for each element or
+    sample."""
     if gradient is None or REDUCTION == NONE or REDUCTION == SAMPLE:  # noqa: SIM109 (Triton has no `in`)
         return 0.0
     else:

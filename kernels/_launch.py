@@ -1,57 +1,60 @@
-"""How kernels are launched: pure functions of sizes, dtype widths and the machine."""
+"""Launch configurations: grids and block sizes as pure functions of sizes, dtype widths and the machine, so that they are tested without
+Triton and never depend on data."""
 
 from dataclasses import dataclass
 
-# The sums of a program end in barriers among its warps: few warps, and several programs a multiprocessor instead.
+# A sum over a program ends in barriers among its warps. Few warps wait less; several programs on each multiprocessor make up for them.
 WARPS = 4
 
-# Accesses of 16 bytes are the widest a thread has. Two of each operand are under way at once, or one of a uint8 image: 16 pixels, beside
-# which the same elements of a float32 operand are four. More would hold more registers than eight programs a multiprocessor leave.
-ACCESS_BYTES, ACCESSES, MOST_ELEMENTS = 16, 2, 16
+# The widest access of a thread is 16 bytes. Two accesses to each operand are in flight at a time, but never more than 16 elements: those
+# are one access to a uint8 image, and four to a float32 operand beside it. More elements would need more registers than eight programs on a
+# multiprocessor leave to a thread.
+ACCESS_BYTES, ACCESSES, MAX_ELEMENTS = 16, 2, 16
 
-# For every kernel. Fusing a product and a sum into one rounding is Triton's default up to 3.9 and no longer from 3.10 on.
+# Options of every kernel. enable_fp_fusion, which fuses a product and a sum into one rounding, is Triton's default up to 3.9 only.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
-# At 128 threads and up to 64 registers each, 8 programs fill the register file (65,536) of a multiprocessor, and a persistent grid of so
-# many starts once. The kernels that draw 16-bit noise hold up to 128, which makes two even waves.
+# Eight programs of 128 threads with 64 registers each fill the register file of a multiprocessor, which has 65,536. A grid of so many
+# programs all runs in one wave. The kernels that draw 16-bit noise need up to 128 registers a thread, so that their grids run in two equal
+# waves.
 PROGRAMS_PER_MULTIPROCESSOR = 8
 
 NOISE_TILE, NOISE_LANES = 512, 128
 
-# A program that adds up matrices takes at least so many: the sum, which it writes, is then a quarter of what it read.
+# A program that sums matrices reads at least so many, so that the partial sum that it writes is at most a quarter of what it read.
 MATRICES_PER_PROGRAM = 4
 
-# A column sum reads so many adjacent columns: 512 bytes of float32, which is what a warp loads at once.
+# Adjacent columns that a program reads for column sums: 512 bytes of float32, which is what a warp loads with one 16-byte access a thread.
 COLUMNS_PER_PROGRAM = 128
 
 
 @dataclass(frozen=True)
 class Machine:
-    """``architecture`` is "sm_90", "gfx942", ...; or "interpreter"."""
+    """A GPU, or Triton's interpreter. ``architecture`` is "sm_90", "gfx942", ... or "interpreter"."""
 
     architecture: str
     multiprocessors: int
 
     @property
     def warp_size(self) -> int:
-        # The data-centre line of AMD runs wavefronts of 64.
+        # AMD's data-centre GPUs (gfx9) run wavefronts of 64 threads.
         return 64 if self.architecture.startswith("gfx9") else 32
 
     @property
     def threads(self) -> int:
-        """Of a program."""
+        """Threads of a program."""
         return WARPS * self.warp_size
 
     @property
     def programs(self) -> int:
-        """That run at the same time."""
+        """Programs that run at the same time."""
         return PROGRAMS_PER_MULTIPROCESSOR * self.multiprocessors
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Elementwise over contiguous memory: ``programs`` of them take blocks of ``block`` elements in turn, then chunks of ``chunk`` of what
-    is left, so that a small tensor goes to many programs."""
+    """An elementwise launch over contiguous memory. The programs handle blocks of ``block`` elements in turn, then the rest in chunks of
+    ``chunk`` elements in turn, so that a small tensor is shared among many programs."""
 
     block: int
     chunk: int
@@ -60,7 +63,8 @@ class Stream:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Over the noise's tiles of 512 elements, ``tiles`` at once, then one by one what is left."""
+    """An elementwise launch over noise tiles of 512 elements. The programs handle blocks of ``tiles`` tiles in turn, then the rest one tile
+    at a time."""
 
     tiles: int
     programs: int
@@ -68,8 +72,8 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A reduction over one dimension of a matrix: programs take blocks of (rows, columns), ``groups`` along the dimension that stays,
-    and ``splits`` along the one that is summed."""
+    """A reduction over one dimension of a matrix, with the grid (groups, splits). Programs load blocks of (``rows``, ``columns``);
+    ``groups`` cut the dimension that stays, ``splits`` the one that is summed."""
 
     rows: int
     columns: int
@@ -79,8 +83,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Matrices:
-    """Over matrices of one size: programs take a block of (rows, columns), of which a matrix has ``row_groups`` times ``column_groups``,
-    from every ``splits``-th matrix."""
+    """A launch over many matrices of one size, with the grid (row_groups, column_groups, splits). A program handles one block of (``rows``,
+    ``columns``) of every ``splits``-th matrix."""
 
     rows: int
     columns: int
@@ -90,26 +94,28 @@ class Matrices:
 
 
 def elements_per_thread(itemsize: int) -> int:
-    """``itemsize`` is that of the narrowest operand."""
-    return min(ACCESSES * ACCESS_BYTES // itemsize, MOST_ELEMENTS)
+    """Elements that a thread handles at a time, where the narrowest operand has elements of ``itemsize`` bytes."""
+    return min(ACCESSES * ACCESS_BYTES // itemsize, MAX_ELEMENTS)
 
 
 def stream(n: int, itemsize: int, machine: Machine) -> Stream:
+    """The configuration for ``n`` elements."""
     block, chunk = elements_per_thread(itemsize) * machine.threads, machine.threads
     return Stream(block, chunk, min(_pieces(n, block, chunk), machine.programs))
 
 
 def tiles(n: int, samples: int, itemsize: int, machine: Machine) -> Tiles:
-    """A thread takes as many adjacent lanes as fill an access; each has four elements, one a stream."""
+    """A thread draws as many adjacent lanes of a noise tile as fill one access; each lane has four elements, one in each stream."""
     count = machine.threads * (ACCESS_BYTES // itemsize) // NOISE_LANES
-    # Each sample has programs of its own; together they fill the machine.
+    # Each of the ``samples`` draws has programs of its own, and all of them together fill the machine.
     pieces = _pieces(n, count * NOISE_TILE, NOISE_TILE)
     programs = min(pieces, _ceil_div(machine.programs, samples))
     return Tiles(count, programs)
 
 
 def row_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Matrix:
-    """Several short rows a program, or one long row over as many programs as are idle."""
+    """The configuration for the sum of each row: several short rows for each program, or long rows split among the programs that would be
+    idle otherwise."""
     block = elements_per_thread(itemsize) * machine.threads
     columns_block = min(_power_of_two(columns), block)
     rows_block = min(_power_of_two(rows), block // columns_block)
@@ -119,6 +125,7 @@ def row_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Matrix
 
 
 def column_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Matrix:
+    """The configuration for the sum of each column."""
     columns_block = min(_power_of_two(columns), COLUMNS_PER_PROGRAM)
     rows_block = min(_power_of_two(rows), elements_per_thread(itemsize) * machine.threads // columns_block)
     groups = _ceil_div(columns, columns_block)
@@ -126,26 +133,27 @@ def column_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Mat
     return Matrix(rows_block, columns_block, groups, splits)
 
 
-# A screen's tile of scores is 64 rows by 64 codes: with the two least of each slot beside it, 96 registers of a thread of 128. Fewer rows
-# where they would leave multiprocessors idle; tensor cores take no less than 16. Products without them hold their factors in registers
-# too, and take half the rows.
-SCREEN_ROWS, LEAST_SCREEN_ROWS, SCREEN_CODES = {True: 64, False: 32}, 16, 64
-# Below, padding a vector to the 16 elements that tensor cores take at once costs more than they gain.
-LEAST_TENSOR_CORE_DIM = 16
-# How many low bits of a score the number of its tile may take, in half precision and in single precision: what they take from its
-# precision has to stay small beside what rounding took. More tiles go in rounds, each of which ends in reductions over the slots.
-MOST_TILE_BITS = {True: 8, False: 6}
-# Codes, and elements of each, that a program has in float64 at once: four a thread.
+# The screening kernel computes scores in tiles of 64 rows by 64 codes. A tile and the two smallest scores of each slot take 96 registers of
+# each of 128 threads. With few rows the tiles are shorter, so that no multiprocessor is idle, but not below the 16 rows that a tensor core
+# takes. A product without tensor cores (False) keeps its factors in registers too, and has half the rows.
+SCREEN_ROWS, MIN_SCREEN_ROWS, SCREEN_CODES = {True: 64, False: 32}, 16, 64
+# Tensor cores multiply 16 elements at a time. For shorter vectors the padding costs more than they gain.
+MIN_TENSOR_CORE_DIM = 16
+# A score carries the number of its tile in its low bits: at most so many, with half precision products (True) and with single precision
+# ones, because the precision that they take from the score has to stay small beside the rounding error of the product. More tiles are
+# screened in rounds, each of which ends with a reduction over the slots.
+MAX_TILE_BITS = {True: 8, False: 6}
+# Codes, and elements of each, that a program of the rechecking kernel loads in float64 at a time: four elements a thread.
 RECHECK_CODES, RECHECK_COLUMNS = 32, 16
 RECHECK_REGISTERS = 128
 
-# The rows of a code are summed in parts of so many, so that one code that has them all does not leave the machine idle.
+# The rows of a code are summed in parts of so many rows, so that one code that has all rows does not leave the machine idle.
 PART_ROWS = 128
 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """``programs`` take blocks of ``rows`` whole rows in turn, ``columns`` of their elements at once."""
+    """A launch over whole rows. The programs handle blocks of ``rows`` rows in turn, and load ``columns`` elements of each at a time."""
 
     rows: int
     columns: int
@@ -154,10 +162,13 @@ class RowBlocks:
 
 @dataclass(frozen=True)
 class Screen:
-    """The search for the nearest of ``codes`` codes: what it pads them to, the blocks of its kernels and the bounds of its errors.
+    """The configuration of the search for nearest codes: padded sizes (``rows``, ``codes``, ``dim``), the blocks of its kernels, and bounds
+    of its rounding errors.
 
-    ``unit`` is the relative error of rounding an element; ``rounding`` is that of a product of norms, without what rounding takes from the
-    rows, which is measured, and ``half_norm_rounding`` that of half a squared norm.
+    ``half`` chooses products of float16 on tensor cores over float32 products without them. ``unit`` bounds the relative error of rounding
+    an element. ``rounding`` bounds the error of a score relative to the product of the norms of row and code, without the rounding of the
+    row's elements, whose error the kernels measure. ``half_norm_rounding`` bounds the error of a score relative to half the squared norm of
+    the code.
     """
 
     half: bool
@@ -175,7 +186,7 @@ class Screen:
 
     @property
     def known_dim(self) -> int:
-        """A dimension that the kernel is compiled for: where one block holds it, or there are no blocks; else 0."""
+        """The dimension as a compile-time constant of the kernel, where one block contains all of it; otherwise 0."""
         return self.dim if not self.half or self.dim == self.columns else 0
 
     @property
@@ -184,20 +195,21 @@ class Screen:
 
     @property
     def rounding(self) -> float:
-        # A tensor core cuts sums off instead of rounding them: 2^-22 for each of them is more than that, also of float32.
+        # A tensor core truncates its float32 sums instead of rounding them; 2^-22 bounds the error of each addition with and without it.
         return self.unit + (self.dim + 16) * 2.0**-22 + self.half_norm_rounding
 
     @property
     def half_norm_rounding(self) -> float:
-        # The bits that the tile's number takes, and the two products and sums of a score.
+        # The first term is for the low bits that hold the number of the tile, the second for the two products and sums of a score.
         return 2.0 ** (self.tile_bits - 22) + 2.0**-20
 
 
 def screen(heads: int, rows: int, codes: int, dim: int, machine: Machine) -> Screen:
-    half = dim >= LEAST_TENSOR_CORE_DIM
+    """The configuration for ``rows`` vectors of ``dim`` elements in each of ``heads`` codebooks of ``codes`` codes."""
+    half = dim >= MIN_TENSOR_CORE_DIM
     columns = _columns_of_products(dim) if half else dim
     block_rows = SCREEN_ROWS[half]
-    while block_rows > LEAST_SCREEN_ROWS and heads * _ceil_div(rows, block_rows) < machine.multiprocessors:
+    while block_rows > MIN_SCREEN_ROWS and heads * _ceil_div(rows, block_rows) < machine.multiprocessors:
         block_rows //= 2
     tiles = _ceil_div(codes, SCREEN_CODES)
     pack_columns = min(max(_power_of_two(dim), 16), 128)
@@ -209,7 +221,7 @@ def screen(heads: int, rows: int, codes: int, dim: int, machine: Machine) -> Scr
         columns=columns,
         block_rows=block_rows,
         block_codes=SCREEN_CODES,
-        tile_bits=min((tiles - 1).bit_length(), MOST_TILE_BITS[half]),
+        tile_bits=min((tiles - 1).bit_length(), MAX_TILE_BITS[half]),
         pack_rows=8 * machine.threads // pack_columns,
         pack_columns=pack_columns,
         recheck_codes=RECHECK_CODES,
@@ -218,26 +230,28 @@ def screen(heads: int, rows: int, codes: int, dim: int, machine: Machine) -> Scr
 
 
 def recheck_options(machine: Machine) -> dict:
-    """NVIDIA's assembler makes room for more programs than there are rows to recheck, and spills registers for it unless it is told not to;
-    AMD's takes no such number."""
+    """The options of the rechecking kernel. Without a number of registers NVIDIA's assembler spills some to make room for more programs
+    than this kernel has; AMD's takes no such number."""
     return OPTIONS | {"maxnreg": RECHECK_REGISTERS} if machine.architecture.startswith("sm_") else OPTIONS
 
 
 def _columns_of_products(dim: int) -> int:
-    """How much of a vector is multiplied at once: all of it up to 128 elements, else 64; or 32 where that pads less."""
+    """The elements of a vector that are multiplied at a time: all of up to 128 elements, 64 of longer ones, or 32 where that pads less."""
     if dim <= 64:
         return _power_of_two(dim)
     return min((128 if dim <= 128 else 64, 32), key=lambda columns: _ceil_div(dim, columns) * columns)
 
 
 def row_blocks(heads: int, rows: int, dim: int, itemsize: int, machine: Machine) -> RowBlocks:
+    """The configuration for kernels that handle each row of (heads, rows, dim) by itself."""
     columns = min(_power_of_two(dim), COLUMNS_PER_PROGRAM)
     block = elements_per_thread(itemsize) * machine.threads // columns
     return RowBlocks(block, columns, min(heads * _ceil_div(rows, block), machine.programs))
 
 
 def matrices(count: int, rows: int, columns: int, itemsize: int, machine: Machine) -> Matrices:
-    """Blocks as wide as the matrices, as far as a program reaches: then the sum of a row is the program's own."""
+    """The configuration for ``count`` matrices. Blocks are as wide as the matrices if a program can load that much, so that the sum of a
+    row needs no second step."""
     block = elements_per_thread(itemsize) * machine.threads
     columns_block = min(_power_of_two(columns), block)
     rows_block = min(_power_of_two(rows), block // columns_block)
@@ -247,7 +261,7 @@ def matrices(count: int, rows: int, columns: int, itemsize: int, machine: Machin
 
 
 def _pieces(n: int, block: int, chunk: int) -> int:
-    """Full blocks, and chunks of what is left."""
+    """The number of full blocks and of chunks of the rest."""
     return n // block + _ceil_div(n % block, chunk)
 
 
@@ -256,5 +270,5 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _power_of_two(n: int) -> int:
-    """The least power of two that is not below ``n``."""
+    """The smallest power of two that is not below ``n``."""
     return 1 << (n - 1).bit_length()

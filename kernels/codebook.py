@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvae._ops import REDUCTIONS
 from fastvae.kernels import _device, _launch
-from fastvae.kernels._nearest import load_tile, nearest, rows_of
+from fastvae.kernels._nearest import LARGEST_FLOAT, load_tile, nearest, rows_of
 from fastvae.kernels._reduce import is_last, sum_programs
 from fastvae.reference._reduce import reduction_scale
 
@@ -143,6 +143,23 @@ def codebook_backward_kernel(
             tl.store(grad_x + at, gradient, mask=mask)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def codebook_finite_rows_kernel(x, indices, kept, x_head_stride, x_stride, heads, rows, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``kept`` is the index of each row as int32, -1 for a row that is not finite. Grid: (programs,)."""
+    blocks = tl.cdiv(rows, ROWS)
+    for block in range(tl.program_id(0), heads * blocks, tl.num_programs(0)):
+        head = (block // blocks).to(tl.int64)
+        row = (block % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        flat, inside = head * rows + row, row < rows
+        finite = tl.full([ROWS], 1, tl.int32)
+        for first in range(0, dim, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            values = load_tile(x + head * x_head_stride, row, x_stride, column, inside[:, None] & (column < dim)[None, :])
+            finite = tl.minimum(finite, tl.min(tl.where(tl.abs(values) <= LARGEST_FLOAT, 1, 0), axis=1))
+        index = tl.load(indices + flat, mask=inside, other=-1).to(tl.int32)
+        tl.store(kept + flat, tl.where(finite == 1, index, -1), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows", "codes", "parts"])
 def codebook_parts_kernel(
     x, codebook, grad_loss, order, starts, first_parts, owners, partial, x_head_stride, x_stride, code_head_stride, code_stride,
@@ -250,9 +267,9 @@ def _gather(x, codebook, indices, quantized=None, errors=None, loss=None, elemen
     options, programs = _blocks(x.tensor)
     heads, rows, dim = x.tensor.shape
     slots, ticket = None, None
-    if loss is not None and not elementwise:
-        slots, ticket = indices.new_empty(programs, dtype=torch.float32), _device.ticket(indices.device)
     with _device.on(indices.device):
+        if loss is not None and not elementwise:
+            slots, ticket = indices.new_empty(programs, dtype=torch.float32), _device.ticket(indices.device)
         codebook_gather_kernel[(programs,)](
             x.tensor, codebook.tensor, indices, quantized, errors, loss, slots, ticket, *x[1:], *codebook[1:],
             heads, rows, dim, loss_weight, scale, ELEMENTWISE=elementwise, **options,
@@ -305,8 +322,9 @@ def _backward(grad_quantized, grad_loss, x, codebook, indices, batch, reduction,
         )  # fmt: skip
     if with_codebook and weights is not None:
         _sum_by_code(
-            rows, _Parts.of(indices, codebook.shape[1]), grad_codebook, scale * codebook_cost, codes, weights, rows_per_sample, reduction
-        )
+            rows, _Parts.of(indices.to(torch.int32), codebook.shape[1]), grad_codebook, scale * codebook_cost, codes, weights,
+            rows_per_sample, reduction,
+        )  # fmt: skip
     return grad_x, grad_codebook
 
 
@@ -320,12 +338,11 @@ class _Parts(NamedTuple):
 
     @classmethod
     def of(cls, indices: Tensor, codes: int) -> "_Parts":
-        """Rows whose index is negative, or not below ``codes``, have no part. Nothing here waits for the device: there are at most so many
-        parts as codes and full parts together."""
+        """Rows whose index (int32: 32 bits are sorted faster than 64) is negative, or not below ``codes``, have no part. Nothing here waits
+        for the device: there are at most so many parts as codes and full parts together."""
         heads, rows = indices.shape
         number = torch.arange(codes + 1, dtype=torch.int32, device=indices.device).expand(heads, -1).contiguous()
-        # 32 bits are sorted faster than 64.
-        ordered, order = indices.to(torch.int32).sort(dim=1, stable=True)
+        ordered, order = indices.sort(dim=1, stable=True)
         starts = torch.searchsorted(ordered, number)
         counts = starts.diff(dim=1)
         full = (counts + _launch.PART_ROWS - 1).div_(_launch.PART_ROWS, rounding_mode="floor")
@@ -354,10 +371,20 @@ def _sum_by_code(x, parts, sums, factor, codebook=None, weights=None, rows_per_s
 @_device.implements("codebook_sums")
 def _sums(x, indices, codes):
     sums = x.new_empty((x.shape[0], codes, x.shape[2]), dtype=torch.float32)
-    parts = _Parts.of(indices.contiguous(), codes)
+    rows = rows_of(x)
+    parts = _Parts.of(_indices_of_finite_rows(rows, indices.contiguous()), codes)
     if sums.numel():
-        _sum_by_code(rows_of(x), parts, sums, 1.0)
+        _sum_by_code(rows, parts, sums, 1.0)
     return parts.starts.diff(dim=1), sums
+
+
+def _indices_of_finite_rows(x, indices):
+    kept = torch.empty_like(indices, dtype=torch.int32)
+    if kept.numel():
+        options, programs = _blocks(x.tensor)
+        with _device.on(indices.device):
+            codebook_finite_rows_kernel[(programs,)](x.tensor, indices, kept, *x[1:], *x.tensor.shape, **options)
+    return kept
 
 
 @_device.implements("codebook_ema_")

@@ -1,7 +1,35 @@
-"""GroupNorm with its activation on a GPU, contiguous or with the channels last.
+"""GroupNorm with its activation on a GPU, contiguous or channels-last.
 
-A group that fits on chip is read once a pass, by one program. Larger ones are read twice: programs sum pieces of all channels, so that 32
-groups do not mean 32 programs, a small launch puts the sums together in a fixed order, and a second pass applies them.
+A group that fits on chip is read once a pass, by one program. Larger groups are read twice: programs write partial sums of each channel in
+each split of the positions, so that 32 groups do not mean 32 programs; a small launch combines them in a fixed order; a second pass applies
+the result.
+
+=====================================  ==========================  ============================================  =======================
+kernel                                 grid                        reads                                         writes
+=====================================  ==========================  ============================================  =======================
+group_norm_forward_group_kernel        (batch * groups,)           input, weight, bias                           output, mean, rstd
+group_norm_moments_kernel              (tiles * splits * batch,)   input                                         partial_moments
+group_norm_combine_moments_kernel      (batch * groups,)           partial_moments                               mean, rstd
+group_norm_forward_kernel              (tiles * splits * batch,)   input, mean, rstd, weight, bias               output
+group_norm_backward_group_kernel       (batch * groups,)           grad_output, input, mean, rstd, weight, bias  grad_input, sample_sums
+group_norm_gradient_sums_kernel        (tiles * splits * batch,)   grad_output, input, mean, rstd, weight, bias  partial_sums
+group_norm_combine_gradients_kernel    (batch * groups,)           partial_sums, mean, rstd, weight              statistics_gradient,
+                                                                                                                 sample_sums
+group_norm_backward_kernel             (tiles * splits * batch,)   grad_output, input, mean, rstd, weight, bias  grad_input
+                                                                   statistics_gradient
+group_norm_parameter_gradients_kernel  (channels / COLUMNS,)       sample_sums                                   grad_weight, grad_bias
+=====================================  ==========================  ============================================  =======================
+
+input, output, grad_output and grad_input are (batch, channels, positions) in the layout of the call, all of one dtype; weight, bias and
+their gradients are (channels,), or None. mean and rstd (1 / standard deviation) are (batch, groups) float64. ``width`` is the number of
+channels of a group. The scratch buffers:
+
+* partial_moments, (batch, splits, channels, 3) float32: a shift, the sum of x - shift, the sum of squared deviations from the mean;
+* partial_sums, (batch, splits, channels, 2) float32: the sums of du and of du * (x - centre);
+* statistics_gradient, (batch, groups, 2) float32: the slope and intercept of the part of grad_input that flows through mean and rstd,
+  (x - centre) * slope + intercept;
+* sample_sums, (batch, channels, 2) float64: the sums of du * xhat and of du, which summed over the batch are grad_weight and grad_bias;
+  None where neither is requested.
 """
 
 from dataclasses import dataclass
@@ -10,234 +38,112 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvae._ops import NORM_ACTIVATIONS, channels_are_last, empty_in_layout
+from fastvae._ops import channels_are_last, empty_in_layout
 from fastvae.kernels import _device, _launch
+from fastvae.kernels._group_norm import (
+    activate,
+    block_offsets,
+    blocks,
+    differentiate,
+    fits_on_chip,
+    load,
+    load_affine,
+    load_gradients,
+    load_moments,
+    load_parameter,
+    program_group,
+    program_split,
+    two_floats,
+)
 
-SILU = tl.constexpr(NORM_ACTIVATIONS["silu"])
-
-# Elements of a group that one program holds: 16 registers a thread for the input, as many for the gradient.
-ON_CHIP = 2048
-# With the channels last, a group has to fill the 32 bytes that memory delivers at least.
-SECTOR_BYTES = 32
-# The sums of so many pieces are added at once.
-PIECES = 256
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Programs take (rows, columns) positions and channels at once; a sample's positions are cut into ``splits`` pieces."""
-
-    rows: int
-    columns: int
-    tiles: int
-    piece: int
-    splits: int
+# Partial moments that a program of the combining kernel loads at a time: two for each of 128 threads.
+PARTIALS = 256
 
 
-def blocks(batch: int, channels: int, positions: int, last: bool, itemsize: int, machine: _launch.Machine) -> Blocks:
-    elements = _launch.elements_per_thread(itemsize) * machine.threads
-    if last:
-        columns = min(triton.next_power_of_2(channels), 128)
-        rows = min(triton.next_power_of_2(positions), elements // columns)
-    else:
-        rows = min(triton.next_power_of_2(positions), elements)
-        columns = min(triton.next_power_of_2(channels), elements // rows)
-    tiles = triton.cdiv(channels, columns)
-    splits = max(1, min(triton.cdiv(positions, rows), triton.cdiv(2 * machine.programs, batch * tiles)))
-    piece = triton.cdiv(triton.cdiv(positions, splits), rows) * rows
-    return Blocks(rows, columns, tiles, piece, triton.cdiv(positions, piece))
-
-
-def fits_on_chip(width: int, positions: int, last: bool, itemsize: int) -> bool:
-    """Whether one program takes a group, of ``width`` channels."""
-    wide_enough = not last or positions == 1 or width * itemsize >= SECTOR_BYTES
-    return wide_enough and triton.next_power_of_2(width) * triton.next_power_of_2(positions) <= ON_CHIP
-
-
-@triton.jit
-def place(position, channel, positions, channels, LAST: tl.constexpr):
-    """Where in a sample the elements at (position, channel) lie."""
-    if LAST:
-        return position[:, None] * channels + channel[None, :]
-    else:
-        return channel[None, :] * positions + position[:, None]
-
-
-@triton.jit
-def load(pointers, mask):
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def activate(u, ACTIVATION: tl.constexpr):
-    if ACTIVATION == SILU:
-        return u / (1.0 + tl.exp(-u))
-    else:
-        return u
-
-
-@triton.jit
-def gradient_of_affine(u, grad, ACTIVATION: tl.constexpr):
-    """The gradient at u of the activation's incoming one."""
-    if ACTIVATION == SILU:
-        decay = tl.exp(-u)
-        sigmoid = 1.0 / (1.0 + decay)
-        # 1 - sigmoid, without a difference; where e^-u is infinite, it is 1.
-        complement = tl.where(u < -80.0, 1.0, decay * sigmoid)
-        return grad * sigmoid * tl.fma(u, complement, 1.0)
-    else:
-        return grad
-
-
-@triton.jit
-def load_parameter(pointer, channel, mask, DEFAULT: tl.constexpr):
-    if pointer is None:
-        return tl.full(channel.shape, DEFAULT, tl.float32)
-    else:
-        return tl.load(pointer + channel, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def in_two(mean):
-    """A float64 as the sum of two float32."""
-    high = mean.to(tl.float32)
-    return high, (mean - high.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def this_piece(positions, piece, tiles, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of this program: the sample, the number of the piece, its first channel, its first position and the one behind its last."""
-    program = tl.program_id(0)
-    sample, split = (program // tiles // splits).to(tl.int64), (program // tiles % splits).to(tl.int64)
-    first = tl.multiple_of(split * piece, ROWS)
-    return sample, split, (program % tiles).to(tl.int64) * COLUMNS, first, tl.minimum(first + piece, positions)
-
-
-@triton.jit
-def this_group(groups):
-    """The number of this program, its sample and its group."""
-    program = tl.program_id(0)
-    return program.to(tl.int64), (program // groups).to(tl.int64), (program % groups).to(tl.int64)
-
-
-@triton.jit
-def rows_from(start, sample, channel, end_channel, channels, positions, LAST: tl.constexpr, ROWS: tl.constexpr):
-    """Where the elements of ``channel`` from position ``start`` on lie, and which there are, of the channels before ``end_channel``.
-
-    Only the last rows of a sample are fewer than ROWS. That ``positions`` may be a multiple of 16 is known when this is compiled.
-    """
-    position = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
-    mask = (position < positions)[:, None] & (channel < end_channel)[None, :]
-    return sample * channels * positions + place(position, channel, positions, channels, LAST), mask
-
-
-@triton.jit
-def load_affine(statistics, parameters, group, channel, mask):
-    """What normalises channels of the groups: u = (x - centre) * scale + offset."""
-    centre, rest = in_two(tl.load(statistics[0] + group, mask=mask, other=0.0))
-    scale = tl.load(statistics[1] + group, mask=mask, other=0.0).to(tl.float32) * load_parameter(parameters[0], channel, mask, 1.0)
-    return centre, scale, load_parameter(parameters[1], channel, mask, 0.0) - rest * scale
-
-
-@triton.jit
-def load_gradients(input, grad_output, at, mask, affine, ACTIVATION: tl.constexpr):
-    """What the elements differ from their centre, and the gradient of u."""
-    centre, scale, offset = affine
-    difference = load(input + at, mask) - centre[None, :]
-    return difference, gradient_of_affine(difference * scale[None, :] + offset[None, :], load(grad_output + at, mask), ACTIVATION)
-
-
-@triton.jit(do_not_specialize=["piece", "tiles", "splits"])
+@triton.jit(do_not_specialize=["split_positions", "tiles", "splits"])
 def group_norm_moments_kernel(
-    input, slots, channels, positions, piece, tiles, splits,
-    LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    input, partial_moments, channels, positions, split_positions, tiles, splits,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel in each piece: a shift, the sum of what the elements differ from it, and their squared deviations from their mean.
+    """Each program computes the partial moments of a tile of channels over a split of the positions. Grid: (tiles * splits * batch,).
 
-    The shift is the mean of the piece's first rows, so that the squares do not cancel. Grid: (tiles * splits * batch,).
+    Deviations are taken from a shift, the mean of the first ROWS positions, because sums of x and x * x would cancel where the mean is
+    large beside the standard deviation.
     """
-    sample, split, first_channel, first, end = this_piece(positions, piece, tiles, splits, ROWS, COLUMNS)
+    sample, split, first_channel, first, end = program_split(positions, split_positions, tiles, splits, ROWS, COLUMNS)
     channel = first_channel + tl.arange(0, COLUMNS)
-    at, mask = rows_from(first, sample, channel, channels, channels, positions, LAST, ROWS)
-    values = load(input + at, mask)
+    offsets, mask = block_offsets(first, sample, channel, channels, channels, positions, CHANNELS_LAST, ROWS)
+    values = load(input + offsets, mask)
     shift = tl.sum(values, axis=0) / tl.minimum(end - first, ROWS).to(tl.float32)
     total, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(first, end, ROWS):
-        at, mask = rows_from(start, sample, channel, channels, channels, positions, LAST, ROWS)
-        difference = tl.where(mask, load(input + at, mask) - shift[None, :], 0.0)
+        offsets, mask = block_offsets(start, sample, channel, channels, channels, positions, CHANNELS_LAST, ROWS)
+        difference = tl.where(mask, load(input + offsets, mask) - shift[None, :], 0.0)
         total += difference
         squares = tl.fma(difference, difference, squares)
-    total_of_rows = tl.sum(total, axis=0)
-    deviations = tl.sum(squares, axis=0) - total_of_rows * (total_of_rows / (end - first).to(tl.float32))
+    channel_total = tl.sum(total, axis=0)
+    squared_deviations = tl.sum(squares, axis=0) - channel_total * (channel_total / (end - first).to(tl.float32))
     slot = ((sample * splits + split) * channels + channel) * 3
-    tl.store(slots + slot, shift, mask=channel < channels)
-    tl.store(slots + slot + 1, total_of_rows, mask=channel < channels)
-    tl.store(slots + slot + 2, tl.where(deviations < 0.0, 0.0, deviations), mask=channel < channels)
+    tl.store(partial_moments + slot, shift, mask=channel < channels)
+    tl.store(partial_moments + slot + 1, channel_total, mask=channel < channels)
+    # Rounding can make the difference negative. The comparison keeps NaN.
+    tl.store(partial_moments + slot + 2, tl.where(squared_deviations < 0.0, 0.0, squared_deviations), mask=channel < channels)
 
 
-@triton.jit
-def load_moments(slots, index, mask, first, channels, positions, piece, splits, width):
-    """(elements, mean, squared deviations) of the pieces' channels ``index`` of a group, in float64."""
-    split = index // width
-    slot = slots + (first + split.to(tl.int64) * channels + index % width) * 3
-    elements = tl.minimum(positions - split.to(tl.int64) * piece, piece).to(tl.float64)
-    shift, total = tl.load(slot, mask=mask, other=0.0).to(tl.float64), tl.load(slot + 1, mask=mask, other=0.0).to(tl.float64)
-    mean = shift + total / elements
-    return tl.where(mask, elements, 0.0), tl.where(mask, mean, 0.0), tl.load(slot + 2, mask=mask, other=0.0).to(tl.float64)
-
-
-@triton.jit(do_not_specialize=["piece", "splits"])
+@triton.jit(do_not_specialize=["split_positions", "splits"])
 def group_norm_combine_moments_kernel(
-    slots, mean, rstd, channels, positions, piece, splits, groups, width, eps, BLOCK: tl.constexpr
+    partial_moments, mean, rstd, channels, positions, split_positions, splits, groups, width, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Mean and 1 / standard deviation of each group from those of its pieces. Grid: (batch * groups,)."""
-    program, sample, group = this_group(groups)
+    """Each program combines the partial moments of one group, first into the mean, then with it into rstd. Grid: (batch * groups,)."""
+    program, sample, group = program_group(groups)
     first = sample * splits * channels + group * width
     count, size = splits * width, tl.cast(positions, tl.float64) * width
     total, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        elements, means, _ = load_moments(slots, index, index < count, first, channels, positions, piece, splits, width)
+        elements, means, _ = load_moments(partial_moments, index, index < count, first, channels, positions, split_positions, splits, width)
         total += elements * means
     group_mean = tl.sum(total, axis=0) / size
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        elements, means, deviations = load_moments(slots, index, index < count, first, channels, positions, piece, splits, width)
+        elements, means, deviations = load_moments(
+            partial_moments, index, index < count, first, channels, positions, split_positions, splits, width
+        )
         squares += deviations + elements * (means - group_mean) * (means - group_mean)
     tl.store(mean + program, group_mean)
     tl.store(rstd + program, 1.0 / tl.sqrt(tl.sum(squares, axis=0) / size + eps))
 
 
-@triton.jit(do_not_specialize=["piece", "tiles", "splits"])
+@triton.jit(do_not_specialize=["split_positions", "tiles", "splits"])
 def group_norm_forward_kernel(
-    input, output, mean, rstd, weight, bias, channels, positions, piece, tiles, splits, groups, width,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    input, output, mean, rstd, weight, bias, channels, positions, split_positions, tiles, splits, groups, width,
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The output from the statistics. Grid: (tiles * splits * batch,)."""
-    sample, _, first_channel, first, end = this_piece(positions, piece, tiles, splits, ROWS, COLUMNS)
+    """Each program normalises a tile of channels over a split of the positions. Grid: (tiles * splits * batch,)."""
+    sample, _, first_channel, first, end = program_split(positions, split_positions, tiles, splits, ROWS, COLUMNS)
     channel = first_channel + tl.arange(0, COLUMNS)
     group = sample * groups + channel.to(tl.int32) // width
     centre, scale, offset = load_affine((mean, rstd), (weight, bias), group, channel, channel < channels)
     for start in range(first, end, ROWS):
-        at, mask = rows_from(start, sample, channel, channels, channels, positions, LAST, ROWS)
-        u = (load(input + at, mask) - centre[None, :]) * scale[None, :] + offset[None, :]
-        tl.store(output + at, activate(u, ACTIVATION), mask=mask)
+        offsets, mask = block_offsets(start, sample, channel, channels, channels, positions, CHANNELS_LAST, ROWS)
+        u = (load(input + offsets, mask) - centre[None, :]) * scale[None, :] + offset[None, :]
+        tl.store(output + offsets, activate(u, ACTIVATION), mask=mask)
 
 
 @triton.jit
 def group_norm_forward_group_kernel(
     input, output, mean, rstd, weight, bias, channels, positions, groups, eps,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Statistics and output of a group that fits on chip. Grid: (batch * groups,)."""
-    program, sample, group = this_group(groups)
+    """Each program computes the moments and the output of one group, which it keeps on chip. Grid: (batch * groups,)."""
+    program, sample, group = program_group(groups)
     channel, end_channel = group * WIDTH + tl.arange(0, COLUMNS), (group + 1) * WIDTH
-    at, mask = rows_from(0, sample, channel, end_channel, channels, positions, LAST, ROWS)
-    values = load(input + at, mask)
+    offsets, mask = block_offsets(0, sample, channel, end_channel, channels, positions, CHANNELS_LAST, ROWS)
+    values = load(input + offsets, mask)
     size = tl.cast(positions, tl.float32) * WIDTH
     centre = tl.sum(values) / size
     difference = tl.where(mask, values - centre, 0.0)
-    # What rounding lost of the mean.
+    # `centre` is the mean with the rounding error of a float32 sum; the mean of the differences corrects that.
     rest = tl.sum(difference) / size
     deviation = tl.where(mask, difference - rest, 0.0)
     group_rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation) / size + eps)
@@ -245,133 +151,133 @@ def group_norm_forward_group_kernel(
     tl.store(rstd + program, group_rstd.to(tl.float64))
     w, b = load_parameter(weight, channel, channel < end_channel, 1.0), load_parameter(bias, channel, channel < end_channel, 0.0)
     u = deviation * (group_rstd * w)[None, :] + b[None, :]
-    tl.store(output + at, activate(u, ACTIVATION), mask=mask)
+    tl.store(output + offsets, activate(u, ACTIVATION), mask=mask)
 
 
-@triton.jit(do_not_specialize=["piece", "tiles", "splits"])
+@triton.jit(do_not_specialize=["split_positions", "tiles", "splits"])
 def group_norm_gradient_sums_kernel(
-    grad_output, input, slots, mean, rstd, weight, bias, channels, positions, piece, tiles, splits, groups, width,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad_output, input, partial_sums, mean, rstd, weight, bias, channels, positions, split_positions, tiles, splits, groups, width,
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel in each piece the sums of du and of du * (x - centre). Grid: (tiles * splits * batch,)."""
-    sample, split, first_channel, first, end = this_piece(positions, piece, tiles, splits, ROWS, COLUMNS)
+    """Each program sums du and du * (x - centre) of a tile of channels over a split. Grid: (tiles * splits * batch,)."""
+    sample, split, first_channel, first, end = program_split(positions, split_positions, tiles, splits, ROWS, COLUMNS)
     channel = first_channel + tl.arange(0, COLUMNS)
     group = sample * groups + channel.to(tl.int32) // width
     affine = load_affine((mean, rstd), (weight, bias), group, channel, channel < channels)
-    plain, weighted = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum_du, sum_du_x = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(first, end, ROWS):
-        at, mask = rows_from(start, sample, channel, channels, channels, positions, LAST, ROWS)
-        difference, du = load_gradients(input, grad_output, at, mask, affine, ACTIVATION)
+        offsets, mask = block_offsets(start, sample, channel, channels, channels, positions, CHANNELS_LAST, ROWS)
+        difference, du = load_gradients(input, grad_output, offsets, mask, affine, ACTIVATION)
         du = tl.where(mask, du, 0.0)
-        plain += du
-        weighted = tl.fma(du, difference, weighted)
+        sum_du += du
+        sum_du_x = tl.fma(du, difference, sum_du_x)
     slot = ((sample * splits + split) * channels + channel) * 2
-    tl.store(slots + slot, tl.sum(plain, axis=0), mask=channel < channels)
-    tl.store(slots + slot + 1, tl.sum(weighted, axis=0), mask=channel < channels)
+    tl.store(partial_sums + slot, tl.sum(sum_du, axis=0), mask=channel < channels)
+    tl.store(partial_sums + slot + 1, tl.sum(sum_du_x, axis=0), mask=channel < channels)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def group_norm_combine_gradients_kernel(
-    slots, mean, rstd, weight, through, sums, channels, positions, splits, groups, width, COLUMNS: tl.constexpr,
+    partial_sums, mean, rstd, weight, statistics_gradient, sample_sums, channels, positions, splits, groups, width, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What comes through the statistics of each group (slope and constant), and for each channel of a sample, where ``sums`` is not None,
-    those of du times the normalised input and of du. Grid: (batch * groups,)."""
-    program, sample, group = this_group(groups)
+    """Each program adds the partial sums of one group, and computes its slope and intercept. Grid: (batch * groups,)."""
+    program, sample, group = program_group(groups)
     column = tl.arange(0, COLUMNS)
     channel, mask = group * width + column, column < width
-    plain, weighted = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
+    sum_du, sum_du_x = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
     for split in range(splits):
-        slot = slots + ((sample * splits + split) * channels + channel) * 2
-        plain += tl.load(slot, mask=mask, other=0.0).to(tl.float64)
-        weighted += tl.load(slot + 1, mask=mask, other=0.0).to(tl.float64)
+        slot = partial_sums + ((sample * splits + split) * channels + channel) * 2
+        sum_du += tl.load(slot, mask=mask, other=0.0).to(tl.float64)
+        sum_du_x += tl.load(slot + 1, mask=mask, other=0.0).to(tl.float64)
     group_rstd = tl.load(rstd + program)
-    _, rest = in_two(tl.load(mean + program))
-    normal = group_rstd * (weighted - rest.to(tl.float64) * plain)
-    if sums is not None:
-        of_sample = (sample * channels + channel) * 2
-        tl.store(sums + of_sample, normal, mask=mask)
-        tl.store(sums + of_sample + 1, plain, mask=mask)
+    _, rest = two_floats(tl.load(mean + program))
+    sum_du_xhat = group_rstd * (sum_du_x - rest.to(tl.float64) * sum_du)
+    if sample_sums is not None:
+        sample_slot = (sample * channels + channel) * 2
+        tl.store(sample_sums + sample_slot, sum_du_xhat, mask=mask)
+        tl.store(sample_sums + sample_slot + 1, sum_du, mask=mask)
     w = load_parameter(weight, channel, mask, 1.0).to(tl.float64)
     size = tl.cast(positions, tl.float64) * width
-    slope = -group_rstd * group_rstd * tl.sum(w * normal, axis=0) / size
-    constant = -group_rstd * tl.sum(w * plain, axis=0) / size - rest.to(tl.float64) * slope
-    tl.store(through + program * 2, slope.to(tl.float32))
-    tl.store(through + program * 2 + 1, constant.to(tl.float32))
+    slope = -group_rstd * group_rstd * tl.sum(w * sum_du_xhat, axis=0) / size
+    intercept = -group_rstd * tl.sum(w * sum_du, axis=0) / size - rest.to(tl.float64) * slope
+    tl.store(statistics_gradient + program * 2, slope.to(tl.float32))
+    tl.store(statistics_gradient + program * 2 + 1, intercept.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["batch"])
-def group_norm_parameter_gradients_kernel(sums, grad_weight, grad_bias, batch, channels, COLUMNS: tl.constexpr):
-    """The gradients of weight and bias, summed over the batch, where they are not None. Grid: (channels / COLUMNS,)."""
+def group_norm_parameter_gradients_kernel(sample_sums, grad_weight, grad_bias, batch, channels, COLUMNS: tl.constexpr):
+    """Each program sums COLUMNS channels over the batch; grad_weight and grad_bias may be None. Grid: (channels / COLUMNS,)."""
     channel = tl.cast(tl.program_id(0), tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = channel < channels
-    normal, plain = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
+    sum_du_xhat, sum_du = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
     for sample in range(batch):
-        of_sample = sums + (tl.cast(sample, tl.int64) * channels + channel) * 2
-        normal += tl.load(of_sample, mask=mask, other=0.0)
-        plain += tl.load(of_sample + 1, mask=mask, other=0.0)
+        sample_slot = sample_sums + (tl.cast(sample, tl.int64) * channels + channel) * 2
+        sum_du_xhat += tl.load(sample_slot, mask=mask, other=0.0)
+        sum_du += tl.load(sample_slot + 1, mask=mask, other=0.0)
     if grad_weight is not None:
-        tl.store(grad_weight + channel, normal.to(tl.float32), mask=mask)
+        tl.store(grad_weight + channel, sum_du_xhat.to(tl.float32), mask=mask)
     if grad_bias is not None:
-        tl.store(grad_bias + channel, plain.to(tl.float32), mask=mask)
+        tl.store(grad_bias + channel, sum_du.to(tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["piece", "tiles", "splits"])
+@triton.jit(do_not_specialize=["split_positions", "tiles", "splits"])
 def group_norm_backward_kernel(
-    grad_output, input, grad_input, mean, rstd, weight, bias, through, channels, positions, piece, tiles, splits, groups, width,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad_output, input, grad_input, mean, rstd, weight, bias, statistics_gradient,
+    channels, positions, split_positions, tiles, splits, groups, width,
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the input. Grid: (tiles * splits * batch,)."""
-    sample, _, first_channel, first, end = this_piece(positions, piece, tiles, splits, ROWS, COLUMNS)
+    """Each program computes grad_input of a tile of channels over a split. Grid: (tiles * splits * batch,)."""
+    sample, _, first_channel, first, end = program_split(positions, split_positions, tiles, splits, ROWS, COLUMNS)
     channel = first_channel + tl.arange(0, COLUMNS)
     group = sample * groups + channel.to(tl.int32) // width
     affine = load_affine((mean, rstd), (weight, bias), group, channel, channel < channels)
-    slope = tl.load(through + group * 2, mask=channel < channels, other=0.0)
-    constant = tl.load(through + group * 2 + 1, mask=channel < channels, other=0.0)
+    slope = tl.load(statistics_gradient + group * 2, mask=channel < channels, other=0.0)
+    intercept = tl.load(statistics_gradient + group * 2 + 1, mask=channel < channels, other=0.0)
     for start in range(first, end, ROWS):
-        at, mask = rows_from(start, sample, channel, channels, channels, positions, LAST, ROWS)
-        difference, du = load_gradients(input, grad_output, at, mask, affine, ACTIVATION)
-        gradient = du * affine[1][None, :] + (difference * slope[None, :] + constant[None, :])
-        tl.store(grad_input + at, gradient, mask=mask)
+        offsets, mask = block_offsets(start, sample, channel, channels, channels, positions, CHANNELS_LAST, ROWS)
+        difference, du = load_gradients(input, grad_output, offsets, mask, affine, ACTIVATION)
+        gradient = du * affine[1][None, :] + (difference * slope[None, :] + intercept[None, :])
+        tl.store(grad_input + offsets, gradient, mask=mask)
 
 
 @triton.jit
 def group_norm_backward_group_kernel(
-    grad_output, input, grad_input, mean, rstd, weight, bias, sums, channels, positions, groups,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    grad_output, input, grad_input, mean, rstd, weight, bias, sample_sums, channels, positions, groups,
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the input and, where ``sums`` is not None, the sums of a group that fits on chip. Grid: (batch * groups,)."""
-    program, sample, group = this_group(groups)
+    """Each program computes grad_input and the sums of one group, which it keeps on chip. Grid: (batch * groups,)."""
+    program, sample, group = program_group(groups)
     channel, end_channel = group * WIDTH + tl.arange(0, COLUMNS), (group + 1) * WIDTH
-    at, mask = rows_from(0, sample, channel, end_channel, channels, positions, LAST, ROWS)
-    centre, rest = in_two(tl.load(mean + program))
+    offsets, mask = block_offsets(0, sample, channel, end_channel, channels, positions, CHANNELS_LAST, ROWS)
+    centre, rest = two_floats(tl.load(mean + program))
     group_rstd = tl.load(rstd + program).to(tl.float32)
-    normal = tl.where(mask, ((load(input + at, mask) - centre) - rest) * group_rstd, 0.0)
+    xhat = tl.where(mask, ((load(input + offsets, mask) - centre) - rest) * group_rstd, 0.0)
     w, b = load_parameter(weight, channel, channel < end_channel, 1.0), load_parameter(bias, channel, channel < end_channel, 0.0)
-    du = gradient_of_affine(normal * w[None, :] + b[None, :], load(grad_output + at, mask), ACTIVATION)
+    du = differentiate(xhat * w[None, :] + b[None, :], load(grad_output + offsets, mask), ACTIVATION)
     du = tl.where(mask, du, 0.0)
-    plain, weighted = tl.sum(du, axis=0), tl.sum(du * normal, axis=0)
-    if sums is not None:
-        of_sample = (sample * channels + channel) * 2
-        tl.store(sums + of_sample, weighted.to(tl.float64), mask=channel < end_channel)
-        tl.store(sums + of_sample + 1, plain.to(tl.float64), mask=channel < end_channel)
+    sum_du, sum_du_xhat = tl.sum(du, axis=0), tl.sum(du * xhat, axis=0)
+    if sample_sums is not None:
+        sample_slot = (sample * channels + channel) * 2
+        tl.store(sample_sums + sample_slot, sum_du_xhat.to(tl.float64), mask=channel < end_channel)
+        tl.store(sample_sums + sample_slot + 1, sum_du.to(tl.float64), mask=channel < end_channel)
     size = tl.cast(positions, tl.float32) * WIDTH
-    common, projection = tl.sum(w * plain) / size, tl.sum(w * weighted) / size
-    gradient = group_rstd * (du * w[None, :] - common - normal * projection)
-    tl.store(grad_input + at, gradient, mask=mask)
+    mean_wdu, mean_wdu_xhat = tl.sum(w * sum_du) / size, tl.sum(w * sum_du_xhat) / size
+    gradient = group_rstd * (du * w[None, :] - mean_wdu - xhat * mean_wdu_xhat)
+    tl.store(grad_input + offsets, gradient, mask=mask)
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """A call's tensors as the kernels take them."""
+class _GroupNormCall:
+    """The input of a call, contiguous or channels-last, with its sizes and the options of its kernels."""
 
     input: torch.Tensor
     groups: int
-    last: bool
+    channels_last: bool
 
     @classmethod
     def of(cls, input, groups):
-        last = channels_are_last(input)
-        return cls(input if last else input.contiguous(), groups, last)
+        channels_last = channels_are_last(input)
+        return cls(input if channels_last else input.contiguous(), groups, channels_last)
 
     @property
     def batch(self) -> int:
@@ -391,96 +297,100 @@ class _Problem:
 
     @property
     def on_chip(self) -> bool:
-        return fits_on_chip(self.width, self.positions, self.last, self.input.element_size())
+        return fits_on_chip(self.width, self.positions, self.channels_last, self.input.element_size())
 
-    def alike(self, tensor):
-        """``tensor`` in the layout of the input."""
-        fits = tensor.movedim(1, -1).is_contiguous() if self.last else tensor.is_contiguous()
+    def in_same_layout(self, tensor):
+        """``tensor`` in the layout of the input, copied only where it has another one."""
+        fits = tensor.movedim(1, -1).is_contiguous() if self.channels_last else tensor.is_contiguous()
         return tensor if fits else empty_in_layout(self.input).copy_(tensor)
 
-    def group_block(self) -> dict:
-        """The options of the kernels that hold a group."""
+    def group_options(self) -> dict:
+        """The options of the kernels that keep a group on chip."""
         rows, columns = triton.next_power_of_2(self.positions), triton.next_power_of_2(self.width)
-        return {"LAST": self.last, "ROWS": rows, "COLUMNS": columns, "WIDTH": self.width, **_launch.OPTIONS}
+        return {"CHANNELS_LAST": self.channels_last, "ROWS": rows, "COLUMNS": columns, "WIDTH": self.width, **_launch.OPTIONS}
 
     def blocks(self):
+        """The partition, the grid and the options of the kernels that read groups in splits."""
         machine = _device.machine(self.input.device)
-        config = blocks(self.batch, self.channels, self.positions, self.last, self.input.element_size(), machine)
+        config = blocks(self.batch, self.channels, self.positions, self.channels_last, self.input.element_size(), machine)
         grid = (config.tiles * config.splits * self.batch,)
-        return config, grid, {"LAST": self.last, "ROWS": config.rows, "COLUMNS": config.columns, **_launch.OPTIONS}
+        return config, grid, {"CHANNELS_LAST": self.channels_last, "ROWS": config.rows, "COLUMNS": config.columns, **_launch.OPTIONS}
 
 
 @_device.implements("group_norm_forward")
 def _forward(input, num_groups, weight, bias, eps, activation):
-    problem = _Problem.of(input, num_groups)
+    call = _GroupNormCall.of(input, num_groups)
     output = empty_in_layout(input)
-    mean, rstd = (input.new_empty((problem.batch, num_groups), dtype=torch.float64) for _ in range(2))
+    mean, rstd = (input.new_empty((call.batch, num_groups), dtype=torch.float64) for _ in range(2))
     if input.numel() == 0:
         return output, mean.zero_(), rstd.fill_(0.0 if eps == 0 else eps**-0.5)
     parameters = tuple(t if t is None else t.contiguous() for t in (weight, bias))
-    sizes = problem.channels, problem.positions
+    sizes = call.channels, call.positions
     with _device.on(input.device):
-        if problem.on_chip:
-            group_norm_forward_group_kernel[(problem.batch * num_groups,)](
-                problem.input, output, mean, rstd, *parameters, *sizes, num_groups, eps,
-                ACTIVATION=activation, **problem.group_block(),
+        if call.on_chip:
+            group_norm_forward_group_kernel[(call.batch * num_groups,)](
+                call.input, output, mean, rstd, *parameters, *sizes, num_groups, eps,
+                ACTIVATION=activation, **call.group_options(),
             )  # fmt: skip
             return output, mean, rstd
-        config, grid, options = problem.blocks()
-        slots = input.new_empty((problem.batch * config.splits * problem.channels * 3,), dtype=torch.float32)
-        group_norm_moments_kernel[grid](problem.input, slots, *sizes, config.piece, config.tiles, config.splits, **options)
-        group_norm_combine_moments_kernel[(problem.batch * num_groups,)](
-            slots, mean, rstd, *sizes, config.piece, config.splits, num_groups, problem.width, eps, BLOCK=PIECES, **_launch.OPTIONS
-        )
-        group_norm_forward_kernel[grid](
-            problem.input, output, mean, rstd, *parameters, *sizes, config.piece, config.tiles, config.splits, num_groups, problem.width,
-            ACTIVATION=activation, **options,
+        config, grid, options = call.blocks()
+        partition = config.split_positions, config.tiles, config.splits
+        partial_moments = input.new_empty((call.batch * config.splits * call.channels * 3,), dtype=torch.float32)
+        group_norm_moments_kernel[grid](call.input, partial_moments, *sizes, *partition, **options)
+        group_norm_combine_moments_kernel[(call.batch * num_groups,)](
+            partial_moments, mean, rstd, *sizes, config.split_positions, config.splits, num_groups, call.width, eps,
+            BLOCK=PARTIALS, **_launch.OPTIONS,
         )  # fmt: skip
+        group_norm_forward_kernel[grid](
+            call.input, output, mean, rstd, *parameters, *sizes, *partition, num_groups, call.width, ACTIVATION=activation, **options
+        )
     return output, mean, rstd
 
 
 @_device.implements("group_norm_backward")
 def _backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation):
-    problem = _Problem.of(input, num_groups)
+    call = _GroupNormCall.of(input, num_groups)
     grad_input = empty_in_layout(input)
     grad_weight, grad_bias = (input.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (weight, bias))
     if input.numel() == 0:
         return grad_input, grad_weight.zero_(), grad_bias.zero_()
-    grad_output = problem.alike(grad_output)
+    grad_output = call.in_same_layout(grad_output)
     parameters = tuple(t if t is None else t.contiguous() for t in (weight, bias))
-    learns = weight is not None or bias is not None
-    sums = input.new_empty((problem.batch * problem.channels * 2,), dtype=torch.float64) if learns else None
-    sizes = problem.channels, problem.positions
+    has_parameters = weight is not None or bias is not None
+    sample_sums = input.new_empty((call.batch * call.channels * 2,), dtype=torch.float64) if has_parameters else None
+    sizes = call.channels, call.positions
     with _device.on(input.device):
-        if problem.on_chip:
-            group_norm_backward_group_kernel[(problem.batch * num_groups,)](
-                grad_output, problem.input, grad_input, mean, rstd, *parameters, sums, *sizes, num_groups,
-                ACTIVATION=activation, **problem.group_block(),
+        if call.on_chip:
+            group_norm_backward_group_kernel[(call.batch * num_groups,)](
+                grad_output, call.input, grad_input, mean, rstd, *parameters, sample_sums, *sizes, num_groups,
+                ACTIVATION=activation, **call.group_options(),
             )  # fmt: skip
         else:
-            _backward_in_pieces(problem, grad_output, grad_input, mean, rstd, parameters, sums, activation)
-        if learns:
+            _backward_in_splits(call, grad_output, grad_input, mean, rstd, parameters, sample_sums, activation)
+        if has_parameters:
             columns = 128
-            group_norm_parameter_gradients_kernel[(triton.cdiv(problem.channels, columns),)](
-                sums, None if weight is None else grad_weight, None if bias is None else grad_bias, problem.batch, problem.channels,
+            group_norm_parameter_gradients_kernel[(triton.cdiv(call.channels, columns),)](
+                sample_sums, None if weight is None else grad_weight, None if bias is None else grad_bias, call.batch, call.channels,
                 COLUMNS=columns, **_launch.OPTIONS,
             )  # fmt: skip
     return grad_input, grad_weight, grad_bias
 
 
-def _backward_in_pieces(problem, grad_output, grad_input, mean, rstd, parameters, sums, activation):
-    config, grid, options = problem.blocks()
-    sizes = problem.channels, problem.positions
-    layout = config.piece, config.tiles, config.splits, problem.groups, problem.width
-    slots = grad_input.new_empty((problem.batch * config.splits * problem.channels * 2,), dtype=torch.float32)
-    through = grad_input.new_empty((problem.batch * problem.groups * 2,), dtype=torch.float32)
+def _backward_in_splits(call, grad_output, grad_input, mean, rstd, parameters, sample_sums, activation):
+    """Launches the three kernels for groups that do not fit on chip."""
+    config, grid, options = call.blocks()
+    sizes = call.channels, call.positions
+    partition = config.split_positions, config.tiles, config.splits, call.groups, call.width
+    partial_sums = grad_input.new_empty((call.batch * config.splits * call.channels * 2,), dtype=torch.float32)
+    statistics_gradient = grad_input.new_empty((call.batch * call.groups * 2,), dtype=torch.float32)
     group_norm_gradient_sums_kernel[grid](
-        grad_output, problem.input, slots, mean, rstd, *parameters, *sizes, *layout, ACTIVATION=activation, **options
+        grad_output, call.input, partial_sums, mean, rstd, *parameters, *sizes, *partition, ACTIVATION=activation, **options
     )
-    group_norm_combine_gradients_kernel[(problem.batch * problem.groups,)](
-        slots, mean, rstd, parameters[0], through, sums, *sizes, config.splits, problem.groups, problem.width,
-        COLUMNS=triton.next_power_of_2(problem.width), **_launch.OPTIONS,
+    group_norm_combine_gradients_kernel[(call.batch * call.groups,)](
+        partial_sums, mean, rstd, parameters[0], statistics_gradient, sample_sums, *sizes, config.splits, call.groups, call.width,
+        COLUMNS=triton.next_power_of_2(call.width), **_launch.OPTIONS,
     )  # fmt: skip
     group_norm_backward_kernel[grid](
-        grad_output, problem.input, grad_input, mean, rstd, *parameters, through, *sizes, *layout, ACTIVATION=activation, **options
-    )
+        grad_output, call.input, grad_input, mean, rstd, *parameters, statistics_gradient, *sizes, *partition,
+        ACTIVATION=activation, **options,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvae._ops import REDUCTIONS, reduced_shape
 from fastvae.kernels import _device, _launch
-from fastvae.kernels._index import at, common_gradient, divide, first_chunk, incoming_gradient, inside, locate, only
+from fastvae.kernels._index import at, common_gradient, divide, first_chunk, incoming_gradient, inside, locate, zero_outside
 from fastvae.kernels._layout import matrix_rows, shared_rows
 from fastvae.kernels._philox import LANES, STREAMS, TILE, draw_words, normal, zero_laid_out_like
 from fastvae.kernels._reduce import is_last, store_row_sums, sum_programs, sum_slots
@@ -155,7 +155,7 @@ def forward_tiles(
                 q = clamp(load_stream(prior_logvar, places[j], strides[3], start, n, j, MASKED, TILES), limits)
                 elements = kl_prior(x, y, p, q)
             if TOTAL:
-                total += only(elements, mask)
+                total += zero_outside(elements, mask)
             elif sample == 0:
                 tl.store(kl + start + offset, elements, mask=mask)
     return total

@@ -1,125 +1,34 @@
-"""Reconstruction losses on a GPU: one pass that reads input and target and writes, where one number will scale it, the gradient too."""
+"""Reconstruction losses on a GPU. Where the reduction is to a scalar, the forward kernel writes the loss and its gradient in one pass over
+input and target.
+
+==============================  ==================  =====================================================  ===============================
+kernel                          grid                reads                                                  writes
+==============================  ==================  =====================================================  ===============================
+reconstruction_forward_kernel   (programs,)         input, target, weight, pos_weight, logvar              loss, grad_input, grad_logvar
+reconstruction_rows_kernel      (groups, splits)    input, target, weight, pos_weight, logvar              loss of each row
+reconstruction_backward_kernel  (programs,)         the same, grad_output                                  grad_input, grad_target,
+                                                                                                           grad_logvar
+reconstruction_rescale_kernel   (programs,)         a gradient, grad_output                                the gradient, rescaled
+==============================  ==================  =====================================================  ===============================
+
+input, target and their gradients are (batch, ...), contiguous, of ``n`` elements, each in its dtype; a uint8 target stands for values in
+[0, 1]. weight, pos_weight and logvar are broadcast operands: a pointer with ``inner`` and ``period``, see
+:func:`fastvae.kernels._layout.shared_operand`. A pointer is None where its tensor is absent or not requested. ``slots`` are float32 partial
+sums of the programs, and ``ticket`` is their ticket counter, see _reduce.py.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae._ops import LIKELIHOODS, REDUCTIONS, reduced_shape
+from fastvae._ops import REDUCTIONS, reduced_shape
 from fastvae.kernels import _device, _launch
-from fastvae.kernels._index import common_gradient, divide, first_chunk, incoming_gradient, inside, only
+from fastvae.kernels._index import common_gradient, first_chunk, incoming_gradient, inside, zero_outside
 from fastvae.kernels._layout import shared_operand
-from fastvae.kernels._math import log1p_unit
+from fastvae.kernels._reconstruction import load_terms
 from fastvae.kernels._reduce import is_last, store_row_sums, sum_programs
 from fastvae.reference._reduce import reduction_scale
-
-BCE_WITH_LOGITS, BCE = tl.constexpr(LIKELIHOODS["bce_with_logits"]), tl.constexpr(LIKELIHOODS["bce"])
-MSE = tl.constexpr(LIKELIHOODS["mse"])
-
-
-@triton.jit
-def bce_with_logits(x, t):
-    e = tl.exp(-tl.abs(x))
-    r = 1.0 / (1.0 + e)
-    sigmoid = tl.where(x < 0, e * r, r)
-    hinge = tl.where(-x > 0, -x, 0.0)
-    return tl.fma(1.0 - t, x, hinge + log1p_unit(e)), sigmoid - t, -x, 0.0
-
-
-@triton.jit
-def weighted_bce_with_logits(x, t, pos_weight):
-    e = tl.exp(-tl.abs(x))
-    r = 1.0 / (1.0 + e)
-    # sigmoid(-x) and softplus(-x).
-    complement = tl.where(x < 0, r, e * r)
-    softplus = tl.where(-x > 0, -x, 0.0) + log1p_unit(e)
-    excess = pos_weight - 1.0
-    factor = 1.0 + excess * t
-    return (1.0 - t) * x + factor * softplus, (1.0 - t) - factor * complement, excess * softplus - x, 0.0
-
-
-@triton.jit
-def floor_log(value):
-    return tl.where(value < -100.0, -100.0, value)
-
-
-@triton.jit
-def bce(x, t):
-    complement = 1.0 - x
-    product = complement * x
-    # torch's floor.
-    floored = tl.where(product < 1e-12, 1e-12, product)
-    # What rounding 1 - x lost comes back, to first order.
-    lost = (1.0 - complement) - x
-    log_one, log_zero = floor_log(tl.log(x)), floor_log(tl.log(complement) + lost)
-    return -(t * log_one + (1.0 - t) * log_zero), (x - t) / floored, log_zero - log_one, 0.0
-
-
-@triton.jit
-def squared_error(x, t):
-    difference = x - t
-    return difference * difference, 2.0 * difference, -2.0 * difference, 0.0
-
-
-@triton.jit
-def gaussian(x, t, logvar):
-    difference = x - t
-    scaled = difference * tl.exp(-logvar)
-    square = difference * scaled
-    return 0.5 * (1.8378770664093453 + logvar + square), scaled, -scaled, 0.5 * (1.0 - square)
-
-
-@triton.jit
-def loss_terms(x, t, weight, pos_weight, logvar, LIKELIHOOD: tl.constexpr):
-    """The loss of each element and its gradients with respect to input, target and logvar, of which the compiler drops the unused."""
-    if LIKELIHOOD == BCE_WITH_LOGITS:
-        terms = bce_with_logits(x, t) if pos_weight is None else weighted_bce_with_logits(x, t, pos_weight)
-    elif LIKELIHOOD == BCE:
-        terms = bce(x, t)
-    elif LIKELIHOOD == MSE:
-        terms = squared_error(x, t)
-    else:
-        terms = gaussian(x, t, logvar)
-    if weight is None:
-        return terms
-    else:
-        return terms[0] * weight, terms[1] * weight, terms[2] * weight, terms[3] * weight
-
-
-@triton.jit
-def load_target(pointers, mask):
-    """In float32; an 8-bit image in [0, 1]."""
-    values = tl.load(pointers, mask=mask)
-    if values.dtype == tl.uint8:
-        return values.to(tl.float32) * (1.0 / 255.0)
-    else:
-        return values.to(tl.float32)
-
-
-@triton.jit
-def load_shared(operand, start, offset, mask, BOUND: tl.constexpr):
-    """A broadcast operand in float32, see :func:`fastvae.kernels._layout.shared_operand`; None without one."""
-    pointer, inner, period = operand
-    if pointer is not None:
-        if inner is None:
-            return tl.load(pointer + start + offset, mask=mask).to(tl.float32)
-        elif period is None:
-            return tl.load(pointer).to(tl.float32)
-        else:
-            first, added, _ = divide(start, offset, inner, BOUND)
-            _, _, index = divide(first, added, period, BOUND)
-            return tl.load(pointer + index, mask=mask).to(tl.float32)
-
-
-@triton.jit
-def load_terms(operands, start, offset, mask, LIKELIHOOD: tl.constexpr, BOUND: tl.constexpr):
-    """:func:`loss_terms` of the elements ``start + offset``."""
-    input, target, weight, pos_weight, logvar = operands
-    x, t = tl.load(input + start + offset, mask=mask).to(tl.float32), load_target(target + start + offset, mask)
-    w = load_shared(weight, start, offset, mask, BOUND)
-    p = load_shared(pos_weight, start, offset, mask, BOUND)
-    v = load_shared(logvar, start, offset, mask, BOUND)
-    return loss_terms(x, t, w, p, v, LIKELIHOOD)
 
 
 @triton.jit
@@ -127,7 +36,8 @@ def forward_block(
     operands, outputs, start, n, grad_scale,
     LIKELIHOOD: tl.constexpr, TOTAL: tl.constexpr, TOTAL_LOGVAR: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes what is written elementwise; returns the losses and the gradients of logvar that are to be summed."""
+    """Writes the elementwise results of one block, and returns the losses and the gradients of logvar, which the kernel sums with TOTAL and
+    TOTAL_LOGVAR."""
     loss, grad_input, grad_logvar = outputs
     offset = tl.arange(0, BLOCK)
     mask = inside(offset, n - start, MASKED)
@@ -138,7 +48,7 @@ def forward_block(
         tl.store(grad_input + start + offset, terms[1] * grad_scale, mask=mask)
     if grad_logvar is not None and not TOTAL_LOGVAR:
         tl.store(grad_logvar + start + offset, terms[3] * grad_scale, mask=mask)
-    return only(terms[0], mask), only(terms[3] + tl.zeros([BLOCK], tl.float32), mask)
+    return zero_outside(terms[0], mask), zero_outside(terms[3] + tl.zeros([BLOCK], tl.float32), mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -147,8 +57,11 @@ def reconstruction_forward_kernel(
     logvar, logvar_inner, logvar_period, loss, grad_input, grad_logvar, slots, ticket, n, scale, grad_scale,
     LIKELIHOOD: tl.constexpr, TOTAL: tl.constexpr, TOTAL_LOGVAR: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The loss, elementwise or, with TOTAL, summed, and, where they are not None, the gradients of that sum times ``grad_scale``: those of
-    input and logvar, the latter summed where one logvar serves all elements. Grid: (programs,)."""
+    """Each program handles blocks of BLOCK elements in turn, then chunks of CHUNK elements of the rest. Grid: (programs,).
+
+    ``loss`` is elementwise, or with TOTAL the sum times ``scale``. ``grad_input`` and ``grad_logvar`` are the gradients of the sum times
+    ``grad_scale``. With TOTAL_LOGVAR one log variance serves all elements, and its gradient is summed. ``slots`` are (2, programs).
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     weights = (weight, weight_inner, weight_period), (pos_weight, pos_weight_inner, pos_weight_period)
     operands = (input, target, weights[0], weights[1], (logvar, logvar_inner, logvar_period))
@@ -182,7 +95,10 @@ def reconstruction_rows_kernel(
     logvar, logvar_inner, logvar_period, loss, slots, ticket, rows, columns,
     LIKELIHOOD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The loss of each row. Grid: (groups, splits)."""
+    """Each program sums the losses of ROWS rows over one split of the columns; a row is a sample. Grid: (groups, splits).
+
+    With SPLIT there are several splits, whose partial sums go to ``slots``, (splits, rows).
+    """
     weights = (weight, weight_inner, weight_period), (pos_weight, pos_weight_inner, pos_weight_period)
     operands = (input, target, weights[0], weights[1], (logvar, logvar_inner, logvar_period))
     first_row = tl.cast(tl.program_id(0), tl.int64) * ROWS
@@ -190,9 +106,9 @@ def reconstruction_rows_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(tl.cast(tl.program_id(1), tl.int64) * COLUMNS, columns, tl.num_programs(1) * COLUMNS):
         mask = (first_row + row < rows)[:, None] & (column < columns - first)[None, :]
-        # With more than one row they are no longer than a block, so the offset stays below ROWS * COLUMNS.
+        # A block of several rows contains whole rows, so the offset stays below ROWS * COLUMNS.
         offset = row[:, None] * columns + column[None, :]
-        total += only(load_terms(operands, first_row * columns + first, offset, mask, LIKELIHOOD, ROWS * COLUMNS)[0], mask)
+        total += zero_outside(load_terms(operands, first_row * columns + first, offset, mask, LIKELIHOOD, ROWS * COLUMNS)[0], mask)
     store_row_sums(tl.sum(total, axis=1), loss, slots, ticket, first_row + row, rows, SPLIT)
 
 
@@ -201,7 +117,7 @@ def backward_block(
     operands, grad_output, common, outputs, start, n, per_sample,
     LIKELIHOOD: tl.constexpr, REDUCTION: tl.constexpr, TOTAL_LOGVAR: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes what is written elementwise; returns the gradients of logvar that are to be summed."""
+    """Writes the elementwise results of one block, and returns the gradients of logvar, which the kernel sums with TOTAL_LOGVAR."""
     grad_input, grad_target, grad_logvar = outputs
     offset = tl.arange(0, BLOCK)
     mask = inside(offset, n - start, MASKED)
@@ -212,7 +128,7 @@ def backward_block(
         tl.store(grad_target + start + offset, terms[2] * incoming, mask=mask)
     if grad_logvar is not None and not TOTAL_LOGVAR:
         tl.store(grad_logvar + start + offset, terms[3] * incoming, mask=mask)
-    return only(terms[3] * incoming + tl.zeros([BLOCK], tl.float32), mask)
+    return zero_outside(terms[3] * incoming + tl.zeros([BLOCK], tl.float32), mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -221,9 +137,11 @@ def reconstruction_backward_kernel(
     logvar, logvar_inner, logvar_period, grad_input, grad_target, grad_logvar, slots, ticket, n, per_sample, scale,
     LIKELIHOOD: tl.constexpr, REDUCTION: tl.constexpr, TOTAL_LOGVAR: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of input, and of target and logvar where they are not None, the last summed where one logvar serves all elements.
+    """Each program handles blocks of BLOCK elements in turn, then chunks of CHUNK elements of the rest. Grid: (programs,).
 
-    Grid: (programs,).
+    ``grad_output`` is (batch, ...), (batch,) or a scalar, by REDUCTION; ``per_sample`` is the number of elements of a sample, and ``scale``
+    the factor of the reduction. With TOTAL_LOGVAR one log variance serves all elements, and its gradient is summed. ``slots`` are
+    (programs,).
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     weights = (weight, weight_inner, weight_period), (pos_weight, pos_weight_inner, pos_weight_period)
@@ -250,17 +168,22 @@ def reconstruction_backward_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def reconstruction_rescale_kernel(grad, out, grad_output, n, expected, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """``out = grad * grad_output / expected``; without ``out`` in place, and nothing where the two agree. Grid: (programs,)."""
-    incoming = tl.load(grad_output).to(tl.float32)
+    """Each program computes out = grad * grad_output / expected for blocks of elements in turn. Grid: (programs,).
+
+    ``grad_output`` is a scalar, and ``expected`` the value of it that ``grad`` was computed for. Where ``out`` is None the result replaces
+    ``grad``, and nothing is written if the two are equal. The device decides that, so that the host need not wait for grad_output.
+    """
+    gradient = tl.load(grad_output).to(tl.float32)
     if out is None:
-        if incoming != expected:
-            rescale_blocks(grad, grad, incoming / expected, n, BLOCK, CHUNK)
+        if gradient != expected:
+            rescale_blocks(grad, grad, gradient / expected, n, BLOCK, CHUNK)
     else:
-        rescale_blocks(grad, out, incoming / expected, n, BLOCK, CHUNK)
+        rescale_blocks(grad, out, gradient / expected, n, BLOCK, CHUNK)
 
 
 @triton.jit
 def rescale_blocks(grad, out, factor, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Rescales the blocks and chunks of this program."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     full = n // BLOCK
     for index in range(program, full, programs):
@@ -281,10 +204,10 @@ def _forward(input, target, weight, pos_weight, logvar, likelihood, reduction, g
     elementwise, by_row = reduction == REDUCTIONS["none"], reduction == REDUCTIONS["sample"]
     loss = input.new_empty(reduced_shape(input.shape, reduction), dtype=input.dtype if elementwise else torch.float32)
     grad_input = input.new_empty(input.shape if with_grad else (0,))
-    sums = _LogvarGradient(logvar if with_grad else None, input)
+    logvar_gradient = _LogvarGradient(logvar if with_grad else None, input)
     n = input.numel()
     if n == 0:
-        return loss.zero_(), grad_input, sums.finish()
+        return loss.zero_(), grad_input, logvar_gradient.finish()
     operands = _operands(input, target, weight, pos_weight, logvar)
     with _device.on(input.device):
         if by_row:
@@ -296,24 +219,26 @@ def _forward(input, target, weight, pos_weight, logvar, likelihood, reduction, g
             if not elementwise:
                 slots, ticket = input.new_empty(2 * config.programs, dtype=torch.float32), _device.ticket(input.device)
             reconstruction_forward_kernel[(config.programs,)](
-                *operands, loss, grad_input if with_grad else None, sums.written, slots, ticket, n, scale, grad_scale * scale,
-                LIKELIHOOD=likelihood, TOTAL=not elementwise, TOTAL_LOGVAR=sums.total,
+                *operands, loss, grad_input if with_grad else None, logvar_gradient.written, slots, ticket, n, scale, grad_scale * scale,
+                LIKELIHOOD=likelihood, TOTAL=not elementwise, TOTAL_LOGVAR=logvar_gradient.total,
                 BLOCK=config.block, CHUNK=config.chunk, **_launch.OPTIONS,
             )  # fmt: skip
-    return loss, grad_input, sums.finish()
+    return loss, grad_input, logvar_gradient.finish()
 
 
 def _operands(input, target, weight, pos_weight, logvar):
-    """The tensors that every kernel takes first, broadcast ones with how they are indexed."""
+    """The first arguments of every loss kernel: input, target, and each broadcast operand with its ``inner`` and ``period``."""
     shared = (part for value in (weight, pos_weight, logvar) for part in shared_operand(value, input.shape))
     return input.contiguous(), target.contiguous(), *shared
 
 
 def _narrowest(input, target) -> int:
+    """The bytes of an element of the narrower of both."""
     return min(input.element_size(), target.element_size())
 
 
 def _sum_rows(operands, loss, likelihood):
+    """Launches reconstruction_rows_kernel."""
     input = operands[0]
     rows = loss.numel()
     config = _launch.row_sums(rows, input.numel() // rows, _narrowest(*operands[:2]), _device.machine(input.device))
@@ -326,10 +251,9 @@ def _sum_rows(operands, loss, likelihood):
 
 
 class _LogvarGradient:
-    """The gradient of a log variance: what a kernel writes, and what becomes of it.
-
-    Kernels write one a element, or the sum where all share one value. A few values that are shared (one a channel, say) are rare enough
-    for two steps: the elements in float32, then torch's sum.
+    """The gradient of the log variance, in up to two steps. The kernel writes ``written``: one value for each element, or the sum where one
+    log variance serves all elements (``total``). Where some elements share a value, for example those of a channel, that is a float32
+    tensor of one value for each element, which finish() sums with torch. That case is too rare for a kernel of its own.
     """
 
     def __init__(self, logvar: Tensor | None, input: Tensor):
@@ -353,22 +277,23 @@ class _LogvarGradient:
 def _backward(grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, with_target):
     grad_input = input.new_empty(input.shape)
     grad_target = target.new_empty(target.shape if with_target else (0,))
-    sums = _LogvarGradient(logvar, input)
+    logvar_gradient = _LogvarGradient(logvar, input)
     n = input.numel()
     if n == 0:
-        return grad_input, grad_target, sums.finish()
+        return grad_input, grad_target, logvar_gradient.finish()
     config = _launch.stream(n, _narrowest(input, target), _device.machine(input.device))
     with _device.on(input.device):
         slots, ticket = None, None
-        if sums.total:
+        if logvar_gradient.total:
             slots, ticket = input.new_empty(config.programs, dtype=torch.float32), _device.ticket(input.device)
         reconstruction_backward_kernel[(config.programs,)](
             grad_output.contiguous(), *_operands(input, target, weight, pos_weight, logvar),
-            grad_input, grad_target if with_target else None, sums.written, slots, ticket,
+            grad_input, grad_target if with_target else None, logvar_gradient.written, slots, ticket,
             n, n // input.shape[0] if input.ndim else 1, reduction_scale(input.shape, reduction),
-            LIKELIHOOD=likelihood, REDUCTION=reduction, TOTAL_LOGVAR=sums.total, BLOCK=config.block, CHUNK=config.chunk, **_launch.OPTIONS,
+            LIKELIHOOD=likelihood, REDUCTION=reduction, TOTAL_LOGVAR=logvar_gradient.total, BLOCK=config.block, CHUNK=config.chunk,
+            **_launch.OPTIONS,
         )  # fmt: skip
-    return grad_input, grad_target, sums.finish()
+    return grad_input, grad_target, logvar_gradient.finish()
 
 
 @_device.implements("reconstruction_rescale")
@@ -388,6 +313,7 @@ def _rescale_(grad, grad_output, expected):
 
 
 def _launch_rescale(grad, out, grad_output, expected):
+    """Writes to ``out``, or to ``grad`` where that is None."""
     if grad.numel() == 0:
         return
     config = _launch.stream(grad.numel(), grad.element_size(), _device.machine(grad.device))

@@ -8,10 +8,12 @@
 
 namespace fastvae {
 
-constexpr float kNeverNearest = 1e30f;   // a half norm
-constexpr double kLargestNorm = 0.97;    // below which a power of two brings the norms of all codes
-constexpr float kLargestRow = 0x1p60f;   // norms of scaled rows beyond it could overflow
-constexpr float kUnderflow = 0x1p-110f;  // more than all products of one score that vanish
+constexpr float kNeverNearest = 1e30f;       // a half norm
+constexpr double kLargestNorm = 0.97;        // below which a power of two brings the norms of all codes
+constexpr float kLargestRow = 0x1p60f;       // norms of scaled rows beyond it could overflow
+constexpr float kUnderflow = 0x1p-110f;      // more than all products of one score that vanish
+constexpr double kLargestProduct = 0x1p990;  // 2^33 of them do not overflow float64
+constexpr int kNoOrder = 2;                  // of two distances: beside -1, 0 and 1
 
 inline namespace FASTVAE_ISA {
 
@@ -20,6 +22,12 @@ FASTVAE_INLINE uint64_t double_to_bits(double value) {
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+
+// The highest bit says whether the value is infinite or NaN: its exponent, all ones then, overflows into that bit. Integer arithmetic,
+// since a compiler may drop floating-point tests such as x * 0 == 0 or x - x == 0: to it zeros have no sign (setup.py).
+FASTVAE_INLINE uint64_t not_finite_bit(double value) { return (double_to_bits(value) & 0x7fffffffffffffffu) + 0x0010000000000000u; }
+
+FASTVAE_INLINE bool is_finite(double value) { return not_finite_bit(value) >> 63 == 0; }
 
 FASTVAE_INLINE double power_of_two(int exponent) {
   uint64_t bits = static_cast<uint64_t>(1023 + exponent) << 52;
@@ -96,21 +104,23 @@ FASTVAE_UNFUSED void add_exactly(ExactSum& total, double term) {
   if (term != 0.0) total.components[total.count++] = term;
 }
 
-FASTVAE_INLINE void add_product_exactly(ExactSum& total, double a, double b) {
+// False, and adds nothing, where sums of such products could overflow: the components of an infinite sum have no bound on their number.
+FASTVAE_INLINE bool add_product_exactly(ExactSum& total, double a, double b) {
   double product = rounded_product(a, b);
+  if (!(absolute(product) < kLargestProduct)) return false;
   add_exactly(total, product);
   add_exactly(total, ::fma(a, b, -product));
+  return true;
 }
 
-// The sign of |x - a|^2 - |x - b|^2; `sum` is a buffer.
+// The sign of |x - a|^2 - |x - b|^2, or kNoOrder where their parts overflow float64; `sum` is a buffer.
 FASTVAE_INLINE int compare_distances(const double* x, const double* a, const double* b, int64_t dim, ExactSum& sum) {
   sum.count = 0;
   for (int64_t d = 0; d < dim; ++d) {
     if (a[d] == b[d]) continue;
-    add_product_exactly(sum, a[d], a[d]);
-    add_product_exactly(sum, -b[d], b[d]);
-    add_product_exactly(sum, -2.0 * x[d], a[d]);
-    add_product_exactly(sum, 2.0 * x[d], b[d]);
+    bool added = add_product_exactly(sum, a[d], a[d]) && add_product_exactly(sum, -b[d], b[d]) &&
+                 add_product_exactly(sum, -2.0 * x[d], a[d]) && add_product_exactly(sum, 2.0 * x[d], b[d]);
+    if (!added) return kNoOrder;
   }
   if (sum.count == 0) return 0;
   return sum.components[sum.count - 1] > 0.0 ? 1 : -1;

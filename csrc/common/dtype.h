@@ -1,4 +1,4 @@
-// The element types that kernels read and write, and where they write.
+// The dtypes of tensors as kernels see them, and an output tensor whose dtype is known at run time.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace fastvae {
 
 enum class DType : uint8_t { float32, bfloat16, float16, float64, uint8, boolean };
 
-// A contiguous output; without data, none is wanted.
+// A contiguous output tensor. Where it has no data, the output is not requested.
 struct Output {
   void* data = nullptr;
   DType dtype = DType::float32;

@@ -1,27 +1,27 @@
-// The memory layouts of (batch, channels, ...): contiguous, and with the channels last.
+// The two memory layouts of a tensor (batch, channels, ...): contiguous, and channels-last, in which the channels of one position are
+// adjacent.
 #pragma once
 
 #include "tensor.h"
 
 namespace fastvae {
 
-// The dimensions in the order of memory with the channels last: batch, positions, channels.
-inline int64_t channels_last_dimension(int64_t place, int64_t dimensions) {
-  return place == 0 ? 0 : (place == dimensions - 1 ? 1 : place + 1);
-}
+// The dimension that comes at `rank` in the order of channels-last memory, which is batch, positions, channels.
+inline int64_t channels_last_dimension(int64_t rank, int64_t dimensions) { return rank == 0 ? 0 : (rank == dimensions - 1 ? 1 : rank + 1); }
 
 inline Sizes strides_in_layout(const Sizes& shape, bool channels_last) {
   if (!channels_last) return contiguous_strides(shape);
   int64_t dimensions = static_cast<int64_t>(shape.size()), stride = 1;
   Sizes strides(shape.size());
-  for (int64_t place = dimensions - 1; place >= 0; --place) {
-    int64_t d = channels_last_dimension(place, dimensions);
+  for (int64_t rank = dimensions - 1; rank >= 0; --rank) {
+    int64_t d = channels_last_dimension(rank, dimensions);
     strides[d] = stride;
     stride *= shape[d];
   }
   return strides;
 }
 
+// Whether the tensor is channels-last and not contiguous. The strides of dimensions of size 1 do not matter.
 inline bool channels_are_last(const Tensor& tensor) {
   if (tensor.is_contiguous()) return false;
   Sizes strides = strides_in_layout(shape_of(tensor), true);
@@ -34,9 +34,9 @@ inline bool is_in_layout(const Tensor& tensor, bool channels_last) {
   return channels_last ? channels_are_last(tensor) : tensor.is_contiguous();
 }
 
-// A tensor whose channels are normalised in groups.
+// The sizes of a tensor whose channels are normalised in groups.
 struct GroupedChannels {
-  int64_t batch, channels, positions, groups;
+  int64_t batch, channels, positions, groups;  // positions are the product of the spatial dimensions; groups are those of a sample
   bool channels_last;
 
   GroupedChannels(const Tensor& input, int64_t groups)
@@ -44,9 +44,9 @@ struct GroupedChannels {
     for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
   }
 
-  int64_t width() const { return channels / groups; }
+  int64_t width() const { return channels / groups; }  // channels of a group
   int64_t group_elements() const { return width() * positions; }
-  // One position: the channels lie side by side in either layout.
+  // With one position the channels are adjacent in either layout.
   bool channels_adjacent() const { return channels_last || positions == 1; }
 };
 

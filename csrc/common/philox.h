@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al. 2011) and the package's numbering of normals: see docs/randomness.md.
+// Philox4x32-10 (Salmon et al. 2011) and Box-Muller. docs/randomness.md says which counter gives which normal.
 #pragma once
 
 #include "math.h"
@@ -6,13 +6,14 @@
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 
-constexpr int kNoiseTile = 512;   // normals that share a tile
-constexpr int kNoiseLanes = 128;  // counters of a tile; each gives four normals, 128 apart
+constexpr int kNoiseTile = 512;   // normals of a tile
+constexpr int kNoiseLanes = 128;  // counters of a tile: each gives four normals, whose numbers are 128 apart
 
 struct PhiloxWords {
   uint32_t w[4];
 };
 
+// The ten rounds for the counter (c0, c1, c2, c3) and the key (k0, k1).
 FASTVAE_INLINE PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
   FASTVAE_UNROLL(10)
   for (int round = 0; round < 10; ++round) {
@@ -30,7 +31,7 @@ FASTVAE_INLINE PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uin
   return {{c0, c1, c2, c3}};
 }
 
-// Two normals from two words (Box and Muller 1958).
+// Two normals from two words (Box and Muller 1958). u lies in (0, 1], so that its logarithm is finite.
 FASTVAE_INLINE void box_muller(uint32_t even, uint32_t odd, float& first, float& second) {
   float u = static_cast<float>(even) * 0x1p-32f + 0x1p-33f;
   float radius = sqrt(-2.0f * log_normal(u));

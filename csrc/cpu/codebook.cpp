@@ -2,21 +2,25 @@
 #include "codebook.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <mutex>
 
+#include "codebook_steps.h"
 #include "tensor.h"
 
 namespace fastvae {
 namespace {
 
-const CodebookKernels& kernels() { return FASTVAE_SELECT_VNNI_KERNELS(codebook); }
+// Read once a call: another thread may choose another instruction set between two steps, and each has panels of its own size.
+const CodebookKernels& selected_kernels() { return FASTVAE_SELECT_VNNI_KERNELS(codebook); }
+
+constexpr auto parallel_for = [](int64_t begin, int64_t end, int64_t grain, const auto& f) {
+  torch::stable::parallel_for(begin, end, grain, f);
+};
 
 std::mutex statistics_mutex;
-SearchCounts statistics;
+CodebookSearchCounts statistics;
 
-void add_statistics(const SearchCounts& counts) {
+void add_statistics(const CodebookSearchCounts& counts) {
   std::lock_guard<std::mutex> lock(statistics_mutex);
   statistics.rows += counts.rows;
   statistics.rechecked += counts.rechecked;
@@ -24,120 +28,18 @@ void add_statistics(const SearchCounts& counts) {
 }
 
 // (heads, rows, dim); a copy, which `keep` owns, where a row's elements do not lie side by side.
-Rows rows_of(const Tensor& tensor, Tensor& keep) {
+CodebookRows rows_of(const Tensor& tensor, Tensor& keep) {
   bool side_by_side = tensor.size(2) == 1 || tensor.stride(2) == 1;
   keep = side_by_side ? tensor : torch::stable::contiguous(tensor);
   return {keep.const_data_ptr(), dtype_of(keep), keep.stride(0), keep.stride(1)};
 }
 
-constexpr int64_t kMeanCodes = 1024;
-
-// All heads' codes in the form that the search reads.
-class Packing {
- public:
-  explicit Packing(Search& search) : search_(search), heads_(search.heads), storage_(allocate()) {
-    search.packed = heads_.data();
-    for (int64_t head = 0; head < search.heads; ++head) pack(head);
-  }
-
- private:
-  Tensor allocate() {
-    int64_t codes = panels() * kernels().codes_per_panel, dim = search_.dim;
-    int64_t padded = (dim + kRowAlignment - 1) / kRowAlignment * kRowAlignment, pairs = search_.pairs ? (dim + 1) / 2 : 0;
-    std::vector<int64_t> sizes{dim * 2, codes * padded, codes * dim, codes * pairs, codes, codes, codes};
-    int64_t words = 0;
-    for (int64_t& size : sizes) {
-      size = (size + 15) / 16 * 16;
-      words += size;
-    }
-    Tensor storage = empty({search_.heads, words}, ScalarType::Float);
-    float* next = static_cast<float*>(storage.mutable_data_ptr());
-    for (PackedCodes& packed : heads_) {
-      packed.panels = panels();
-      float* parts[7];
-      for (int i = 0; i < 7; ++i) {
-        parts[i] = next;
-        next += sizes[i];
-      }
-      packed.mean = reinterpret_cast<double*>(parts[0]);
-      packed.rows = parts[1];
-      packed.panel_rows = parts[2];
-      packed.panel_pairs = reinterpret_cast<int32_t*>(parts[3]);
-      packed.half_norm = parts[4];
-      packed.norm = parts[5];
-      packed.residual = parts[6];
-    }
-    return storage;
-  }
-
-  int64_t panels() const { return (search_.codes + kernels().codes_per_panel - 1) / kernels().codes_per_panel; }
-
-  void pack(int64_t head) {
-    set_mean(head);
-    std::vector<double> norms(search_.codes);
-    std::vector<uint64_t> hashes(search_.codes);
-    std::atomic<bool> finite{true};
-    torch::stable::parallel_for(0, search_.codes, 256, [&](int64_t begin, int64_t end) {
-      if (!kernels().measure(search_, head, begin, end, norms.data(), hashes.data())) finite.store(false);
-    });
-    STD_TORCH_CHECK(finite.load(), "codebook: got NaN or infinite values, takes finite ones");
-    double largest = *std::max_element(norms.begin(), norms.end());
-    int exponent = largest > 0.0 ? norm_exponent(largest) : 0;
-    // Both ends leave the factor itself a normal float, or double.
-    int limit = search_.wide ? 1000 : 120;
-    heads_[head].scale = power_of_two(std::clamp(-exponent, -limit, limit));
-    heads_[head].pairs = search_.pairs && exponent <= limit;
-    std::vector<bool> skipped = repeated(head, hashes);
-    torch::stable::parallel_for(0, panels(), 8, [&](int64_t begin, int64_t end) { kernels().pack(search_, head, skipped, begin, end); });
-  }
-
-  // Any vector would do; one near to all codes makes their norms, and with them the errors, small.
-  void set_mean(int64_t head) {
-    int64_t dim = search_.dim, step = std::max<int64_t>(search_.codes / kMeanCodes, 1), count = 0;
-    double* mean = heads_[head].mean;
-    std::vector<double> code(dim);
-    std::fill(mean, mean + dim, 0.0);
-    for (int64_t k = 0; k < search_.codes; k += step, ++count) {
-      kernels().convert(search_.codebook, head, k, dim, code.data());
-      for (int64_t d = 0; d < dim; ++d) mean[d] += code[d];
-    }
-    for (int64_t d = 0; d < dim; ++d) {
-      mean[d] /= static_cast<double>(count);
-      if (!search_.wide) mean[d] = static_cast<float>(mean[d]);
-    }
-  }
-
-  // Which codes are equal to an earlier one, so that an untrained codebook of equal codes costs no more than another.
-  std::vector<bool> repeated(int64_t head, const std::vector<uint64_t>& hashes) {
-    int64_t slots = 16;
-    while (slots < 2 * search_.codes) slots *= 2;
-    std::vector<int64_t> table(slots, -1);
-    std::vector<bool> found(search_.codes);
-    std::vector<double> code(search_.dim), other(search_.dim);
-    for (int64_t k = 0; k < search_.codes; ++k) {
-      int64_t slot = static_cast<int64_t>(hashes[k]) & (slots - 1);
-      for (; table[slot] >= 0 && !found[k]; slot = (slot + 1) & (slots - 1)) {
-        if (hashes[table[slot]] != hashes[k]) continue;
-        kernels().convert(search_.codebook, head, k, search_.dim, code.data());
-        kernels().convert(search_.codebook, head, table[slot], search_.dim, other.data());
-        found[k] = code == other;
-      }
-      if (!found[k]) table[slot] = k;
-    }
-    return found;
-  }
-
-  const Search& search_;
-  std::vector<PackedCodes> heads_;
-  Tensor storage_;
-};
-
 struct Codes {
   Tensor x, codebook;  // what the search reads, kept alive
-  Search search;
+  const CodebookKernels& kernels;
+  CodebookSearch search;
 
-  Codes(const Tensor& x_in, const Tensor& codebook_in, const Tensor& indices) {
-    search = {};
+  Codes(const Tensor& x_in, const Tensor& codebook_in, const Tensor& indices) : kernels(selected_kernels()), search{} {
     search.x = rows_of(x_in, x);
     search.codebook = rows_of(codebook_in, codebook);
     search.heads = x_in.size(0);
@@ -145,16 +47,18 @@ struct Codes {
     search.dim = x_in.size(2);
     search.codes = codebook_in.size(1);
     search.wide = search.x.dtype == DType::float64 || search.codebook.dtype == DType::float64;
-    search.pairs = kernels().has_pairs && search.dim <= kLongestPairs;
+    search.pairs = kernels.has_pairs && search.dim <= kLongestPairs;
     search.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   }
 
   void run() {
     if (search.heads == 0 || search.rows == 0) return;
-    Packing packing(search);
-    int64_t per_head = (search.rows + kernels().rows_per_block - 1) / kernels().rows_per_block;
-    torch::stable::parallel_for(0, search.heads * per_head, 1,
-                                [&](int64_t begin, int64_t end) { add_statistics(kernels().search(search, begin, end)); });
+    CodebookPacking packing(search, kernels);
+    Tensor memory = empty({packing.memory_size()}, ScalarType::Float);
+    bool finite = packing.pack(static_cast<float*>(memory.mutable_data_ptr()), parallel_for);
+    STD_TORCH_CHECK(finite, "codebook: got NaN or infinite values, takes finite ones");
+    parallel_for(0, search_blocks(search, kernels), 1,
+                 [&](int64_t begin, int64_t end) { add_statistics(kernels.search(search, begin, end)); });
   }
 };
 
@@ -210,60 +114,40 @@ std::tuple<Tensor, Tensor, Tensor> codebook_quantize(const Tensor& x, const Tens
   return {quantized, indices, loss};
 }
 
-// Rows in the order of their codes, by counting; a negative index leaves its row out.
-struct Sorted {
-  std::vector<int64_t> starts, order, codes;
-
-  Sorted(const int64_t* indices, int64_t rows, int64_t num_codes) : starts(num_codes + 1) {
-    for (int64_t i = 0; i < rows; ++i) {
-      STD_TORCH_CHECK(indices[i] < num_codes, "indices: got ", indices[i], ", takes indices below the number of codes, ", num_codes);
-      if (indices[i] >= 0) ++starts[indices[i] + 1];
-    }
-    for (int64_t k = 0; k < num_codes; ++k) starts[k + 1] += starts[k];
-    order.resize(starts[num_codes]);
-    codes.resize(starts[num_codes]);
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t i = 0; i < rows; ++i) {
-      if (indices[i] < 0) continue;
-      int64_t position = next[indices[i]]++;
-      order[position] = i;
-      codes[position] = indices[i];
-    }
-  }
-};
-
-// The sums over all rows of each code, in row order.
-void sum_by_code(Segments s, const Sorted& sorted) {
-  int64_t pieces = (s.count + kPieceRows - 1) / kPieceRows;
-  std::vector<double> partial(2 * pieces * s.dim);
-  s.order = sorted.order.data();
-  s.codes = sorted.codes.data();
-  s.starts = sorted.starts.data();
-  s.partial = partial.data();
-  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) { kernels().sum_segments(s, begin, end); });
-
-  std::vector<double> total(s.dim);
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    int64_t begin = piece * kPieceRows, end = std::min(begin + kPieceRows, s.count);
-    int64_t ends[2] = {s.codes[begin], s.codes[end - 1]};
-    for (int slot = 0; slot < (ends[0] == ends[1] ? 1 : 2); ++slot) {
-      int64_t k = ends[slot];
-      if (s.starts[k] >= begin && s.starts[k + 1] <= end) continue;
-      if (s.starts[k] >= begin) std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t d = 0; d < s.dim; ++d) total[d] += partial[(2 * piece + slot) * s.dim + d];
-      if (s.starts[k + 1] <= end) kernels().write(s.sums, (s.head * s.num_codes + k) * s.dim, s.dim, total.data());
-    }
-  }
+void check_indices(const int64_t* indices, int64_t count, int64_t codes) {
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(indices[i] < codes, "indices: got ", indices[i], ", takes indices below the number of codes, ", codes);
 }
 
 void fill_zero(const Tensor& tensor) { memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size()); }
 
+// Whether elements [begin, end) of a tensor of sums are finite.
+bool are_finite(const Tensor& sums, int64_t begin, int64_t end) {
+  const void* data = sums.const_data_ptr();
+  bool wide = sums.scalar_type() == ScalarType::Double;
+  uint64_t bits = 0;
+  for (int64_t i = begin; i < end; ++i)
+    bits |= not_finite_bit(wide ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i]);
+  return bits >> 63 == 0;
+}
+
+// The counts and sums of a head.
+void sum_head(const CodebookSegments& s, const int64_t* indices, const CodebookKernels& kernels, const Tensor& counts) {
+  CodebookOrder sorted(indices, s.rows, s.num_codes);
+  auto* head_counts = static_cast<int64_t*>(counts.mutable_data_ptr()) + s.head * s.num_codes;
+  for (int64_t k = 0; k < s.num_codes; ++k) head_counts[k] = sorted.starts[k + 1] - sorted.starts[k];
+  sum_by_code(s, sorted, kernels, parallel_for);
+}
+
 std::tuple<Tensor, Tensor> codebook_sums(const Tensor& x, const Tensor& indices, int64_t codes) {
-  int64_t heads = x.size(0), rows = x.size(1), dim = x.size(2);
+  int64_t heads = x.size(0), rows = x.size(1), dim = x.size(2), head_size = codes * dim;
   Tensor counts = empty({heads, codes}, ScalarType::Long), sums = empty({heads, codes, dim}, accumulation_dtype(x));
   fill_zero(sums);
   Tensor keep = x, dense_indices = dense(indices);
-  Segments s{};
+  const auto* index = static_cast<const int64_t*>(dense_indices.const_data_ptr());
+  check_indices(index, heads * rows, codes);
+  const CodebookKernels& kernels = selected_kernels();
+  CodebookSegments s{};
   s.x = rows_of(x, keep);
   s.rows = rows;
   s.dim = dim;
@@ -272,11 +156,11 @@ std::tuple<Tensor, Tensor> codebook_sums(const Tensor& x, const Tensor& indices,
   s.sums = output_of(sums);
   s.num_codes = codes;
   for (s.head = 0; s.head < heads; ++s.head) {
-    Sorted sorted(static_cast<const int64_t*>(dense_indices.const_data_ptr()) + s.head * rows, rows, codes);
-    auto* head_counts = static_cast<int64_t*>(counts.mutable_data_ptr()) + s.head * codes;
-    for (int64_t k = 0; k < codes; ++k) head_counts[k] = sorted.starts[k + 1] - sorted.starts[k];
-    s.count = static_cast<int64_t>(sorted.order.size());
-    sum_by_code(s, sorted);
+    sum_head(s, index + s.head * rows, kernels, counts);
+    if (are_finite(sums, s.head * head_size, (s.head + 1) * head_size)) continue;
+    // A row that is not finite shows in its code's sum: only then are rows looked at one by one.
+    memset(static_cast<char*>(sums.mutable_data_ptr()) + s.head * head_size * sums.element_size(), 0, head_size * sums.element_size());
+    sum_head(s, indices_of_finite_rows(s, index + s.head * rows, kernels).data(), kernels, counts);
   }
   return {counts, sums};
 }
@@ -293,7 +177,7 @@ std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad
 
   Tensor kept_x = x, kept_codebook = codebook, kept_quantized = x, kept_loss = x, dense_indices = dense(indices);
   double scale = 2.0 * reduction_scale(reduction, batch, x.numel());
-  Backward b{};
+  CodebookBackward b{};
   b.x = rows_of(x, kept_x);
   b.codebook = rows_of(codebook, kept_codebook);
   if (grad_quantized) b.grad_quantized = rows_of(*grad_quantized, kept_quantized);
@@ -307,11 +191,12 @@ std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad
   b.loss_factor = scale * commitment_cost;
   b.rotation = rotation;
   b.grad_x = output_of(grad_x);
+  const CodebookKernels& kernels = selected_kernels();
   int64_t grain = std::max<int64_t>(kItemElements / b.dim, 1);
-  torch::stable::parallel_for(0, b.heads * b.rows, grain, [&](int64_t begin, int64_t end) { kernels().backward(b, begin, end); });
+  parallel_for(0, b.heads * b.rows, grain, [&](int64_t begin, int64_t end) { kernels.backward(b, begin, end); });
   if (!with_codebook || !grad_loss) return {grad_x, grad_codebook};
 
-  Segments s{};
+  CodebookSegments s{};
   s.x = b.x;
   s.codebook = b.codebook;
   s.rows = b.rows;
@@ -321,11 +206,9 @@ std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad
   s.factor = scale * codebook_cost;
   s.sums = output_of(grad_codebook);
   s.num_codes = b.codes;
-  for (s.head = 0; s.head < b.heads; ++s.head) {
-    Sorted sorted(b.indices + s.head * b.rows, b.rows, b.codes);
-    s.count = static_cast<int64_t>(sorted.order.size());
-    sum_by_code(s, sorted);
-  }
+  check_indices(b.indices, b.heads * b.rows, b.codes);
+  for (s.head = 0; s.head < b.heads; ++s.head)
+    sum_by_code(s, CodebookOrder(b.indices + s.head * b.rows, b.rows, b.codes), kernels, parallel_for);
   return {grad_x, grad_codebook};
 }
 
@@ -365,9 +248,9 @@ void codebook_ema_(Tensor codebook, Tensor ema_count, Tensor ema_sum, const Tens
 
 }  // namespace
 
-SearchCounts codebook_statistics(bool reset) {
+CodebookSearchCounts codebook_statistics(bool reset) {
   std::lock_guard<std::mutex> lock(statistics_mutex);
-  SearchCounts counts = statistics;
+  CodebookSearchCounts counts = statistics;
   if (reset) statistics = {};
   return counts;
 }

@@ -1,32 +1,19 @@
-// The group norm operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
-#include "group_norm.h"
-
+// The group norm operators on the CPU. They allocate the results, share the items among threads, combine the partial sums of the kernels,
+// and choose the kernels of an instruction set. Each pass reads its tensors twice: first for partial sums, then with the sums of each
+// group.
 #include <algorithm>
 #include <cmath>
 
 #include "../common/layout.h"
+#include "group_norm_kernels.h"
 #include "tensor.h"
 
 namespace fastvae {
 
 namespace {
 
-constexpr int64_t kPiece = 32768;    // elements: some 10 us of work, and both of the backward pass's inputs in a second-level cache
-constexpr int64_t kPositions = 128;  // of a piece at least, so that its sums of each channel are little beside it
-
-}  // namespace
-
-Runs::Runs(int64_t count, int64_t length, int64_t channels) : count(count), length(length), channels(channels) {
-  // Whole rows of columns, as many fours of rows as make a piece.
-  int64_t rows = 4 * columns_of(*this), elements = std::max(kPiece, kPositions * channels);
-  piece = rows * (rows < elements ? elements / rows : 1);
-  pieces_per_run = length > piece ? ceil_divide(length, piece) : 1;
-  runs_per_item = length > 0 && length < kPiece ? ceil_divide(kPiece, length) : 1;
-}
-
-namespace {
-
-const GroupNormKernels& kernels() { return FASTVAE_SELECT_KERNELS(group_norm); }
+// An operator calls this once, because another thread may select another instruction set between two calls.
+const GroupNormKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(group_norm); }
 
 Tensor empty_in_layout(const Tensor& like, bool channels_last) {
   Sizes shape = shape_of(like);
@@ -39,35 +26,41 @@ Tensor copy_in_layout(const Tensor& tensor, bool channels_last) {
   return copy;
 }
 
-Runs runs_of(const GroupedChannels& sizes) {
-  return sizes.channels_adjacent() ? Runs(sizes.batch, sizes.positions * sizes.channels, sizes.channels)
-                                   : Runs(sizes.batch * sizes.channels, sizes.positions, 1);
+NormRuns runs_of(const GroupedChannels& sizes) {
+  return sizes.channels_adjacent() ? NormRuns(sizes.batch, sizes.positions * sizes.channels, sizes.channels)
+                                   : NormRuns(sizes.batch * sizes.channels, sizes.positions, 1);
 }
 
-// Calls kernel(p, begin_item, end_item, scratch) for all items.
+// Calls a kernel, given as a member of the table, for all items; each thread has a scratch buffer of its own.
 template <class Kernel>
-void run(const GroupNorm& p, Kernel kernel) {
-  int64_t doubles = ceil_divide(kernels().scratch_bytes(p.runs), sizeof(double));
+void run(const GroupNorm& p, const GroupNormKernels& kernels, Kernel kernel) {
+  int64_t doubles = ceil_div(kernels.scratch_bytes(p.runs), sizeof(double));
   torch::stable::parallel_for(0, p.runs.items(), 1, [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(doubles);
-    kernel(p, begin, end, scratch.data());
+    (kernels.*kernel)(p, begin, end, scratch.data());
   });
 }
 
-std::vector<double> parameter(const OptionalTensor& tensor, int64_t channels, double otherwise) {
-  std::vector<double> values(channels, otherwise);
-  if (tensor && channels > 0) kernels().to_double(contiguous_view(dense(*tensor)), channels, values.data());
+// The weight or the bias, one value for each channel, which is default_value where there is no tensor.
+std::vector<double> parameter(const OptionalTensor& tensor, int64_t channels, double default_value, const GroupNormKernels& kernels) {
+  std::vector<double> values(channels, default_value);
+  if (tensor && channels > 0) kernels.to_double(contiguous_view(dense(*tensor)), channels, values.data());
   return values;
 }
 
-struct Problem {
+// The arguments of the kernels and the memory that they point to.
+struct GroupNormCall {
+  const GroupNormKernels& kernels;
   GroupedChannels sizes;
   Tensor input;
   GroupNorm p;
-  std::vector<double> weight, bias, centre, scale, offset, slope, constant;
+  std::vector<double> weight, bias;                             // (channels,)
+  std::vector<double> centre, scale, offset, slope, intercept;  // (batch, channels)
 
-  Problem(const Tensor& tensor, int64_t groups, const OptionalTensor& weight_tensor, const OptionalTensor& bias_tensor, int64_t activation)
-      : sizes(tensor, groups),
+  GroupNormCall(const Tensor& tensor, int64_t groups, const OptionalTensor& weight_tensor, const OptionalTensor& bias_tensor,
+                int64_t activation)
+      : kernels(selected_kernels()),
+        sizes(tensor, groups),
         input(sizes.channels_last ? tensor : dense(tensor)),
         p{runs_of(sizes),
           dtype_of(input),
@@ -79,20 +72,21 @@ struct Problem {
           {},
           1,
           nullptr},
-        weight(parameter(weight_tensor, sizes.channels, 1.0)),
-        bias(parameter(bias_tensor, sizes.channels, 0.0)) {
+        weight(parameter(weight_tensor, sizes.channels, 1.0, kernels)),
+        bias(parameter(bias_tensor, sizes.channels, 0.0, kernels)) {
     if (sizes.channels_adjacent()) p.groups = groups;
   }
 
-  // The mean as the kernels' arithmetic holds it.
+  // The mean rounded to the type of the kernels' arithmetic.
   double rounded(double mean) const { return p.dtype == DType::float64 ? mean : static_cast<double>(static_cast<float>(mean)); }
 
-  void set_normalisation(const double* mean, const double* rstd) {
+  // Sets centre, scale and offset of each channel from the moments of its group.
+  void set_affine(const double* mean, const double* rstd) {
     int64_t count = sizes.batch * sizes.channels, width = sizes.width();
     for (auto* values : {&centre, &scale, &offset}) values->resize(count);
     for (int64_t i = 0; i < count; ++i) {
       int64_t group = i / width, channel = i % sizes.channels;
-      Affine affine = affine_of(mean[group], rounded(mean[group]), rstd[group], weight[channel], bias[channel]);
+      NormAffine affine = affine_of(mean[group], rounded(mean[group]), rstd[group], weight[channel], bias[channel]);
       centre[i] = affine.centre;
       scale[i] = affine.scale;
       offset[i] = affine.offset;
@@ -101,29 +95,30 @@ struct Problem {
   }
 };
 
-// The moments of a group: the pieces' means and squared deviations, put together in their order (Chan, Golub and LeVeque 1983).
-void combine_moments(const Problem& problem, double eps, double* mean, double* rstd) {
-  const GroupedChannels& sizes = problem.sizes;
-  const Runs& runs = problem.p.runs;
-  int64_t per_slot = problem.p.groups;
-  // Slots of a group, one behind the other: all pieces of its sample, or of its planes.
+// Combines the moments of the slots of each group, in the order of the slots (Chan, Golub and LeVeque 1983). `mean` and `rstd` are
+// (batch, groups).
+void combine_moments(const GroupNormCall& call, double eps, double* mean, double* rstd) {
+  const GroupedChannels& sizes = call.sizes;
+  const NormRuns& runs = call.p.runs;
+  int64_t per_slot = call.p.groups;
+  // A group has this many adjacent slots: those of its sample, or those of its planes.
   int64_t slots = per_slot > 1 || sizes.channels_adjacent() ? runs.pieces_per_run : sizes.width() * runs.pieces_per_run;
   double elements = static_cast<double>(sizes.group_elements());
   for (int64_t group = 0; group < sizes.batch * sizes.groups; ++group) {
     int64_t first = sizes.channels_adjacent() ? group / sizes.groups * slots : group * slots, column = group % per_slot;
-    auto moments = [&](int64_t slot) { return problem.p.sums + ((first + slot) * per_slot + column) * 2; };
+    auto moments = [&](int64_t slot) { return call.p.sums + ((first + slot) * per_slot + column) * 2; };
     auto count = [&](int64_t slot) { return static_cast<double>(runs.piece_length(slot % runs.pieces_per_run) / per_slot); };
     double total = 0.0, squares = 0.0;
-    // About the first piece's mean, so that equal means leave no rounding.
+    // Means are added relative to that of the first slot, so that equal means leave no rounding error.
     double shift = elements > 0 ? moments(0)[0] : 0.0;
     if (elements > 0)
       for (int64_t slot = 0; slot < slots; ++slot) total += count(slot) * (moments(slot)[0] - shift);
-    double deviation = elements > 0 ? total / elements : 0.0;
-    mean[group] = shift + deviation;
+    double mean_from_shift = elements > 0 ? total / elements : 0.0;
+    mean[group] = shift + mean_from_shift;
     if (elements > 0)
       for (int64_t slot = 0; slot < slots; ++slot) {
-        double apart = (moments(slot)[0] - shift) - deviation;
-        squares += moments(slot)[1] + count(slot) * apart * apart;
+        double difference = (moments(slot)[0] - shift) - mean_from_shift;
+        squares += moments(slot)[1] + count(slot) * difference * difference;
       }
     rstd[group] = 1.0 / std::sqrt((elements > 0 ? squares / elements : 0.0) + eps);
   }
@@ -131,87 +126,91 @@ void combine_moments(const Problem& problem, double eps, double* mean, double* r
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, int64_t num_groups, const OptionalTensor& weight,
                                                       const OptionalTensor& bias, double eps, int64_t activation) {
-  Problem problem(input, num_groups, weight, bias, activation);
-  GroupNorm& p = problem.p;
-  Tensor output = empty_in_layout(input, problem.sizes.channels_last);
-  Tensor mean = empty({problem.sizes.batch, num_groups}, ScalarType::Double),
-         rstd = empty({problem.sizes.batch, num_groups}, ScalarType::Double);
+  GroupNormCall call(input, num_groups, weight, bias, activation);
+  GroupNorm& p = call.p;
+  Tensor output = empty_in_layout(input, call.sizes.channels_last);
+  Tensor mean = empty({call.sizes.batch, num_groups}, ScalarType::Double), rstd = empty({call.sizes.batch, num_groups}, ScalarType::Double);
   auto* means = static_cast<double*>(mean.mutable_data_ptr());
   auto* rstds = static_cast<double*>(rstd.mutable_data_ptr());
 
   std::vector<double> moments(p.runs.slots() * p.groups * 2);
   p.sums = moments.data();
-  run(p, kernels().moments);
-  combine_moments(problem, eps, means, rstds);
-  problem.set_normalisation(means, rstds);
+  run(p, call.kernels, &GroupNormKernels::moments);
+  combine_moments(call, eps, means, rstds);
+  call.set_affine(means, rstds);
   p.output = output.mutable_data_ptr();
-  run(p, kernels().forward);
+  run(p, call.kernels, &GroupNormKernels::forward);
   return {output, mean, rstd};
 }
 
-// From the slots the sums of each channel of each sample: of du, and of du times the deviation from the rounded mean.
-void combine_gradient_sums(const Runs& runs, const double* slots, double* plain, double* weighted) {
+// Adds the partial sums of the slots of each run, in their order: sum_du and sum_du_x are the sums of du and of du * (x - centre) for each
+// channel of each sample, (batch, channels).
+void combine_gradient_sums(const NormRuns& runs, const double* slots, double* sum_du, double* sum_du_x) {
   int64_t channels = runs.channels;
   for (int64_t run = 0; run < runs.count; ++run)
     for (int64_t piece = 0; piece < runs.pieces_per_run; ++piece) {
       const double* slot = slots + (run * runs.pieces_per_run + piece) * channels * 2;
-      for (int64_t c = 0; c < channels; ++c) plain[run * channels + c] += slot[c];
-      for (int64_t c = 0; c < channels; ++c) weighted[run * channels + c] += slot[channels + c];
+      for (int64_t c = 0; c < channels; ++c) sum_du[run * channels + c] += slot[c];
+      for (int64_t c = 0; c < channels; ++c) sum_du_x[run * channels + c] += slot[channels + c];
     }
 }
 
-Tensor parameter_gradient(const OptionalTensor& parameter, const Tensor& input, const std::vector<double>& values) {
+// The gradient of a parameter as a tensor, empty where there is no parameter.
+Tensor parameter_gradient(const OptionalTensor& parameter, const Tensor& input, const std::vector<double>& values,
+                          const GroupNormKernels& kernels) {
   if (!parameter) return empty({0}, input.scalar_type());
   Tensor grad = empty(shape_of(*parameter), parameter->scalar_type());
-  if (!values.empty()) kernels().from_double(values.data(), static_cast<int64_t>(values.size()), output_of(grad));
+  if (!values.empty()) kernels.from_double(values.data(), static_cast<int64_t>(values.size()), output_of(grad));
   return grad;
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
                                                        const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias,
                                                        int64_t num_groups, int64_t activation) {
-  Problem problem(input, num_groups, weight, bias, activation);
-  GroupNorm& p = problem.p;
-  const GroupedChannels& sizes = problem.sizes;
+  GroupNormCall call(input, num_groups, weight, bias, activation);
+  GroupNorm& p = call.p;
+  const GroupedChannels& sizes = call.sizes;
   Tensor grad = is_in_layout(grad_output, sizes.channels_last) ? grad_output : copy_in_layout(grad_output, sizes.channels_last);
   Tensor grad_input = empty_in_layout(input, sizes.channels_last), dense_mean = dense(mean), dense_rstd = dense(rstd);
   const auto* means = static_cast<const double*>(dense_mean.const_data_ptr());
   const auto* rstds = static_cast<const double*>(dense_rstd.const_data_ptr());
 
-  problem.set_normalisation(means, rstds);
+  call.set_affine(means, rstds);
   p.grad_output = grad.const_data_ptr();
   p.grad_input = grad_input.mutable_data_ptr();
   std::vector<double> slots(p.runs.slots() * p.runs.channels * 2);
   p.sums = slots.data();
-  run(p, kernels().gradient_sums);
+  run(p, call.kernels, &GroupNormKernels::gradient_sums);
 
   int64_t count = sizes.batch * sizes.channels, width = sizes.width();
-  std::vector<double> plain(count), weighted(count), grad_weight(sizes.channels), grad_bias(sizes.channels);
-  combine_gradient_sums(p.runs, slots.data(), plain.data(), weighted.data());
-  problem.slope.resize(count);
-  problem.constant.resize(count);
+  std::vector<double> sum_du(count), sum_du_x(count), grad_weight(sizes.channels), grad_bias(sizes.channels);
+  combine_gradient_sums(p.runs, slots.data(), sum_du.data(), sum_du_x.data());
+  call.slope.resize(count);
+  call.intercept.resize(count);
   for (int64_t first = 0; first < count; first += width) {
     int64_t group = first / width;
-    double grad_sum = 0.0, projection = 0.0;
+    double sum_wdu = 0.0, sum_wdu_xhat = 0.0;
     for (int64_t i = first; i < first + width; ++i) {
       int64_t channel = i % sizes.channels;
-      double normal = sum_of_normal(means[group], problem.centre[i], rstds[group], plain[i], weighted[i]);
-      grad_weight[channel] += normal;
-      grad_bias[channel] += plain[i];
-      grad_sum += problem.weight[channel] * plain[i];
-      projection += problem.weight[channel] * normal;
+      double sum_du_xhat = sum_du_xhat_of(means[group], call.centre[i], rstds[group], sum_du[i], sum_du_x[i]);
+      grad_weight[channel] += sum_du_xhat;
+      grad_bias[channel] += sum_du[i];
+      sum_wdu += call.weight[channel] * sum_du[i];
+      sum_wdu_xhat += call.weight[channel] * sum_du_xhat;
     }
     double elements = static_cast<double>(sizes.group_elements());
-    Through through = through_statistics(means[group], problem.centre[first], rstds[group], grad_sum, projection, elements);
+    NormStatisticsGradient gradient =
+        statistics_gradient_of(means[group], call.centre[first], rstds[group], sum_wdu, sum_wdu_xhat, elements);
     for (int64_t i = first; i < first + width; ++i) {
-      problem.slope[i] = through.slope;
-      problem.constant[i] = through.constant;
+      call.slope[i] = gradient.slope;
+      call.intercept[i] = gradient.intercept;
     }
   }
-  p.channel.slope = problem.slope.data();
-  p.channel.constant = problem.constant.data();
-  run(p, kernels().backward);
-  return {grad_input, parameter_gradient(weight, input, grad_weight), parameter_gradient(bias, input, grad_bias)};
+  p.channel.slope = call.slope.data();
+  p.channel.intercept = call.intercept.data();
+  run(p, call.kernels, &GroupNormKernels::backward);
+  return {grad_input, parameter_gradient(weight, input, grad_weight, call.kernels),
+          parameter_gradient(bias, input, grad_bias, call.kernels)};
 }
 
 }  // namespace

@@ -1,20 +1,21 @@
-// The Jacobian operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
-#include "jacobian.h"
-
+// The Jacobian operators on the CPU. They allocate the results, share the work among threads, and choose the kernels of an instruction set.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
 
+#include "jacobian_kernels.h"
 #include "tensor.h"
 
 namespace fastvae {
 namespace {
 
-const JacobianKernels& kernels() { return FASTVAE_SELECT_KERNELS(jacobian); }
+// An operator calls this once, because another thread may select another instruction set between two calls, and the size of a panel depends
+// on the instruction set.
+const JacobianKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(jacobian); }
 
 using Copies = std::vector<Tensor>;
 
-Rows rows_of(const Tensor& tensor, Copies& copies) {
+JacobianRows rows_of(const Tensor& tensor, Copies& copies) {
   bool contiguous_rows = tensor.stride(1) == 1 || tensor.size(1) <= 1;
   copies.push_back(contiguous_rows ? tensor : dense(tensor));
   return {copies.back().const_data_ptr(), dtype_of(tensor), copies.back().stride(0)};
@@ -22,8 +23,9 @@ Rows rows_of(const Tensor& tensor, Copies& copies) {
 
 Tensor empty_if(bool wanted, const Tensor& like) { return empty(wanted ? shape_of(like) : std::vector<int64_t>{0}, like.scalar_type()); }
 
-ContractivePenalty problem(const Tensor& hidden, const Tensor& weight, int64_t activation, double alpha, const Tensor& norms,
-                           Copies& copies) {
+// Fills in what both passes read.
+ContractivePenalty penalty_of(const Tensor& hidden, const Tensor& weight, int64_t activation, double alpha, const Tensor& norms,
+                              Copies& copies) {
   ContractivePenalty p{};
   p.activation = static_cast<Activation>(activation);
   p.alpha = alpha;
@@ -32,25 +34,27 @@ ContractivePenalty problem(const Tensor& hidden, const Tensor& weight, int64_t a
   p.batch = hidden.size(0);
   p.units = hidden.size(1);
   p.inputs = weight.size(1);
-  p.wide = hidden.scalar_type() == ScalarType::Double;
+  p.is_double = hidden.scalar_type() == ScalarType::Double;
   p.squared_norms = norms.mutable_data_ptr();
   return p;
 }
 
 void run(const ContractivePenalty& p) {
-  torch::stable::parallel_for(0, p.blocks(), 1, [&](int64_t begin, int64_t end) { kernels().contractive_penalty(p, begin, end); });
+  const JacobianKernels& kernels = selected_kernels();
+  torch::stable::parallel_for(0, p.blocks(), 1, [&](int64_t begin, int64_t end) { kernels.contractive_penalty(p, begin, end); });
 }
 
-double value_of(const Tensor& scalar) {
+double scalar_value(const Tensor& scalar) {
   return scalar.scalar_type() == ScalarType::Double ? *static_cast<const double*>(scalar.const_data_ptr())
                                                     : static_cast<double>(*static_cast<const float*>(scalar.const_data_ptr()));
 }
 
+// Writes scale * values into the elements of `out`.
 void write_values(const std::vector<double>& values, double scale, const Tensor& out) {
   finish_reduction(values, Partition(static_cast<int64_t>(values.size()), 1), scale, out);
 }
 
-// sums[i, j] over i, in order.
+// Sums (items, count) over the items, in their order.
 std::vector<double> sum_items(const std::vector<double>& sums, int64_t items, int64_t count) {
   std::vector<double> totals(count);
   for (int64_t item = 0; item < items; ++item)
@@ -67,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> jacobian_forward(const Tensor& hidden
   Tensor grad_hidden = empty_if(with_grad_hidden, hidden), grad_weight = empty_if(with_grad_weight, weight);
 
   Copies copies;
-  ContractivePenalty p = problem(hidden, weight, activation, alpha, norms, copies);
+  ContractivePenalty p = penalty_of(hidden, weight, activation, alpha, norms, copies);
   double scale = reduction_scale(reduction, p.batch, p.batch * p.units);
   p.grad_scale = grad_scale * scale;
   if (with_grad_hidden) p.grad_hidden = output_of(grad_hidden);
@@ -98,7 +102,7 @@ std::tuple<Tensor, Tensor> jacobian_backward(const Tensor& grad_output, const Te
 
   Copies copies;
   Tensor norms = dense(squared_norms), incoming = reduction == Reduction::sample ? dense(grad_output) : grad_output;
-  ContractivePenalty p = problem(hidden, weight, activation, alpha, norms, copies);
+  ContractivePenalty p = penalty_of(hidden, weight, activation, alpha, norms, copies);
   p.norms_known = true;
   p.grad_scale = reduction_scale(reduction, p.batch, p.batch * p.units);
   if (reduction == Reduction::none)
@@ -106,7 +110,7 @@ std::tuple<Tensor, Tensor> jacobian_backward(const Tensor& grad_output, const Te
   else if (reduction == Reduction::sample)
     p.sample_weights = incoming.const_data_ptr();
   else
-    p.grad_scale *= value_of(grad_output);
+    p.grad_scale *= scalar_value(grad_output);
   if (with_grad_hidden) p.grad_hidden = output_of(grad_hidden);
   if (with_grad_weight) p.grad_weight = output_of(grad_weight);
   run(p);
@@ -125,15 +129,17 @@ ScaledMatrices matrices_of(const Tensor& left, const Tensor& inner, const Tensor
           left.scalar_type() == ScalarType::Double};
 }
 
-// What is scaled at a time: little enough for a second-level cache to hold it, its product and the Gram matrix, and at least so many rows,
-// without which a product with a larger Gram matrix is slow.
+// The number of elements and rows of the scaled matrices that are multiplied at a time. The matrices and their product, 512 KiB of float32
+// each, stay in an L2 cache together with a small Gram matrix. With fewer rows a matrix product with a large Gram matrix would be slow.
 constexpr int64_t kGramElements = 1 << 17, kGramRows = 512;
-// A batch is cut into so many parts at most, each with sums of its own: enough for the threads, few enough to add up. Beyond so many
-// elements of sums there are fewer, down to one whose products use all threads.
+// A batch is cut into at most kGramParts parts, each with sums of its own, which are added at the end. The bound on the parts does not
+// depend on the number of threads, so neither does the result. Where the sums of all parts would have more than kGramSums elements (64 MiB
+// of float32) there are fewer parts, down to one, whose matrix products use all threads.
 constexpr int64_t kGramParts = 16, kGramSums = 1 << 24;
-// Rows whose symmetric product is added at a time: two panels of them are in a first-level cache.
+// Rows whose symmetric product is added at a time. Two panels of so many rows (32 KiB of float32 with AVX512) fit an L1 cache.
 constexpr int64_t kGramDepth = 128;
 
+// A view of the first rows of a contiguous matrix.
 Tensor first_rows(const Tensor& matrix, int64_t rows) {
   const int64_t sizes[] = {rows, matrix.size(1)}, strides[] = {matrix.size(1), 1};
   AtenTensorHandle handle;
@@ -141,35 +147,38 @@ Tensor first_rows(const Tensor& matrix, int64_t rows) {
   return Tensor(handle);
 }
 
-// Adds up the parts' symmetric matrices, of which only the panels down to the diagonal's are there, and mirrors them.
+// Adds the symmetric matrices of all parts, (parts, padded, padded), of which the panels up to that of the diagonal are computed, and
+// mirrors the sum into the other half.
 template <class T>
-void add_symmetric_parts(const Tensor& parts, int64_t panel, const Tensor& out) {
+void add_symmetric_parts(const Tensor& parts, int64_t panel, const JacobianKernels& kernels, const Tensor& out) {
   const T* values = static_cast<const T*>(parts.const_data_ptr());
   T* sums = static_cast<T*>(out.mutable_data_ptr());
   int64_t size = out.size(0), stride = parts.size(2);
   torch::stable::parallel_for(0, size, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       int64_t first = row / panel * panel;
-      kernels().gram_add(values + row * stride + first, stride * stride, parts.size(0), size - first, sizeof(T) == sizeof(double),
-                         sums + row * size + first);
+      kernels.gram_add(values + row * stride + first, stride * stride, parts.size(0), size - first, sizeof(T) == sizeof(double),
+                       sums + row * size + first);
       for (int64_t column = first + panel; column < size; ++column) sums[column * size + row] = sums[row * size + column];
     }
   });
 }
 
-// The norms of a batch: each part of it has sums of its own, which are added up in their order.
+// The squared norms of a batch and their gradients by the Gram form. Each part of the batch has sums of its own, which are added in their
+// order.
 template <class T>
 class GramForm {
  public:
-  // `whole` points to the tensors' beginnings.
+  // The pointers of `whole` are those of sample 0.
   GramForm(const GramReduce& whole, const Tensor& gram)
-      : whole(whole),
+      : kernels(selected_kernels()),
+        whole(whole),
         m(whole.matrices),
         size(m.rows * m.columns),
-        samples(std::min(m.batch, std::max(ceil_divide(kGramRows, m.rows), kGramElements / size))),
-        parts(std::min(ceil_divide(m.batch, samples), std::max(int64_t{1}, std::min(kGramParts, kGramSums / (m.columns * m.columns))))),
-        panel(kernels().gram_panel(m.wide)),
-        padded(ceil_divide(m.columns, panel) * panel),
+        samples(std::min(m.batch, std::max(ceil_div(kGramRows, m.rows), kGramElements / size))),
+        parts(std::min(ceil_div(m.batch, samples), std::max(int64_t{1}, std::min(kGramParts, kGramSums / (m.columns * m.columns))))),
+        panel(kernels.gram_panel(m.is_double)),
+        padded(ceil_div(m.columns, panel) * panel),
         gram(gram),
         lefts(buffer({shares_left() ? parts : 0, size})),
         grams(buffer({whole.with_grad ? parts : 0, padded, padded})) {}
@@ -184,12 +193,12 @@ class GramForm {
   }
 
   void add_up(const Tensor& grad_left, const Tensor& grad_gram) const {
-    add_symmetric_parts<T>(grams, panel, grad_gram);
-    if (shares_left()) kernels().gram_add(lefts.const_data_ptr(), size, parts, size, m.wide, grad_left.mutable_data_ptr());
+    add_symmetric_parts<T>(grams, panel, kernels, grad_gram);
+    if (shares_left()) kernels.gram_add(lefts.const_data_ptr(), size, parts, size, m.is_double, grad_left.mutable_data_ptr());
   }
 
  private:
-  // Of one thread.
+  // The scratch buffers of one thread.
   struct Scratch {
     Tensor scaled, product, panels, weighted;
   };
@@ -207,18 +216,19 @@ class GramForm {
 
   void run_samples(int64_t part, int64_t begin, int64_t end, bool adds, const Scratch& scratch) const {
     int64_t rows = (end - begin) * m.rows;
-    kernels().gram_scale(m, scratch.scaled.mutable_data_ptr(), begin, end);
+    kernels.gram_scale(m, scratch.scaled.mutable_data_ptr(), begin, end);
     Tensor scaled = first_rows(scratch.scaled, rows), product = first_rows(scratch.product, rows);
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), scaled.get(), gram.get()));
     GramReduce p = whole;
     p.product = product.const_data_ptr();
     if (whole.with_grad) p.grad_left = grad_left_of(part, begin);
     p.adds = adds && !m.left_is_batched;
-    kernels().gram_reduce(p, begin, end);
+    kernels.gram_reduce(p, begin, end);
     if (whole.with_grad) add_gram(scratch, begin * m.rows, rows, gram_of(part));
   }
 
-  // Threads share the panels where they do not share the parts.
+  // Adds the symmetric product of `rows` rows, whose first is number `first` of all samples, to `out`. The panels are shared among threads
+  // where there is one part; otherwise this already runs in a parallel loop, where the inner one is serial.
   void add_gram(const Scratch& scratch, int64_t first, int64_t rows, T* out) const {
     const T* scaled = static_cast<const T*>(scratch.scaled.const_data_ptr());
     void *panels = scratch.panels.mutable_data_ptr(), *weighted = whole.weights ? scratch.weighted.mutable_data_ptr() : panels;
@@ -229,12 +239,12 @@ class GramForm {
                     first + row,
                     whole.weights,
                     m.rows,
-                    m.wide,
+                    m.is_double,
                     panels,
                     weighted,
                     out};
-      kernels().gram_pack(p);
-      torch::stable::parallel_for(0, padded / panel, 1, [&](int64_t begin, int64_t end) { kernels().gram_multiply(p, begin, end); });
+      kernels.gram_pack(p);
+      torch::stable::parallel_for(0, padded / panel, 1, [&](int64_t begin, int64_t end) { kernels.gram_multiply(p, begin, end); });
     }
   }
 
@@ -242,6 +252,7 @@ class GramForm {
     return m.left_is_batched ? static_cast<T*>(whole.grad_left) + sample * size : static_cast<T*>(lefts.mutable_data_ptr()) + part * size;
   }
 
+  const JacobianKernels& kernels;
   GramReduce whole;
   const ScaledMatrices& m;
   int64_t size, samples, parts, panel, padded;
@@ -279,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> jacobian_gram(const Tensor& l
                with_grad,
                false};
   Tensor square = dense(gram);
-  m.wide ? run_gram<double>(p, square, grad_left, grad_gram) : run_gram<float>(p, square, grad_left, grad_gram);
+  m.is_double ? run_gram<double>(p, square, grad_left, grad_gram) : run_gram<float>(p, square, grad_left, grad_gram);
   return {norms, grad_left, grad_inner, grad_outer, grad_gram};
 }
 

@@ -6,7 +6,8 @@
 namespace fastvae {
 namespace {
 
-const LatentKernels& kernels() { return FASTVAE_SELECT_KERNELS(latent); }
+// Read once a call: another thread may choose another instruction set meanwhile.
+const LatentKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(latent); }
 
 struct Arguments {
   const Tensor &mu, &logvar;
@@ -53,7 +54,7 @@ View active_view(const Tensor& active, int64_t numel) {
 }
 
 // Which dimensions have a mean KL over the batch above the free bits.
-Tensor active_dimensions(const LatentInputs& in, const Tensor& mu, double free_bits) {
+Tensor active_dimensions(const LatentInputs& in, const Tensor& mu, double free_bits, const LatentKernels& kernels) {
   std::vector<int64_t> shape = shape_of(mu);
   if (!shape.empty()) shape.erase(shape.begin());
   Tensor active = empty(shape, ScalarType::Bool);
@@ -69,7 +70,7 @@ Tensor active_dimensions(const LatentInputs& in, const Tensor& mu, double free_b
       int64_t row = i / groups * block, dimension = i % groups * kDimensions;
       int64_t count = inner - dimension < kDimensions ? inner - dimension : kDimensions;
       int64_t row_end = row + block < batch ? row + block : batch;
-      kernels().dimension_sums(in, inner, row, row_end, dimension, count, &sums[i / groups * inner + dimension]);
+      kernels.dimension_sums(in, inner, row, row_end, dimension, count, &sums[i / groups * inner + dimension]);
     }
   });
   bool* out = static_cast<bool*>(active.mutable_data_ptr());
@@ -94,11 +95,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_forward(const Tensor& mu, cons
   Tensor noise = empty(draws && keep_noise ? z_shape : std::vector<int64_t>{0}, accumulation_dtype(mu));
   Tensor kl = with_kl ? empty_reduced(mu, reduction) : empty({0}, accumulation_dtype(mu));
 
+  const LatentKernels& kernels = selected_kernels();
   Copies copies;
   LatentForward p{{}, partition_of(mu, reduction), {}, {}, {}, nullptr, free_bits};
   fill_inputs(p, {mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, clamp_min, clamp_max}, copies);
   bool masked = with_kl && free_bits > 0.0;
-  Tensor active = masked ? active_dimensions(p, mu, free_bits) : empty({0}, ScalarType::Bool);
+  Tensor active = masked ? active_dimensions(p, mu, free_bits, kernels) : empty({0}, ScalarType::Bool);
   if (masked && active.numel() > 0) p.active = active_view(active, p.numel);
   if (draws) p.z = output_of(z);
   if (draws && keep_noise) p.kept_eps = output_of(noise);
@@ -108,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_forward(const Tensor& mu, cons
     slots.resize(p.partition.slots());
     p.sums = slots.data();
   }
-  torch::stable::parallel_for(0, p.partition.items(), 1, [&](int64_t begin, int64_t end) { kernels().forward(p, begin, end); });
+  torch::stable::parallel_for(0, p.partition.items(), 1, [&](int64_t begin, int64_t end) { kernels.forward(p, begin, end); });
   if (with_kl && reduction != Reduction::none) finish_reduction(slots, p.partition, reduction_scale(reduction, batch_of(mu), p.numel), kl);
   return {z, kl, active, noise};
 }
@@ -140,7 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(const OptionalTensor&
   p.grad_logvar = output_of(grad_logvar);
   p.grad_prior_mu = output_of(grad_prior_mu);
   p.grad_prior_logvar = output_of(grad_prior_logvar);
-  torch::stable::parallel_for(0, p.partition.items(), 1, [&](int64_t begin, int64_t end) { kernels().backward(p, begin, end); });
+  const LatentKernels& kernels = selected_kernels();
+  torch::stable::parallel_for(0, p.partition.items(), 1, [&](int64_t begin, int64_t end) { kernels.backward(p, begin, end); });
   return {grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar};
 }
 

@@ -5,7 +5,7 @@
 
 namespace fastvae {
 
-inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t kItemElements = 16384;  // about 10 us of work; a multiple of the kernels' tile
 

@@ -1,14 +1,16 @@
-// The reconstruction operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
-#include "reconstruction.h"
-
+// The reconstruction operators on the CPU. They allocate the results, share the items among threads, finish the sums, and choose the
+// kernels of an instruction set.
+#include "reconstruction_kernels.h"
 #include "tensor.h"
 
 namespace fastvae {
 namespace {
 
-const ReconstructionKernels& kernels() { return FASTVAE_SELECT_KERNELS(reconstruction); }
+// An operator calls this once, because another thread may select another instruction set between two calls.
+const ReconstructionKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(reconstruction); }
 
-struct Arguments {
+// The arguments that both operators share.
+struct ReconstructionArguments {
   const Tensor &input, &target;
   const OptionalTensor &weight, &pos_weight, &logvar;
   int64_t likelihood;
@@ -21,28 +23,30 @@ View dense_view(const Tensor& tensor, Copies& copies) {
   return contiguous_view(copies.back());
 }
 
-View shared(const Tensor& tensor, const std::vector<int64_t>& shape, Copies& copies) {
+View broadcast(const Tensor& tensor, const std::vector<int64_t>& shape, Copies& copies) {
   return broadcast_view(tensor, shape, copies.emplace_back(tensor));
 }
 
-Reconstruction problem(const Arguments& a, const Partition& partition, Copies& copies) {
+// Fills in what both passes read.
+Reconstruction problem_of(const ReconstructionArguments& a, const Partition& partition, Copies& copies) {
   Reconstruction p{static_cast<Likelihood>(a.likelihood), {}, {}, {}, {}, partition, false, {}, nullptr, {}, 1.0, {}, {}, {}, nullptr};
   std::vector<int64_t> shape = shape_of(a.input);
   p.input = dense_view(a.input, copies);
   p.target = dense_view(a.target, copies);
-  if (a.weight) p.weight = shared(*a.weight, shape, copies);
-  if (a.pos_weight) p.extra = shared(*a.pos_weight, shape, copies);
-  if (a.logvar) p.extra = shared(*a.logvar, shape, copies);
-  p.wide = a.input.scalar_type() == ScalarType::Double;
+  if (a.weight) p.weight = broadcast(*a.weight, shape, copies);
+  if (a.pos_weight) p.extra = broadcast(*a.pos_weight, shape, copies);
+  if (a.logvar) p.extra = broadcast(*a.logvar, shape, copies);
+  p.is_double = a.input.scalar_type() == ScalarType::Double;
   return p;
 }
 
-void run(const Reconstruction& p) {
-  // Two items a thread at least: less does not pay for waking one.
-  torch::stable::parallel_for(0, p.partition.items(), 2, [&](int64_t begin, int64_t end) { kernels().run(p, begin, end); });
+void run(const Reconstruction& p, const ReconstructionKernels& kernels) {
+  // A thread gets at least two items, about 20 us of work (see kItemElements), because waking a thread for less would not pay.
+  torch::stable::parallel_for(0, p.partition.items(), 2, [&](int64_t begin, int64_t end) { kernels.run(p, begin, end); });
 }
 
-// The gradient of a log variance: elementwise, or summed over what shares a value.
+// Decides where the kernels write the gradient of the log variance. A log variance of one value for each element gets it directly. Where
+// elements share values, each item has a sum for each value, and finish() adds those in the order of the items.
 class LogvarGradient {
  public:
   LogvarGradient(Reconstruction& p, const OptionalTensor& logvar, const Tensor& grad) : grad_(grad) {
@@ -56,7 +60,7 @@ class LogvarGradient {
     shared_ = true;
   }
 
-  void finish() {
+  void finish(const ReconstructionKernels& kernels) {
     if (!shared_) return;
     int64_t values = grad_.numel(), items = values > 0 ? static_cast<int64_t>(sums_.size()) / values : 0;
     std::vector<double> totals(values);
@@ -66,7 +70,7 @@ class LogvarGradient {
     view.data = totals.data();
     view.dtype = DType::float64;
     view.inner = values > 0 ? values : 1;
-    kernels().scale(view, output_of(grad_), 1.0, true, 0, values);
+    kernels.scale(view, output_of(grad_), 1.0, true, 0, values);
   }
 
  private:
@@ -85,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> reconstruction_forward(const Tensor& input, c
 
   Copies copies;
   copies.reserve(4);
-  Reconstruction p = problem({input, target, weight, pos_weight, logvar, likelihood}, partition_of(input, reduction), copies);
+  Reconstruction p = problem_of({input, target, weight, pos_weight, logvar, likelihood}, partition_of(input, reduction), copies);
   double scale = reduction_scale(reduction, batch_of(input), input.numel());
   std::vector<double> slots;
   if (reduction == Reduction::none) {
@@ -99,9 +103,10 @@ std::tuple<Tensor, Tensor, Tensor> reconstruction_forward(const Tensor& input, c
     p.grad_input = output_of(grad_input);
     p.grad_scale = grad_scale * scale;
   }
-  run(p);
+  const ReconstructionKernels& kernels = selected_kernels();
+  run(p, kernels);
   if (reduction != Reduction::none) finish_reduction(slots, p.partition, scale, loss);
-  logvar_gradient.finish();
+  logvar_gradient.finish(kernels);
   return {loss, grad_input, grad_logvar};
 }
 
@@ -116,26 +121,29 @@ std::tuple<Tensor, Tensor, Tensor> reconstruction_backward(const Tensor& grad_ou
 
   Copies copies;
   copies.reserve(5);
-  Reconstruction p = problem({input, target, weight, pos_weight, logvar, likelihood}, Partition(1, input.numel()), copies);
+  Reconstruction p = problem_of({input, target, weight, pos_weight, logvar, likelihood}, Partition(1, input.numel()), copies);
   p.grad_output = gradient_view(grad_output, reduction, input.numel(), batch_of(input), copies.emplace_back(grad_output));
   p.grad_scale = reduction_scale(reduction, batch_of(input), input.numel());
   p.grad_input = output_of(grad_input);
   if (with_target) p.grad_target = output_of(grad_target);
   LogvarGradient logvar_gradient(p, logvar, grad_logvar);
-  run(p);
-  logvar_gradient.finish();
+  const ReconstructionKernels& kernels = selected_kernels();
+  run(p, kernels);
+  logvar_gradient.finish(kernels);
   return {grad_input, grad_target, grad_logvar};
 }
 
+// Writes grad * grad_output / expected into `out`, which may be `grad`. `grad_output` is a scalar.
 void rescale(const Tensor& grad, const Tensor& grad_output, double expected, const Tensor& out) {
-  double incoming;
+  const ReconstructionKernels& kernels = selected_kernels();
+  double factor;
   View view = contiguous_view(grad_output);
-  Output number{&incoming, DType::float64};
-  kernels().scale(view, number, 1.0 / expected, true, 0, 1);
+  Output scalar{&factor, DType::float64};
+  kernels.scale(view, scalar, 1.0 / expected, true, 0, 1);
   Partition partition(1, grad.numel());
-  bool wide = grad.scalar_type() == ScalarType::Double;
+  bool is_double = grad.scalar_type() == ScalarType::Double;
   torch::stable::parallel_for(0, partition.items(), 2, [&](int64_t begin, int64_t end) {
-    kernels().scale(contiguous_view(grad), output_of(out), incoming, wide, partition.begin(begin), partition.end(end - 1));
+    kernels.scale(contiguous_view(grad), output_of(out), factor, is_double, partition.begin(begin), partition.end(end - 1));
   });
 }
 

@@ -131,7 +131,7 @@ void find_nearest(Launch& launch, const Operands& o, const Tensor& indices) {
   if (o.heads == 0 || o.rows == 0) return;
   Copies memory;
   auto* found = static_cast<int64_t*>(indices.mutable_data_ptr());
-  int64_t blocks = least(o.heads * o.rows, kRecheckBlocks);
+  int64_t blocks = min64(o.heads * o.rows, kRecheckBlocks);
   Worklist worklist{};
   double* buffers = nullptr;
   memory.push_back(allocate_parts(launch, [&](Arena& arena) {
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) distance_kernel(const __grid_constan
     int64_t head = quotient(p.rows, number), row = number - head * p.rows.divisor;
     int64_t x = row_offset(p.x, head, row), code = row_offset(p.codebook, head, p.indices[number]);
     for (int64_t d = group.member * kVector; d < p.dim; d += group.width * kVector) {
-      int count = static_cast<int>(least(p.dim - d, kVector));
+      int count = static_cast<int>(min64(p.dim - d, kVector));
       float a[kVector], b[kVector];
       load(p.x, x + d, count, p.x.vector, a);
       load(p.codebook, code + d, count, p.codebook.vector, b);
@@ -249,19 +249,19 @@ __device__ __forceinline__ void load_with_codes(const QuantizeParams<T>& p, int6
 template <class T>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ QuantizeParams<T> p) {
   LossAccumulator loss(p.loss_sum, p.chunk);
-  int64_t begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, p.numel);
+  int64_t begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, p.numel);
   for (int64_t base = begin; base < end; base += kStep) {
     loss.begin_step(base);
     float x[kRuns][kVector], code[kRuns][kVector];
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = base + vector_offset(threadIdx.x, j);
-      load_with_codes(p, element, static_cast<int>(most(least(p.numel - element, kVector), 0)), x[j], code[j]);
+      load_with_codes(p, element, static_cast<int>(max64(min64(p.numel - element, kVector), 0)), x[j], code[j]);
     }
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int offset = vector_offset(threadIdx.x, j);
-      int count = static_cast<int>(most(least(p.numel - base - offset, kVector), 0));
+      int count = static_cast<int>(max64(min64(p.numel - base - offset, kVector), 0));
       store(p.quantized + base + offset, count, count == kVector, code[j]);
       float values[kVector];
       for (int k = 0; k < kVector; ++k) values[k] = p.weight * (x[j][k] - code[j][k]) * (x[j][k] - code[j][k]);
@@ -271,8 +271,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
     loss.end_step();
   }
   if (!p.loss_sum.wanted()) return;
-  loss.leave_parts();
-  if (is_last_block(p.ticket, gridDim.x)) loss.add_all_parts();
+  loss.store_partial_sums();
+  if (is_last_block(p.ticket, gridDim.x)) loss.finish_sums();
 }
 
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
@@ -342,7 +342,7 @@ struct RowOperands {
     incoming_from = row_offset(p.grad_quantized, head, row);
   }
 
-  __device__ __forceinline__ int count(int64_t d) const { return static_cast<int>(least(p.dim - d, kVector)); }
+  __device__ __forceinline__ int count(int64_t d) const { return static_cast<int>(min64(p.dim - d, kVector)); }
   __device__ __forceinline__ void load_x(int64_t d, float (&to)[kVector]) const { load(p.x + x_from + d, count(d), p.view.vector, to); }
   __device__ __forceinline__ void load_code(int64_t d, float (&to)[kVector]) const {
     load(p.codebook, code_from + d, count(d), p.codebook.vector, to);
@@ -522,6 +522,46 @@ std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad
   return dispatch(x.scalar_type(), [&](auto type) { return quantize_backward<typename decltype(type)::Type>(arguments); });
 }
 
+struct FiniteRowsParams {
+  RowView x;
+  Divider rows;
+  int64_t count, dim;
+  int width;
+  const int64_t* indices;
+  int64_t* kept;
+};
+
+// kept is the index of each row, -1 for a row that is not finite.
+__global__ void __launch_bounds__(kThreads) finite_rows_kernel(const __grid_constant__ FiniteRowsParams p) {
+  Group group(p.width);
+  int64_t number = static_cast<int64_t>(blockIdx.x) * group.count + group.number;
+  int strange = 0;
+  if (number < p.count) {
+    int64_t head = quotient(p.rows, number), first = row_offset(p.x, head, number - head * p.rows.divisor);
+    for (int64_t d = group.member * kVector; d < p.dim; d += group.width * kVector) {
+      float x[kVector];
+      load(p.x, first + d, static_cast<int>(min64(p.dim - d, kVector)), p.x.vector, x);
+      for (int k = 0; k < kVector; ++k) strange |= !is_finite(x[k]);
+    }
+  }
+  strange = warp_sum(strange, group.width);
+  if (group.member == 0 && number < p.count) p.kept[number] = strange == 0 ? p.indices[number] : -1;
+}
+
+// The indices of the rows of x (heads, rows, dim), of which those that are not finite have none.
+Tensor indices_of_finite_rows(const Launch& launch, const RowView& view, const Tensor& x, const Tensor& indices) {
+  Tensor kept = launch.empty({x.size(0), x.size(1)}, ScalarType::Long);
+  FiniteRowsParams p{view,
+                     divider(x.size(1)),
+                     x.size(0) * x.size(1),
+                     x.size(2),
+                     row_group(x.size(2)),
+                     static_cast<const int64_t*>(indices.const_data_ptr()),
+                     static_cast<int64_t*>(kept.mutable_data_ptr())};
+  launch.run(finite_rows_kernel, ceil_div(p.count, kThreads / p.width), 1, kThreads, p);
+  return kept;
+}
+
 std::tuple<Tensor, Tensor> codebook_sums(const Tensor& x, const Tensor& indices, int64_t codes) {
   Launch launch(x);
   int64_t heads = x.size(0), rows = x.size(1), dim = x.size(2);
@@ -531,10 +571,11 @@ std::tuple<Tensor, Tensor> codebook_sums(const Tensor& x, const Tensor& indices,
     launch.fill(counts, 0);
     return {counts, sums};
   }
-  Copies copies{dense(indices)};
-  auto* totals = static_cast<int64_t*>(counts.mutable_data_ptr());
-  SortParams sort = sort_by_code(launch, static_cast<const int64_t*>(copies[0].const_data_ptr()), heads, rows, codes, totals, copies);
+  Copies copies;
   RowView view = rows_of(x, copies);
+  Tensor kept = indices_of_finite_rows(launch, view, x, dense(indices));
+  auto* totals = static_cast<int64_t*>(counts.mutable_data_ptr());
+  SortParams sort = sort_by_code(launch, static_cast<const int64_t*>(kept.const_data_ptr()), heads, rows, codes, totals, copies);
   dispatch(x.scalar_type(), [&](auto type) {
     SegmentParams<typename decltype(type)::Type> p{};
     p.sort = sort;

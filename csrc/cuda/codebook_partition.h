@@ -56,7 +56,7 @@ inline ScreenGrid screen_grid(int64_t heads, int64_t rows, const CodeLayout& lay
   grid.tiles_per_head = ceil_div(rows, grid.tile_rows);
   grid.tiles = heads * grid.tiles_per_head;
   int64_t code_tiles = layout.padded_codes / kTileCodes;
-  int64_t tiles_per_split = ceil_div(code_tiles, most(kScreenBlocks / grid.tiles, 1));
+  int64_t tiles_per_split = ceil_div(code_tiles, max64(kScreenBlocks / grid.tiles, 1));
   grid.codes_per_split = tiles_per_split * kTileCodes;
   grid.splits = ceil_div(code_tiles, tiles_per_split);
   return grid;
@@ -95,7 +95,7 @@ struct SortParts {
 };
 
 inline SortParts sort_parts(int64_t rows) {
-  int64_t rows_per_part = ceil_div(most(ceil_div(rows, kMostParts), kLeastPartRows), kWarp) * kWarp;
+  int64_t rows_per_part = ceil_div(max64(ceil_div(rows, kMostParts), kLeastPartRows), kWarp) * kWarp;
   return {rows_per_part, ceil_div(rows, rows_per_part)};
 }
 

@@ -53,8 +53,6 @@ __device__ __forceinline__ void load(const RowView& rows, int64_t index, int cou
   }
 }
 
-__device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
-
 // A thread's place among those that share a row: `width` adjacent ones, a power of two up to a warp.
 struct Group {
   int width, member, number, count;
@@ -89,7 +87,7 @@ constexpr int kMostScale = 120;  // the exponent of a factor that is, as its rec
 FASTVAE_INLINE int largest_exponent(unsigned stored) { return stored == 0 ? 0 : static_cast<int>(stored - kExponentZero); }
 
 FASTVAE_INLINE double scale_of(unsigned stored) {
-  return power_of_two(static_cast<int>(most(least(-largest_exponent(stored), kMostScale), -kMostScale)));
+  return power_of_two(static_cast<int>(max64(min64(-largest_exponent(stored), kMostScale), -kMostScale)));
 }
 
 // Rows that the screen leaves, numbered over the heads.
@@ -108,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) code_mean_kernel(const __grid_consta
   const CodeLayout& layout = p.codes.layout;
   int64_t groups = ceil_div(layout.padded_dim, kWarp), head = blockIdx.x / groups;
   int64_t d = (blockIdx.x - head * groups) * kWarp + threadIdx.x % kWarp;
-  int64_t step = most(layout.codes / kMeanCodes, 1), count = ceil_div(layout.codes, step);
+  int64_t step = max64(layout.codes / kMeanCodes, 1), count = ceil_div(layout.codes, step);
   double total = 0.0;
   if (d < layout.dim)
     for (int64_t i = threadIdx.x / kWarp; i < count; i += kWarps) {
@@ -225,7 +223,7 @@ struct ScreenPlace {
     head = tile / p.grid.tiles_per_head;
     first_row = (tile - head * p.grid.tiles_per_head) * p.grid.tile_rows;
     first_code = blockIdx.y * p.grid.codes_per_split;
-    end_code = least(first_code + p.grid.codes_per_split, p.codes.layout.padded_codes);
+    end_code = min64(first_code + p.grid.codes_per_split, p.codes.layout.padded_codes);
   }
 };
 
@@ -233,7 +231,7 @@ struct ScreenPlace {
 template <class T>
 __device__ __forceinline__ void load_centred(const ScreenParams<T>& p, const T* row, bool inside, int64_t d, const float* mean, float scale,
                                              float* to) {
-  int count = inside ? static_cast<int>(most(least(p.codes.layout.dim - d, kVector), 0)) : 0;
+  int count = inside ? static_cast<int>(max64(min64(p.codes.layout.dim - d, kVector), 0)) : 0;
   float raw[kVector];
   load(row + d, count, p.view.vector && count == kVector, raw);
   Vector<float> centre = *reinterpret_cast<const Vector<float>*>(mean + d);
@@ -303,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 4) screen_short_kernel(const __grid_
     best[i] = no_best();
   }
   for (int64_t base = place.first_code; base < place.end_code; base += kShortCodes) {
-    int count = static_cast<int>(least(place.end_code - base, kShortCodes));
+    int count = static_cast<int>(min64(place.end_code - base, kShortCodes));
     int64_t first = place.head * p.codes.layout.padded_codes + base;
     for (int v = threadIdx.x * kVector; v < count * kDim; v += kThreads * kVector)
       *reinterpret_cast<Vector<float>*>(codes.elements + v) = *reinterpret_cast<const Vector<float>*>(p.codes.elements + first * kDim + v);

@@ -32,7 +32,7 @@ struct PartPlace {
     head = number / p.parts.parts;
     part = number - head * p.parts.parts;
     begin = part * p.parts.rows_per_part;
-    end = least(begin + p.parts.rows_per_part, p.rows);
+    end = min64(begin + p.parts.rows_per_part, p.rows);
     exists = head < p.heads;
   }
 
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_consta
 __global__ void __launch_bounds__(kThreads) start_codes_kernel(const __grid_constant__ SortParams p) {
   __shared__ int64_t shares[kThreads];
   int64_t* starts = p.starts + static_cast<int64_t>(blockIdx.x) * (p.codes + 1);
-  int64_t share = ceil_div(p.codes, kThreads), begin = least(threadIdx.x * share, p.codes), end = least(begin + share, p.codes), total = 0;
+  int64_t share = ceil_div(p.codes, kThreads), begin = min64(threadIdx.x * share, p.codes), end = min64(begin + share, p.codes), total = 0;
   for (int64_t code = begin; code < end; ++code) total += starts[code];
   shares[threadIdx.x] = total;
   __syncthreads();
@@ -142,11 +142,11 @@ struct PiecePlace {
   template <class T>
   __device__ __forceinline__ explicit PiecePlace(const SegmentParams<T>& p) : member(static_cast<int>(threadIdx.x) % p.width) {
     int64_t number = static_cast<int64_t>(blockIdx.x) * (kThreads / p.width) + threadIdx.x / p.width;
-    head = least(number / p.pieces, p.sort.heads - 1);
+    head = min64(number / p.pieces, p.sort.heads - 1);
     piece = number - head * p.pieces;
     starts = p.sort.starts + head * (p.sort.codes + 1);
     begin = piece * kPieceRows;
-    end = piece < p.pieces ? least(begin + kPieceRows, starts[p.sort.codes]) : begin;
+    end = piece < p.pieces ? min64(begin + kPieceRows, starts[p.sort.codes]) : begin;
   }
 
   template <class T>
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) sum_pieces_kernel(const __grid_const
   const int32_t* sorted = p.sort.sorted + place.head * p.sort.rows;
   for (int64_t d = place.member; d < p.dim; d += p.width) {
     for (int64_t i = place.begin; i < place.end;) {
-      int64_t code = sorted[i], start = place.starts[code], end = place.starts[code + 1], stop = least(end, place.end);
+      int64_t code = sorted[i], start = place.starts[code], end = place.starts[code + 1], stop = min64(end, place.end);
       double value = kGradient ? wide_element(p.codebook, row_offset(p.codebook, place.head, code) + d) : 0.0, total = 0.0;
 #pragma unroll 4
       for (; i < stop; ++i) total += term_of_row<T, kGradient>(p, place.head, order[i], d, value);

@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kPrior ? 4 : 6) forward_kernel(const
   NoiseKey key = {0, 0};
   if (p.seed) key = noise_key(p.seed);
   bool with_kl = p.kl || p.loss.wanted();
-  int64_t begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, p.total);
+  int64_t begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, p.total);
   for (int64_t base = begin; base < end; base += kStep) {
     loss.begin_step(base);
     Place place{base + vector_offset(threadIdx.x, 0), p.total};
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kPrior ? 4 : 6) forward_kernel(const
       }
       if (!with_kl) continue;
       // The KL is that of the first sample's elements.
-      int kl_count = static_cast<int>(most(least(p.numel.divisor - element, count), 0));
+      int kl_count = static_cast<int>(max64(min64(p.numel.divisor - element, count), 0));
       for (int k = 0; k < kVector; ++k) {
         float value = kPrior
                           ? kl_prior(x[k], y[k], widen(raw.prior_mu.run[j].v[k]), clamp(widen(raw.prior_logvar.run[j].v[k]), p.low, p.high))
@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(kThreads, kPrior ? 4 : 6) forward_kernel(const
     loss.end_step();
   }
   if (!p.loss.wanted()) return;
-  loss.leave_parts();
-  if (is_last_block(p.ticket, gridDim.x)) loss.add_all_parts();
+  loss.store_partial_sums();
+  if (is_last_block(p.ticket, gridDim.x)) loss.finish_sums();
 }
 
 template <class T>
@@ -298,7 +298,7 @@ template <class T, bool kPrior>
 __global__ void __launch_bounds__(kThreads, kPrior ? 3 : 4) backward_kernel(const __grid_constant__ BackwardParams<T> p) {
   NoiseKey key = {0, 0};
   if (p.seed) key = noise_key(p.seed);
-  int64_t begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, p.total);
+  int64_t begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, p.total);
   for (int64_t base = begin; base < end; base += kStep) {
     Place place{base + vector_offset(threadIdx.x, 0), p.total};
     bool fast = p.vector && place.whole();

@@ -1,4 +1,4 @@
-// How an operator reaches its GPU: device, stream, launch and the memory for sums.
+// An operator's access to its GPU: the device and stream of a tensor, allocation, launches, and the scratch memory for sums.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,14 +13,17 @@ inline void check_cuda(cudaError_t status, const char* what) {
   STD_TORCH_CHECK(status == cudaSuccess, "fastvae: ", what, ": ", cudaGetErrorString(status));
 }
 
-constexpr int kSlots = 2 * kMaxBlocks;  // two scalar sums, or twice the row blocks, or a column block each
-constexpr int kTickets = kMaxColumnBlocks;
+// A launch needs slots for one of three things: two scalar sums (one slot a block each), the sums of rows (two slots a block), or the sums
+// of columns (kWarp slots a block).
+constexpr int kSlots = 2 * kMaxBlocks;
+constexpr int kTickets = kMaxColumnBlocks;  // the sums of columns take one ticket for each group of columns
 static_assert(kMaxColumnBlocks * kWarp <= kSlots && 2 * kMaxRowBlocks <= kSlots, "each kind of sum has its slots");
 
-// The workspace of a stream, on which launches follow each other; `keep` owns it where it is no lasting one.
+// The workspace of a stream; launches on one stream follow each other, so they share it. Where no persistent workspace is available, this
+// allocates one, which `keep` then owns.
 Workspace workspace_of(int32_t device, cudaStream_t stream, Tensor* keep);
 
-// The device and current stream of a tensor, for as long as an operator runs.
+// Makes the device of a tensor the current one for as long as an operator runs, and launches on the current stream of that device.
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_), keep_(tensor) {
@@ -39,11 +42,13 @@ class Launch {
 
   Workspace workspace() { return workspace_of(device_, stream_, &keep_); }
 
+  // Sets every byte of a contiguous tensor.
   void fill(const Tensor& tensor, int byte) const {
     size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
     if (bytes > 0) check_cuda(cudaMemsetAsync(tensor.mutable_data_ptr(), byte, bytes, stream_), "filling a tensor");
   }
 
+  // Launches a kernel, whose only parameter is a struct, on a grid (blocks_x, blocks_y).
   template <class Params>
   void run(void (*kernel)(Params), int64_t blocks_x, int64_t blocks_y, int threads, const Params& params) const {
     dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
@@ -54,7 +59,7 @@ class Launch {
  private:
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
-  Tensor keep_;
+  Tensor keep_;  // owns a workspace that is not persistent
   cudaStream_t stream_ = nullptr;
 };
 

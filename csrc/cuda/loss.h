@@ -1,4 +1,5 @@
-// The host's side of a reduced loss, for every family.
+// The host code that the operators of all families share: dispatch on dtypes, operands as kernels read them, and the plan of a reduced
+// loss.
 #pragma once
 
 #include "../common/reduction.h"
@@ -11,7 +12,7 @@ struct TypeTag {
   using Type = T;
 };
 
-// f(TypeTag<T>) for the storage type of a dtype.
+// Calls f(TypeTag<T>{}) with the storage type T of a dtype.
 template <class F>
 auto dispatch(ScalarType dtype, F f) {
   switch (dtype) {
@@ -26,18 +27,32 @@ auto dispatch(ScalarType dtype, F f) {
   }
 }
 
+// Whether vector accesses may begin at this address.
 template <class T>
 bool is_aligned(const T* data) {
   return reinterpret_cast<uintptr_t>(data) % sizeof(Vector<T>) == 0;
 }
 
-// Copies of tensors that no kernel reads as they are, alive as long as the launch.
+// Owns the contiguous copies of tensors until their kernels are launched.
 using Copies = std::vector<Tensor>;
 
+// The tensor itself where it is contiguous, otherwise a contiguous copy. The reference stays valid only while `copies` does not grow beyond
+// its capacity.
 inline const Tensor& readable(const Tensor& tensor, Copies& copies) { return copies.emplace_back(dense(tensor)); }
+
+template <class T>
+const T* data_of(const Tensor& tensor, Copies& copies) {
+  return static_cast<const T*>(readable(tensor, copies).const_data_ptr());
+}
+
+// A tensor like `like`, or an empty one where it is not wanted.
+inline Tensor empty_if(const Launch& launch, bool wanted, const Tensor& like) {
+  return launch.empty(wanted ? shape_of(like) : Sizes{0}, like.scalar_type());
+}
 
 inline Output output_of(const Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor)}; }
 
+// The result of a loss over elements of the shape of `like`: that shape in its dtype, or (batch,) or a scalar in float32.
 inline Tensor empty_reduced(const Launch& launch, const Tensor& like, int64_t batch, Reduction reduction) {
   if (reduction == Reduction::none) return launch.empty(shape_of(like), like.scalar_type());
   std::vector<int64_t> shape;
@@ -49,13 +64,15 @@ inline Tensor empty_reduced(const Launch& launch, const Tensor& like, Reduction 
   return empty_reduced(launch, like, batch_of(like), reduction);
 }
 
+// The partition of a launch into chunks and the reduction of its losses.
 struct LossPlan {
   Chunks chunks;
   LossSum sum;
   unsigned* ticket = nullptr;
 };
 
-// How `total` elements, of which the first `numel` have a loss, are cut and their losses reduced into `out`.
+// Plans a launch over `total` elements, of which the first `numel` have a loss that is reduced into `out`. More elements than losses occur
+// where several samples of noise share one KL.
 inline LossPlan plan_loss(Launch& launch, Reduction reduction, int64_t batch, int64_t numel, int64_t total, const Tensor& out) {
   bool rows = reduction == Reduction::sample && batch > 1;
   LossPlan plan;

@@ -1,4 +1,5 @@
-// Between memory and arithmetic: storage types, vectors of them, and operands whose layout is known at run time.
+// Loads and stores: kernels compute in float32, whatever the tensors hold. A thread handles kVector adjacent elements with one access where
+// their address is aligned to a whole vector, and element by element elsewhere.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +11,7 @@
 
 namespace fastvae {
 
-// The 16-bit floating formats as they lie in memory.
+// Storage of the two 16-bit floating formats. They have no arithmetic of their own, so that nothing computes in them by accident.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -25,13 +26,15 @@ constexpr DType kDTypeOf<BFloat16> = DType::bfloat16;
 template <>
 constexpr DType kDTypeOf<Half> = DType::float16;
 
+// Storage to float32.
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 __device__ __forceinline__ float widen(double x) { return static_cast<float>(x); }
-// An 8-bit image in [0, 1].
+// A uint8 pixel stands for a value in [0, 1].
 __device__ __forceinline__ float widen(uint8_t x) { return static_cast<float>(x) * (1.0f / 255.0f); }
 
+// float32 to storage, rounded to nearest even.
 template <class T>
 __device__ __forceinline__ T narrow(float x);
 template <>
@@ -51,15 +54,16 @@ __device__ __forceinline__ double narrow<double>(float x) {
   return static_cast<double>(x);
 }
 
+// kVector elements that one instruction loads or stores; its address has to be a multiple of its size.
 template <class T>
 struct alignas(kVector * sizeof(T)) Vector {
   T v[kVector];
 };
 
-// `count` <= kVector elements, together where `fast`, one by one elsewhere; those that there are not are 0.
+// Loads `count` <= kVector elements and fills up with 0. `vectorized` says that the vector is whole and aligned.
 template <class T>
-__device__ __forceinline__ void load(const T* from, int count, bool fast, float (&to)[kVector]) {
-  if (fast) {
+__device__ __forceinline__ void load(const T* from, int count, bool vectorized, float (&to)[kVector]) {
+  if (vectorized) {
     Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from);
     for (int k = 0; k < kVector; ++k) to[k] = widen(vector.v[k]);
   } else {
@@ -67,12 +71,14 @@ __device__ __forceinline__ void load(const T* from, int count, bool fast, float 
   }
 }
 
-// A thread's elements of a step, all loaded before the first is used; those that there are not are 0.
+// The elements that a thread handles in a step: vector j begins at first + j * kNoiseLanes.
 using Values = float[kRuns][kVector];
 
+// Loads a thread's elements of a step, and 0 for those beyond `numel`. All loads are issued before the first value is used, so that their
+// latencies overlap. `aligned` says that the address of the tensor is that of a whole vector.
 template <class From>
-__device__ __forceinline__ void load_values(const From* from, int64_t first, int64_t numel, bool vector, Values& to) {
-  if (vector && first + (kRuns - 1) * kNoiseLanes + kVector <= numel) {
+__device__ __forceinline__ void load_values(const From* from, int64_t first, int64_t numel, bool aligned, Values& to) {
+  if (aligned && first + (kRuns - 1) * kNoiseLanes + kVector <= numel) {
     Vector<From> raw[kRuns];
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) raw[j] = *reinterpret_cast<const Vector<From>*>(from + first + j * kNoiseLanes);
@@ -89,9 +95,10 @@ __device__ __forceinline__ void load_values(const From* from, int64_t first, int
   }
 }
 
+// Stores `count` <= kVector elements. `vectorized` says that the vector is whole and aligned.
 template <class T>
-__device__ __forceinline__ void store(T* to, int count, bool fast, const float (&from)[kVector]) {
-  if (fast) {
+__device__ __forceinline__ void store(T* to, int count, bool vectorized, const float (&from)[kVector]) {
+  if (vectorized) {
     Vector<T> vector;
     for (int k = 0; k < kVector; ++k) vector.v[k] = narrow<T>(from[k]);
     *reinterpret_cast<Vector<T>*>(to) = vector;
@@ -101,19 +108,22 @@ __device__ __forceinline__ void store(T* to, int count, bool fast, const float (
   }
 }
 
-__device__ __forceinline__ void store(const Output& to, int64_t first, int count, bool fast, const float (&from)[kVector]) {
+// The same for a tensor whose dtype is known at run time, from its element `first` on. A float64 tensor is stored element by element,
+// because its vectors would need 32-byte accesses.
+__device__ __forceinline__ void store(const Output& to, int64_t first, int count, bool vectorized, const float (&from)[kVector]) {
   switch (to.dtype) {
     case DType::float32:
-      return store(static_cast<float*>(to.data) + first, count, fast, from);
+      return store(static_cast<float*>(to.data) + first, count, vectorized, from);
     case DType::bfloat16:
-      return store(static_cast<BFloat16*>(to.data) + first, count, fast, from);
+      return store(static_cast<BFloat16*>(to.data) + first, count, vectorized, from);
     case DType::float16:
-      return store(static_cast<Half*>(to.data) + first, count, fast, from);
+      return store(static_cast<Half*>(to.data) + first, count, vectorized, from);
     default:
       return store(static_cast<double*>(to.data) + first, count, false, from);
   }
 }
 
+// Stores one element of a tensor whose dtype is known at run time.
 __device__ __forceinline__ void store_one(const Output& to, int64_t index, double value) {
   switch (to.dtype) {
     case DType::float32:

@@ -1,5 +1,5 @@
-// How a launch is cut into blocks and how sums are put together from their parts: arithmetic on sizes alone, so that a result depends
-// neither on the run nor on the model of the GPU, and plain functions, so that it is tested without one.
+// This file decides how a launch is cut into blocks and in which order partial sums are added. Everything is arithmetic on sizes alone, so
+// that a result depends neither on the run nor on the model of the GPU. The functions run on the host too, so that tests need no GPU.
 #pragma once
 
 #include <cstdint>
@@ -8,39 +8,40 @@
 
 namespace fastvae {
 
-constexpr int kWarp = 32;
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kVector = 4;                  // adjacent elements that a thread reads at once: 16 bytes of float32
-constexpr int kRuns = 4;                    // such vectors of a thread: one in each stream of a noise tile
-constexpr int kStep = kWarps * kNoiseTile;  // elements that a block handles at once, a noise tile for each warp
+constexpr int kWarp = 32;                   // threads of a warp
+constexpr int kWarps = 4;                   // warps of a block
+constexpr int kThreads = kWarps * kWarp;    // threads of a block
+constexpr int kVector = 4;                  // elements of one vector access: 16 bytes of float32, the widest that a thread has
+constexpr int kRuns = 4;                    // vectors that a thread handles in a step, one in each stream of a noise tile
+constexpr int kStep = kWarps * kNoiseTile;  // elements that a block handles in a step, one noise tile for each warp
 
 static_assert(kWarp * kVector == kNoiseLanes && kRuns * kNoiseLanes == kNoiseTile, "a warp reads one noise tile");
 
-// Seven times what an H200 runs at once: the last, partly filled wave of blocks costs little.
+// About seven waves of an H200, whose 132 multiprocessors each run nine blocks of 128 threads with 56 registers at a time: the last wave,
+// which leaves some of them idle, is then a small part of the run.
 constexpr int64_t kMaxBlocks = 8192;
-// Sums of rows are finished by one block, whose work grows with the blocks before it.
+// One block adds the partial sums of all rows, so its work grows with the number of blocks before it.
 constexpr int64_t kMaxRowBlocks = 2048;
-// Blocks that put sums of columns together.
+// Blocks of a launch that sums columns. This is also the number of ticket counters in a workspace.
 constexpr int64_t kMaxColumnBlocks = 512;
-// Few: most often there is nothing to rescale.
+// The rescale kernel usually returns at once, because the incoming gradient is the expected one; a small grid makes that cheap.
 constexpr int64_t kMaxRescaleBlocks = 1024;
 
 FASTVAE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTVAE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTVAE_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTVAE_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTVAE_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// How many elements a vector has, of the `rest` that are left.
-FASTVAE_INLINE int vector_count(int64_t rest) { return static_cast<int>(most(least(rest, kVector), 0)); }
+// The number of elements in a vector that begins `rest` elements before the end: 0 to kVector.
+FASTVAE_INLINE int vector_count(int64_t rest) { return static_cast<int>(max64(min64(rest, kVector), 0)); }
 
-// The element that a thread's vector begins with, counted from the block's step.
+// The offset of a thread's vector number `run` from the beginning of the block's step.
 FASTVAE_INLINE int vector_offset(int thread, int run) { return thread / kWarp * kNoiseTile + run * kNoiseLanes + thread % kWarp * kVector; }
 
-// Division of numbers below 2^63 by one that the host knows: a product and a shift (Granlund and Montgomery 1994). GPUs divide in a
-// subroutine.
+// Divides numbers in [0, 2^63) by a divisor that the host knows, with one product and one shift (Granlund and Montgomery 1994). A GPU has
+// no instruction for a 64-bit division and calls a subroutine instead.
 struct Divider {
   int64_t divisor;
-  uint64_t multiplier;  // 0: the divisor is 1
+  uint64_t multiplier;  // 0 stands for a divisor of 1
   int shift;
 };
 
@@ -62,29 +63,31 @@ FASTVAE_INLINE int64_t quotient(const Divider& d, int64_t n) {
 
 FASTVAE_INLINE int64_t remainder(const Divider& d, int64_t n) { return n - quotient(d, n) * d.divisor; }
 
-// Block b takes elements [b * elements, (b + 1) * elements), a step at a time.
+// Block b handles the chunk of elements [b * elements, (b + 1) * elements), one step of kStep elements at a time.
 struct Chunks {
   int64_t numel, elements, blocks;
 };
 
 inline Chunks chunks_of(int64_t numel, int64_t max_blocks) {
   int64_t steps = ceil_div(numel, kStep);
-  int64_t steps_per_block = most(ceil_div(steps, max_blocks), 1);
+  int64_t steps_per_block = max64(ceil_div(steps, max_blocks), 1);
   return {numel, steps_per_block * kStep, ceil_div(steps, steps_per_block)};
 }
 
-// Sums of rows, `numel` elements in rows of `length.divisor`, over chunks. A row inside a chunk is summed there. Of a row that crosses
-// chunks each leaves its part in a slot: the first chunk in its tail slot, the others in their head slots.
+// The partition of a sum over each row, where `numel` elements lie in rows of `length` and blocks handle chunks of `chunk` elements. A row
+// that lies inside a chunk is summed by its block. A row that crosses chunks has a partial sum in the scratch buffer for each of them: the
+// first chunk writes its tail slot, each later chunk its head slot.
 struct RowSums {
   Divider length;
   int64_t numel;
-  int64_t chunk;  // elements of one
+  int64_t chunk;
 };
 
 FASTVAE_INLINE int64_t head_slot(int64_t block) { return 2 * block; }
 FASTVAE_INLINE int64_t tail_slot(int64_t block) { return 2 * block + 1; }
 
-// Whether the row that crosses into `block` began in the block before: this one is then who puts the row together. `row` becomes that row.
+// Writes to `row` the row that crosses the boundary before `block`, and returns whether it begins in the chunk just before. Then this block
+// owns the row, which means that the partial sums of the row are added once, under this block's number.
 FASTVAE_INLINE bool owns_crossing_row(const RowSums& rows, int64_t block, int64_t& row) {
   int64_t boundary = block * rows.chunk;
   if (boundary >= rows.numel) return false;
@@ -93,21 +96,23 @@ FASTVAE_INLINE bool owns_crossing_row(const RowSums& rows, int64_t block, int64_
   return begin < boundary && begin >= boundary - rows.chunk;
 }
 
-// The block in which a row ends.
+// The block whose chunk contains the last element of the row.
 FASTVAE_INLINE int64_t last_block_of(const RowSums& rows, int64_t row) { return ((row + 1) * rows.length.divisor - 1) / rows.chunk; }
 
-// Threads that sum a row of a step: a few elements each, so that short rows do not leave a warp idle.
+// The number of threads that sum one row of a step: the smallest power of two that leaves a thread kVector elements at most, or a warp. The
+// threads of a warp that one short row does not need sum other rows.
 inline int row_group(int64_t length) {
   int group = 1;
   while (group < kWarp && group * kVector < length) group *= 2;
   return group;
 }
 
-// Threads that put a crossing row together.
+// The number of threads that add the partial sums of one crossing row. A row of more than eight chunks is worth a whole warp.
 inline int crossing_group(const RowSums& rows) { return rows.length.divisor > 8 * rows.chunk ? kWarp : 1; }
 
-// Sums over the rows of each column. Row i of column c is element ((i / inner) * columns + c) * inner + i % inner: with inner 1 the columns
-// of a matrix, else the channels of an image. A block takes `width` columns and one of `splits` parts of the rows.
+// The partition of a sum over the rows of each column. Row i of column c is element ((i / inner) * columns + c) * inner + i % inner: with
+// inner = 1 these are the columns of a matrix, otherwise the channels of an image of `inner` positions. The grid is (groups, splits): a
+// block sums `width` adjacent columns over one of `splits` parts of the rows.
 struct ColumnSums {
   int64_t rows, columns;
   Divider inner;
@@ -118,19 +123,20 @@ struct ColumnSums {
 inline ColumnSums column_sums_of(int64_t rows, int64_t columns, int64_t inner) {
   ColumnSums c{rows, columns, divider(inner), rows, 1, 1, inner > 1 ? 1 : kWarp};
   c.groups = static_cast<int>(ceil_div(columns, c.width));
-  // At least 8 rows a thread.
+  // A thread sums at least 8 rows, so that the reduction over the block and the partial sums stay small beside the reading.
   int64_t useful = ceil_div(rows, kThreads / c.width * 8);
-  c.splits = static_cast<int>(most(least(useful, kMaxColumnBlocks / c.groups), 1));
+  c.splits = static_cast<int>(max64(min64(useful, kMaxColumnBlocks / c.groups), 1));
   c.rows_per_split = ceil_div(rows, c.splits);
   return c;
 }
 
+// The element that is row `row` of column `column`.
 FASTVAE_INLINE int64_t column_element(const ColumnSums& c, int64_t row, int64_t column) {
   int64_t outer = quotient(c.inner, row);
   return (outer * c.columns + column) * c.inner.divisor + (row - outer * c.inner.divisor);
 }
 
-// Warps that share the samples of one noise tile.
+// The number of warps that share the samples of one noise tile, a power of two.
 inline int sample_warps(int64_t samples) {
   int warps = 1;
   while (warps < 8 && warps < samples) warps *= 2;

@@ -1,80 +1,90 @@
-// Reconstruction losses on a GPU: the loss and its gradient in one pass over input and target.
-#include "../common/reconstruction.h"
+// Reconstruction losses on a GPU. The forward kernel can write the loss and its gradient in one pass over input and target.
+//
+// kernel                               grid                             reads                               writes
+// reconstruction_loss_kernel           (chunks of input)                input, target, weight, extra,       loss, grad_input, grad_target,
+//                                                                       grad_output                         grad_logvar
+// reconstruction_shared_logvar_kernel  (groups, splits) of ColumnSums   the same                            grad_logvar of shared values
+// reconstruction_rescale_kernel        (chunks of the gradient)         a gradient, grad_output             the gradient, rescaled
+//
+// Both passes launch the loss kernel: forward with a loss to reduce, backward with grad_output. Shapes and dtypes are beside the members of
+// ReconstructionParams.
+#include "../common/reconstruction_formulas.h"
 #include "loss.h"
 
 namespace fastvae {
 namespace {
 
-// A weight or a log variance, in float32 or in the input's dtype: one value an element, or values that repeat, value number
-// (e / inner) % period of element e.
-struct Operand {
-  const void* data = nullptr;
-  bool wide = true;  // float32
-  bool full = true;
-  bool vector = true;  // full and aligned
+// A weight or a log variance that is broadcast to the shape of the input: element e has value number (e / inner) % period.
+struct BroadcastOperand {
+  const void* data = nullptr;  // (period,) in float32 or in the dtype of the input; nullptr where there is none
+  bool is_float32 = true;
+  bool full = true;     // there is a value for each element, so inner is 1 and period is the number of elements
+  bool aligned = true;  // full, and the address is that of a whole vector
   Divider inner{1, 0, 0}, period{1, 0, 0};
 };
 
-FASTVAE_INLINE int64_t value_index(const Operand& operand, int64_t element) {
+FASTVAE_INLINE int64_t value_index(const BroadcastOperand& operand, int64_t element) {
   return remainder(operand.period, quotient(operand.inner, element));
 }
 
+// A row is one sample of the batch. Pointers are nullptr where the tensor is absent or not requested.
 template <class T>
 struct ReconstructionParams {
-  const T* input;
-  const void* target;
+  const T* input;      // (rows, row)
+  const void* target;  // (rows, row) of target_dtype
   DType target_dtype;
-  bool vector;            // input and target are aligned
-  Operand weight, extra;  // extra: the weight of positives or the log variance
-  int64_t numel, chunk;
+  bool aligned;  // the addresses of input and target are those of whole vectors
+  BroadcastOperand weight;
+  BroadcastOperand extra;  // pos_weight of BCE from logits, or the log variance of the Gaussian
+  int64_t numel, chunk;    // elements of the input, and of one block
 
-  T* loss;  // elementwise
-  LossSum loss_sum;
-  ScalarSum logvar_sum;  // the gradient of a single log variance
+  T* loss;               // (rows, row), where the loss is not reduced
+  LossSum loss_sum;      // into (rows,) or a scalar
+  ScalarSum logvar_sum;  // the gradient of a log variance of one value
   unsigned* ticket;
 
-  // Each gradient is multiplied with `scale` and with the incoming gradient of its element: elementwise, or one a row (stride 0: for all).
-  float scale;
-  const T* grad_elements;
-  const float* grad_rows;
+  float scale;             // multiplies all gradients, and so does grad_output, which is one of the next two or absent
+  const T* grad_elements;  // (rows, row)
+  const float* grad_rows;  // (rows,) with grad_stride, or a scalar with stride 0
   int64_t grad_stride;
-  Divider row;  // elements of one
-  T* grad_input;
-  Output grad_target, grad_logvar;
+  Divider row;                      // elements of a row
+  T* grad_input;                    // (rows, row)
+  Output grad_target, grad_logvar;  // (rows, row); a log variance of fewer values has sums of its own
 };
 
 template <class T>
-__device__ __forceinline__ float operand_value(const Operand& operand, int64_t index) {
-  return operand.wide ? static_cast<const float*>(operand.data)[index] : widen(static_cast<const T*>(operand.data)[index]);
+__device__ __forceinline__ float operand_value(const BroadcastOperand& operand, int64_t index) {
+  return operand.is_float32 ? static_cast<const float*>(operand.data)[index] : widen(static_cast<const T*>(operand.data)[index]);
 }
 
+// Loads the values of the `count` elements of a vector, and 0 for those that do not exist.
 template <class T>
-__device__ __forceinline__ void load_operand(const Operand& operand, int64_t first, int count, float (&to)[kVector]) {
+__device__ __forceinline__ void load_operand(const BroadcastOperand& operand, int64_t first, int count, float (&to)[kVector]) {
   if (operand.full) {
-    bool fast = operand.vector && count == kVector;
-    if (operand.wide)
-      load(static_cast<const float*>(operand.data) + first, count, fast, to);
+    bool vectorized = operand.aligned && count == kVector;
+    if (operand.is_float32)
+      load(static_cast<const float*>(operand.data) + first, count, vectorized, to);
     else
-      load(static_cast<const T*>(operand.data) + first, count, fast, to);
+      load(static_cast<const T*>(operand.data) + first, count, vectorized, to);
     return;
   }
   for (int k = 0; k < kVector; ++k) to[k] = k < count ? operand_value<T>(operand, value_index(operand, first + k)) : 0.0f;
 }
 
-__device__ __forceinline__ void load_target(const void* from, DType dtype, int64_t first, int64_t numel, bool vector, Values& to) {
+__device__ __forceinline__ void load_target(const void* from, DType dtype, int64_t first, int64_t numel, bool aligned, Values& to) {
   switch (dtype) {
     case DType::float32:
-      return load_values(static_cast<const float*>(from), first, numel, vector, to);
+      return load_values(static_cast<const float*>(from), first, numel, aligned, to);
     case DType::bfloat16:
-      return load_values(static_cast<const BFloat16*>(from), first, numel, vector, to);
+      return load_values(static_cast<const BFloat16*>(from), first, numel, aligned, to);
     case DType::float16:
-      return load_values(static_cast<const Half*>(from), first, numel, vector, to);
+      return load_values(static_cast<const Half*>(from), first, numel, aligned, to);
     default:
-      return load_values(static_cast<const uint8_t*>(from), first, numel, vector, to);
+      return load_values(static_cast<const uint8_t*>(from), first, numel, aligned, to);
   }
 }
 
-// Whether a likelihood reads the extra operand.
+// Whether a likelihood reads the operand `extra`.
 template <class Terms>
 constexpr bool kReadsExtra = false;
 template <>
@@ -90,29 +100,32 @@ __device__ __forceinline__ LossTerms<float> terms_of(float x, float t, float ext
     return Terms::terms(x, t);
 }
 
+// grad_output of an element times the scale of the reduction.
 template <class T>
-__device__ __forceinline__ float incoming_gradient(const ReconstructionParams<T>& p, int64_t element) {
+__device__ __forceinline__ float scaled_grad_output(const ReconstructionParams<T>& p, int64_t element) {
   if (p.grad_elements) return widen(p.grad_elements[element]) * p.scale;
   if (!p.grad_rows) return p.scale;
   return p.grad_rows[p.grad_stride != 0 ? quotient(p.row, element) * p.grad_stride : 0] * p.scale;
 }
 
+// Computes the losses and gradients of a chunk of elements with the formulas of `Terms`. At least 6 blocks run on a multiprocessor at a
+// time, which bounds a thread to 80 registers.
 template <class T, class Terms>
-__global__ void __launch_bounds__(kThreads, 6) loss_kernel(const __grid_constant__ ReconstructionParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 6) reconstruction_loss_kernel(const __grid_constant__ ReconstructionParams<T> p) {
   LossAccumulator loss(p.loss_sum, p.chunk);
   float logvar_total = 0.0f;
-  int64_t begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, p.numel);
+  int64_t begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, p.numel);
   for (int64_t base = begin; base < end; base += kStep) {
     loss.begin_step(base);
     int64_t first = base + vector_offset(threadIdx.x, 0);
     Values inputs, targets;
-    load_values(p.input, first, p.numel, p.vector, inputs);
-    load_target(p.target, p.target_dtype, first, p.numel, p.vector, targets);
+    load_values(p.input, first, p.numel, p.aligned, inputs);
+    load_target(p.target, p.target_dtype, first, p.numel, p.aligned, targets);
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = first + j * kNoiseLanes;
       int count = vector_count(p.numel - element);
-      bool fast = count == kVector;
+      bool vectorized = count == kVector;
       float extra[kVector] = {}, weight[kVector];
       if (kReadsExtra<Terms>) load_operand<T>(p.extra, element, count, extra);
       if (p.weight.data) load_operand<T>(p.weight, element, count, weight);
@@ -121,17 +134,17 @@ __global__ void __launch_bounds__(kThreads, 6) loss_kernel(const __grid_constant
         LossTerms<float> terms = terms_of<Terms>(inputs[j][k], targets[j][k], extra[k]);
         float factor = p.weight.data ? weight[k] : 1.0f;
         losses[k] = k < count ? terms.loss * factor : 0.0f;
-        if (k < count && p.grad_input) factor *= incoming_gradient(p, element + k);
+        if (k < count && p.grad_input) factor *= scaled_grad_output(p, element + k);
         input[k] = terms.input * factor;
         target[k] = terms.target * factor;
         logvar[k] = k < count ? terms.logvar * factor : 0.0f;
       }
-      if (p.loss) store(p.loss + element, count, fast, losses);
+      if (p.loss) store(p.loss + element, count, vectorized, losses);
       loss.add(vector_offset(threadIdx.x, j), losses);
-      if (p.grad_input) store(p.grad_input + element, count, fast, input);
-      if (p.grad_target.data) store(p.grad_target, element, count, fast, target);
+      if (p.grad_input) store(p.grad_input + element, count, vectorized, input);
+      if (p.grad_target.data) store(p.grad_target, element, count, vectorized, target);
       if constexpr (kReadsExtra<Terms>) {
-        if (p.grad_logvar.data) store(p.grad_logvar, element, count, fast, logvar);
+        if (p.grad_logvar.data) store(p.grad_logvar, element, count, vectorized, logvar);
         logvar_total += (logvar[0] + logvar[1]) + (logvar[2] + logvar[3]);
       }
     }
@@ -139,15 +152,15 @@ __global__ void __launch_bounds__(kThreads, 6) loss_kernel(const __grid_constant
   }
   bool sums_logvar = p.logvar_sum.out.data != nullptr;
   if (!p.loss_sum.wanted() && !sums_logvar) return;
-  loss.leave_parts();
-  if (sums_logvar) leave_part(p.logvar_sum, logvar_total);
+  loss.store_partial_sums();
+  if (sums_logvar) store_partial_sum(p.logvar_sum, logvar_total);
   if (!is_last_block(p.ticket, gridDim.x)) return;
-  loss.add_all_parts();
-  if (sums_logvar) add_parts(p.logvar_sum);
+  loss.finish_sums();
+  if (sums_logvar) finish_sum(p.logvar_sum);
 }
 
 template <class T>
-struct SharedLogvarParams : ReconstructionParams<T> {
+struct ReconstructionSharedLogvarParams : ReconstructionParams<T> {
   ColumnSums columns;
   Workspace workspace;
 };
@@ -165,13 +178,15 @@ __device__ __forceinline__ float target_value(const void* from, DType dtype, int
   }
 }
 
-// The gradient of a log variance whose values are shared, one sum a value: a pass of its own over input and target.
+// Computes the gradient of a log variance whose values are shared, for example one a channel: each value gets the sum over its elements.
+// This is a second pass over input and target.
 template <class T>
-__global__ void __launch_bounds__(kThreads) shared_logvar_kernel(const __grid_constant__ SharedLogvarParams<T> p) {
+__global__ void __launch_bounds__(kThreads)
+    reconstruction_shared_logvar_kernel(const __grid_constant__ ReconstructionSharedLogvarParams<T> p) {
   auto gradient = [&](int64_t element) {
     float logvar = operand_value<T>(p.extra, value_index(p.extra, element));
     LossTerms<float> terms = Gaussian::terms(widen(p.input[element]), target_value(p.target, p.target_dtype, element), logvar);
-    float factor = incoming_gradient(p, element);
+    float factor = scaled_grad_output(p, element);
     if (p.weight.data) factor *= operand_value<T>(p.weight, p.weight.full ? element : value_index(p.weight, element));
     return terms.logvar * factor;
   };
@@ -180,56 +195,59 @@ __global__ void __launch_bounds__(kThreads) shared_logvar_kernel(const __grid_co
 }
 
 template <class T>
-struct RescaleParams {
-  const T* from;
-  T* to;
-  const float* incoming;
-  float expected;
-  bool vector;
+struct ReconstructionRescaleParams {
+  const T* from;             // (numel,)
+  T* to;                     // (numel,), or `from` itself
+  const float* grad_output;  // scalar
+  float expected;            // the grad_output that the forward pass multiplied the gradient by
+  bool aligned;              // the addresses of both are those of whole vectors
   Chunks chunks;
 };
 
-// In place there is nothing to do where the incoming gradient is the expected one.
+// Multiplies a gradient by grad_output / expected. In place it returns at once where the two are equal, which the device decides, so that
+// the host need not wait for grad_output.
 template <class T>
-__global__ void __launch_bounds__(kThreads) rescale_kernel(const __grid_constant__ RescaleParams<T> p) {
-  float incoming = *p.incoming;
-  if (p.from == p.to && incoming == p.expected) return;
-  float factor = incoming / p.expected;
-  int64_t begin = blockIdx.x * p.chunks.elements, end = least(begin + p.chunks.elements, p.chunks.numel);
+__global__ void __launch_bounds__(kThreads) reconstruction_rescale_kernel(const __grid_constant__ ReconstructionRescaleParams<T> p) {
+  float grad_output = *p.grad_output;
+  if (p.from == p.to && grad_output == p.expected) return;
+  float factor = grad_output / p.expected;
+  int64_t begin = blockIdx.x * p.chunks.elements, end = min64(begin + p.chunks.elements, p.chunks.numel);
   for (int64_t base = begin; base < end; base += kStep) {
 #pragma unroll
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = base + vector_offset(threadIdx.x, j);
       int count = vector_count(end - element);
-      bool fast = p.vector && count == kVector;
+      bool vectorized = p.aligned && count == kVector;
       float values[kVector];
-      load(p.from + element, count, fast, values);
+      load(p.from + element, count, vectorized, values);
       for (int k = 0; k < kVector; ++k) values[k] *= factor;
-      store(p.to + element, count, fast, values);
+      store(p.to + element, count, vectorized, values);
     }
   }
 }
 
+// These are the numbers of LIKELIHOODS in fastvae/_ops.py.
 enum class Likelihood : int64_t { bce_with_logits = 0, bce = 1, mse = 2, gaussian = 3 };
 
-struct Arguments {
+// The tensors that both operators take.
+struct ReconstructionArguments {
   const Tensor &input, &target;
   const OptionalTensor &weight, &pos_weight, &logvar;
   Likelihood likelihood;
 };
 
-// A tensor that broadcasts to `shape` over all but one run of dimensions, or over none.
+// An operand that broadcasts to `shape`. The dimensions in which it is not broadcast have to be adjacent, which the public functions check.
 template <class T>
-Operand operand_of(const Tensor& tensor, const std::vector<int64_t>& shape, int64_t numel, Copies& copies) {
+BroadcastOperand operand_of(const Tensor& tensor, const std::vector<int64_t>& shape, int64_t numel, Copies& copies) {
   DType dtype = dtype_of(tensor);
-  bool known = dtype == DType::float32 || dtype == kDTypeOf<T>;
-  const Tensor& values = readable(known ? tensor : torch::stable::to(tensor, ScalarType::Float), copies);
-  Operand operand;
+  bool is_readable = dtype == DType::float32 || dtype == kDTypeOf<T>;
+  const Tensor& values = readable(is_readable ? tensor : torch::stable::to(tensor, ScalarType::Float), copies);
+  BroadcastOperand operand;
   operand.data = values.const_data_ptr();
-  operand.wide = dtype_of(values) == DType::float32;
+  operand.is_float32 = dtype_of(values) == DType::float32;
   operand.full = values.numel() == numel;
-  operand.vector = operand.full &&
-                   (operand.wide ? is_aligned(static_cast<const float*>(operand.data)) : is_aligned(static_cast<const T*>(operand.data)));
+  operand.aligned = operand.full && (operand.is_float32 ? is_aligned(static_cast<const float*>(operand.data))
+                                                        : is_aligned(static_cast<const T*>(operand.data)));
   int64_t inner = 1;
   for (int64_t d = static_cast<int64_t>(shape.size()) - 1; d >= 0 && values.size(d) == 1; --d) inner *= shape[d];
   operand.inner = divider(inner);
@@ -237,8 +255,9 @@ Operand operand_of(const Tensor& tensor, const std::vector<int64_t>& shape, int6
   return operand;
 }
 
+// Fills in what both passes read.
 template <class T>
-ReconstructionParams<T> problem(const Arguments& a, Copies& copies) {
+ReconstructionParams<T> params_of(const ReconstructionArguments& a, Copies& copies) {
   copies.reserve(8);
   ReconstructionParams<T> p{};
   std::vector<int64_t> shape = shape_of(a.input);
@@ -246,8 +265,8 @@ ReconstructionParams<T> problem(const Arguments& a, Copies& copies) {
   p.input = static_cast<const T*>(readable(a.input, copies).const_data_ptr());
   p.target = readable(a.target, copies).const_data_ptr();
   p.target_dtype = dtype_of(a.target);
-  size_t target_vector = kVector * a.target.element_size();
-  p.vector = is_aligned(p.input) && reinterpret_cast<uintptr_t>(p.target) % target_vector == 0;
+  size_t target_vector_bytes = kVector * a.target.element_size();
+  p.aligned = is_aligned(p.input) && reinterpret_cast<uintptr_t>(p.target) % target_vector_bytes == 0;
   if (a.weight) p.weight = operand_of<T>(*a.weight, shape, p.numel, copies);
   if (a.pos_weight) p.extra = operand_of<T>(*a.pos_weight, shape, p.numel, copies);
   if (a.logvar) p.extra = operand_of<T>(*a.logvar, shape, p.numel, copies);
@@ -257,8 +276,8 @@ ReconstructionParams<T> problem(const Arguments& a, Copies& copies) {
 }
 
 template <class T>
-void run_likelihood(const Launch& launch, const Arguments& a, int64_t blocks, const ReconstructionParams<T>& p) {
-  auto run = [&](auto terms) { launch.run(loss_kernel<T, decltype(terms)>, blocks, 1, kThreads, p); };
+void launch_likelihood(const Launch& launch, const ReconstructionArguments& a, int64_t blocks, const ReconstructionParams<T>& p) {
+  auto run = [&](auto terms) { launch.run(reconstruction_loss_kernel<T, decltype(terms)>, blocks, 1, kThreads, p); };
   switch (a.likelihood) {
     case Likelihood::bce_with_logits:
       return a.pos_weight ? run(WeightedBCEWithLogits{}) : run(BCEWithLogits{});
@@ -271,9 +290,11 @@ void run_likelihood(const Launch& launch, const Arguments& a, int64_t blocks, co
   }
 }
 
-// Runs the loss and, where the gradient of a shared log variance is wanted, the pass for that.
+// Launches the loss kernel and, where the gradient of a log variance with shared values is requested, the second pass for that. A log
+// variance of one value needs no second pass, because its gradient is one sum over all elements.
 template <class T>
-void run(Launch& launch, const Arguments& a, const LossPlan& plan, ReconstructionParams<T>& p, const Tensor* grad_logvar) {
+void launch_loss(Launch& launch, const ReconstructionArguments& a, const LossPlan& plan, ReconstructionParams<T>& p,
+                 const Tensor* grad_logvar) {
   p.chunk = plan.chunks.elements;
   p.loss_sum = plan.sum;
   p.ticket = plan.ticket;
@@ -285,18 +306,18 @@ void run(Launch& launch, const Arguments& a, const LossPlan& plan, Reconstructio
     p.logvar_sum = {output_of(*grad_logvar), 1.0, workspace.slots + kMaxBlocks};
     shared = false;
   }
-  run_likelihood(launch, a, plan.chunks.blocks, p);
+  launch_likelihood(launch, a, plan.chunks.blocks, p);
   if (!shared) return;
-  SharedLogvarParams<T> by_value{p, column_sums_of(p.numel / grad_logvar->numel(), grad_logvar->numel(), p.extra.inner.divisor),
-                                 launch.workspace()};
+  ReconstructionSharedLogvarParams<T> by_value{
+      p, column_sums_of(p.numel / grad_logvar->numel(), grad_logvar->numel(), p.extra.inner.divisor), launch.workspace()};
   by_value.grad_logvar = output_of(*grad_logvar);
-  launch.run(shared_logvar_kernel<T>, by_value.columns.groups, by_value.columns.splits, kThreads, by_value);
+  launch.run(reconstruction_shared_logvar_kernel<T>, by_value.columns.groups, by_value.columns.splits, kThreads, by_value);
 }
 
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 template <class T>
-ThreeTensors forward(const Arguments& a, Reduction reduction, double grad_scale, bool with_grad) {
+ThreeTensors forward(const ReconstructionArguments& a, Reduction reduction, double grad_scale, bool with_grad) {
   Launch launch(a.input);
   std::vector<int64_t> nothing = {0};
   ScalarType dtype = a.input.scalar_type();
@@ -310,18 +331,18 @@ ThreeTensors forward(const Arguments& a, Reduction reduction, double grad_scale,
     return {loss, grad_input, grad_logvar};
   }
   Copies copies;
-  ReconstructionParams<T> p = problem<T>(a, copies);
+  ReconstructionParams<T> p = params_of<T>(a, copies);
   if (reduction == Reduction::none) p.loss = static_cast<T*>(loss.mutable_data_ptr());
   if (with_grad) {
     p.grad_input = static_cast<T*>(grad_input.mutable_data_ptr());
     p.scale = static_cast<float>(grad_scale * reduction_scale(reduction, batch_of(a.input), p.numel));
   }
-  run(launch, a, plan_loss(launch, reduction, a.input, p.numel, loss), p, with_logvar ? &grad_logvar : nullptr);
+  launch_loss(launch, a, plan_loss(launch, reduction, a.input, p.numel, loss), p, with_logvar ? &grad_logvar : nullptr);
   return {loss, grad_input, grad_logvar};
 }
 
 template <class T>
-ThreeTensors backward(const Arguments& a, const Tensor& grad_output, Reduction reduction, bool with_target) {
+ThreeTensors backward(const ReconstructionArguments& a, const Tensor& grad_output, Reduction reduction, bool with_target) {
   Launch launch(a.input);
   std::vector<int64_t> nothing = {0};
   ScalarType dtype = a.input.scalar_type();
@@ -333,7 +354,7 @@ ThreeTensors backward(const Arguments& a, const Tensor& grad_output, Reduction r
     return {grad_input, grad_target, grad_logvar};
   }
   Copies copies;
-  ReconstructionParams<T> p = problem<T>(a, copies);
+  ReconstructionParams<T> p = params_of<T>(a, copies);
   if (reduction == Reduction::none) {
     p.grad_elements = static_cast<const T*>(readable(grad_output, copies).const_data_ptr());
   } else {
@@ -345,14 +366,14 @@ ThreeTensors backward(const Arguments& a, const Tensor& grad_output, Reduction r
   if (with_target) p.grad_target = output_of(grad_target);
   LossPlan plan;
   plan.chunks = chunks_of(p.numel, kMaxBlocks);
-  run(launch, a, plan, p, a.logvar ? &grad_logvar : nullptr);
+  launch_loss(launch, a, plan, p, a.logvar ? &grad_logvar : nullptr);
   return {grad_input, grad_target, grad_logvar};
 }
 
 ThreeTensors reconstruction_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                     const OptionalTensor& pos_weight, const OptionalTensor& logvar, int64_t likelihood, int64_t reduction,
                                     double grad_scale, bool with_grad) {
-  Arguments arguments{input, target, weight, pos_weight, logvar, static_cast<Likelihood>(likelihood)};
+  ReconstructionArguments arguments{input, target, weight, pos_weight, logvar, static_cast<Likelihood>(likelihood)};
   return dispatch(input.scalar_type(), [&](auto type) {
     return forward<typename decltype(type)::Type>(arguments, static_cast<Reduction>(reduction), grad_scale, with_grad);
   });
@@ -361,27 +382,28 @@ ThreeTensors reconstruction_forward(const Tensor& input, const Tensor& target, c
 ThreeTensors reconstruction_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                      const OptionalTensor& pos_weight, const OptionalTensor& logvar, int64_t likelihood, int64_t reduction,
                                      bool with_target) {
-  Arguments arguments{input, target, weight, pos_weight, logvar, static_cast<Likelihood>(likelihood)};
+  ReconstructionArguments arguments{input, target, weight, pos_weight, logvar, static_cast<Likelihood>(likelihood)};
   return dispatch(input.scalar_type(), [&](auto type) {
     return backward<typename decltype(type)::Type>(arguments, grad_output, static_cast<Reduction>(reduction), with_target);
   });
 }
 
+// Writes grad * grad_output / expected into `out`, which may be `grad`.
 void rescale(const Launch& launch, const Tensor& grad, const Tensor& grad_output, double expected, const Tensor& out) {
   if (grad.numel() == 0) return;
   STD_TORCH_CHECK(grad_output.scalar_type() == ScalarType::Float, "fastvae: grad_output has to be float32");
   auto run = [&](auto type) {
     using T = typename decltype(type)::Type;
-    RescaleParams<T> p{static_cast<const T*>(grad.const_data_ptr()),
-                       static_cast<T*>(out.mutable_data_ptr()),
-                       static_cast<const float*>(grad_output.const_data_ptr()),
-                       static_cast<float>(expected),
-                       false,
-                       chunks_of(grad.numel(), kMaxRescaleBlocks)};
-    p.vector = is_aligned(p.from) && is_aligned(p.to);
-    launch.run(rescale_kernel<T>, p.chunks.blocks, 1, kThreads, p);
+    ReconstructionRescaleParams<T> p{static_cast<const T*>(grad.const_data_ptr()),
+                                     static_cast<T*>(out.mutable_data_ptr()),
+                                     static_cast<const float*>(grad_output.const_data_ptr()),
+                                     static_cast<float>(expected),
+                                     false,
+                                     chunks_of(grad.numel(), kMaxRescaleBlocks)};
+    p.aligned = is_aligned(p.from) && is_aligned(p.to);
+    launch.run(reconstruction_rescale_kernel<T>, p.chunks.blocks, 1, kThreads, p);
   };
-  // A log variance may be a float64 tensor beside other inputs.
+  // The gradient of a log variance may be float64 although no kernel takes a float64 input.
   grad.scalar_type() == ScalarType::Double ? run(TypeTag<double>{}) : dispatch(grad.scalar_type(), run);
 }
 

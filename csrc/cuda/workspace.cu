@@ -1,4 +1,5 @@
-// Memory for sums that lasts as long as the process: nothing is allocated or cleared in a call.
+// The scratch memory for sums, slots and ticket counters. It is part of the loaded module and lasts as long as the process, so that no call
+// allocates or clears anything: every launch leaves the tickets at 0.
 #include <mutex>
 
 #include "launch.h"
@@ -6,6 +7,7 @@
 namespace fastvae {
 namespace {
 
+// Streams of a device that get a persistent workspace, 66 KiB each. On any further stream each call that sums allocates one.
 constexpr int kStreams = 16;
 
 struct StreamWorkspace {
@@ -13,22 +15,22 @@ struct StreamWorkspace {
   float slots[kSlots];
 };
 
-// Zeroed when the module is loaded on a device.
+// CUDA zeroes this memory when it loads the module on a device.
 __device__ StreamWorkspace stream_workspaces[kStreams];
 
-struct Known {
+struct AssignedWorkspace {
   int32_t device;
   cudaStream_t stream;
   StreamWorkspace* workspace;
 };
 
-// The lasting workspace of a stream; nullptr where the device has no more of them.
-StreamWorkspace* lasting(int32_t device, cudaStream_t stream) {
+// The persistent workspace of a stream, or nullptr where all those of the device belong to other streams.
+StreamWorkspace* persistent_workspace(int32_t device, cudaStream_t stream) {
   static std::mutex mutex;
-  static std::vector<Known> known;
+  static std::vector<AssignedWorkspace> assigned;
   std::lock_guard<std::mutex> lock(mutex);
   int used = 0;
-  for (const Known& entry : known) {
+  for (const AssignedWorkspace& entry : assigned) {
     if (entry.device != device) continue;
     if (entry.stream == stream) return entry.workspace;
     ++used;
@@ -36,8 +38,8 @@ StreamWorkspace* lasting(int32_t device, cudaStream_t stream) {
   if (used == kStreams) return nullptr;
   void* first = nullptr;
   check_cuda(cudaGetSymbolAddress(&first, stream_workspaces), "finding the workspace");
-  known.push_back({device, stream, static_cast<StreamWorkspace*>(first) + used});
-  return known.back().workspace;
+  assigned.push_back({device, stream, static_cast<StreamWorkspace*>(first) + used});
+  return assigned.back().workspace;
 }
 
 }  // namespace
@@ -45,8 +47,8 @@ StreamWorkspace* lasting(int32_t device, cudaStream_t stream) {
 Workspace workspace_of(int32_t device, cudaStream_t stream, Tensor* keep) {
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(stream, &capturing), "asking whether a graph is captured");
-  // A graph may be replayed on any stream, so it has a workspace of its own, cleared as a part of the graph.
-  StreamWorkspace* workspace = capturing == cudaStreamCaptureStatusNone ? lasting(device, stream) : nullptr;
+  // A captured graph may be replayed on any stream, beside other launches, so it gets a workspace of its own that the graph itself clears.
+  StreamWorkspace* workspace = capturing == cudaStreamCaptureStatusNone ? persistent_workspace(device, stream) : nullptr;
   if (!workspace) {
     *keep = allocate({sizeof(StreamWorkspace)}, ScalarType::Byte, aoti_torch_device_type_cuda(), device);
     workspace = static_cast<StreamWorkspace*>(keep->mutable_data_ptr());

@@ -129,7 +129,8 @@ def codebook_ema_update_(
     .. math:: n_k \leftarrow \alpha n_k + (1-\alpha) \lvert S_k \rvert, \quad m_k \leftarrow \alpha m_k + (1-\alpha) \sum_{i \in S_k} x_i,
               \quad c_k = \frac{m_k}{\hat n_k}, \quad \hat n_k = \frac{n_k + \epsilon}{\sum_j n_j + K \epsilon} \sum_j n_j
 
-    van den Oord et al. (2017), appendix A.1. The sums are taken in the order of the vectors: the same call gives the same bits.
+    van den Oord et al. (2017), appendix A.1. The sums are taken in the order of the vectors: the same call gives the same bits. A vector
+    with NaN or infinite values is left out: it would make its code NaN for good.
 
     Args:
         codebook: ``(codes, dim)`` or ``(heads, codes, dim)``, float32 or float64; written.
@@ -141,7 +142,7 @@ def codebook_ema_update_(
         eps: :math:`\epsilon`, so that an unused code does not divide by 0.
 
     Returns:
-        How many vectors fell on each code, int64, in the shape of ``ema_count``.
+        How many vectors fell on each code, int64, in the shape of ``ema_count``; without those that are left out.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it.
@@ -155,7 +156,8 @@ def codebook_sums(x: Tensor, indices: Tensor, codebook: Tensor) -> tuple[Tensor,
     """The first half of :func:`codebook_ema_update_`: what several processes add up before the second.
 
     Returns:
-        ``(counts, sums)``: how many vectors fell on each code, int64, and their sums in the shape of ``codebook``.
+        ``(counts, sums)``: how many vectors fell on each code, int64, and their sums in the shape of ``codebook``; both without vectors
+        that have a negative index, or NaN or infinite values.
     """
     rows, codes = _flatten(x, codebook)
     check_tensor("indices", indices, (torch.int64,))

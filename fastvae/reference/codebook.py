@@ -137,7 +137,7 @@ def _expand(grad_loss: Tensor, shape: torch.Size, batch: int, reduction: int) ->
 @torch.library.impl("fastvae::codebook_sums.reference", "CompositeExplicitAutograd")
 def _codebook_sums(x, indices, codes):
     # One bin more, for the rows that are left out.
-    bins = torch.where(indices < 0, codes, indices)
+    bins = torch.where((indices < 0) | ~torch.isfinite(x).all(-1), codes, indices)
     counts = torch.zeros((x.shape[0], codes + 1), dtype=torch.int64, device=x.device)
     counts.scatter_add_(1, bins, torch.ones_like(bins))
     sums = torch.zeros((x.shape[0], codes + 1, x.shape[2]), dtype=accumulation_dtype(x.dtype), device=x.device)

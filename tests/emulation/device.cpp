@@ -1,4 +1,5 @@
-// What torch's CUDA library gives the kernels, and the switch of the emulation.
+// The functions of torch's CUDA library that the operators call, emulated, and functions that tests call: switches and counters of the
+// emulation, and the host's arithmetic of csrc/cuda/.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 extern "C" {
@@ -8,6 +9,7 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return AOTI_TORCH_SUCCESS;
 }
 
+// Allocations are filled with 0xff, which is NaN in every floating dtype, so that an element that no kernel writes shows in a result.
 #undef aoti_torch_empty_strided
 AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, AtenTensorHandle*);
 
@@ -34,32 +36,34 @@ __attribute__((visibility("default"))) void set_capturing(int capturing) { emula
 __attribute__((visibility("default"))) int64_t emulated_wide_additions() { return emulation::wide_additions; }
 }
 
-// The arithmetic of csrc/cuda/partition.h, codebook_partition.h, group_norm.h and noise.cuh, for tests.
+// The functions below expose the arithmetic of csrc/cuda/partition.h, codebook_partition.h, group_norm_partition.h and noise.cuh.
 #include "cuda/codebook_partition.h"
-#include "cuda/group_norm.h"
+#include "cuda/group_norm_partition.h"
 #include "cuda/noise.cuh"
 
 namespace {
 
 fastvae::RowSums row_sums(int64_t length, int64_t numel, int64_t chunk) { return {fastvae::divider(length), numel, chunk}; }
 
-// How often each element is read and the channel that it is taken for; the most vectors of a thread.
-template <bool kLast>
-int64_t visit(const fastvae::NormBlocks& blocks, int64_t* visits, int64_t* channels) {
-  int64_t most = 0;
+// Counts in `visits` how often each element is read, and writes to `channels` the channel that it is taken for. Returns the largest number
+// of vectors that one thread reads.
+template <bool kChannelsLast>
+int64_t visit(const fastvae::GroupNormBlocks& blocks, int64_t* visits, int64_t* channels) {
+  int64_t max_vectors = 0;
   for (int64_t block = 0; block < blocks.count(); ++block)
     for (int thread = 0; thread < fastvae::kThreads; ++thread) {
       int64_t rest = block / blocks.tiles;
-      auto walk = fastvae::walk_of<kLast>(blocks, rest / blocks.splits, block % blocks.tiles, rest % blocks.splits, thread);
-      int64_t vectors = 0;
-      for (; walk.rest > 0; walk.skip(1), ++vectors)
-        for (int k = 0; k < walk.count(0); ++k) {
-          visits[walk.element + k] += 1;
-          channels[walk.element + k] = walk.channel + (kLast ? k : 0);
+      auto vectors =
+          fastvae::thread_vectors<kChannelsLast>(blocks, rest / blocks.splits, block % blocks.tiles, rest % blocks.splits, thread);
+      int64_t count = 0;
+      for (; vectors.positions_left > 0; vectors.skip(1), ++count)
+        for (int k = 0; k < vectors.count(0); ++k) {
+          visits[vectors.element + k] += 1;
+          channels[vectors.element + k] = vectors.first_channel + (kChannelsLast ? k : 0);
         }
-      most = std::max(most, vectors);
+      max_vectors = std::max(max_vectors, count);
     }
-  return most;
+  return max_vectors;
 }
 
 }  // namespace
@@ -105,18 +109,18 @@ EXPORT void emulated_normals(int64_t seed, int64_t first, int lane, float* out) 
   for (int j = 0; j < fastvae::kRuns; ++j) out[j] = normals[j];
 }
 
-EXPORT void emulated_norm_blocks(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t last, int64_t itemsize,
-                                 int64_t max_blocks, int64_t* out) {
-  fastvae::NormBlocks b = fastvae::blocks_of(batch, channels, positions, groups, last != 0, itemsize, max_blocks);
-  int64_t values[] = {b.tile, b.tiles, b.piece, b.splits, b.team, b.on_chip};
+EXPORT void emulated_norm_blocks(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t channels_last,
+                                 int64_t itemsize, int64_t max_blocks, int64_t* out) {
+  fastvae::GroupNormBlocks b = fastvae::group_norm_blocks(batch, channels, positions, groups, channels_last != 0, itemsize, max_blocks);
+  int64_t values[] = {b.tile_channels, b.tiles, b.split_positions, b.splits, b.threads_per_line, b.on_chip};
   std::copy(std::begin(values), std::end(values), out);
 }
 
-EXPORT int64_t emulated_norm_visits(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t last, int64_t itemsize,
-                                    int64_t max_blocks, int64_t* out) {
-  fastvae::NormBlocks b = fastvae::blocks_of(batch, channels, positions, groups, last != 0, itemsize, max_blocks);
+EXPORT int64_t emulated_norm_visits(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t channels_last,
+                                    int64_t itemsize, int64_t max_blocks, int64_t* out) {
+  fastvae::GroupNormBlocks b = fastvae::group_norm_blocks(batch, channels, positions, groups, channels_last != 0, itemsize, max_blocks);
   int64_t numel = batch * channels * positions;
-  return last ? visit<true>(b, out, out + numel) : visit<false>(b, out, out + numel);
+  return channels_last ? visit<true>(b, out, out + numel) : visit<false>(b, out, out + numel);
 }
 
 EXPORT void emulated_screen_grid(int64_t heads, int64_t rows, int64_t codes, int64_t dim, int64_t* out) {
@@ -150,7 +154,7 @@ EXPORT void emulated_crosses_pieces(int64_t start, int64_t end, int64_t* out) { 
 
 EXPORT void emulated_piece_slot(int64_t piece, int64_t start, int64_t* out) { out[0] = fastvae::piece_slot(piece, start); }
 
-// The two least of some scores, those from `cut` on kept apart and merged.
+// Finds the two smallest of `count` scores: those before `cut` and those from `cut` on are searched apart, and the results are merged.
 EXPORT void emulated_best(const float* scores, int64_t count, int64_t cut, float* out) {
   fastvae::Best first = fastvae::no_best(), rest = fastvae::no_best();
   for (int64_t i = 0; i < count; ++i) fastvae::keep_best(i < cut ? first : rest, scores[i], static_cast<int32_t>(i));

@@ -1,4 +1,4 @@
-"""How launches are cut, and where the parts of sums go: csrc/cuda/partition.h and group_norm.h, and the numbering of the noise."""
+"""How launches are cut and where partial sums go (csrc/cuda/partition.h, group_norm_partition.h), and the numbering of the noise."""
 
 import ctypes
 
@@ -99,8 +99,8 @@ def test_normals_from_any_element_are_those_of_the_numbering(emulated, first):
         torch.testing.assert_close(torch.tensor(list(out)), expected, rtol=0, atol=2e-6)
 
 
-NORM_BLOCKS = ("tile", "tiles", "piece", "splits", "team", "on_chip")
-each_norm_layout = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "last"])
+NORM_BLOCKS = ("tile_channels", "tiles", "split_positions", "splits", "threads_per_line", "on_chip")
+each_norm_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 
 
 @each_norm_layout
@@ -112,17 +112,17 @@ each_norm_layout = pytest.mark.parametrize("last", [False, True], ids=["contiguo
     itemsize=st.sampled_from((2, 4)),
     max_blocks=st.sampled_from((1, 16, 2048)),
 )
-def test_threads_read_each_element_of_a_group_once(call, last, batch, groups, width, positions, itemsize, max_blocks):
+def test_threads_read_each_element_of_a_group_once(call, channels_last, batch, groups, width, positions, itemsize, max_blocks):
     channels = groups * width
     numel = batch * channels * positions
-    sizes = batch, channels, positions, groups, last, itemsize, max_blocks
-    most, results = call("norm_visits", *sizes, out=2 * numel, returned=True)
+    sizes = batch, channels, positions, groups, channels_last, itemsize, max_blocks
+    max_vectors, results = call("norm_visits", *sizes, out=2 * numel, returned=True)
     assert results[:numel] == [1] * numel
-    place = torch.arange(channels).view(1, 1, -1) if last else torch.arange(channels).view(1, -1, 1)
-    order = (batch, positions, channels) if last else (batch, channels, positions)
+    place = torch.arange(channels).view(1, 1, -1) if channels_last else torch.arange(channels).view(1, -1, 1)
+    order = (batch, positions, channels) if channels_last else (batch, channels, positions)
     assert results[numel:] == place.expand(order).flatten().tolist()
     # On chip a thread has a fixed number of registers for them.
-    assert most <= 8 or not call("norm_blocks", *sizes, out=6)[-1]
+    assert max_vectors <= 8 or not call("norm_blocks", *sizes, out=6)[-1]
 
 
 @each_norm_layout
@@ -133,35 +133,37 @@ def test_threads_read_each_element_of_a_group_once(call, last, batch, groups, wi
     positions=st.integers(1, 2**26),
     itemsize=st.sampled_from((2, 4)),
 )
-def test_blocks_of_group_norm(call, last, batch, groups, width, positions, itemsize):
-    blocks = dict(zip(NORM_BLOCKS, call("norm_blocks", batch, groups * width, positions, groups, last, itemsize, 2048, out=6), strict=True))
-    assert blocks["team"] & (blocks["team"] - 1) == 0
-    assert blocks["tiles"] * blocks["tile"] >= groups * width > (blocks["tiles"] - 1) * blocks["tile"]
-    assert blocks["splits"] * blocks["piece"] >= positions > (blocks["splits"] - 1) * blocks["piece"]
+def test_blocks_of_group_norm(call, channels_last, batch, groups, width, positions, itemsize):
+    blocks = dict(
+        zip(NORM_BLOCKS, call("norm_blocks", batch, groups * width, positions, groups, channels_last, itemsize, 2048, out=6), strict=True)
+    )
+    assert blocks["threads_per_line"] & (blocks["threads_per_line"] - 1) == 0
+    assert blocks["tiles"] * blocks["tile_channels"] >= groups * width > (blocks["tiles"] - 1) * blocks["tile_channels"]
+    assert blocks["splits"] * blocks["split_positions"] >= positions > (blocks["splits"] - 1) * blocks["split_positions"]
     # Enough to fill a GPU, and no more than twice that but for the batch and the channels.
     assert blocks["splits"] == 1 or batch * blocks["tiles"] * blocks["splits"] <= 2 * 2048
-    # Vectors of a piece are aligned where those of the first are, and a warp shuffles only among its own threads.
-    assert blocks["splits"] == 1 or blocks["piece"] % 4 == 0
-    assert blocks["team"] <= (32 if last else THREADS)
+    # Vectors of a split are aligned where those of the first are, and a warp shuffles only among its own threads.
+    assert blocks["splits"] == 1 or blocks["split_positions"] % 4 == 0
+    assert blocks["threads_per_line"] <= (32 if channels_last else THREADS)
     if blocks["on_chip"]:
-        assert (blocks["tile"], blocks["tiles"], blocks["splits"]) == (width, groups, 1)
+        assert (blocks["tile_channels"], blocks["tiles"], blocks["splits"]) == (width, groups, 1)
 
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
         # Groups of 4096 elements are held, of more or of narrow channels read twice.
-        ((2, 512, 256, 32, False, 2), {"on_chip": 1, "team": 8}),
-        ((2, 512, 256, 32, True, 2), {"on_chip": 1, "team": 4}),
-        ((2, 512, 512, 32, False, 2), {"on_chip": 0, "team": 32, "tile": 4}),
-        ((2, 512, 512, 32, True, 2), {"on_chip": 0, "team": 32, "tile": 128}),
+        ((2, 512, 256, 32, False, 2), {"on_chip": 1, "threads_per_line": 8}),
+        ((2, 512, 256, 32, True, 2), {"on_chip": 1, "threads_per_line": 4}),
+        ((2, 512, 512, 32, False, 2), {"on_chip": 0, "threads_per_line": 32, "tile_channels": 4}),
+        ((2, 512, 512, 32, True, 2), {"on_chip": 0, "threads_per_line": 32, "tile_channels": 128}),
         ((2, 128, 64, 32, True, 2), {"on_chip": 0}),
         ((2, 128, 64, 32, True, 4), {"on_chip": 0}),
         ((2, 256, 64, 32, True, 4), {"on_chip": 1}),
         # One position: the channels lie side by side, and a group is as wide as its bytes.
-        ((64, 128, 1, 32, True, 2), {"on_chip": 1, "team": 1}),
-        # A large image: its pieces fill the GPU.
-        ((1, 128, 2**20, 32, False, 2), {"on_chip": 0, "team": 128, "tile": 1, "splits": 16}),
+        ((64, 128, 1, 32, True, 2), {"on_chip": 1, "threads_per_line": 1}),
+        # A large image: its splits fill the GPU.
+        ((1, 128, 2**20, 32, False, 2), {"on_chip": 0, "threads_per_line": 128, "tile_channels": 1, "splits": 16}),
         ((1, 128, 2**20, 32, True, 2), {"on_chip": 0, "tiles": 1, "splits": 2048}),
         ((64, 128, 2**14, 32, True, 2), {"on_chip": 0, "splits": 32}),
     ],

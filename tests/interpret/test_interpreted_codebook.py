@@ -57,7 +57,7 @@ def test_heads_and_layouts(layout):
 @pytest.mark.parametrize("dim", [4, 20])
 def test_more_tiles_than_their_numbers_in_a_score(monkeypatch, bits, dim):
     """Several rounds, of one tile each or of two."""
-    monkeypatch.setattr(_launch, "MOST_TILE_BITS", dict.fromkeys((False, True), bits))
+    monkeypatch.setattr(_launch, "MAX_TILE_BITS", dict.fromkeys((False, True), bits))
     for data in (random, test_codebook.nearly_duplicated, test_codebook.outliers):
         x, codebook = data(Source("cpu"), 10, dim, 64 * 5 + 1)
         assert_nearest(x, codebook, FV.vq_nearest(x, codebook))

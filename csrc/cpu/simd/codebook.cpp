@@ -30,23 +30,22 @@ class Buffer {
 int64_t padded(int64_t dim) { return (dim + kRowAlignment - 1) / kRowAlignment * kRowAlignment; }
 
 template <class T>
-const T* load_row(const Rows& rows, int64_t head, int64_t row, int64_t dim, T* buffer) {
+const T* load_row(const CodebookRows& rows, int64_t head, int64_t row, int64_t dim, T* buffer) {
   int64_t offset = rows.offset(head, row);
   if (rows.dtype == native_dtype<T>()) return static_cast<const T*>(rows.data) + offset;
   fastvae::convert(rows.data, rows.dtype, offset, dim, buffer);
   return buffer;
 }
 
-bool convert_row(const Rows& rows, int64_t head, int64_t row, int64_t dim, double* to) {
+bool convert_row(const CodebookRows& rows, int64_t head, int64_t row, int64_t dim, double* to) {
   fastvae::convert(rows.data, rows.dtype, rows.offset(head, row), dim, to);
-  // Anything times 0 is 0, unless it is not finite.
-  double zero = 0.0;
-#pragma omp simd reduction(+ : zero)
-  for (int64_t d = 0; d < dim; ++d) zero += to[d] * 0.0;
-  return zero == 0.0;
+  uint64_t bits = 0;
+#pragma omp simd reduction(| : bits)
+  for (int64_t d = 0; d < dim; ++d) bits |= not_finite_bit(to[d]);
+  return bits >> 63 == 0;
 }
 
-bool measure(const Search& s, int64_t head, int64_t begin, int64_t end, double* norms, uint64_t* hashes) {
+bool measure(const CodebookSearch& s, int64_t head, int64_t begin, int64_t end, double* norms, uint64_t* hashes) {
   Buffer<double> code(s.dim);
   const double* mean = s.packed[head].mean;
   bool finite = true;
@@ -67,7 +66,7 @@ bool measure(const Search& s, int64_t head, int64_t begin, int64_t end, double* 
 }
 
 #if defined(__AVX512VNNI__)
-void pack_pairs(const PackedCodes& packed, const float* code, int64_t k, int64_t dim) {
+void pack_pairs(const PackedCodebook& packed, const float* code, int64_t k, int64_t dim) {
   int64_t pairs = (dim + 1) / 2;
   int32_t* column = packed.panel_pairs + k / kPanelCodes * pairs * kPanelCodes + k % kPanelCodes;
   double square = 0.0;
@@ -87,8 +86,8 @@ void pack_pairs(const PackedCodes& packed, const float* code, int64_t k, int64_t
 }
 #endif
 
-void pack(const Search& s, int64_t head, const std::vector<bool>& skipped, int64_t begin_panel, int64_t end_panel) {
-  const PackedCodes& packed = s.packed[head];
+void pack(const CodebookSearch& s, int64_t head, const std::vector<bool>& skipped, int64_t begin_panel, int64_t end_panel) {
+  const PackedCodebook& packed = s.packed[head];
   int64_t stride = padded(s.dim);
   Buffer<double> code(s.dim);
   for (int64_t k = begin_panel * kPanelCodes; k < end_panel * kPanelCodes; ++k) {
@@ -140,7 +139,7 @@ FASTVAE_INLINE float sum_padded(int64_t stride, F term) {
 template <class T>
 class Searcher {
  public:
-  explicit Searcher(const Search& search)
+  explicit Searcher(const CodebookSearch& search)
       : s_(search),
         stride_(padded(search.dim)),
         codes_(search.packed[0].panels * kPanelCodes),
@@ -188,7 +187,7 @@ class Searcher {
       for (int64_t i = 0; i < count; ++i) finish(i);
   }
 
-  SearchCounts counts;
+  CodebookSearchCounts counts;
 
  private:
   // Row i of the block, centred and scaled, its norm, and whether it can be screened at all.
@@ -224,7 +223,7 @@ class Searcher {
     for (int64_t tile = 0; tile < tiles; ++tile)
       for (int64_t d = 0; d < s_.dim; ++d)
         for (int64_t row = 0; row < kTileRows; ++row) *steps++ = rows_[(tile * kTileRows + row) * stride_ + d];
-    for (int64_t k = 0; k < codes_; ++k) start_[k] = packed_->half_norm[k] - float_error(k, largest_norm_);
+    for (int64_t k = 0; k < codes_; ++k) start_[k] = is_searched(k) ? packed_->half_norm[k] - float_error(k, largest_norm_) : kNeverNearest;
     auto* minima = static_cast<LaneMinima<FloatVector, float>*>(minima_);
     score_block(static_cast<const float*>(steps_), tiles, packed_->panel_rows, packed_->panels, s_.dim, static_cast<const float*>(start_),
                 minima);
@@ -233,7 +232,7 @@ class Searcher {
   }
 
 #if defined(__AVX512VNNI__)
-  // Rows and codes as 16-bit integers. Returns how many rows were decided before too many codes were left.
+  // CodebookRows and codes as 16-bit integers. Returns how many rows were decided before too many codes were left.
   int64_t screen_pairs(int64_t count, int64_t tiles) {
     float scale = pair_scale(), residual = 0.0f, largest = largest_norm_ * scale;
     int64_t pairs = (s_.dim + 1) / 2;
@@ -259,10 +258,10 @@ class Searcher {
       return residual_scale * norm[k] + largest * code_residual[k] + 0x1p-20f * (product_scale * half_norm[k]) + 8.0f;
     };
     int32_t* start = pair_start_;
-    for (int64_t k = 0; k < codes_; ++k) {
-      float value = product_scale * half_norm[k] - error(k);
-      start[k] = static_cast<int32_t>(value < kLargestStart ? value : kLargestStart);
-    }
+    // Norms of scaled codes are below kLargestNorm, so that their starts are below 2^30. The half norm of padding is not converted: it
+    // overflows in these units.
+    for (int64_t k = 0; k < codes_; ++k)
+      start[k] = half_norm[k] < kNeverNearest ? static_cast<int32_t>(product_scale * half_norm[k] - error(k)) : kNeverStart;
     LaneMinima<PairVector, int32_t>* minima = pair_minima_;
     score_block(static_cast<const int32_t*>(steps), tiles, packed_->panel_pairs, packed_->panels, pairs, static_cast<const int32_t*>(start),
                 minima);
@@ -303,7 +302,7 @@ class Searcher {
     float slack = 0.0f;
     for (int v = 0; v < kTileVectors; ++v) {
       int64_t k = code_at(minima.panel[best_lane], v, best_lane);
-      float e = packed_->half_norm[k] < kNeverNearest ? error(k) : 0.0f;
+      float e = is_searched(k) ? error(k) : 0.0f;
       slack = e > slack ? e : slack;
     }
     Vector bound = Vector::broadcast(least + static_cast<Element>(2.0f * slack));
@@ -323,8 +322,11 @@ class Searcher {
     return static_cast<int64_t>(panel) * kPanelCodes + v * kLanes + lane;
   }
 
+  // Not padding, nor equal to an earlier code.
+  bool is_searched(int64_t k) const { return packed_->half_norm[k] < kNeverNearest; }
+
   void add_candidate(int64_t k) {
-    if (packed_->half_norm[k] < kNeverNearest) candidates_.push_back(k);
+    if (is_searched(k)) candidates_.push_back(k);
   }
 
   template <class Element>
@@ -363,14 +365,17 @@ class Searcher {
       distances_[c] = squared_distance(wide_x_, wide_row(candidates_[c], wide_code_), s_.dim);
       best = distances_[c] < best ? distances_[c] : best;
     }
-    double bound = near_tie(best, s_.dim);
+    double bound = near_tie(best, s_.dim), distance = 0.0;
     int64_t nearest = -1;
     for (size_t c = 0; c < candidates_.size(); ++c) {
       if (!(distances_[c] <= bound)) continue;
       int64_t k = candidates_[c];
       int order = nearest < 0 ? -1 : compare_distances(wide_x_, wide_row(k, wide_code_), wide_row(nearest, wide_best_), s_.dim, exact_);
+      if (order == kNoOrder) order = distances_[c] < distance ? -1 : distances_[c] > distance;
       // On an exact tie the lowest index.
-      if (order < 0 || (order == 0 && k < nearest)) nearest = k;
+      if (order > 0 || (order == 0 && k > nearest)) continue;
+      nearest = k;
+      distance = distances_[c];
     }
     return nearest < 0 ? 0 : nearest;
   }
@@ -398,11 +403,11 @@ class Searcher {
     s_.errors[row] = total;
   }
 
-  static constexpr int64_t kFewCodes = 16;               // see screen_pairs: rechecking more costs as much as a screen in float
-  static constexpr float kLargestStart = 2147483520.0f;  // the largest float below 2^31
+  static constexpr int64_t kFewCodes = 16;  // see screen_pairs: rechecking more costs as much as a screen in float
+  static constexpr int32_t kNeverStart = std::numeric_limits<int32_t>::max();  // products of padding, which is 0, add nothing to it
 
-  const Search& s_;
-  const PackedCodes* packed_ = nullptr;
+  const CodebookSearch& s_;
+  const PackedCodebook* packed_ = nullptr;
   int64_t head_ = 0, first_row_ = 0;
   int64_t stride_, codes_;
   Buffer<float> rows_, steps_, start_;
@@ -425,7 +430,7 @@ class Searcher {
 };
 
 template <class T>
-SearchCounts search_blocks(const Search& s, int64_t begin, int64_t end) {
+CodebookSearchCounts search_blocks(const CodebookSearch& s, int64_t begin, int64_t end) {
   Searcher<T> searcher(s);
   int64_t blocks = (s.rows + kBlockRows - 1) / kBlockRows;
   for (int64_t block = begin; block < end; ++block) {
@@ -435,7 +440,7 @@ SearchCounts search_blocks(const Search& s, int64_t begin, int64_t end) {
   return searcher.counts;
 }
 
-SearchCounts search(const Search& s, int64_t begin, int64_t end) {
+CodebookSearchCounts search(const CodebookSearch& s, int64_t begin, int64_t end) {
   record_run(Family::codebook, kIsaName);
   return s.wide ? search_blocks<double>(s, begin, end) : search_blocks<float>(s, begin, end);
 }
@@ -460,7 +465,7 @@ void rotate_back(const T* x, const T* code, int64_t dim, T* between, T* gradient
 }
 
 template <class T>
-void backward_rows(const Backward& b, int64_t begin, int64_t end) {
+void backward_rows(const CodebookBackward& b, int64_t begin, int64_t end) {
   Buffer<T> x_buffer(b.dim), code_buffer(b.dim), grad_buffer(b.dim), between(b.dim), incoming_buffer(b.dim), out(b.dim);
   for (int64_t row = begin; row < end; ++row) {
     int64_t head = row / b.rows;
@@ -482,12 +487,12 @@ void backward_rows(const Backward& b, int64_t begin, int64_t end) {
   }
 }
 
-void backward(const Backward& b, int64_t begin, int64_t end) {
+void backward(const CodebookBackward& b, int64_t begin, int64_t end) {
   b.wide ? backward_rows<double>(b, begin, end) : backward_rows<float>(b, begin, end);
 }
 
 template <class T>
-void add_row(const Segments& s, int64_t row, const T* code, T* buffer, T* weights, double* total) {
+void add_row(const CodebookSegments& s, int64_t row, const T* code, T* buffer, T* weights, double* total) {
   const T* x = load_row<T>(s.x, s.head, row, s.dim, buffer);
   if (!s.grad_loss) {
     for (int64_t d = 0; d < s.dim; ++d) total[d] += x[d];
@@ -498,7 +503,7 @@ void add_row(const Segments& s, int64_t row, const T* code, T* buffer, T* weight
 }
 
 template <class T>
-void sum_pieces(const Segments& s, int64_t begin_piece, int64_t end_piece) {
+void sum_pieces(const CodebookSegments& s, int64_t begin_piece, int64_t end_piece) {
   Buffer<T> buffer(s.dim), weights(s.dim), code_buffer(s.dim);
   Buffer<double> total(s.dim);
   for (int64_t piece = begin_piece; piece < end_piece; ++piece) {
@@ -518,7 +523,7 @@ void sum_pieces(const Segments& s, int64_t begin_piece, int64_t end_piece) {
   }
 }
 
-void sum_segments(const Segments& s, int64_t begin_piece, int64_t end_piece) {
+void sum_segments(const CodebookSegments& s, int64_t begin_piece, int64_t end_piece) {
   s.wide ? sum_pieces<double>(s, begin_piece, end_piece) : sum_pieces<float>(s, begin_piece, end_piece);
 }
 

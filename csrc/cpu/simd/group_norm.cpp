@@ -1,78 +1,27 @@
-// Group normalisation with its activation, one instruction set a compilation. Every loop runs over columns whose channels repeat from row
-// to row, so that one kernel serves both memory layouts and any number of channels.
-#include "../group_norm.h"
-
-#include "tiles.h"
+// The group norm kernels, compiled once per instruction set. Each walks over pieces and their rows; group_norm_rows.h has the loops over
+// the columns. A piece is read as rows whose columns repeat the channels, so that one kernel serves both memory layouts and any number of
+// channels.
+//
+// kernel           reads                                             writes
+// moments          input                                             mean and squared deviations of each group of each slot
+// forward          input, centre, scale, offset                      output
+// gradient_sums    input, grad_output, centre, scale, offset         sums of du and of du * (x - centre) of each channel of each slot
+// backward         the same, slope, intercept                        grad_input
+#include "../group_norm_kernels.h"
+#include "group_norm_rows.h"
 
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 namespace {
 
-template <int number>
-struct Number {
-  static constexpr int value = number;
-};
-
-// What a loop over columns handles at once: the elements of a word, or of the words of several rows.
-template <class T, int count>
-struct Values {
-  T at[count];
-};
-
-// A storage type, how many of its elements make a word, and how accurate the activation has to be for values that are stored in it; sums
-// have them in full. Where it is the type of the arithmetic, du passes through grad_input and is not computed twice.
-template <class Value>
-struct Unchanged {
-  using Accuracy = Accurate;
-  static constexpr bool kKeepsGradient = true;
-  static constexpr int kLanes = 1;
-  using Stored = Value;
-  using T = Value;
-  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{*from}}; }
-  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = values.at[0]; }
-};
-
-// Two to a word of 32 bits: where the vectors are as wide as the arithmetic's, no instruction has to move elements across them.
-struct BFloat16 {
-  using Accuracy = Coarse;
-  static constexpr bool kKeepsGradient = false;
-  static constexpr int kLanes = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 2 : 1;
-  using Stored = uint16_t;
-  using Word [[gnu::may_alias, gnu::aligned(sizeof(Stored))]] = uint32_t;
-  using T = float;
-  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{bfloat16_to_float(*from)}}; }
-  FASTVAE_INLINE Values<T, 2> get(const Stored* from, Number<2>) {
-    uint32_t word = *reinterpret_cast<const Word*>(from);
-    return {{bits_to_float(word << 16), bits_to_float(word & 0xffff0000u)}};
-  }
-  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = static_cast<Stored>(rounded(values.at[0]) >> 16); }
-  FASTVAE_INLINE void put(Stored* to, Values<T, 2> values) {
-    *reinterpret_cast<Word*>(to) = (rounded(values.at[0]) >> 16) | (rounded(values.at[1]) & 0xffff0000u);
-  }
-
- private:
-  // To nearest in the upper half, ties away from zero: one result in 65536 is a tie. NaN need no test: those that get here end in 16 zeros
-  // (the tensors' and, by spread(), the parameters').
-  FASTVAE_INLINE uint32_t rounded(T value) { return float_to_bits(value) + 0x8000u; }
-};
-
-struct Float16 {
-  using Accuracy = Accurate;
-  static constexpr bool kKeepsGradient = false;
-  static constexpr int kLanes = 1;
-  using Stored = uint16_t;
-  using T = float;
-  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{half_to_float(*from)}}; }
-  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = float_to_half(values.at[0]); }
-};
-
-// A piece of a run.
+// A piece of a run: `offset` is its first element in the tensor, `length` the number of its elements.
 struct Piece {
   int64_t run, slot, offset, length;
 };
 
+// Calls f(piece) for the pieces of an item: one piece of a long run, or several short runs.
 template <class F>
-FASTVAE_INLINE void for_pieces_of(const Runs& runs, int64_t item, F f) {
+FASTVAE_INLINE void for_pieces_of(const NormRuns& runs, int64_t item, F f) {
   int64_t first = item / runs.pieces_per_run * runs.runs_per_item, part = item % runs.pieces_per_run;
   int64_t end = first + runs.runs_per_item < runs.count ? first + runs.runs_per_item : runs.count;
   for (int64_t run = first; run < end; ++run)
@@ -80,172 +29,24 @@ FASTVAE_INLINE void for_pieces_of(const Runs& runs, int64_t item, F f) {
 }
 
 template <class F>
-FASTVAE_INLINE void for_each_piece(const Runs& runs, int64_t begin_item, int64_t end_item, F f) {
+FASTVAE_INLINE void for_each_piece(const NormRuns& runs, int64_t begin_item, int64_t end_item, F f) {
   for (int64_t item = begin_item; item < end_item; ++item) for_pieces_of(runs, item, f);
 }
 
-// From the last item: those that an earlier pass read last are still in the cache.
+// Begins with the last item, because the pieces that the pass before read last are still in the cache.
 template <class F>
-FASTVAE_INLINE void for_each_piece_from_the_end(const Runs& runs, int64_t begin_item, int64_t end_item, F f) {
+FASTVAE_INLINE void for_each_piece_backwards(const NormRuns& runs, int64_t begin_item, int64_t end_item, F f) {
   for (int64_t item = end_item - 1; item >= begin_item; --item) for_pieces_of(runs, item, f);
 }
 
-// Calls f(rows, offset, count) with a compile-time number of rows of `count` columns: fours of rows, single ones, and the rest of one.
-constexpr int kRows = 4;
-
-template <class F>
-FASTVAE_INLINE void for_each_rows(int64_t length, int64_t columns, F f) {
-  int64_t offset = 0;
-  for (; offset + kRows * columns <= length; offset += kRows * columns) f(Number<kRows>{}, offset, columns);
-  for (; offset + columns <= length; offset += columns) f(Number<1>{}, offset, columns);
-  if (offset < length) f(Number<1>{}, offset, length - offset);
-}
-
-// Calls f(lanes, column) for the words of a row and for the element that is left over where their number is odd.
-template <class S, class F>
-FASTVAE_INLINE void for_each_word(int64_t count, F f) {
-  int64_t words = count / S::kLanes;
-#pragma omp simd
-  for (int64_t i = 0; i < words; ++i) f(Number<S::kLanes>{}, i * S::kLanes);
-  if (S::kLanes > 1 && count % S::kLanes != 0) f(Number<1>{}, count - 1);
-}
-
-// As many adjacent values as a word has.
-template <class T, int lanes>
-FASTVAE_INLINE Values<T, lanes> adjacent(const T* from, Number<lanes>) {
-  Values<T, lanes> values;
-#pragma GCC unroll 2
-  for (int l = 0; l < lanes; ++l) values.at[l] = from[l];
-  return values;
-}
-
-template <class T, int lanes>
-FASTVAE_INLINE void add_to_columns(T* to, const Values<T, lanes>& values) {
-#pragma GCC unroll 2
-  for (int l = 0; l < lanes; ++l) to[l] += values.at[l];
-}
-
-// A word of each row, one behind the other. All are loaded before one is stored: the compiler, which cannot tell apart what is read and
-// what is written, may then interleave their arithmetic.
-template <class S, int rows, int lanes>
-FASTVAE_INLINE Values<typename S::T, rows * lanes> load_rows(const typename S::Stored* from, int64_t stride, Number<lanes> number) {
-  Values<typename S::T, rows * lanes> values;
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) {
-    auto word = S::get(from + r * stride, number);
-#pragma GCC unroll 2
-    for (int l = 0; l < lanes; ++l) values.at[r * lanes + l] = word.at[l];
-  }
-  return values;
-}
-
-template <class S, int rows, int lanes>
-FASTVAE_INLINE void store_rows(typename S::Stored* to, int64_t stride, Number<lanes> number,
-                               const Values<typename S::T, rows * lanes>& values) {
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) S::put(to + r * stride, adjacent(values.at + r * lanes, number));
-}
-
-template <class S, int rows>
-void add_rows(const typename S::Stored* __restrict x, int64_t stride, int64_t count, typename S::T* __restrict sums) {
-  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-    Values<typename S::T, lanes.value> total{};
-    auto values = load_rows<S, rows>(x + i, stride, lanes);
-#pragma GCC unroll 8
-    for (int j = 0; j < rows * lanes.value; ++j) total.at[j % lanes.value] += values.at[j];
-    add_to_columns(sums + i, total);
-  });
-}
-
-template <class S, int rows>
-void add_moments(const typename S::Stored* __restrict x, int64_t stride, int64_t count, const typename S::T* __restrict shift,
-                 typename S::T* __restrict first, typename S::T* __restrict second) {
-  using T = typename S::T;
-  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-    Values<T, lanes.value> total{}, squares{};
-    auto k = adjacent(shift + i, lanes);
-    auto values = load_rows<S, rows>(x + i, stride, lanes);
-#pragma GCC unroll 8
-    for (int j = 0; j < rows * lanes.value; ++j) {
-      int l = j % lanes.value;
-      T d = values.at[j] - k.at[l];
-      total.at[l] += d;
-      squares.at[l] = fma(d, d, squares.at[l]);
-    }
-    add_to_columns(first + i, total);
-    add_to_columns(second + i, squares);
-  });
-}
-
-template <class S, class A, int rows>
-void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __restrict y, int64_t stride, int64_t count,
-                  const typename S::T* __restrict centre, const typename S::T* __restrict scale, const typename S::T* __restrict offset) {
-  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
-    auto values = load_rows<S, rows>(x + i, stride, lanes);
-#pragma GCC unroll 8
-    for (int j = 0; j < rows * lanes.value; ++j) {
-      int l = j % lanes.value;
-      values.at[j] = A::value(affine(values.at[j], c.at[l], a.at[l], b.at[l]));
-    }
-    store_rows<S, rows>(y + i, stride, lanes, values);
-  });
-}
-
-template <class S, class A, int rows>
-void add_gradients(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad, typename S::Stored* __restrict kept,
-                   int64_t stride, int64_t count, const typename S::T* __restrict centre, const typename S::T* __restrict scale,
-                   const typename S::T* __restrict offset, typename S::T* __restrict plain, typename S::T* __restrict weighted) {
-  using T = typename S::T;
-  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-    Values<T, lanes.value> total{}, product{};
-    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
-    auto values = load_rows<S, rows>(x + i, stride, lanes), gradients = load_rows<S, rows>(grad + i, stride, lanes);
-#pragma GCC unroll 8
-    for (int j = 0; j < rows * lanes.value; ++j) {
-      int l = j % lanes.value;
-      T du = A::gradient(affine(values.at[j], c.at[l], a.at[l], b.at[l]), gradients.at[j]);
-      gradients.at[j] = du;
-      total.at[l] += du;
-      product.at[l] = fma(du, values.at[j] - c.at[l], product.at[l]);
-    }
-    if (S::kKeepsGradient) store_rows<S, rows>(kept + i, stride, lanes, gradients);
-    add_to_columns(plain + i, total);
-    add_to_columns(weighted + i, product);
-  });
-}
-
-// Where the storage keeps it, out holds du and grad is not read.
-template <class S, class A, int rows>
-void backward_rows(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad, typename S::Stored* out,
-                   int64_t stride, int64_t count, const typename S::T* __restrict centre, const typename S::T* __restrict scale,
-                   const typename S::T* __restrict offset, const typename S::T* __restrict slope,
-                   const typename S::T* __restrict constant) {
-  using T = typename S::T;
-  for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
-    auto s = adjacent(slope + i, lanes), k = adjacent(constant + i, lanes);
-    auto values = load_rows<S, rows>(x + i, stride, lanes);
-    auto gradients = load_rows<S, rows>((S::kKeepsGradient ? out : grad) + i, stride, lanes);
-#pragma GCC unroll 8
-    for (int j = 0; j < rows * lanes.value; ++j) {
-      int l = j % lanes.value;
-      T value = values.at[j], g = gradients.at[j];
-      T du = S::kKeepsGradient ? g : A::gradient(affine(value, c.at[l], a.at[l], b.at[l]), g);
-      gradients.at[j] = gradient_of_input(value, du, c.at[l], a.at[l], s.at[l], k.at[l]);
-    }
-    store_rows<S, rows>(out + i, stride, lanes, gradients);
-  });
-}
-
-// Scratch of one range of items: arrays of one T a column, and of one double a channel.
+// The scratch buffer of one call: five arrays of one T for each column, and two of one double for each channel.
 template <class T>
 struct Scratch {
   static constexpr int kArrays = 5;
   T* column[kArrays];
   double* channel[2];
 
-  Scratch(const Runs& runs, void* memory) {
+  Scratch(const NormRuns& runs, void* memory) {
     int64_t columns = columns_of(runs);
     channel[0] = static_cast<double*>(memory);
     channel[1] = channel[0] + runs.channels;
@@ -254,14 +55,14 @@ struct Scratch {
   }
 };
 
-int64_t scratch_bytes(const Runs& runs) {
+int64_t scratch_bytes(const NormRuns& runs) {
   int64_t column = Scratch<double>::kArrays * columns_of(runs), channel = 2 * runs.channels;
   return (column + channel) * static_cast<int64_t>(sizeof(double));
 }
 
-// Adds the columns of each channel.
+// Sums the columns of each channel: to[c] is the sum of columns[i] over i = c (mod channels).
 template <class T>
-void fold(const T* columns, int64_t count, int64_t channels, double* to) {
+void sum_columns_by_channel(const T* columns, int64_t count, int64_t channels, double* to) {
   if (channels == 1) {
     double total = 0;
 #pragma omp simd reduction(+ : total)
@@ -274,12 +75,13 @@ void fold(const T* columns, int64_t count, int64_t channels, double* to) {
     for (int64_t c = 0; c < channels; ++c) to[c] += columns[first + c];
 }
 
-// A NaN is stored without a payload.
+// Converts to T. A NaN loses its payload, because BFloat16::rounded() relies on that.
 template <class T>
 FASTVAE_INLINE T narrowed(double value) {
   return value == value ? static_cast<T>(value) : T(NAN);
 }
 
+// Fills the columns with the value of their channel, the inverse of sum_columns_by_channel().
 template <class T>
 void spread(const double* values, int64_t count, int64_t channels, T* columns) {
   if (channels == 1) {
@@ -290,7 +92,7 @@ void spread(const double* values, int64_t count, int64_t channels, T* columns) {
     for (int64_t c = 0; c < channels; ++c) columns[first + c] = narrowed<T>(values[c]);
 }
 
-// Writes into every channel the sum over its group, times a factor.
+// Replaces the value of every channel by the sum over its group, times a factor.
 void sum_groups(double* channel, int64_t channels, int64_t groups, double factor) {
   int64_t width = channels / groups;
   for (int64_t first = 0; first < channels; first += width) {
@@ -305,63 +107,65 @@ void clear(T* values, int64_t count) {
   memset(values, 0, static_cast<size_t>(count) * sizeof(T));
 }
 
-// Sums about a shift, the mean of the first eighth of the piece. It lies within sqrt(8) standard deviations of the mean of the piece
-// whatever the data are, so that the subtraction of the squares costs three bits at most.
+// Sums deviations from a shift, the mean of the first eighth of the piece, because sums of x and x * x would cancel where the mean is large
+// beside the standard deviation. Whatever the data are, the shift lies within sqrt(8) standard deviations of the mean of the piece, so that
+// subtracting the squares at the end costs three bits at most.
 template <class S>
 void moments(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
   using T = typename S::T;
   Scratch<T> scratch(p.runs, memory);
-  T *shift = scratch.column[0], *first = scratch.column[1], *second = scratch.column[2];
+  T *shift = scratch.column[0], *column_sums = scratch.column[1], *column_squares = scratch.column[2];
   double *total = scratch.channel[0], *squares = scratch.channel[1];
   int64_t channels = p.runs.channels, full = columns_of(p.runs), width = channels / p.groups;
   for_each_piece(p.runs, begin_item, end_item, [&](const Piece& piece) {
     const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
     int64_t columns = piece.length < full ? piece.length : full;
-    int64_t pilot_rows = (piece.length / columns + 7) / 8;
-    clear(first, columns);
-    for_each_rows(pilot_rows * columns, columns,
-                  [&](auto rows, int64_t offset, int64_t count) { add_rows<S, rows.value>(x + offset, columns, count, first); });
-    fold(first, columns, channels, total);
-    sum_groups(total, channels, p.groups, 1.0 / static_cast<double>(pilot_rows * columns / p.groups));
+    int64_t shift_rows = (piece.length / columns + 7) / 8;
+    clear(column_sums, columns);
+    for_each_rows(shift_rows * columns, columns,
+                  [&](auto rows, int64_t offset, int64_t count) { add_rows<S, rows.value>(x + offset, columns, count, column_sums); });
+    sum_columns_by_channel(column_sums, columns, channels, total);
+    sum_groups(total, channels, p.groups, 1.0 / static_cast<double>(shift_rows * columns / p.groups));
     spread(total, columns, channels, shift);
 
-    clear(first, columns);
-    clear(second, columns);
+    clear(column_sums, columns);
+    clear(column_squares, columns);
     for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
-      add_moments<S, rows.value>(x + offset, columns, count, shift, first, second);
+      add_moments<S, rows.value>(x + offset, columns, count, shift, column_sums, column_squares);
     });
     double elements = static_cast<double>(piece.length / p.groups);
-    fold(first, columns, channels, total);
-    fold(second, columns, channels, squares);
+    sum_columns_by_channel(column_sums, columns, channels, total);
+    sum_columns_by_channel(column_squares, columns, channels, squares);
     sum_groups(total, channels, p.groups, 1.0);
     sum_groups(squares, channels, p.groups, 1.0);
     for (int64_t g = 0; g < p.groups; ++g) {
-      double deviation = total[g * width] / elements;
+      double mean_from_shift = total[g * width] / elements;
       double* to = p.sums + (piece.slot * p.groups + g) * 2;
-      to[0] = static_cast<double>(shift[g * width]) + deviation;
-      double about_mean = squares[g * width] - deviation * total[g * width];
-      to[1] = about_mean < 0 ? 0 : about_mean;
+      to[0] = static_cast<double>(shift[g * width]) + mean_from_shift;
+      double squared_deviations = squares[g * width] - mean_from_shift * total[g * width];
+      // Rounding can make the difference negative. The comparison keeps NaN.
+      to[1] = squared_deviations < 0 ? 0 : squared_deviations;
     }
   });
 }
 
-// Fills the columns with the parameters of a run, `count` kinds of them.
+// Fills the first `count` column arrays with the parameters of a run: centre, scale, offset, slope, intercept.
 template <class T>
 void spread_parameters(const GroupNorm& p, int64_t run, int64_t columns, int count, Scratch<T>& scratch) {
-  const double* kinds[] = {p.channel.centre, p.channel.scale, p.channel.offset, p.channel.slope, p.channel.constant};
-  for (int i = 0; i < count; ++i) spread(kinds[i] + run * p.runs.channels, columns, p.runs.channels, scratch.column[i]);
+  const double* parameters[] = {p.channel.centre, p.channel.scale, p.channel.offset, p.channel.slope, p.channel.intercept};
+  for (int i = 0; i < count; ++i) spread(parameters[i] + run * p.runs.channels, columns, p.runs.channels, scratch.column[i]);
 }
 
 template <class S, class A>
 void forward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
   Scratch<typename S::T> scratch(p.runs, memory);
   auto& column = scratch.column;
-  int64_t full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled = -1;
-  for_each_piece_from_the_end(p.runs, begin_item, end_item, [&](const Piece& piece) {
+  int64_t full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled_run = -1;
+  for_each_piece_backwards(p.runs, begin_item, end_item, [&](const Piece& piece) {
     const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
     auto* y = static_cast<typename S::Stored*>(p.output) + piece.offset;
-    if (piece.run != filled) spread_parameters(p, piece.run, columns, 3, scratch);
-    filled = piece.run;
+    if (piece.run != filled_run) spread_parameters(p, piece.run, columns, 3, scratch);
+    filled_run = piece.run;
     for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
       forward_rows<S, A, rows.value>(x + offset, y + offset, columns, count, column[0], column[1], column[2]);
     });
@@ -372,21 +176,21 @@ template <class S, class A>
 void gradient_sums(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
   Scratch<typename S::T> scratch(p.runs, memory);
   auto& column = scratch.column;
-  int64_t channels = p.runs.channels, full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled = -1;
+  int64_t channels = p.runs.channels, full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled_run = -1;
   for_each_piece(p.runs, begin_item, end_item, [&](const Piece& piece) {
     const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
     const auto* grad = static_cast<const typename S::Stored*>(p.grad_output) + piece.offset;
-    auto* kept = static_cast<typename S::Stored*>(p.grad_input) + piece.offset;
-    if (piece.run != filled) spread_parameters(p, piece.run, columns, 3, scratch);
-    filled = piece.run;
+    auto* stored_du = static_cast<typename S::Stored*>(p.grad_input) + piece.offset;
+    if (piece.run != filled_run) spread_parameters(p, piece.run, columns, 3, scratch);
+    filled_run = piece.run;
     clear(column[3], columns);
     clear(column[4], columns);
     for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
-      add_gradients<S, A, rows.value>(x + offset, grad + offset, kept + offset, columns, count, column[0], column[1], column[2], column[3],
-                                      column[4]);
+      add_gradients<S, A, rows.value>(x + offset, grad + offset, stored_du + offset, columns, count, column[0], column[1], column[2],
+                                      column[3], column[4]);
     });
-    fold(column[3], columns, channels, scratch.channel[0]);
-    fold(column[4], columns, channels, scratch.channel[1]);
+    sum_columns_by_channel(column[3], columns, channels, scratch.channel[0]);
+    sum_columns_by_channel(column[4], columns, channels, scratch.channel[1]);
     double* to = p.sums + piece.slot * channels * 2;
     for (int64_t c = 0; c < channels; ++c) {
       to[c] = scratch.channel[0][c];
@@ -399,13 +203,13 @@ template <class S, class A>
 void backward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
   Scratch<typename S::T> scratch(p.runs, memory);
   auto& column = scratch.column;
-  int64_t full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled = -1;
-  for_each_piece_from_the_end(p.runs, begin_item, end_item, [&](const Piece& piece) {
+  int64_t full = columns_of(p.runs), columns = p.runs.length < full ? p.runs.length : full, filled_run = -1;
+  for_each_piece_backwards(p.runs, begin_item, end_item, [&](const Piece& piece) {
     const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
     const auto* grad = static_cast<const typename S::Stored*>(p.grad_output) + piece.offset;
     auto* out = static_cast<typename S::Stored*>(p.grad_input) + piece.offset;
-    if (piece.run != filled) spread_parameters(p, piece.run, columns, 5, scratch);
-    filled = piece.run;
+    if (piece.run != filled_run) spread_parameters(p, piece.run, columns, 5, scratch);
+    filled_run = piece.run;
     for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
       backward_rows<S, A, rows.value>(x + offset, grad + offset, out + offset, columns, count, column[0], column[1], column[2], column[3],
                                       column[4]);
@@ -413,14 +217,15 @@ void backward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* me
   });
 }
 
+// Calls f with the storage type of the tensors.
 template <class F>
 void with_storage(const GroupNorm& p, F f) {
   record_run(Family::group_norm, kIsaName);
   switch (p.dtype) {
     case DType::float32:
-      return f(Unchanged<float>{});
+      return f(Native<float>{});
     case DType::float64:
-      return f(Unchanged<double>{});
+      return f(Native<double>{});
     case DType::bfloat16:
       return f(BFloat16{});
     default:
@@ -428,16 +233,18 @@ void with_storage(const GroupNorm& p, F f) {
   }
 }
 
+// Calls f with the storage type and the activation, accurate for sums.
 template <class F>
 void with_types(const GroupNorm& p, F f) {
-  with_storage(p, [&](auto storage) { with_activation(p.activation, [&](auto activation) { f(storage, activation); }); });
+  with_storage(p, [&](auto storage) { with_norm_activation(p.activation, [&](auto activation) { f(storage, activation); }); });
 }
 
+// The same for results that are stored: the activation need not be more accurate than the storage type.
 template <class F>
-void with_types_stored(const GroupNorm& p, F f) {
+void with_stored_types(const GroupNorm& p, F f) {
   with_storage(p, [&](auto storage) {
     using Accuracy = typename decltype(storage)::Accuracy;
-    with_activation<Accuracy>(p.activation, [&](auto activation) { f(storage, activation); });
+    with_norm_activation<Accuracy>(p.activation, [&](auto activation) { f(storage, activation); });
   });
 }
 
@@ -446,7 +253,7 @@ void run_moments(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) 
 }
 
 void run_forward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
-  with_types_stored(p, [&](auto s, auto a) { forward<decltype(s), decltype(a)>(p, begin, end, scratch); });
+  with_stored_types(p, [&](auto s, auto a) { forward<decltype(s), decltype(a)>(p, begin, end, scratch); });
 }
 
 void run_gradient_sums(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
@@ -454,7 +261,7 @@ void run_gradient_sums(const GroupNorm& p, int64_t begin, int64_t end, void* scr
 }
 
 void run_backward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
-  with_types_stored(p, [&](auto s, auto a) { backward<decltype(s), decltype(a)>(p, begin, end, scratch); });
+  with_stored_types(p, [&](auto s, auto a) { backward<decltype(s), decltype(a)>(p, begin, end, scratch); });
 }
 
 void to_double(const View& view, int64_t count, double* to) { convert(view.data, view.dtype, 0, count, to); }

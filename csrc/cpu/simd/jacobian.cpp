@@ -1,6 +1,14 @@
-// The contractive penalty and the epilogues of the Gram form, one instruction set a compilation.
-#include "../jacobian.h"
-
+// The Jacobian kernels, compiled once per instruction set. Shapes are in ../jacobian_kernels.h.
+//
+// kernel                 reads                                     writes
+// contractive_penalty    hidden, weight, norms or nothing,         the penalty or its sums, norms, grad_hidden, grad_weight
+//                        grad_output
+// gram_scale             left, inner, outer                        the scaled matrices of some samples
+// gram_reduce            left, inner, outer, weights, product      norms, grad_left, grad_inner, grad_outer
+// gram_pack              scaled matrices, weights                  the same as panels
+// gram_multiply          panels                                    adds their symmetric product to grad_gram
+// gram_add               parts of sums                             their sum
+#include "../jacobian_kernels.h"
 #include "symmetric_product.h"
 #include "tiles.h"
 
@@ -8,40 +16,43 @@ namespace fastvae {
 inline namespace FASTVAE_ISA {
 namespace {
 
+// A pointer into rows whose dtype is that of the arithmetic.
 template <class T>
-const T* native(const Rows& rows, int64_t row, int64_t column) {
+const T* native(const JacobianRows& rows, int64_t row, int64_t column) {
   return static_cast<const T*>(rows.data) + row * rows.stride + column;
 }
 
-// Elements [column, column + count) of a row, in place where they lie so in memory, else in the buffer.
+// Elements [column, column + count) of a row as T: in place where the dtype is that of T, otherwise converted into the buffer.
 template <class T>
-const T* load_row(const Rows& rows, int64_t row, int64_t column, int64_t count, T* buffer) {
+const T* load_row(const JacobianRows& rows, int64_t row, int64_t column, int64_t count, T* buffer) {
   if (rows.dtype == native_dtype<T>()) return native<T>(rows, row, column);
   convert(rows.data, rows.dtype, row * rows.stride + column, count, buffer);
   return buffer;
 }
 
-// The units of one item, padded: every loop over units has a constant length.
-struct Block {
+// Up to kBlockUnits units that are handled together, see kBlockUnits. In the last block loops run over units that do not exist, whose
+// results are never stored.
+struct UnitBlock {
   int64_t index, first, count;
 
-  Block(const ContractivePenalty& p, int64_t index)
-      : index(index), first(index * kUnits), count(p.units - first < kUnits ? p.units - first : kUnits) {}
+  UnitBlock(const ContractivePenalty& p, int64_t index)
+      : index(index), first(index * kBlockUnits), count(p.units - first < kBlockUnits ? p.units - first : kBlockUnits) {}
 };
 
+// One value for each unit of a block.
 template <class T>
-struct Units {
-  alignas(64) T values[kUnits] = {};
+struct UnitValues {
+  alignas(64) T values[kBlockUnits] = {};
 
-  const T* load(const Rows& rows, int64_t row, const Block& block) {
-    if (block.count == kUnits) return load_row(rows, row, block.first, kUnits, values);
+  const T* load(const JacobianRows& rows, int64_t row, const UnitBlock& block) {
+    if (block.count == kBlockUnits) return load_row(rows, row, block.first, kBlockUnits, values);
     convert(rows.data, rows.dtype, row * rows.stride + block.first, block.count, values);
     return values;
   }
 };
 
 template <class T>
-T* norms_of(const ContractivePenalty& p, const Block& block) {
+T* norms_of(const ContractivePenalty& p, const UnitBlock& block) {
   return static_cast<T*>(p.squared_norms) + block.first;
 }
 
@@ -50,32 +61,33 @@ T sample_weight(const ContractivePenalty& p, int64_t sample) {
   return p.sample_weights ? static_cast<const T*>(p.sample_weights)[sample] : T(1);
 }
 
-// sum_b weight_b phi'(h_bj)^2 of each unit: runs of kRun samples in T, those in double.
+// Adds to `sums` the sum over the samples b of weight_b * phi'(h_bj)^2, for each unit j of the block. Partial sums of kPartialSamples
+// samples are computed in T, and added in double.
 template <class Act, class T>
-void column_sums(const ContractivePenalty& p, const Block& block, double* sums) {
-  constexpr int64_t kRun = 64;
+void column_sums(const ContractivePenalty& p, const UnitBlock& block, double* sums) {
+  constexpr int64_t kPartialSamples = 64;
   const T alpha = static_cast<T>(p.alpha);
-  Units<T> hidden_buffer, weights_buffer;
-  for (int64_t begin = 0; begin < p.batch; begin += kRun) {
-    int64_t end = begin + kRun < p.batch ? begin + kRun : p.batch;
-    alignas(64) T partial[kUnits] = {};
+  UnitValues<T> hidden_buffer, weights_buffer;
+  for (int64_t begin = 0; begin < p.batch; begin += kPartialSamples) {
+    int64_t end = begin + kPartialSamples < p.batch ? begin + kPartialSamples : p.batch;
+    alignas(64) T partial[kBlockUnits] = {};
     for (int64_t b = begin; b < end; ++b) {
       const T* h = hidden_buffer.load(p.hidden, b, block);
       if (p.element_weights) {
         const T* weights = weights_buffer.load(p.element_weights, b, block);
 #pragma omp simd
-        for (int64_t u = 0; u < kUnits; ++u) partial[u] += weights[u] * Act::at(h[u], alpha).square;
+        for (int64_t u = 0; u < kBlockUnits; ++u) partial[u] += weights[u] * Act::at(h[u], alpha).square;
       } else {
         T weight = sample_weight<T>(p, b);
 #pragma omp simd
-        for (int64_t u = 0; u < kUnits; ++u) partial[u] += weight * Act::at(h[u], alpha).square;
+        for (int64_t u = 0; u < kBlockUnits; ++u) partial[u] += weight * Act::at(h[u], alpha).square;
       }
     }
-    for (int64_t u = 0; u < kUnits; ++u) sums[u] += static_cast<double>(partial[u]);
+    for (int64_t u = 0; u < kBlockUnits; ++u) sums[u] += static_cast<double>(partial[u]);
   }
 }
 
-// Four sums, so that an addition need not wait for the one before.
+// Sums the squares in four independent sums, so that an addition need not wait for the one before.
 template <class T>
 T sum_of_squares(const T* values, int64_t count) {
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
@@ -92,14 +104,15 @@ T sum_of_squares(const T* values, int64_t count) {
   return (s0 + s1) + (s2 + s3);
 }
 
-// The squared norms of the weight's rows where they are wanted, and the rows' gradients, a multiple of the rows, in the same pass.
+// Reads the rows of the weight once, for their squared norms, where those are not known, and for their gradients, where those are
+// requested: the gradient of row j is row j times 2 * grad_scale * unit_sums[j], where unit_sums is what column_sums() computed.
 template <class T>
-void weight_rows(const ContractivePenalty& p, const Block& block, const double* columns) {
+void weight_rows(const ContractivePenalty& p, const UnitBlock& block, const double* unit_sums) {
   T buffer[kTile], grad_buffer[kTile];
   T* norms = norms_of<T>(p, block);
   for (int64_t u = 0; u < block.count; ++u) {
     int64_t row = block.first + u;
-    const T factor = static_cast<T>(2.0 * p.grad_scale * columns[u]);
+    const T factor = static_cast<T>(2.0 * p.grad_scale * unit_sums[u]);
     double norm = 0.0;
     for (int64_t begin = 0; begin < p.inputs; begin += kTile) {
       int64_t count = p.inputs - begin < kTile ? p.inputs - begin : kTile;
@@ -117,37 +130,38 @@ void weight_rows(const ContractivePenalty& p, const Block& block, const double* 
   }
 }
 
-// The penalty of each element, or its sum over the block for each sample.
+// Writes the penalty of each element, or for each sample its sum over the units of the block.
 template <class Act, class T>
-void penalties(const ContractivePenalty& p, const Block& block, const T* norms) {
+void penalties(const ContractivePenalty& p, const UnitBlock& block, const T* norms) {
   const T alpha = static_cast<T>(p.alpha);
-  Units<T> hidden_buffer;
-  alignas(64) T values[kUnits];
+  UnitValues<T> hidden_buffer;
+  alignas(64) T values[kBlockUnits];
   for (int64_t b = 0; b < p.batch; ++b) {
     const T* h = hidden_buffer.load(p.hidden, b, block);
 #pragma omp simd
-    for (int64_t u = 0; u < kUnits; ++u) values[u] = norms[u] * Act::at(h[u], alpha).square;
+    for (int64_t u = 0; u < kBlockUnits; ++u) values[u] = norms[u] * Act::at(h[u], alpha).square;
     if (p.elements) write(p.elements, b * p.units + block.first, block.count, values);
     if (p.sample_sums) p.sample_sums[block.index * p.batch + b] = static_cast<double>(sum_run(values, block.count));
   }
 }
 
+// Writes grad_hidden.
 template <class Act, class T>
-void hidden_gradients(const ContractivePenalty& p, const Block& block, const T* norms) {
+void hidden_gradients(const ContractivePenalty& p, const UnitBlock& block, const T* norms) {
   const T alpha = static_cast<T>(p.alpha);
-  Units<T> hidden_buffer, weights_buffer;
-  alignas(64) T values[kUnits], scaled_norms[kUnits];
-  for (int64_t u = 0; u < kUnits; ++u) scaled_norms[u] = norms[u] * static_cast<T>(p.grad_scale);
+  UnitValues<T> hidden_buffer, weights_buffer;
+  alignas(64) T values[kBlockUnits], scaled_norms[kBlockUnits];
+  for (int64_t u = 0; u < kBlockUnits; ++u) scaled_norms[u] = norms[u] * static_cast<T>(p.grad_scale);
   for (int64_t b = 0; b < p.batch; ++b) {
     const T* h = hidden_buffer.load(p.hidden, b, block);
     T weight = sample_weight<T>(p, b);
     int64_t offset = b * p.units + block.first;
-    T* out = block.count == kUnits ? destination(p.grad_hidden, offset, values) : values;
+    T* out = block.count == kBlockUnits ? destination(p.grad_hidden, offset, values) : values;
 #pragma omp simd
-    for (int64_t u = 0; u < kUnits; ++u) out[u] = weight * scaled_norms[u] * Act::at(h[u], alpha).change;
+    for (int64_t u = 0; u < kBlockUnits; ++u) out[u] = weight * scaled_norms[u] * Act::at(h[u], alpha).change;
     if (p.element_weights) {
       const T* weights = weights_buffer.load(p.element_weights, b, block);
-      for (int64_t u = 0; u < kUnits; ++u) out[u] *= weights[u];
+      for (int64_t u = 0; u < kBlockUnits; ++u) out[u] *= weights[u];
     }
     if (out == values) write(p.grad_hidden, offset, block.count, values);
   }
@@ -156,14 +170,14 @@ void hidden_gradients(const ContractivePenalty& p, const Block& block, const T* 
 template <class Act, class T>
 void run_blocks(const ContractivePenalty& p, int64_t begin_block, int64_t end_block) {
   for (int64_t index = begin_block; index < end_block; ++index) {
-    Block block(p, index);
-    double columns[kUnits] = {};
-    if (p.sums || p.grad_weight) column_sums<Act, T>(p, block, columns);
-    if (!p.norms_known || p.grad_weight) weight_rows<T>(p, block, columns);
-    alignas(64) T norms[kUnits] = {};
+    UnitBlock block(p, index);
+    double unit_sums[kBlockUnits] = {};
+    if (p.sums || p.grad_weight) column_sums<Act, T>(p, block, unit_sums);
+    if (!p.norms_known || p.grad_weight) weight_rows<T>(p, block, unit_sums);
+    alignas(64) T norms[kBlockUnits] = {};
     memcpy(norms, norms_of<T>(p, block), static_cast<size_t>(block.count) * sizeof(T));
     if (p.sums)
-      for (int64_t u = 0; u < block.count; ++u) p.sums[index] += columns[u] * static_cast<double>(norms[u]);
+      for (int64_t u = 0; u < block.count; ++u) p.sums[index] += unit_sums[u] * static_cast<double>(norms[u]);
     if (p.elements || p.sample_sums) penalties<Act, T>(p, block, norms);
     if (p.grad_hidden) hidden_gradients<Act, T>(p, block, norms);
   }
@@ -176,15 +190,16 @@ void run_activation(const ContractivePenalty& p, int64_t begin_block, int64_t en
 
 void contractive_penalty(const ContractivePenalty& p, int64_t begin_block, int64_t end_block) {
   record_run(Family::jacobian, kIsaName);
-  p.wide ? run_activation<double>(p, begin_block, end_block) : run_activation<float>(p, begin_block, end_block);
+  p.is_double ? run_activation<double>(p, begin_block, end_block) : run_activation<float>(p, begin_block, end_block);
 }
 
+// ScaledMatrices with typed pointers. The stride of left from one sample to the next is 0 where all samples share it.
 template <class T>
-struct Matrices {
+struct GramMatrices {
   const T *left, *inner, *outer;
   int64_t rows, columns, left_stride;
 
-  explicit Matrices(const ScaledMatrices& m)
+  explicit GramMatrices(const ScaledMatrices& m)
       : left(static_cast<const T*>(m.left)),
         inner(static_cast<const T*>(m.inner)),
         outer(static_cast<const T*>(m.outer)),
@@ -195,7 +210,7 @@ struct Matrices {
 
 template <class T>
 void scale_samples(const ScaledMatrices& matrices, T* out, int64_t begin, int64_t end) {
-  const Matrices<T> m(matrices);
+  const GramMatrices<T> m(matrices);
   for (int64_t b = begin; b < end; ++b) {
     const T* inner = m.inner + b * m.columns;
     for (int64_t r = 0; r < m.rows; ++r) {
@@ -210,11 +225,12 @@ void scale_samples(const ScaledMatrices& matrices, T* out, int64_t begin, int64_
 
 void gram_scale(const ScaledMatrices& m, void* out, int64_t begin_sample, int64_t end_sample) {
   record_run(Family::jacobian, kIsaName);
-  m.wide ? scale_samples(m, static_cast<double*>(out), begin_sample, end_sample)
-         : scale_samples(m, static_cast<float*>(out), begin_sample, end_sample);
+  m.is_double ? scale_samples(m, static_cast<double*>(out), begin_sample, end_sample)
+              : scale_samples(m, static_cast<float*>(out), begin_sample, end_sample);
 }
 
-// Of one row: what left, inner and product give in all, and each its share of the gradients.
+// Handles row r of one sample: returns the sum over k of left * inner * product, and adds the row's part of the gradients of inner and
+// left. `outer` is the factor of the row, times 2 and the weight of the sample.
 template <bool kWithGrad, class T>
 FASTVAE_INLINE double reduce_row(const T* __restrict left, const T* __restrict inner, const T* __restrict product, T outer, int64_t columns,
                                  T* __restrict grad_inner, T* __restrict grad_left, bool adds) {
@@ -236,6 +252,7 @@ FASTVAE_INLINE double reduce_row(const T* __restrict left, const T* __restrict i
   return dot;
 }
 
+// A typed pointer to an element, or nullptr where there is no tensor.
 template <class T>
 T* at(void* values, int64_t offset) {
   return values ? static_cast<T*>(values) + offset : nullptr;
@@ -243,7 +260,7 @@ T* at(void* values, int64_t offset) {
 
 template <bool kWithGrad, class T>
 void reduce_samples(const GramReduce& p, int64_t begin, int64_t end) {
-  const Matrices<T> m(p.matrices);
+  const GramMatrices<T> m(p.matrices);
   const int64_t size = m.rows * m.columns;
   for (int64_t b = begin; b < end; ++b) {
     const T *left = m.left + b * m.left_stride, *inner = m.inner + b * m.columns, *outer = m.outer + b * m.rows;
@@ -271,19 +288,19 @@ void reduce_samples(const GramReduce& p, int64_t begin, int64_t end) {
 }
 
 void gram_reduce(const GramReduce& p, int64_t begin_sample, int64_t end_sample) {
-  p.matrices.wide ? reduce_samples<double>(p, begin_sample, end_sample) : reduce_samples<float>(p, begin_sample, end_sample);
+  p.matrices.is_double ? reduce_samples<double>(p, begin_sample, end_sample) : reduce_samples<float>(p, begin_sample, end_sample);
 }
 
-int64_t gram_panel(bool wide) { return wide ? ProductVector<double>::kPanel : ProductVector<float>::kPanel; }
+int64_t gram_panel(bool is_double) { return is_double ? ProductVector<double>::kPanel : ProductVector<float>::kPanel; }
 
 template <class T>
 void pack_rows(const GramProduct& p) {
   const T *scaled = static_cast<const T*>(p.scaled), *weights = static_cast<const T*>(p.weights);
   pack_panels<T>(scaled, p.rows, p.columns, nullptr, 1, 0, static_cast<T*>(p.panels));
-  if (weights) pack_panels<T>(scaled, p.rows, p.columns, weights, p.rows_per_weight, p.first, static_cast<T*>(p.weighted));
+  if (weights) pack_panels<T>(scaled, p.rows, p.columns, weights, p.rows_per_weight, p.first_row, static_cast<T*>(p.weighted));
 }
 
-void gram_pack(const GramProduct& p) { p.wide ? pack_rows<double>(p) : pack_rows<float>(p); }
+void gram_pack(const GramProduct& p) { p.is_double ? pack_rows<double>(p) : pack_rows<float>(p); }
 
 template <class T>
 void multiply_panels(const GramProduct& p, int64_t begin_panel, int64_t end_panel) {
@@ -291,7 +308,7 @@ void multiply_panels(const GramProduct& p, int64_t begin_panel, int64_t end_pane
   const T *left = static_cast<const T*>(p.panels), *right = static_cast<const T*>(p.weighted);
   const int64_t stride = p.padded(panel), size = p.rows * panel, count = stride / panel;
   for (int64_t index = begin_panel; index < end_panel; ++index) {
-    // A short panel and a long one in turn, so that threads with as many have as much to do.
+    // Panel j has j + 1 tiles. Panels are taken from both ends in turn, so that threads with equally many panels have equally much work.
     int64_t j = index % 2 == 0 ? index / 2 : count - 1 - index / 2;
     for (int64_t i = 0; i < (j + 1) * panel; i += kProductRows)
       add_product_tile<T>(left + i / panel * size + i % panel, right + j * size, p.rows, static_cast<T*>(p.out) + i * stride + j * panel,
@@ -300,7 +317,7 @@ void multiply_panels(const GramProduct& p, int64_t begin_panel, int64_t end_pane
 }
 
 void gram_multiply(const GramProduct& p, int64_t begin_panel, int64_t end_panel) {
-  p.wide ? multiply_panels<double>(p, begin_panel, end_panel) : multiply_panels<float>(p, begin_panel, end_panel);
+  p.is_double ? multiply_panels<double>(p, begin_panel, end_panel) : multiply_panels<float>(p, begin_panel, end_panel);
 }
 
 template <class T>
@@ -313,9 +330,9 @@ void add_parts(const T* values, int64_t stride, int64_t parts, int64_t count, T*
   }
 }
 
-void gram_add(const void* values, int64_t stride, int64_t parts, int64_t count, bool wide, void* out) {
-  wide ? add_parts(static_cast<const double*>(values), stride, parts, count, static_cast<double*>(out))
-       : add_parts(static_cast<const float*>(values), stride, parts, count, static_cast<float*>(out));
+void gram_add(const void* values, int64_t stride, int64_t parts, int64_t count, bool is_double, void* out) {
+  is_double ? add_parts(static_cast<const double*>(values), stride, parts, count, static_cast<double*>(out))
+            : add_parts(static_cast<const float*>(values), stride, parts, count, static_cast<float*>(out));
 }
 
 }  // namespace

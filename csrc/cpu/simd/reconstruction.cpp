@@ -1,13 +1,19 @@
-// Reconstruction losses, one instruction set a compilation: the loss and its gradient in one pass over input and target.
-#include "../reconstruction.h"
-
-#include "../../common/reconstruction.h"
+// The reconstruction kernels, compiled once per instruction set.
+//
+// kernel   reads                                               writes
+// run      input, target, weight, extra, grad_output           loss or its sums, grad_input, grad_target, grad_logvar or its sums
+// scale    a tensor                                            the tensor times a factor
+//
+// `run` computes the loss and its gradient in one pass over input and target, a tile of kTile elements at a time.
+#include "../../common/reconstruction_formulas.h"
+#include "../reconstruction_kernels.h"
 #include "tiles.h"
 
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 namespace {
 
+// The operands of a tile. `terms` computes the formulas of the likelihood `Terms` for element i.
 template <class Terms, class T>
 struct Operands {
   const T *input, *target, *extra;
@@ -31,6 +37,7 @@ struct Operands<Gaussian, T> {
   FASTVAE_INLINE LossTerms<T> terms(const Operands& o, int64_t i) { return Gaussian::terms(o.input[i], o.target[i], o.extra[i]); }
 };
 
+// Writes the gradient of the input, and returns the sum of the losses.
 template <class Terms, class T>
 T loss_and_gradient(const Operands<Terms, T>& operands, int64_t count, T scale, T* __restrict grad_input) {
   T total = 0;
@@ -43,7 +50,7 @@ T loss_and_gradient(const Operands<Terms, T>& operands, int64_t count, T scale, 
   return total;
 }
 
-// The common case, scalar reduction and no weights, in one loop whose values stay in registers.
+// Handles the common case, a scalar reduction without weights, in one loop whose values stay in registers.
 template <class Terms, class T>
 void plain_tile(const Reconstruction& p, const Operands<Terms, T>& operands, int64_t item, int64_t begin, int64_t count) {
   T grad_buffer[kTile];
@@ -53,6 +60,7 @@ void plain_tile(const Reconstruction& p, const Operands<Terms, T>& operands, int
   p.sums[p.partition.slot(item, begin)] += total;
 }
 
+// Writes values * factors.
 template <class T>
 void scale_into(const Output& output, int64_t begin, int64_t count, const T* values, const T* factors) {
   T buffer[kTile];
@@ -62,7 +70,7 @@ void scale_into(const Output& output, int64_t begin, int64_t count, const T* val
   store(output, begin, count, to);
 }
 
-// Adds gradients of a shared log variance to the item's sums, one for each of its values.
+// Adds values * factors, the gradients of the elements, to the sums of the values of a shared log variance.
 template <class T>
 void accumulate_shared(const View& view, int64_t begin, int64_t count, const T* values, const T* factors, double* sums) {
   T scaled[kTile];
@@ -84,11 +92,13 @@ void accumulate_shared(const View& view, int64_t begin, int64_t count, const T* 
   }
 }
 
+// The results of a tile, before weights and grad_output.
 template <class T>
 struct TermBuffers {
   T loss[kTile], input[kTile], target[kTile], logvar[kTile];
 };
 
+// Handles every case, with one loop for each step.
 template <class Terms, class T>
 void general_tile(const Reconstruction& p, const Operands<Terms, T>& operands, int64_t item, int64_t begin, int64_t count) {
   TermBuffers<T> terms;
@@ -132,8 +142,9 @@ void general_tile(const Reconstruction& p, const Operands<Terms, T>& operands, i
 template <class Terms, class T>
 void run_items(const Reconstruction& p, int64_t begin_item, int64_t end_item) {
   T input_buffer[kTile], target_buffer[kTile], extra_buffer[kTile];
-  bool shared = p.partition.slots_per_row == 1 && p.partition.rows > 1;
-  bool plain = p.sums && p.grad_input && !shared && !p.weight && !p.grad_output && !p.grad_target && !p.grad_logvar && !p.grad_logvar_sums;
+  bool rows_share_items = p.partition.slots_per_row == 1 && p.partition.rows > 1;
+  bool plain =
+      p.sums && p.grad_input && !rows_share_items && !p.weight && !p.grad_output && !p.grad_target && !p.grad_logvar && !p.grad_logvar_sums;
   for_each_tile(p.partition, begin_item, end_item, [&](int64_t item, int64_t begin, int64_t count) {
     Operands<Terms, T> operands;
     operands.input = load(p.input, begin, count, input_buffer);
@@ -159,7 +170,7 @@ void run_likelihood(const Reconstruction& p, int64_t begin_item, int64_t end_ite
 
 void run(const Reconstruction& p, int64_t begin_item, int64_t end_item) {
   record_run(Family::reconstruction, kIsaName);
-  p.wide ? run_likelihood<double>(p, begin_item, end_item) : run_likelihood<float>(p, begin_item, end_item);
+  p.is_double ? run_likelihood<double>(p, begin_item, end_item) : run_likelihood<float>(p, begin_item, end_item);
 }
 
 template <class T>
@@ -174,8 +185,8 @@ void scale_range(const View& from, const Output& to, T factor, int64_t begin, in
   }
 }
 
-void scale(const View& from, const Output& to, double factor, bool wide, int64_t begin, int64_t end) {
-  wide ? scale_range<double>(from, to, factor, begin, end) : scale_range<float>(from, to, static_cast<float>(factor), begin, end);
+void scale(const View& from, const Output& to, double factor, bool is_double, int64_t begin, int64_t end) {
+  is_double ? scale_range<double>(from, to, factor, begin, end) : scale_range<float>(from, to, static_cast<float>(factor), begin, end);
 }
 
 }  // namespace

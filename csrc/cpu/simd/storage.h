@@ -1,4 +1,5 @@
-// Between storage and arithmetic: a kernel works on tiles of float (double for float64 tensors), whatever the tensors hold.
+// Conversions between storage and arithmetic. A kernel works on tiles of T, which is double for float64 tensors and float otherwise,
+// whatever the tensors hold.
 #pragma once
 
 #include "../../common/math.h"
@@ -7,10 +8,12 @@
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 
-constexpr int kTile = 512;  // elements a kernel handles at once: its operands fit the L1 cache
+// Elements that a kernel handles at a time. A tile of float takes 2 KiB, so that the operands and results of a kernel fit the L1 cache.
+constexpr int kTile = 512;
 
 FASTVAE_INLINE float bfloat16_to_float(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
 
+// Rounds to nearest even. A NaN becomes the canonical one, because rounding its bits could make it infinite.
 FASTVAE_INLINE uint16_t float_to_bfloat16(float value) {
   uint32_t bits = float_to_bits(value);
   uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -19,7 +22,8 @@ FASTVAE_INLINE uint16_t float_to_bfloat16(float value) {
 
 FASTVAE_INLINE float half_to_float(uint16_t h) {
   uint32_t sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
-  // Denormals become normal by a subtraction, infinities and NaN by a second step of the exponent.
+  // 112 is the difference of the exponent biases, 127 - 15. A denormal half becomes a normal float by the subtraction of an implicit
+  // leading bit; the exponent of infinities and NaN is raised a second time, to 255.
   float normal = bits_to_float((magnitude << 13) + (112u << 23));
   float denormal = bits_to_float((113u << 23) | (magnitude << 13)) - bits_to_float(113u << 23);
   float special = bits_to_float((magnitude << 13) + (224u << 23));
@@ -29,7 +33,9 @@ FASTVAE_INLINE float half_to_float(uint16_t h) {
 
 FASTVAE_INLINE uint16_t float_to_half(float value) {
   uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  // Round to nearest even, in the exponent's step for normal results and in fixed steps of 2^-24 for denormal ones.
+  // Rounds to nearest even. The step of a normal result follows from its exponent. The step of a denormal one is 2^-24, to which the
+  // addition of 0.5 = (126 << 23), whose ulp that is, rounds. From 0x477ff000 = 65520 on the result is infinite; beyond 0x7f800000 = inf
+  // the value is NaN.
   uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   uint32_t denormal = float_to_bits(bits_to_float(magnitude) + bits_to_float(126u << 23)) - (126u << 23);
   uint32_t half = magnitude < (113u << 23) ? denormal : (magnitude >= 0x477ff000u ? 0x7c00u : normal);
@@ -42,6 +48,7 @@ FASTVAE_INLINE void convert_run(const From* __restrict from, int64_t count, T* _
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
 }
 
+// Converts elements [offset, offset + count) to T. A uint8 pixel stands for a value in [0, 1].
 template <class T>
 static void convert(const void* data, DType dtype, int64_t offset, int64_t count, T* __restrict to) {
   const uint16_t* half = static_cast<const uint16_t*>(data) + offset;
@@ -65,12 +72,13 @@ static void convert(const void* data, DType dtype, int64_t offset, int64_t count
   }
 }
 
+// The dtype of tensors that need no conversion.
 template <class T>
 constexpr DType native_dtype() {
   return sizeof(T) == sizeof(double) ? DType::float64 : DType::float32;
 }
 
-// Elements [begin, begin + count) as T, in place where they lie so in memory, else in the buffer.
+// Elements [begin, begin + count) of a view as T: in place where they are contiguous and of that dtype, otherwise copied into the buffer.
 template <class T>
 static const T* load(const View& view, int64_t begin, int64_t count, T* buffer) {
   int64_t done = 0;
@@ -92,12 +100,14 @@ static const T* load(const View& view, int64_t begin, int64_t count, T* buffer) 
   return buffer;
 }
 
-// Where a kernel writes elements [begin, ...): the output itself, or the buffer that store() then converts.
+// The address at which a kernel writes the elements from `begin` on: that of the output where it holds T, otherwise the buffer, which
+// store() then converts.
 template <class T>
 static T* destination(const Output& output, int64_t begin, T* buffer) {
   return output.dtype == native_dtype<T>() ? static_cast<T*>(output.data) + begin : buffer;
 }
 
+// Converts what destination() had put into a buffer. It does nothing where the kernel wrote to the output itself.
 template <class T>
 static void store(const Output& output, int64_t begin, int64_t count, const T* from) {
   uint16_t* half = static_cast<uint16_t*>(output.data) + begin;
@@ -119,13 +129,14 @@ static void store(const Output& output, int64_t begin, int64_t count, const T* f
   }
 }
 
+// Asks the processor to load the cache lines of `to` for writing.
 template <class T>
 FASTVAE_INLINE void prefetch_to_write(const T* to, int64_t count) {
   constexpr int64_t kCacheLine = 64 / sizeof(T);
   for (int64_t i = 0; i < count; i += kCacheLine) __builtin_prefetch(to + i, 1);
 }
 
-// Copies values to the output.
+// Copies values to the output, converted to its dtype.
 template <class T>
 static void write(const Output& output, int64_t begin, int64_t count, const T* values) {
   if (output.dtype == native_dtype<T>())

@@ -1,5 +1,6 @@
-// As much of CUDA as csrc/cuda/ uses, on the CPU: every thread of a block is a fiber, blocks run one after the other, both in a shuffled
-// order. A barrier that part of a warp or of a block never reaches ends the process, and so does a vector access that is not aligned.
+// This emulates as much of CUDA on the CPU as csrc/cuda/ uses. Every thread of a block is a fiber, blocks run one after the other, and both
+// are scheduled in a shuffled order. A barrier that part of a warp or of a block never reaches ends the process, and so does a vector
+// access that is not aligned.
 #pragma once
 
 #include <ucontext.h>
@@ -22,11 +23,11 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-// The operators register themselves for CPU tensors, on a device that needs no guard.
+// The operators register themselves for CPU tensors, and the device guard does nothing.
 #define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
 #define aoti_torch_create_device_guard emulated_create_device_guard
 #define aoti_torch_delete_device_guard emulated_delete_device_guard
-// What the kernels do not write shows: allocations are filled with NaN.
+// Allocations are filled with NaN, so that an element that no kernel writes shows in a result.
 #define aoti_torch_empty_strided emulated_empty_strided
 #include <torch/csrc/stable/library.h>
 #undef STABLE_TORCH_LIBRARY_IMPL
@@ -46,28 +47,31 @@ namespace emulation {
 
 enum class State { ready, at_warp_barrier, at_block_barrier, done };
 
+// One thread of a block.
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   State state;
-  dim3 index;
-  uint64_t exchange;
+  dim3 index;         // threadIdx
+  uint64_t exchange;  // the value that this thread offers in a shuffle
 };
 
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kStackBytes = 1 << 17;
 
+// The state of the launch that runs.
 struct Machine {
   std::vector<Fiber> fibers;
   ucontext_t scheduler;
   Fiber* running = nullptr;
   std::function<void()> kernel;
   std::mt19937 random{2026};
-  unsigned standing = 0;  // a bit a warp
+  unsigned paused_warps = 0;  // one bit for each warp
   dim3 block_index, block_size, grid_size;
 };
 inline Machine machine;
 
+// Suspends the running thread in this state until the scheduler sets it to ready again.
 inline void wait(State state) {
   Fiber* self = machine.running;
   self->state = state;
@@ -77,10 +81,10 @@ inline void wait(State state) {
 inline void fiber_main() {
   machine.kernel();
   machine.running->state = State::done;
-  // uc_link returns to the scheduler.
+  // Returning continues at uc_link, which is the scheduler.
 }
 
-// Frees threads [begin, end) from a barrier once all that still run are there.
+// Releases the threads [begin, end) from a barrier if all of them that still run have reached it. Returns whether it released any.
 inline bool release(unsigned begin, unsigned end, State barrier) {
   bool waiting = false;
   for (unsigned i = begin; i < end; ++i) {
@@ -101,6 +105,7 @@ inline std::vector<unsigned> shuffled(unsigned count) {
   return order;
 }
 
+// Runs all threads of the current block to their end.
 inline void run_block(unsigned threads) {
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = machine.fibers[i];
@@ -115,13 +120,13 @@ inline void run_block(unsigned threads) {
   }
   for (;;) {
     bool progress = false, finished = true;
-    // Some warps stand still for long, so that the others run ahead of them as far as barriers let them.
-    if (machine.random() % 16 == 0) machine.standing = machine.random();
+    // Some warps pause for many rounds, so that the others run ahead of them as far as barriers let them.
+    if (machine.random() % 16 == 0) machine.paused_warps = machine.random();
     for (unsigned i : shuffled(threads)) {
       Fiber& fiber = machine.fibers[i];
       if (fiber.state == State::ready) {
         progress = true;
-        if (!(machine.standing >> (i / kWarpSize) & 1)) {
+        if (!(machine.paused_warps >> (i / kWarpSize) & 1)) {
           machine.running = &fiber;
           swapcontext(&machine.scheduler, &fiber.context);
         }
@@ -147,6 +152,7 @@ inline void run_grid(dim3 grid, dim3 block, std::function<void()> kernel) {
   }
 }
 
+// Offers `value` to the other threads of the warp and returns the value of the thread whose number differs in the bits of lane_mask.
 template <class T>
 T exchange(T value, unsigned lane_mask) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -177,7 +183,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
 
 inline void __syncwarp() { emulation::wait(emulation::State::at_warp_barrier); }
 
-// Which lanes of the warp have the same value.
+// The mask of the lanes of the warp that have the same value as this one.
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value) {
   if (mask != 0xffffffffu) emulation::fail("only whole warps are emulated");
@@ -190,7 +196,8 @@ unsigned __match_any_sync(unsigned mask, T value) {
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 namespace emulation {
-// How often 64 bits were added to, for tests: once for each row that the search for nearest codes leaves to its second kernel.
+// Counts the atomic additions to 64-bit counters. The search for nearest codes makes one for each row that it leaves to its second kernel,
+// which tests look at.
 inline int64_t wide_additions = 0;
 }  // namespace emulation
 
@@ -228,7 +235,7 @@ enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptur
 inline const char* cudaGetErrorString(cudaError_t) { return "no error is emulated"; }
 
 namespace emulation {
-// Set by tests: what a captured launch does, on memory of its own, is done all the same.
+// Tests set this. A launch during capture still runs, with a workspace of its own.
 inline bool capturing = false;
 }  // namespace emulation
 

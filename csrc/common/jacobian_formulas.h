@@ -1,48 +1,51 @@
-// The squared derivative of an activation and how that changes with the hidden value. An activation is a struct with one function of the
-// hidden value h, which is its output, or its input where the output does not determine the derivative, and of its parameter alpha.
+// Scalar formulas of the contractive penalty: phi'(a)^2 and its derivative, for each activation phi. An activation is a struct with one
+// function at(h, alpha). Its hidden value h is the output phi(a), or for SiLU and both GELUs, whose output does not determine the
+// derivative, the input a. alpha is the parameter of the activation, which most of them ignore.
 #pragma once
 
 #include "math.h"
 
 namespace fastvae {
 
-// The numbers are those of fastvae/_ops.py.
+// These are the numbers of ACTIVATIONS in fastvae/_ops.py.
 enum class Activation : int64_t { identity, sigmoid, tanh, relu, leaky_relu, elu, softplus, silu, gelu, gelu_tanh };
 
 inline namespace FASTVAE_ISA {
 
 template <class T>
 struct SquaredSlope {
-  T square, change;  // phi'^2 and its derivative with respect to h
+  T square, change;  // phi'^2, and the derivative of that with respect to h
 };
 
-// From the derivative and the derivative's derivative with respect to h.
+// From slope = phi' and its derivative with respect to h.
 template <class T>
 FASTVAE_INLINE SquaredSlope<T> squared(T slope, T change) {
   return {slope * slope, T(2) * slope * change};
 }
 
-// A constant, and NaN where h is.
+// A constant result that still passes a NaN of h on.
 template <class T>
 FASTVAE_INLINE T constant(T value, T h) {
   return h == h ? value : h;
 }
 
+// exp(x) - 1 for x <= 0.
 FASTVAE_INLINE float expm1_negative(float x) {
-  // Near 0 the difference of 1 and exp would cancel.
+  // Near 0 the difference would cancel. The series has six terms of the Taylor expansion.
   float series = x * fma(x, fma(x, fma(x, fma(x, fma(x, 1.3888889e-3f, 8.3333333e-3f), 4.1666667e-2f), 1.6666667e-1f), 0.5f), 1.0f);
   return x > -0.35f ? series : exp(x) - 1.0f;
 }
 FASTVAE_INLINE double expm1_negative(double x) { return ::expm1(x); }
 
-// The standard normal's density and distribution function at a.
+// The density and the distribution function of the standard normal at a.
 template <class T>
 struct Normal {
   T density, distribution;
 };
 
 FASTVAE_INLINE Normal<float> normal_at(float a) {
-  // exp(x^2) erfc(x) for x >= 0 is t times a polynomial in t = 1 / (1 + x / 2); a minimax fit of the relative error, 4e-8.
+  // For x >= 0, exp(x^2) * erfc(x) is t times a polynomial in t = 1 / (1 + x / 2). The coefficients are a minimax fit with a relative error
+  // of 4e-8.
   float x = absolute(a) * 0.707106781f;
   float t = divide(1.0f, fma(0.5f, x, 1.0f));
   float p = -5.9069016e-2f;
@@ -112,6 +115,7 @@ struct Softplus {
   }
 };
 
+// 1 / (1 + e^-a), from an exponential that cannot overflow.
 template <class T>
 FASTVAE_INLINE T logistic(T a) {
   T e = exp(-absolute(a)), r = divide(T(1), T(1) + e);
@@ -134,7 +138,7 @@ struct GELU {
   }
 };
 
-// The approximation by a hyperbolic tangent of sqrt(2 / pi) (h + 0.044715 h^3), which is a logistic function of twice that.
+// The approximation of GELU by h * (1 + tanh(g)) / 2 with g = sqrt(2 / pi) * (h + 0.044715 h^3), where (1 + tanh(g)) / 2 = logistic(2 g).
 struct GELUTanh {
   template <class T>
   FASTVAE_INLINE SquaredSlope<T> at(T h, T) {
@@ -143,13 +147,13 @@ struct GELUTanh {
     T sigma = logistic(T(2) * k * h * fma(cubic, square, T(1)));
     T complement = logistic(T(-2) * k * h * fma(cubic, square, T(1)));
     T inner = k * fma(T(3) * cubic, square, T(1)), curvature = T(6) * k * cubic * h;
-    T spread = T(2) * sigma * complement;  // half of 1 - tanh^2
+    T half_slope = T(2) * sigma * complement;  // (1 - tanh^2) / 2, half the derivative of tanh
     T tanh = sigma - complement;
-    return squared(fma(h * spread, inner, sigma), spread * fma(h, fma(T(-2) * tanh, inner * inner, curvature), T(2) * inner));
+    return squared(fma(h * half_slope, inner, sigma), half_slope * fma(h, fma(T(-2) * tanh, inner * inner, curvature), T(2) * inner));
   }
 };
 
-// Calls f with the struct of an activation.
+// Calls f with the struct of the activation.
 FASTVAE_ANY_CALLEE
 template <class F>
 FASTVAE_INLINE void with_activation(Activation activation, F f) {

@@ -1,0 +1,195 @@
+// The device code that the forward and backward kernels of group norm share: their parameters, the vectors that a thread loads and stores,
+// and the combination of partial sums. In names, "group" is a group of channels of one sample, and kChannelsLast chooses the memory layout.
+#pragma once
+
+#include "../common/group_norm_formulas.h"
+#include "group_norm_partition.h"
+#include "reduce.cuh"
+
+namespace fastvae {
+namespace {
+
+// The weight or the bias.
+struct GroupNormParameter {
+  const void* data;  // (channels,) of dtype, or nullptr
+  DType dtype;
+  float default_value;  // stands for every element where data is nullptr
+};
+
+__device__ __forceinline__ float value_of(const GroupNormParameter& parameter, int64_t channel) {
+  if (!parameter.data) return parameter.default_value;
+  switch (parameter.dtype) {
+    case DType::float32:
+      return static_cast<const float*>(parameter.data)[channel];
+    case DType::bfloat16:
+      return widen(static_cast<const BFloat16*>(parameter.data)[channel]);
+    default:
+      return widen(static_cast<const Half*>(parameter.data)[channel]);
+  }
+}
+
+struct GroupNormGroups {
+  int64_t count;     // groups of a sample
+  Divider width;     // channels of a group
+  int64_t elements;  // elements of a group
+
+  // The index of a group in (batch, groups).
+  __device__ __forceinline__ int64_t of(int64_t sample, int64_t channel) const { return sample * count + quotient(width, channel); }
+};
+
+struct GroupNormMoments {
+  const double *mean, *rstd;  // (batch, groups); rstd is 1 / standard deviation
+};
+
+// The statistics of one group. `centre` is the mean rounded to float32, which is what the kernels subtract from x.
+struct GroupNormStatistics {
+  double mean, centre, rstd;
+
+  __device__ __forceinline__ GroupNormStatistics(double mean, double rstd)
+      : mean(mean), centre(static_cast<double>(static_cast<float>(mean))), rstd(rstd) {}
+  __device__ __forceinline__ GroupNormStatistics(const GroupNormMoments& moments, int64_t group)
+      : GroupNormStatistics(moments.mean[group], moments.rstd[group]) {}
+};
+
+// The parameters that do not depend on the storage type. A kernel reads or writes only those that its own comment names.
+struct GroupNormProblem {
+  GroupNormBlocks blocks;
+  GroupNormGroups groups;
+  NormActivation activation;
+  bool aligned;  // every vector of input, output and the gradients is whole and aligned
+  GroupNormParameter weight, bias;
+  GroupNormMoments moments;  // what backward and the last step of forward read
+  double eps;
+  double *mean, *rstd;         // (batch, groups): where forward writes the moments
+  double* partial_moments;     // (batch, splits, channels, 2): mean and sum of squared deviations from it
+  float* partial_sums;         // (batch, splits, 2, channels): the sums of du, then those of du * (x - centre)
+  float* statistics_gradient;  // (batch, groups, 2): slope and intercept, see NormStatisticsGradient
+};
+
+// All tensors here are (batch, channels, positions) in the layout of the launch.
+template <class T>
+struct GroupNormParams : GroupNormProblem {
+  const T *input, *grad_output;
+  T *output, *grad_input;
+};
+
+// The part of the tensor that a block handles. blockIdx.x counts tiles first, then splits, then samples.
+struct GroupNormBlock {
+  int64_t sample, tile, split;
+
+  __device__ __forceinline__ explicit GroupNormBlock(const GroupNormBlocks& b) {
+    unsigned tiles = static_cast<unsigned>(b.tiles), splits = static_cast<unsigned>(b.splits), rest = blockIdx.x / tiles;
+    tile = blockIdx.x - rest * tiles;
+    split = rest % splits;
+    sample = rest / splits;
+  }
+};
+
+// The number of channels that the vectors of one thread cover.
+template <bool kChannelsLast>
+constexpr int kThreadChannels = kChannelsLast ? kVector : 1;
+
+// The index, among the channels of the thread, of the channel that element k of a vector belongs to.
+template <bool kChannelsLast>
+__device__ __forceinline__ constexpr int thread_channel(int k) {
+  return kChannelsLast ? k : 0;
+}
+
+// Sums over the threads of the block that read the same channel; each of them gets the sum.
+template <bool kChannelsLast, class T>
+__device__ __forceinline__ T channel_sum(T value, int threads_per_line) {
+  return kChannelsLast ? sum_across(value, threads_per_line, kThreads) : sum_across(value, 1, threads_per_line);
+}
+
+// The elements of `kCount` vectors of a thread, in registers.
+template <int kCount>
+using ThreadValues = float[kCount][kVector];
+
+// Loads the next kCount vectors of a thread, and 0 for elements that do not exist. All loads are issued before the first value is used, so
+// that their latencies overlap.
+template <int kCount, class T, bool kChannelsLast>
+__device__ __forceinline__ void load_vectors(const T* from, const GroupNormVectors<kChannelsLast>& vectors, bool aligned,
+                                             ThreadValues<kCount>& to) {
+  Vector<T> raw[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) raw[j] = {};
+  if (aligned) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      if (vectors.count(j) > 0) raw[j] = *reinterpret_cast<const Vector<T>*>(from + vectors.element + j * vectors.element_stride);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      for (int k = 0; k < kVector; ++k)
+        if (k < vectors.count(j)) raw[j].v[k] = from[vectors.element + j * vectors.element_stride + k];
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
+    for (int k = 0; k < kVector; ++k) to[j][k] = widen(raw[j].v[k]);
+}
+
+template <int kCount, class T, bool kChannelsLast>
+__device__ __forceinline__ void store_vectors(T* to, const GroupNormVectors<kChannelsLast>& vectors, bool aligned,
+                                              const ThreadValues<kCount>& from) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    int count = vectors.count(j);
+    store(to + vectors.element + j * vectors.element_stride, count, aligned && count > 0, from[j]);
+  }
+}
+
+// Calls f(j, k, c) for element k of vector j and the index c of its channel among those of the thread.
+template <int kCount, bool kChannelsLast, class F>
+__device__ __forceinline__ void for_each_element(const GroupNormVectors<kChannelsLast>& vectors, F f) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
+    for (int k = 0; k < kVector; ++k)
+      if (k < vectors.count(j)) f(j, k, thread_channel<kChannelsLast>(k));
+}
+
+// u = (x - centre) * scale + offset for one channel of one sample.
+struct ChannelAffine {
+  float centre, scale, offset;
+};
+
+__device__ __forceinline__ ChannelAffine affine_at(const GroupNormProblem& p, const GroupNormStatistics& s, int64_t channel) {
+  NormAffine affine = affine_of(s.mean, s.centre, s.rstd, value_of(p.weight, channel), value_of(p.bias, channel));
+  return {static_cast<float>(affine.centre), static_cast<float>(affine.scale), static_cast<float>(affine.offset)};
+}
+
+// Reads the moments of the groups that the channels of a thread belong to, which may be several.
+template <bool kChannelsLast>
+__device__ __forceinline__ void load_affines(const GroupNormProblem& p, int64_t sample, const GroupNormVectors<kChannelsLast>& vectors,
+                                             ChannelAffine (&to)[kThreadChannels<kChannelsLast>]) {
+#pragma unroll
+  for (int c = 0; c < kThreadChannels<kChannelsLast>; ++c) {
+    to[c] = {};
+    int64_t channel = vectors.first_channel + c;
+    if (c < vectors.channel_count) to[c] = affine_at(p, GroupNormStatistics(p.moments, p.groups.of(sample, channel)), channel);
+  }
+}
+
+// The partial sums of one group, for a kernel whose block combines them; its grid is (batch * groups,). Partial sum i is that of channel
+// i % width of the group in split i / width.
+struct GroupPartials {
+  int64_t sample, group, count;
+
+  __device__ __forceinline__ explicit GroupPartials(const GroupNormProblem& p) {
+    unsigned groups = static_cast<unsigned>(p.groups.count);
+    sample = blockIdx.x / groups;
+    group = blockIdx.x - sample * groups;
+    count = p.blocks.splits * p.groups.width.divisor;
+  }
+
+  struct Index {
+    int64_t split, channel;
+  };
+
+  __device__ __forceinline__ Index at(const GroupNormProblem& p, int64_t i) const {
+    int64_t split = quotient(p.groups.width, i);
+    return {split, group * p.groups.width.divisor + i - split * p.groups.width.divisor};
+  }
+};
+
+}  // namespace
+}  // namespace fastvae

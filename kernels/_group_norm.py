@@ -1,0 +1,169 @@
+"""What the group norm kernels are made of: the partition of a tensor into blocks, and the device functions that forward and backward share.
+
+Throughout, u = (x - mean) * rstd * weight + bias is the pre-activation, du the gradient with respect to it, and
+xhat = (x - mean) * rstd the normalised input.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from fastvae._ops import NORM_ACTIVATIONS
+from fastvae.kernels import _launch
+
+SILU = tl.constexpr(NORM_ACTIVATIONS["silu"])
+
+# Elements of a group that one program keeps on chip: 16 registers a thread for the input, and as many for the gradient.
+ON_CHIP = 2048
+# Memory delivers sectors of 32 bytes. In channels-last memory a program that reads fewer adjacent bytes would waste the rest of a sector.
+SECTOR_BYTES = 32
+
+
+@dataclass(frozen=True)
+class GroupNormBlocks:
+    """The partition for groups that are read in splits. A program loads blocks of (``rows``, ``columns``) positions and channels.
+
+    The channels of a sample are cut into ``tiles`` of ``columns`` channels, its positions into ``splits`` of ``split_positions``.
+    """
+
+    rows: int
+    columns: int
+    tiles: int
+    split_positions: int
+    splits: int
+
+
+def blocks(batch: int, channels: int, positions: int, channels_last: bool, itemsize: int, machine: _launch.Machine) -> GroupNormBlocks:
+    """Blocks that are long in the dimension in which memory is contiguous, and enough splits for two waves of programs."""
+    elements = _launch.elements_per_thread(itemsize) * machine.threads
+    if channels_last:
+        columns = min(triton.next_power_of_2(channels), 128)
+        rows = min(triton.next_power_of_2(positions), elements // columns)
+    else:
+        rows = min(triton.next_power_of_2(positions), elements)
+        columns = min(triton.next_power_of_2(channels), elements // rows)
+    tiles = triton.cdiv(channels, columns)
+    splits = max(1, min(triton.cdiv(positions, rows), triton.cdiv(2 * machine.programs, batch * tiles)))
+    split_positions = triton.cdiv(triton.cdiv(positions, splits), rows) * rows
+    return GroupNormBlocks(rows, columns, tiles, split_positions, triton.cdiv(positions, split_positions))
+
+
+def fits_on_chip(width: int, positions: int, channels_last: bool, itemsize: int) -> bool:
+    """Whether one program can keep a group of ``width`` channels on chip, so that it is read once a pass."""
+    fills_sectors = not channels_last or positions == 1 or width * itemsize >= SECTOR_BYTES
+    return fills_sectors and triton.next_power_of_2(width) * triton.next_power_of_2(positions) <= ON_CHIP
+
+
+@triton.jit
+def load(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def activate(u, ACTIVATION: tl.constexpr):
+    if ACTIVATION == SILU:
+        return u / (1.0 + tl.exp(-u))
+    else:
+        return u
+
+
+@triton.jit
+def differentiate(u, grad_output, ACTIVATION: tl.constexpr):
+    """du = act'(u) * grad_output."""
+    if ACTIVATION == SILU:
+        decay = tl.exp(-u)
+        sigmoid = 1.0 / (1.0 + decay)
+        # decay * sigmoid is 1 - sigmoid without a difference. Where decay overflows, that would be inf * 0, and the value is 1.
+        complement = tl.where(u < -80.0, 1.0, decay * sigmoid)
+        return grad_output * sigmoid * tl.fma(u, complement, 1.0)
+    else:
+        return grad_output
+
+
+@triton.jit
+def load_parameter(pointer, channel, mask, DEFAULT: tl.constexpr):
+    """The weight or the bias of the channels in float32; DEFAULT where there is none."""
+    if pointer is None:
+        return tl.full(channel.shape, DEFAULT, tl.float32)
+    else:
+        return tl.load(pointer + channel, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def two_floats(mean):
+    """A float64 as the sum of two float32: the rounded value, which is the `centre` of the kernels, and the rounding error."""
+    high = mean.to(tl.float32)
+    return high, (mean - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def program_split(positions, split_positions, tiles, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The part of the tensor that this program handles: sample, split, first channel, first position, end position.
+
+    Program numbers count tiles first, then splits, then samples.
+    """
+    program = tl.program_id(0)
+    sample, split = (program // tiles // splits).to(tl.int64), (program // tiles % splits).to(tl.int64)
+    first = tl.multiple_of(split * split_positions, ROWS)
+    return sample, split, (program % tiles).to(tl.int64) * COLUMNS, first, tl.minimum(first + split_positions, positions)
+
+
+@triton.jit
+def program_group(groups):
+    """The group that this program handles: its index in (batch, groups), its sample, and its index in the sample."""
+    program = tl.program_id(0)
+    return program.to(tl.int64), (program // groups).to(tl.int64), (program % groups).to(tl.int64)
+
+
+@triton.jit
+def offset_in_sample(position, channel, positions, channels, CHANNELS_LAST: tl.constexpr):
+    if CHANNELS_LAST:
+        return position[:, None] * channels + channel[None, :]
+    else:
+        return channel[None, :] * positions + position[:, None]
+
+
+@triton.jit
+def block_offsets(start, sample, channel, end_channel, channels, positions, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr):
+    """The offsets of a block of elements, ROWS positions from ``start`` on by the channels ``channel``, and the mask of those that exist.
+
+    The mask compares with all positions of the sample, not with the end of the split: a split ends with a whole block, and whether
+    ``positions`` is a multiple of 16 is known at compile time, which makes accesses wider.
+    """
+    position = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
+    mask = (position < positions)[:, None] & (channel < end_channel)[None, :]
+    return sample * channels * positions + offset_in_sample(position, channel, positions, channels, CHANNELS_LAST), mask
+
+
+@triton.jit
+def load_affine(moments, parameters, group, channel, mask):
+    """(centre, scale, offset) of each channel, with u = (x - centre) * scale + offset.
+
+    ``centre`` is the mean rounded to float32; the offset contains its rounding error.
+    """
+    centre, rest = two_floats(tl.load(moments[0] + group, mask=mask, other=0.0))
+    scale = tl.load(moments[1] + group, mask=mask, other=0.0).to(tl.float32) * load_parameter(parameters[0], channel, mask, 1.0)
+    return centre, scale, load_parameter(parameters[1], channel, mask, 0.0) - rest * scale
+
+
+@triton.jit
+def load_gradients(input, grad_output, offsets, mask, affine, ACTIVATION: tl.constexpr):
+    """x - centre and du of a block of elements."""
+    centre, scale, offset = affine
+    difference = load(input + offsets, mask) - centre[None, :]
+    return difference, differentiate(difference * scale[None, :] + offset[None, :], load(grad_output + offsets, mask), ACTIVATION)
+
+
+@triton.jit
+def load_moments(partial_moments, index, mask, first, channels, positions, split_positions, splits, width):
+    """(elements, mean, sum of squared deviations) of the partial moments ``index`` of a group, in float64.
+
+    Index i is channel i % width of the group in split i // width; ``first`` is the index of the group's first channel in split 0.
+    """
+    split = index // width
+    slot = partial_moments + (first + split.to(tl.int64) * channels + index % width) * 3
+    elements = tl.minimum(positions - split.to(tl.int64) * split_positions, split_positions).to(tl.float64)
+    shift, total = tl.load(slot, mask=mask, other=0.0).to(tl.float64), tl.load(slot + 1, mask=mask, other=0.0).to(tl.float64)
+    mean = shift + total / elements
+    return tl.where(mask, elements, 0.0), tl.where(mask, mean, 0.0), tl.load(slot + 2, mask=mask, other=0.0).to(tl.float64)

@@ -1,0 +1,235 @@
+#include "../../csrc/cpu/codebook_steps.h"
+#include "check.h"
+
+namespace fastvae::testing {
+namespace {
+
+struct Sizes {
+  int64_t heads, rows, codes, dim;
+};
+constexpr Sizes kSizes[] = {{1, 1, 1, 1},   {1, 5, 1, 3},     {2, 7, 33, 8},     {1, 97, 200, 4},  {3, 50, 65, 16},
+                            {1, 20, 31, 100}, {1, 3, 40, 300}, {1, 130, 129, 17}, {1, 100, 1100, 64}};
+
+const CodebookKernels& kernels() { return FASTVAE_SELECT_VNNI_KERNELS(codebook); }
+
+CodebookRows rows_of(const Array& array, int64_t rows, int64_t dim) { return {array.data(), array.dtype, rows * dim, dim}; }
+
+struct Problem {
+  Sizes sizes;
+  Array x, codebook, quantized, loss;
+  std::vector<int64_t> indices;
+  std::vector<double> errors;
+  bool wide;
+
+  Problem(const Sizes& s, DType x_dtype, DType code_dtype, Source& source, Kind kind)
+      : sizes(s),
+        x(x_dtype, s.heads * s.rows * s.dim, source, kind),
+        codebook(code_dtype, s.heads * s.codes * s.dim, source, kind == Kind::extreme ? Kind::usual : kind),
+        quantized(x_dtype, x.count),
+        loss(x_dtype, x.count),
+        indices(s.heads * s.rows, -1),
+        errors(s.heads * s.rows, kNaN),
+        wide(x_dtype == DType::float64 || code_dtype == DType::float64) {
+    // Every third code is equal to an earlier one.
+    for (int64_t k = 3; k < s.heads * s.codes; k += 3)
+      for (int64_t d = 0; d < s.dim; ++d) codebook.set(k * s.dim + d, codebook.get((k / s.codes * s.codes) * s.dim + d));
+  }
+
+  CodebookSearch search() {
+    CodebookSearch search{};
+    search.x = rows_of(x, sizes.rows, sizes.dim);
+    search.codebook = rows_of(codebook, sizes.codes, sizes.dim);
+    search.heads = sizes.heads;
+    search.rows = sizes.rows;
+    search.codes = sizes.codes;
+    search.dim = sizes.dim;
+    search.wide = wide;
+    search.pairs = kernels().has_pairs && sizes.dim <= kLongestPairs;
+    search.indices = indices.data();
+    search.quantized = quantized.output();
+    search.loss = loss.output();
+    search.loss_weight = 0.5;
+    search.errors = errors.data();
+    return search;
+  }
+
+  // Whether the codebook was taken.
+  bool run() {
+    CodebookSearch s = search();
+    CodebookPacking packing(s, kernels());
+    struct alignas(64) Line {
+      float values[16];
+    };
+    std::vector<Line> memory(ceil_divide(packing.memory_size(), 16));
+    if (!packing.pack(reinterpret_cast<float*>(memory.data()), on_threads)) return false;
+    on_threads(0, search_blocks(s, kernels()), 1, [&](int64_t begin, int64_t end) { kernels().search(s, begin, end); });
+    return true;
+  }
+
+  bool is_row_finite(int64_t row) const {
+    for (int64_t d = 0; d < sizes.dim; ++d)
+      if (!std::isfinite(x.get(row * sizes.dim + d))) return false;
+    return true;
+  }
+
+  long double distance(int64_t row, int64_t code) const {
+    long double total = 0.0L;
+    for (int64_t d = 0; d < sizes.dim; ++d) {
+      long double difference = static_cast<long double>(x.get(row * sizes.dim + d)) - codebook.get(code * sizes.dim + d);
+      total += difference * difference;
+    }
+    return total;
+  }
+
+  bool are_equal(int64_t a, int64_t b) const {
+    for (int64_t d = 0; d < sizes.dim; ++d)
+      if (codebook.get(a * sizes.dim + d) != codebook.get(b * sizes.dim + d)) return false;
+    return true;
+  }
+
+  // The lowest of equal codes, at the smallest distance as far as long double tells.
+  void check_row(int64_t row, const std::string& what) const {
+    int64_t first = row / sizes.rows * sizes.codes, index = indices[row];
+    if (!is_row_finite(row)) return expect(index == 0, what + ": a row that is not finite has the index " + std::to_string(index));
+    if (index < 0 || index >= sizes.codes) return expect(false, what + ": the index " + std::to_string(index));
+    long double ours = distance(row, first + index), best = ours;
+    for (int64_t k = 0; k < sizes.codes; ++k) best = std::min(best, distance(row, first + k));
+    expect(ours <= best * (1.0L + 0x1p-55L), what + ": a code that is not the nearest");
+    for (int64_t k = 0; k < index; ++k) expect(!are_equal(first + k, first + index), what + ": not the lowest of equal codes");
+  }
+
+  void check_outputs(int64_t row, const std::string& what) const {
+    int64_t code = row / sizes.rows * sizes.codes + indices[row];
+    double total = 0.0, weight = 0.5;
+    for (int64_t d = 0; d < sizes.dim; ++d) {
+      double c = codebook.get(code * sizes.dim + d), error = x.get(row * sizes.dim + d) - c;
+      total += error * error;
+      expect_near(quantized.get(row * sizes.dim + d), c, x.dtype, std::fabs(c), what + " quantized");
+      expect_near(loss.get(row * sizes.dim + d), weight * error * error, x.dtype, error * error, what + " loss");
+    }
+    expect_near(errors[row], total, wide ? DType::float64 : DType::float32, total, what + " errors");
+  }
+};
+
+void check_search(const Sizes& s, DType x_dtype, DType code_dtype, Kind kind) {
+  Source source(static_cast<uint64_t>(s.dim * 1000 + s.codes));
+  Problem p(s, x_dtype, code_dtype, source, kind);
+  std::string what = name("search", {s.heads, s.rows, s.codes, s.dim, static_cast<int>(x_dtype), static_cast<int>(kind)});
+  expect(p.run(), what + ": a finite codebook was refused");
+  for (int64_t row = 0; row < s.heads * s.rows; ++row) {
+    p.check_row(row, what);
+    if (kind == Kind::usual && x_dtype != DType::float16) p.check_outputs(row, what);
+  }
+}
+
+// In each place of a vector and of its tail.
+void check_codebooks_that_are_not_finite() {
+  for (int64_t dim = 1; dim <= 35; ++dim)
+    for (double value : {kNaN, kInfinity, -kInfinity}) {
+      Source source(static_cast<uint64_t>(dim));
+      Problem p({1, 4, 5, dim}, DType::float32, DType::float32, source, Kind::usual);
+      p.codebook.set(2 * dim + static_cast<int64_t>(source.below(static_cast<uint64_t>(dim))), value);
+      expect(!p.run(), name("a codebook that is not finite was taken, dim", {dim}));
+    }
+}
+
+// Codes and rows at the end of float64, whose distances overflow it; rows on a code are found.
+void check_largest_float64() {
+  for (double scale : {1e154, 1e200, 1e307}) {
+    Source source(5);
+    Sizes s{1, 40, 70, 20};
+    Problem p(s, DType::float64, DType::float64, source, Kind::usual);
+    for (int64_t i = 0; i < p.codebook.count; ++i) p.codebook.set(i, p.codebook.get(i) * scale);
+    for (int64_t i = 0; i < p.x.count; ++i) p.x.set(i, p.codebook.get(i));
+    expect(p.run(), "huge codes were refused");
+    for (int64_t row = 0; row < s.rows; ++row) p.check_row(row, name("on a huge code", {row}));
+    for (int64_t i = 0; i < p.x.count; ++i) p.x.set(i, p.codebook.get(i) * (i % 2 ? 1.0 + 0x1p-40 : -0.9));
+    p.run();
+    for (int64_t row = 0; row < s.rows; ++row) expect(p.indices[row] >= 0 && p.indices[row] < s.codes, "beside a huge code");
+  }
+}
+
+void check_backward(const Sizes& s, DType dtype, bool rotation) {
+  Source source(7);
+  Problem p(s, dtype, dtype, source, Kind::usual);
+  p.run();
+  Array incoming(dtype, p.x.count, source), weights(DType::float64, 1, source), grad_x(dtype, p.x.count);
+  Array grad_loss(accumulation_dtype(dtype), 1);
+  grad_loss.set(0, weights.get(0));
+  CodebookBackward b{};
+  b.x = rows_of(p.x, s.rows, s.dim);
+  b.codebook = rows_of(p.codebook, s.codes, s.dim);
+  b.grad_quantized = rows_of(incoming, s.rows, s.dim);
+  b.heads = s.heads;
+  b.rows = s.rows;
+  b.codes = s.codes;
+  b.dim = s.dim;
+  b.wide = p.wide;
+  b.indices = p.indices.data();
+  b.grad_loss = grad_loss.view();
+  b.grad_loss.inner = p.x.count;
+  b.grad_loss.inner_stride = 0;
+  b.loss_factor = 0.7;
+  b.rotation = rotation;
+  b.grad_x = grad_x.output();
+  on_threads(0, s.heads * s.rows, 1, [&](int64_t begin, int64_t end) { kernels().backward(b, begin, end); });
+  if (rotation) return;  // its formula is tested beside the other backends
+  for (int64_t i = 0; i < p.x.count; ++i) {
+    int64_t row = i / s.dim, code = row / s.rows * s.codes + p.indices[row];
+    double pull = 0.7 * grad_loss.get(0) * (p.x.get(i) - p.codebook.get(code * s.dim + i % s.dim));
+    expect_near(grad_x.get(i), incoming.get(i) + pull, dtype, std::fabs(incoming.get(i)) + std::fabs(pull), "grad_x");
+  }
+}
+
+void check_sums(const Sizes& s, DType dtype) {
+  Source source(9);
+  Array x(dtype, s.heads * s.rows * s.dim, source), sums(accumulation_dtype(dtype), s.heads * s.codes * s.dim);
+  for (int64_t i = 0; i < sums.count; ++i) sums.set(i, 0.0);
+  std::vector<int64_t> indices(s.heads * s.rows);
+  for (int64_t& index : indices) index = static_cast<int64_t>(source.below(static_cast<uint64_t>(s.codes + 1))) - 1;
+  x.set(0, kNaN);
+  CodebookSegments segments{};
+  segments.x = rows_of(x, s.rows, s.dim);
+  segments.rows = s.rows;
+  segments.dim = s.dim;
+  segments.wide = dtype == DType::float64;
+  segments.factor = 1.0;
+  segments.sums = sums.output();
+  segments.num_codes = s.codes;
+  for (segments.head = 0; segments.head < s.heads; ++segments.head) {
+    std::vector<int64_t> kept = indices_of_finite_rows(segments, indices.data() + segments.head * s.rows, kernels());
+    if (segments.head == 0) expect(kept[0] == -1, "a row that is not finite was kept");
+    sum_by_code(segments, CodebookOrder(kept.data(), s.rows, s.codes), kernels(), on_threads);
+  }
+  indices[0] = -1;
+  std::vector<double> expected(sums.count), magnitude(sums.count);
+  for (int64_t i = 0; i < x.count; ++i) {
+    int64_t row = i / s.dim;
+    if (indices[row] < 0) continue;
+    int64_t to = (row / s.rows * s.codes + indices[row]) * s.dim + i % s.dim;
+    expected[to] += x.get(i);
+    magnitude[to] += std::fabs(x.get(i));
+  }
+  for (int64_t i = 0; i < sums.count; ++i) expect_near(sums.get(i), expected[i], sums.dtype, magnitude[i], "sums");
+}
+
+}  // namespace
+
+void test_codebook() {
+  for (const Sizes& s : kSizes) {
+    for (Kind kind : kKinds) check_search(s, DType::float32, DType::float32, kind);
+    check_search(s, DType::float64, DType::float64, Kind::usual);
+    check_search(s, DType::bfloat16, DType::float32, Kind::extreme);
+    check_search(s, DType::float16, DType::float16, Kind::extreme);
+    for (DType dtype : kFloats) {
+      check_backward(s, dtype, false);
+      check_backward(s, dtype, true);
+      check_sums(s, dtype);
+    }
+  }
+  check_sums({1, 3000, 2, 5}, DType::float32);
+  check_codebooks_that_are_not_finite();
+  check_largest_float64();
+}
+
+}  // namespace fastvae::testing
