@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastvae._ops import accumulation_dtype
-from fastvae.functional._modules import call_obstacle, is_exactly, read_obstacle
+from fastvae.functional._modules import call_obstacle, describe, is_exactly, read_obstacle
 from fastvae.reference.jacobian import DEFAULT_ALPHAS, FROM_PREACTIVATION, derivative
 
 # The operators' activation and the attribute that holds its parameter.
@@ -111,12 +111,8 @@ def _check_follower(name: str, module: nn.Module, layers: list[Layer]) -> None:
 
 
 def _in_the_way(name: str, module: nn.Module, reason: str) -> str:
-    place = f"layer {name!r}, {module}," if name else f"the encoder, {_summary(module)},"
+    place = f"layer {name!r}, {describe(module)}," if name else f"the encoder, {type(module).__name__},"
     return f"{place} {reason}"
-
-
-def _summary(module: nn.Module) -> str:
-    return type(module).__name__
 
 
 def activation_of(module: nn.Module) -> tuple[str, float] | None:

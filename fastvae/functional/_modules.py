@@ -17,6 +17,11 @@ def is_exactly(module: object, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
+def describe(module: object) -> str:
+    """In one line."""
+    return type(module).__name__ if getattr(module, "_modules", None) else str(module)
+
+
 def call_obstacle(module: nn.Module) -> str | None:
     """Why a call of ``module`` may do more than the forward of its class, to stand behind its name; None where it does not."""
     if "forward" in module.__dict__:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fastvae import functional as FV
 from fastvae._ops import NORM_ACTIVATIONS
 from fastvae.functional._checks import check_choice
-from fastvae.functional._modules import swap_obstacle
+from fastvae.functional._modules import describe, swap_obstacle
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -45,7 +45,7 @@ class GroupNormSiLU(nn.GroupNorm):
             ValueError: where ``norm`` is more than a :class:`torch.nn.GroupNorm`: a subclass, parametrized, or with hooks.
         """
         if reason := swap_obstacle(norm, nn.GroupNorm):
-            raise ValueError(f"norm: {norm} {reason}, takes a GroupNorm of torch and nothing more")
+            raise ValueError(f"norm: {describe(norm)} {reason}, takes a GroupNorm of torch and nothing more")
         module = cls(norm.num_groups, norm.num_channels, norm.eps, affine=False)
         module.affine, module.weight, module.bias = norm.affine, norm.weight, norm.bias
         return module.train(norm.training)

@@ -1,6 +1,7 @@
 """Finds in any module what the package computes faster, and swaps it in place."""
 
 import ast
+import builtins
 import functools
 import inspect
 import math
@@ -370,7 +371,8 @@ def _generate(graph: fx.Graph) -> tuple[str, tuple[tuple[str, Callable], ...]]:
     for node in graph.nodes:
         node.type = None
     code = graph.python_code("self")
-    used = {name: value for name, value in code.globals.items() if name in code.src and name not in _NAMES}
+    known = {**vars(builtins), **_NAMES}
+    used = {name: value for name, value in code.globals.items() if name in code.src and name not in known}
     functions = {name: value for name, value in used.items() if getattr(value, "__module__", None) == __name__}
     if foreign := used.keys() - functions.keys():
         raise NotUnderstood(f"its code uses {', '.join(sorted(foreign))}")
@@ -493,9 +495,12 @@ class _CodeCheck(ast.NodeVisitor):
 
     def _look_up(self, node: ast.Attribute, tested: bool = False) -> object:
         """The submodule, parameter or buffer that is read; its presence is noted where it decides what the code does."""
-        for values in (self.module._modules, self.module._parameters, self.module._buffers):
+        # The attributes of the instance hold None for a submodule that is left out.
+        for values in (self.module._modules, self.module._parameters, self.module._buffers, self.module.__dict__):
             if node.attr in values:
                 value = values[node.attr]
+                if values is self.module.__dict__ and value is not None:
+                    break
                 if tested or value is None:
                     self.presence[node.attr] = value is not None
                 return value

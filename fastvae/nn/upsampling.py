@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae._ops import channels_are_last
-from fastvae.functional._modules import swap_obstacle
+from fastvae.functional._modules import describe, swap_obstacle
 
 
 def _by_parity(weight: Tensor, dim: int) -> Tensor:
@@ -118,7 +118,7 @@ class UpsampleConv2d(nn.Conv2d):
             ValueError: where ``conv`` has other sizes or is more than a :class:`torch.nn.Conv2d`: a subclass, parametrized, or with hooks.
         """
         if reason := conv_obstacle(conv):
-            raise ValueError(f"conv: {conv} {reason}, takes a Conv2d of torch of size 3 with padding 1 and nothing more")
+            raise ValueError(f"conv: {describe(conv)} {reason}, takes a Conv2d of torch of size 3 with padding 1 and nothing more")
         module = cls(conv.in_channels, conv.out_channels, bias=False, device="meta")
         module.weight, module.bias = conv.weight, conv.bias
         return module.train(conv.training)
