@@ -172,8 +172,11 @@ class ScheduledKL(nn.Module):
         if schedule is None:
             return self._numbers[name]
         if type(schedule) in _TAKE_TENSORS:
-            return schedule(self.num_steps)
-        if not torch.compiler.is_compiling() and self._steps_are_unknown():
+            value = schedule(self.num_steps)
+            return torch.ops.fastvae.kept(value) if torch.compiler.is_compiling() else value
+        if torch.compiler.is_compiling():
+            return torch.ops.fastvae.kept(getattr(self, _buffer(name)))
+        if self._steps_are_unknown():
             self._call_functions(int(self.num_steps))
         # A copy: autograd may hold it until after the next step.
         return getattr(self, _buffer(name)).clone()
