@@ -2,7 +2,7 @@
 
     python examples/train_conv_vae.py --minutes 10
 
-A plain training loop. Weights and activations have their channels last; encoder and decoder run in bfloat16 where the processor
+A plain training loop. Activations have their channels last; encoder and decoder run in bfloat16 where the processor
 multiplies it in hardware. Pictures and the loss curve go to the folder ``--out``.
 """
 
@@ -60,7 +60,7 @@ def train(model: ResidualConvVAE, images: list[Tensor], minutes: float, batch: i
     losses, start = [], time.monotonic()
     with tqdm(total=round(60 * minutes), unit="s", desc="training") as bar:
         while (elapsed := time.monotonic() - start) < 60 * minutes:
-            out = model(crops(images, batch, generator).to(memory_format=torch.channels_last))
+            out = model(crops(images, batch, generator))
             optimizer.zero_grad()
             out.loss.backward()
             optimizer.step()

@@ -272,3 +272,14 @@ def codebook_sums(x, indices, codes):
 )
 def codebook_ema_(codebook, ema_count, ema_sum, counts, sums, decay, eps):
     """One step of the exponential moving averages, and the codebook as their quotient."""
+
+
+torch.library.define("fastvae::kept", "(Tensor value) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl("fastvae::kept", "CompositeExplicitAutograd")
+@torch.library.register_fake("fastvae::kept")
+def kept(value: Tensor) -> Tensor:
+    """A copy of ``value``, on every device. torch.compile keeps it for its backward pass as it cannot know how to compute it again; in place
+    of a plain copy it may keep the buffer that was copied, which the next step changes before the backward pass comes."""
+    return value.clone()

@@ -1,6 +1,7 @@
 """What holds for every test: uninitialised memory is NaN, and a test with a ``place`` runs on that place's backend."""
 
 import os
+import socket
 import sys
 
 # cuBLAS asks for this where deterministic algorithms are on; read when CUDA starts.
@@ -64,3 +65,11 @@ def instruction_set(request):
     with fastvae.use_backend("cpp"):
         yield request.param
     extension.set_instruction_set(previous)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port for processes that are to find each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -66,33 +66,35 @@ def test_the_loss_is_its_formula(place, attention):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_weights_and_activations_have_the_channels_last():
-    model, layouts = small(), []
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("attention", [False, True])
+def test_activations_have_the_channels_last_and_weights_are_contiguous(channels, attention):
+    model, layouts = small(in_channels=channels, attention=attention), []
     for module in model.modules():
         if isinstance(module, GroupNormSiLU):
             module.register_forward_hook(lambda m, i, o: layouts.append(o.is_contiguous(memory_format=torch.channels_last)))
-    model(images())
+    model(images()[:, :channels])
     assert layouts
     assert all(layouts)
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
 def test_bfloat16_agrees_with_float32_and_keeps_the_posterior_in_float32():
     x, eps = images(), Source("cpu").normal(3, 2, 8, 8)
     exact, rounded = small(), small(precision="bfloat16")
     expected, out = exact(x, eps), rounded(x, eps)
-    assert out.mu.dtype == out.logvar.dtype == out.z.dtype == out.loss.dtype == torch.float32
-    assert out.recon.dtype == torch.bfloat16
+    assert all(tensor.dtype == torch.float32 for tensor in out)
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-2, atol=0)
     out.loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in rounded.parameters())
 
 
 def test_precision_follows_the_device_and_the_callers_autocast():
-    cpu = torch.device("cpu")
-    out = small(precision="auto")(images())
-    assert out.recon.dtype == (torch.bfloat16 if bfloat16_pays(cpu) else torch.float32)
+    cpu, dtypes = torch.device("cpu"), []
+    model = small(precision="auto")
+    model.decoder.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    model(images())
+    assert dtypes == [torch.bfloat16 if bfloat16_pays(cpu) else torch.float32]
     assert not bfloat16_pays(torch.device("meta"))
     with torch.autocast("cpu", torch.float16):
         assert small(precision="bfloat16")(images()).recon.dtype == torch.float16

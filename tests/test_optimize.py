@@ -193,7 +193,7 @@ def test_modules_with_a_forward_of_their_own_stay():
 def test_an_upsampling_that_stays_is_reported():
     lines = []
     fastvae.optimize(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 1)), report=lines.append)
-    assert lines == ["left 0: what follows it is not a convolution of size 3 with padding 1 in one place"]
+    assert lines == ["left 0: what follows it, 1, is not a convolution of size 3 with padding 1"]
 
 
 # Modules that must stay as they are, and the reason that is given.

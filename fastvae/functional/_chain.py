@@ -3,9 +3,12 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastvae._ops import accumulation_dtype
+from fastvae.functional._modules import call_obstacle, describe, is_exactly, read_obstacle
 from fastvae.reference.jacobian import DEFAULT_ALPHAS, FROM_PREACTIVATION, derivative
 
 # The operators' activation and the attribute that holds its parameter.
@@ -33,6 +36,15 @@ class Layer(NamedTuple):
     followers: list[nn.Module]
 
 
+class Affine(NamedTuple):
+    """A :class:`Layer` with its parameters, which are read once a call: a parametrization computes them anew at each reading, and that of
+    spectral_norm takes a step of its power iteration."""
+
+    weight: Tensor
+    bias: Tensor | None
+    followers: list[nn.Module]
+
+
 class Link(NamedTuple):
     """One factor of a Jacobian: ``diag(slopes of hidden) weight``, the hidden values ``(batch, units)``, the weight ``(units, inputs)``."""
 
@@ -49,11 +61,11 @@ def read_chain(encoder: nn.Module, dimensions: int) -> list[Layer]:
     """The layers of an MLP for an input of so many dimensions. Raises :class:`NotAChain`, naming the layer that is in the way."""
     layers: list[Layer] = []
     for name, module in _leaves(encoder, ""):
-        if _is(module, nn.Linear):
+        if is_exactly(module, nn.Linear):
             if dimensions != 2:
                 raise NotAChain(_in_the_way(name, module, f"gets an input of {dimensions} dimensions and not (batch, features)"))
             layers.append(Layer(module, []))
-        elif _is(module, nn.Flatten) and not layers and (module.start_dim, module.end_dim) == (1, -1):
+        elif is_exactly(module, nn.Flatten) and not layers and (module.start_dim, module.end_dim) == (1, -1):
             dimensions = 2
         elif not _does_nothing(name, module):
             _check_follower(name, module, layers)
@@ -64,27 +76,32 @@ def read_chain(encoder: nn.Module, dimensions: int) -> list[Layer]:
 
 
 def _leaves(module: nn.Module, name: str):
-    if _is(module, nn.Sequential):
-        for child_name, child in module.named_children():
+    """The modules that a call of ``module`` calls, in order, each as often as it is called."""
+    if is_exactly(module, nn.Sequential) and type(module).__iter__ is nn.Sequential.__iter__:
+        if reason := call_obstacle(module):
+            raise NotAChain(_in_the_way(name, module, reason))
+        # named_children() would leave out a module that comes a second time.
+        for child_name, child in module._modules.items():
             yield from _leaves(child, f"{name}.{child_name}" if name else child_name)
-    else:
-        yield name, module
-
-
-def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return isinstance(module, kind) and type(module).forward is kind.forward
+        return
+    if isinstance(module, nn.Module) and (reason := read_obstacle(module)):
+        raise NotAChain(_in_the_way(name, module, reason))
+    yield name, module
 
 
 def _does_nothing(name: str, module: nn.Module) -> bool:
-    if isinstance(module, _DROPOUTS) and module.training and module.p > 0:
+    dropout = any(is_exactly(module, kind) for kind in _DROPOUTS)
+    if dropout and module.training and module.p > 0:
         raise NotAChain(_in_the_way(name, module, "is in training mode"))
-    return isinstance(module, (*_DROPOUTS, nn.Identity))
+    return dropout or is_exactly(module, nn.Identity)
 
 
 def _check_follower(name: str, module: nn.Module, layers: list[Layer]) -> None:
-    norm = isinstance(module, nn.BatchNorm1d)
+    norm = is_exactly(module, nn.BatchNorm1d)
     if norm and (module.training or module.running_var is None):
         raise NotAChain(_in_the_way(name, module, "is in training mode, where it mixes samples"))
+    if norm and is_parametrized(module):
+        raise NotAChain(_in_the_way(name, module, "is parametrized"))
     if not norm and activation_of(module) is None:
         raise NotAChain(_in_the_way(name, module, "is not one of Linear, a known activation, Dropout, BatchNorm1d, a leading Flatten"))
     if not layers:
@@ -94,35 +111,35 @@ def _check_follower(name: str, module: nn.Module, layers: list[Layer]) -> None:
 
 
 def _in_the_way(name: str, module: nn.Module, reason: str) -> str:
-    place = f"layer {name!r}, {module}," if name else f"the encoder, {_summary(module)},"
+    place = f"layer {name!r}, {describe(module)}," if name else f"the encoder, {type(module).__name__},"
     return f"{place} {reason}"
-
-
-def _summary(module: nn.Module) -> str:
-    return type(module).__name__
 
 
 def activation_of(module: nn.Module) -> tuple[str, float] | None:
     """The operators' name of an activation and its parameter."""
     for kind, (name, attribute) in _ACTIVATIONS.items():
-        if _is(module, kind):
+        if is_exactly(module, kind):
             if name == "gelu" and module.approximate == "tanh":
                 name = "gelu_tanh"
             return name, getattr(module, attribute) if attribute else DEFAULT_ALPHAS.get(name, 0.0)
     return None
 
 
-def encode_chain(layers: list[Layer], x: Tensor) -> tuple[list[Link], Tensor]:
+def read_parameters(layers: list[Layer]) -> list[Affine]:
+    return [Affine(linear.weight, linear.bias, followers) for linear, followers in layers]
+
+
+def encode_chain(layers: list[Affine], x: Tensor) -> tuple[list[Link], Tensor]:
     """The factors of the Jacobian, first layer first, their weights in the accumulation dtype; and the code of ``x``."""
     value = x.flatten(1) if x.ndim > 2 else x
     links, values = zip(*_walk(layers, value), strict=True)
     return list(links), values[-1]
 
 
-def _walk(layers: list[Layer], value: Tensor):
+def _walk(layers: list[Affine], value: Tensor):
     for layer in layers:
-        value = layer.linear(value)
-        weight = layer.linear.weight.to(accumulation_dtype(layer.linear.weight.dtype))
+        value = F.linear(value, layer.weight, layer.bias)
+        weight = layer.weight.to(accumulation_dtype(layer.weight.dtype))
         hidden, activation, alpha = value, "identity", 0.0
         for follower in layer.followers:
             if isinstance(follower, nn.BatchNorm1d):

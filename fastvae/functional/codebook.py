@@ -8,12 +8,14 @@ from torch import Tensor
 
 from fastvae import _backend
 from fastvae._ops import OVERLOADS
+from fastvae._pytree import exportable
 from fastvae.functional._autograd import apply, first_derivative_only
 from fastvae.functional._checks import check_choice, check_device, check_like, check_nonnegative, check_reduction, check_shape, check_tensor
 
 GRADIENTS = ("straight_through", "rotation")
 
 
+@exportable
 class VQ(NamedTuple):
     """What vector quantization gives."""
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvae import _backend
 from fastvae._ops import ACTIVATIONS, OVERLOADS, REDUCTIONS, accumulation_dtype
+from fastvae._pytree import exportable
 from fastvae.functional import _chain
 from fastvae.functional._autograd import apply, first_derivative_only, graph_is_retained, transformed
 from fastvae.functional._checks import check_choice, check_device, check_reduction, check_scale, check_tensor
@@ -187,6 +188,7 @@ def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, red
     return apply(_GramPenalty, *tensors, REDUCTIONS[reduction], with_grad, backend)[0]
 
 
+@exportable
 class JacobianMethod(NamedTuple):
     """What :func:`jacobian_frobenius` does with an encoder, and why."""
 
@@ -218,7 +220,9 @@ def jacobian_frobenius(
     * ``"auto"``: the first that serves of the first three; :func:`explain_jacobian_method` tells which and why.
 
     The first two read an encoder that is an ``nn.Linear`` or an ``nn.Sequential`` (nested too) of ``Linear``, activations, ``Flatten`` at
-    the start, and dropout and ``BatchNorm1d`` in evaluation mode.
+    the start, and dropout and ``BatchNorm1d`` in evaluation mode. They do not call it, so they do not serve one that would do more when it
+    is called: one with hooks, its own or those registered for all modules, or with a ``forward`` of its own. Linear layers may be
+    parametrized, by ``weight_norm`` or ``spectral_norm``: each parametrization is computed once.
 
     Args:
         encoder: from ``(batch, ...)`` to ``(batch, ...)``.
@@ -228,8 +232,9 @@ def jacobian_frobenius(
         generator: what directions are drawn from; by default torch's own.
         reduction: ``"batchmean"``, ``"sum"``, or ``"sample"``, shape ``(batch,)``.
         chunk_size: at most so many samples at a time, which bounds the memory: the backward pass computes each chunk again (but for
-            ``"autograd"``, where it bounds that of the forward pass alone). The result is the same but for rounding, and for batch-norm
-            in training mode. ``None``: all at once.
+            ``"autograd"``, where it bounds that of the forward pass alone), from the buffers that the forward pass began with, and leaves
+            the encoder's as they are. The result is the same but for rounding, and for an encoder that changes its buffers, such as
+            batch-norm in training mode: for that each chunk is a call. ``None``: all at once.
         with_output: gives ``encoder(x)`` too, from the same pass over the encoder.
 
     Returns:
@@ -245,24 +250,23 @@ def jacobian_frobenius(
     _check_count("num_projections", num_projections)
     if chunk_size is not None:
         _check_count("chunk_size", chunk_size)
-    if method == "auto":
-        method = explain_jacobian_method(encoder, x).method
     norm, output = _norm_and_output(encoder, x, method, num_projections, generator, reduction, chunk_size)
     return (norm, output) if with_output else norm
 
 
 def _norm_and_output(encoder, x, method, num_projections, generator, reduction, chunk_size):
-    if method == "projection":
-        make = functools.partial(_Projection, encoder, num_projections, generator)
-        return _reduce(*_in_chunks(make, x, chunk_size), reduction)
     if method == "autograd":
         _check_samples_apart(encoder)
         return _reduce(*_in_chunks(lambda: functools.partial(_exact, encoder), x, chunk_size, recompute=False), reduction)
-    layers = _read(encoder, x, method)
-    compute = _closed_form if len(layers) == 1 else _gram
+    layers = None if method == "projection" else _read(encoder, x, method)
+    if layers is None:
+        replayed = chunk_size is not None and isinstance(encoder, nn.Module) and not transformed()
+        wrap = _Replayed if replayed else lambda encoder: encoder
+        return _reduce(*_in_chunks(lambda: _Projection(wrap(encoder), num_projections, generator), x, chunk_size), reduction)
+    compute = functools.partial(_closed_form if len(layers) == 1 else _gram, _chain.read_parameters(layers))
     if chunk_size is None:
-        return compute(layers, x, reduction)
-    return _reduce(*_in_chunks(lambda: functools.partial(compute, layers, reduction="sample"), x, chunk_size), reduction)
+        return compute(x, reduction)
+    return _reduce(*_in_chunks(lambda: functools.partial(compute, reduction="sample"), x, chunk_size), reduction)
 
 
 def explain_jacobian_method(encoder: nn.Module, x: Tensor) -> JacobianMethod:
@@ -297,10 +301,13 @@ def _check_count(name, value) -> None:
         raise ValueError(f"{name}: got {value!r}, takes an integer >= 1")
 
 
-def _read(encoder, x, method) -> list[_chain.Layer]:
+def _read(encoder, x, method) -> list[_chain.Layer] | None:
+    """The layers of an MLP; None for another encoder where ``method`` is ``"auto"``."""
     try:
         layers = _chain.read_chain(encoder, x.ndim)
     except _chain.NotAChain as obstacle:
+        if method == "auto":
+            return None
         raise ValueError(f"method: got {method!r}, but {obstacle}: use method='projection', or 'autograd' in evaluation mode") from None
     if method == "closed_form" and len(layers) > 1:
         raise ValueError(f"method: got 'closed_form' for an encoder of {len(layers)} linear layers, takes one: use method='gram'")
@@ -412,6 +419,20 @@ def _check_output(output) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"encoder: gave {type(output).__name__}, has to give a tensor")
     return output
+
+
+class _Replayed:
+    """An encoder that starts from the buffers of its first call whenever it is called again, and then leaves its own as they are."""
+
+    def __init__(self, encoder: nn.Module):
+        self.encoder = encoder
+        self.buffers: dict[str, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.buffers is None:
+            self.buffers = {name: buffer.clone() for name, buffer in self.encoder.named_buffers()}
+            return self.encoder(x)
+        return torch.func.functional_call(self.encoder, {name: buffer.clone() for name, buffer in self.buffers.items()}, x)
 
 
 class _Projection:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastvae import _backend
 from fastvae._backend import FLOATS
 from fastvae._ops import LIKELIHOODS, OVERLOADS
+from fastvae._pytree import exportable
 from fastvae.functional._autograd import apply, first_derivative_only, graph_is_retained, transformed
 from fastvae.functional._checks import (
     check_choice,
@@ -190,6 +191,7 @@ def gaussian_nll(input: Tensor, target: Tensor, logvar: Tensor | float, reductio
     return _loss("gaussian", input, target, None, None, logvar, reduction, grad_scale)
 
 
+@exportable
 class ELBO(NamedTuple):
     """The negative evidence lower bound and its terms, in nats."""
 

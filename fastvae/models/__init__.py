@@ -19,6 +19,8 @@ __all__ = [
     "AE",
     "MLPVAE",
     "VAE",
+    "VQVAE",
+    "VQVAE2",
     "AEOutput",
     "ContractiveAE",
     "ConvVAE",
@@ -27,8 +29,8 @@ __all__ = [
     "SparseAE",
     "StackedAE",
     "VAEOutput",
+    "VQVAEOutput",
     "conv_coders",
     "linear_coders",
     "mlp_coders",
 ]
-__all__ = ["MLPVAE", "VAE", "VQVAE", "VQVAE2", "ConvVAE", "VAEOutput", "VQVAEOutput"]

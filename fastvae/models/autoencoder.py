@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
+from fastvae._ops import accumulation_dtype
+from fastvae._pytree import exportable
 from fastvae.functional._checks import check_choice, check_nonnegative
+from fastvae.models._inputs import as_float
 from fastvae.nn.corruption import GaussianNoise
 
 LOSSES = {"mse": FV.mse_loss, "bce_with_logits": FV.binary_cross_entropy_with_logits, "bce": FV.binary_cross_entropy}
@@ -24,6 +27,7 @@ ACTIVATIONS = {
 }
 
 
+@exportable
 class AEOutput(NamedTuple):
     """The terms of the loss per sample, and the tensors behind them.
 
@@ -56,7 +60,7 @@ class AE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """The codes: features for what comes after."""
-        return self.encoder(self._scale(x))
+        return self.encoder(as_float(x, self.encoder))
 
     def decode(self, z: Tensor) -> Tensor:
         """Reconstructions in the range of the data."""
@@ -65,7 +69,7 @@ class AE(nn.Module):
 
     def forward(self, x: Tensor) -> AEOutput:
         """The loss of a batch ``(batch, ...)``, floating or uint8, which means value / 255."""
-        z, penalty, weight = self._encode_with_penalty(self._scale(x))
+        z, penalty, weight = self._encode_with_penalty(as_float(x, self.encoder))
         recon = self.decoder(z)
         reconstruction = LOSSES[self.loss](recon, x, reduction="batchmean")
         return AEOutput(reconstruction + weight * penalty, reconstruction, penalty, recon, z)
@@ -73,13 +77,7 @@ class AE(nn.Module):
     def _encode_with_penalty(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """The codes of a scaled batch, the penalty per sample, and its weight."""
         z = self.encoder(x)
-        return z, z.new_zeros(()), 0.0
-
-    def _scale(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.uint8:
-            return x
-        dtype = next((p.dtype for p in self.encoder.parameters()), torch.get_default_dtype())
-        return x.to(dtype) / 255
+        return z, z.new_zeros((), dtype=accumulation_dtype(z.dtype)), 0.0
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -92,7 +90,7 @@ class AE(nn.Module):
         return FV.mse_loss(self.reconstruct(x), x, reduction="sample")
 
     def fit_threshold(self, batches: Tensor | Iterable[Tensor], quantile: float = 0.95) -> Tensor:
-        """Sets ``threshold``, a buffer, to a quantile of the scores of validation data that hold no anomalies, and gives it.
+        """Sets ``threshold``, a buffer, to a quantile of the scores of validation data that hold no anomalies, and gives a copy of it.
 
         Args:
             batches: a batch, or several.
@@ -105,7 +103,7 @@ class AE(nn.Module):
         if scores.numel() == 0:
             raise ValueError("batches: got no samples, takes at least one")
         self.threshold.copy_(torch.quantile(scores, quantile))
-        return self.threshold
+        return self.threshold.clone()
 
     def is_anomaly(self, x: Tensor) -> Tensor:
         """Which samples score above the threshold, bool, shape ``(batch,)``."""
@@ -170,7 +168,8 @@ class SparseAE(AE):
 
     def _encode_with_penalty(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         z = self.encoder(x)
-        penalty = z.flatten(1).abs().sum(1).mean() if self.penalty == "l1" else self._divergence(z.float().mean(0))
+        wide = z.to(accumulation_dtype(z.dtype))
+        penalty = wide.flatten(1).abs().sum(1).mean() if self.penalty == "l1" else self._divergence(wide.mean(0))
         return z, penalty, self.weight
 
     def _divergence(self, rho_hat: Tensor) -> Tensor:
@@ -246,7 +245,7 @@ class StackedAE(AE):
     @torch.no_grad()
     def stage_input(self, x: Tensor, level: int) -> Tensor:
         """What the layer ``level`` learns to reconstruct: the codes of the layers below it."""
-        return self.encoder[: level + 1](self._scale(x))
+        return self.encoder[: level + 1](as_float(x, self.encoder))
 
     def pretrain(
         self,

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae.functional._checks import check_choice
+from fastvae.functional._modules import owns_output
+from fastvae.models._inputs import as_float, parameter_dtype
 from fastvae.models.vae import VAE
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 
@@ -32,9 +34,13 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        # In place: the backward pass of a convolution does not need its output.
-        return self.conv2(self.norm2(h)).add_(self.shortcut(x))
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        shortcut = self.shortcut(x)
+        # In place where nobody else holds h. On a CPU the page faults of fresh memory cost a quarter of a convolution's time: 3.5 ms of
+        # processor time beside 13 for (4, 32, 128, 128) in float32, and nothing in bfloat16.
+        if h.dtype == shortcut.dtype and owns_output(self.conv2):
+            return h.add_(shortcut)
+        return h + shortcut
 
 
 class Attention(nn.Module):
@@ -127,14 +133,16 @@ def bfloat16_pays(device: torch.device) -> bool:
 class ResidualConvVAE(VAE):
     """A VAE of residual convolutional networks with a latent image; the decoder gives logits by default.
 
-    The weights lie in ``torch.channels_last``, where convolutions and normalisations are fastest.
+    Images and latents are brought into ``torch.channels_last``, where convolutions and normalisations are fastest, and all that follows
+    from them stays there. The weights are contiguous, so that FSDP can shard them; a step takes as long as with weights in that layout.
 
     Args:
         in_channels: channels of the image, whose height and width are multiples of ``2 ** (len(channels) - 1)``.
         channels, blocks, groups, latent_channels, attention: see :class:`ResidualEncoder`.
         image_size: height and width of the images, one number for both; :meth:`~fastvae.models.VAE.sample` needs it.
-        precision: of encoder and decoder, by autocast: ``"bfloat16"``, ``"float32"``, or ``"auto"`` for bfloat16 where the device
-            multiplies it in hardware. Parameters, the posterior and the loss are float32. Under the caller's autocast nothing is changed.
+        precision: in which encoder and decoder multiply, by autocast: ``"bfloat16"``, ``"float32"``, or ``"auto"`` for bfloat16 where the
+            device multiplies it in hardware. All that the model gives is in the dtype of its parameters, the posterior and the loss at
+            least in float32. Under the caller's autocast nothing is changed.
         options: those of :class:`~fastvae.models.VAE`.
     """
 
@@ -163,18 +171,23 @@ class ResidualConvVAE(VAE):
             latent_shape = (latent_channels, height // scale, width // scale)
         super().__init__(ResidualEncoder(*architecture), ResidualDecoder(*architecture), latent_shape, **options)
         self.precision = precision
-        self.to(memory_format=torch.channels_last)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(mu, logvar)`` of the posterior, ``(batch, latent_channels, height, width)`` each."""
+        """``(mu, logvar)`` of the posterior, ``(batch, latent_channels, height, width)`` each, in float32 or wider."""
+        x = as_float(x, self.encoder).to(memory_format=torch.channels_last)
         with self._autocast(x.device):
             mu, logvar = super().encode(x)
         return _widened(mu), _widened(logvar)
 
     def decode(self, z: Tensor) -> Tensor:
-        """What the decoder gives: logits, probabilities or means."""
-        with self._autocast(z.device):
+        """What the decoder gives: logits, probabilities or means, in the dtype of the parameters."""
+        dtype = parameter_dtype(self.decoder)
+        z = z.to(dtype, memory_format=torch.channels_last)
+        if torch.is_autocast_enabled(z.device.type):
             return super().decode(z)
+        with self._autocast(z.device):
+            recon = super().decode(z)
+        return recon.to(dtype)
 
     def _autocast(self, device: torch.device):
         if torch.is_autocast_enabled(device.type) or self.precision == "float32":

@@ -1,5 +1,6 @@
 """Variational autoencoders (Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014)."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
+from fastvae._pytree import exportable
 from fastvae.functional._checks import check_choice, check_nonnegative
+from fastvae.models._inputs import as_float, parameter_dtype
 from fastvae.nn import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty
 from fastvae.nn.schedules import Schedule
 
 LIKELIHOODS = {"bernoulli_logits": BCEWithLogitsLoss, "bernoulli": BCELoss, "gaussian": GaussianNLL}
 
 
+@exportable
 class VAEOutput(NamedTuple):
     """The terms of the loss in nats per sample, and the tensors behind them.
 
@@ -77,7 +81,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(mu, logvar)`` of the posterior."""
-        encoded = self.encoder(self._scale(x))
+        encoded = self.encoder(as_float(x, self.encoder))
         if not isinstance(encoded, Tensor):
             mu, logvar = encoded
             return mu, logvar
@@ -85,12 +89,6 @@ class VAE(nn.Module):
             raise ValueError(f"encoder: gave shape {tuple(encoded.shape)}, has to give (mu, logvar) or an even size in dimension 1")
         mu, logvar = encoded.chunk(2, dim=1)
         return mu, logvar
-
-    def _scale(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.uint8:
-            return x
-        dtype = next((p.dtype for p in self.encoder.parameters()), torch.get_default_dtype())
-        return x.to(dtype) / 255
 
     def decode(self, z: Tensor) -> Tensor:
         """What the decoder gives: logits, probabilities or means."""
@@ -127,8 +125,8 @@ class VAE(nn.Module):
         """The means of p(x | z) for ``n`` draws of z from the prior."""
         if self.latent_shape is None:
             raise ValueError("latent_shape: got None, sample() takes a model that was given the shape of its z")
-        like = next(self.decoder.parameters())
-        z = torch.randn(n, *self.latent_shape, generator=generator, device=like.device, dtype=like.dtype)
+        like = next(itertools.chain(self.decoder.parameters(), self.parameters()), torch.empty(0))
+        z = torch.randn(n, *self.latent_shape, generator=generator, device=like.device, dtype=parameter_dtype(self.decoder))
         return self.decode_mean(z)
 
     @torch.no_grad()

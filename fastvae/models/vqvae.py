@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
+from fastvae._pytree import exportable
 from fastvae.nn import VectorQuantizer
 
 
+@exportable
 class VQVAEOutput(NamedTuple):
     """The loss, its terms and the tensors behind them; with two levels ``indices``, ``perplexity`` and ``usage`` hold (top, bottom)."""
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fastvae import functional as FV
 from fastvae._ops import NORM_ACTIVATIONS
 from fastvae.functional._checks import check_choice
+from fastvae.functional._modules import describe, swap_obstacle
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -38,14 +39,20 @@ class GroupNormSiLU(nn.GroupNorm):
 
     @classmethod
     def sharing(cls, norm: nn.GroupNorm) -> "GroupNormSiLU":
-        """The module that applies ``norm`` and SiLU, with the very parameters of ``norm``."""
+        """The module that applies ``norm`` and SiLU, with the very parameters of ``norm``.
+
+        Raises:
+            ValueError: where ``norm`` is more than a :class:`torch.nn.GroupNorm`: a subclass, parametrized, or with hooks.
+        """
+        if reason := swap_obstacle(norm, nn.GroupNorm):
+            raise ValueError(f"norm: {describe(norm)} {reason}, takes a GroupNorm of torch and nothing more")
         module = cls(norm.num_groups, norm.num_channels, norm.eps, affine=False)
         module.affine, module.weight, module.bias = norm.affine, norm.weight, norm.bias
         return module.train(norm.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The output in the dtype and memory layout of ``input``."""
-        return FV.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, self.activation)
+    def forward(self, input: Tensor, activation: str | None = None) -> Tensor:
+        """The output in the dtype and memory layout of ``input``; ``activation`` overrides the module's for this call."""
+        return FV.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, activation or self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"

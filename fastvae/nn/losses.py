@@ -112,7 +112,7 @@ class KLPenalty(ScheduledKL):
 class VAELoss(ScheduledKL):
     """:func:`fastvae.functional.elbo_loss` as a module whose ``beta`` and ``capacity`` may follow a schedule.
 
-    ``step()`` advances the schedules; the number of steps taken is in the ``state_dict``.
+    ``step()`` advances the schedules, before or after the backward pass; the number of steps taken is in the ``state_dict``.
 
     Args:
         likelihood: ``"bernoulli_logits"``, ``"bernoulli"`` (probabilities) or ``"gaussian"`` (unit variance).

@@ -1,7 +1,11 @@
 """Finds in any module what the package computes faster, and swaps it in place."""
 
 import ast
+import builtins
+import functools
 import inspect
+import math
+import operator
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,10 +14,11 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from fastvae.functional._modules import call_obstacle, is_exactly, swap_obstacle, wrapped_tensor
 from fastvae.nn.group_norm import GroupNormSiLU
-from fastvae.nn.upsampling import UpsampleConv2d
+from fastvae.nn.upsampling import UpsampleConv2d, conv_obstacle
 
 MEMORY_FORMATS = {
     nn.Conv2d: torch.channels_last,
@@ -62,14 +67,18 @@ def optimize(module: nn.Module, *, channels_last: bool = False, report: Callable
 
     Found are pairs in an :class:`torch.nn.Sequential`; pairs of GroupNorm and SiLU in the code of a ``forward`` that torch.fx can trace and
     that has no branches but on whether a submodule is there; and the residual blocks, encoders and decoders of diffusers. What is not
-    understood with certainty is left alone. The modules of an ``nn.Sequential`` are taken to be called by it alone.
+    understood with certainty is left alone, and so is a module that is more than its class says: one with hooks, a subclass, a parametrized
+    or a sharded one. The modules of an ``nn.Sequential`` are taken to be called by it alone.
 
-    Parameters are the same objects under the same names: the ``state_dict`` and an optimizer stay valid. Where ``forward`` calls SiLU as a
-    function, the module gets a ``forward`` of its own with the rest of its code unchanged.
+    Parameters are the same objects under the same names: the ``state_dict`` and an optimizer stay valid. A module in whose ``forward`` a
+    pair is found becomes one of a subclass of the same name. Its ``forward`` takes everything from the module at each call, so submodules,
+    parameters and buffers may be replaced, hooked and parametrized as before; norm and activation are called one after the other again
+    where somebody replaces the norm by one without SiLU, or the activation by another.
 
     Args:
         module: any module; it is changed.
         channels_last: also puts the weights of convolutions into ``torch.channels_last`` (``channels_last_3d``); their outputs follow.
+            Sharded weights stay as they are, and FSDP does not shard weights in this layout.
         report: called with one line for each GroupNorm and each upsampling, what was done or why nothing was; ``None`` for silence.
             :func:`examine` gives the same without a change.
 
@@ -91,7 +100,7 @@ def examine(module: nn.Module) -> list[Finding]:
 
 def _to_channels_last(module: nn.Module) -> None:
     for layer in module.modules():
-        if type(layer) in MEMORY_FORMATS:
+        if type(layer) in MEMORY_FORMATS and wrapped_tensor(layer) is None:
             layer.to(memory_format=MEMORY_FORMATS[type(layer)])
 
 
@@ -103,13 +112,11 @@ def _walk(root: nn.Module, change: bool) -> Iterator[Finding]:
 
 def _walk_norms(root: nn.Module, uses: Counter, change: bool) -> Iterator[Finding]:
     for prefix, parent in list(root.named_modules()):
-        norms = {name: child for name, child in parent._modules.items() if type(child) is nn.GroupNorm}
+        norms = {name: child for name, child in parent._modules.items() if _is_group_norm(child)}
         if not norms:
             continue
-        plan, reason = _plan(parent)
-        shared = [name for name in norms if uses[id(norms[name])] > 1 or _has_hooks(norms[name])]
-        if shared and plan is not None and not plan.pairs.keys().isdisjoint(shared):
-            plan, reason = None, f"{', '.join(shared)}: used in more than one place, or has hooks"
+        reasons = {name: _norm_obstacle(norm, uses) for name, norm in norms.items()}
+        plan, reason = _plan(parent, {name for name in norms if reasons[name] is None})
         if plan is not None and change:
             plan.apply()
         for name in norms:
@@ -117,29 +124,45 @@ def _walk_norms(root: nn.Module, uses: Counter, change: bool) -> Iterator[Findin
             if plan is not None and name in plan.pairs:
                 yield Finding(full, plan.pairs[name])
             else:
-                yield Finding(full, reason=reason or "no SiLU follows it")
-    if type(root) is nn.GroupNorm:
+                yield Finding(full, reason=reasons[name] or reason or "no SiLU follows it")
+    if _is_group_norm(root):
         yield Finding("", reason="it is the module itself")
 
 
-def _plan(parent: nn.Module) -> tuple[_Plan | None, str | None]:
-    """What to do with a module that has GroupNorms, or why nothing."""
+def _is_group_norm(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.GroupNorm) and not isinstance(module, GroupNormSiLU)
+
+
+def _norm_obstacle(norm: nn.Module, uses: Counter) -> str | None:
+    reason = swap_obstacle(norm, nn.GroupNorm)
+    if reason is None:
+        return "it is used in more than one place" if uses[id(norm)] > 1 else None
+    return f"it {reason}"
+
+
+def _plan(parent: nn.Module, free: set[str]) -> tuple[_Plan | None, str | None]:
+    """What to do with a module that has GroupNorms, of which those in ``free`` may be swapped; or why nothing."""
     try:
-        if type(parent).forward is nn.Sequential.forward:
-            return _plan_sequential(parent), None
-        if type(parent).__module__.startswith("diffusers.") and type(parent).__name__ in _DIFFUSERS:
-            return _plan_diffusers(parent), None
+        if _is_sequential(parent):
+            return _plan_sequential(parent, free), None
+        if _is_of_diffusers(parent, *_DIFFUSERS):
+            return _plan_diffusers(parent, free), None
         if isinstance(parent, nn.ModuleList | nn.ModuleDict):
             raise NotUnderstood(f"it is in a {type(parent).__name__}, which other code calls")
-        return _plan_traced(parent), None
+        return _plan_traced(parent, free), None
     except NotUnderstood as why:
         return None, str(why)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether more happens at a call than the class says."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module)
+def _is_sequential(module: nn.Module) -> bool:
+    """Whether a call of ``module`` calls its modules one after the other."""
+    plain = is_exactly(module, nn.Sequential) and type(module).__iter__ is nn.Sequential.__iter__
+    return plain and "forward" not in module.__dict__
+
+
+def _is_of_diffusers(module: nn.Module, *names: str) -> bool:
+    known = type(module).__module__.startswith("diffusers.") and type(module).__name__ in names
+    return known and "forward" not in module.__dict__
 
 
 def _fuse(parent: nn.Module, norms: list[str]) -> None:
@@ -148,13 +171,9 @@ def _fuse(parent: nn.Module, norms: list[str]) -> None:
         parent.set_submodule(name, GroupNormSiLU.sharing(norm))
 
 
-def _plan_sequential(parent: nn.Sequential) -> _Plan | None:
+def _plan_sequential(parent: nn.Sequential, free: set[str]) -> _Plan | None:
     names = list(parent._modules)
-    pairs = {
-        norm: act
-        for norm, act in pairwise(names)
-        if type(parent.get_submodule(norm)) is nn.GroupNorm and _is_plain_silu(parent.get_submodule(act))
-    }
+    pairs = {norm: act for norm, act in pairwise(names) if norm in free and _is_plain_silu(parent.get_submodule(act))}
 
     def apply():
         _fuse(parent, list(pairs))
@@ -164,8 +183,8 @@ def _plan_sequential(parent: nn.Sequential) -> _Plan | None:
     return _Plan(pairs, apply) if pairs else None
 
 
-def _is_plain_silu(module: nn.Module | None) -> bool:
-    return type(module) is nn.SiLU and not _has_hooks(module)
+def _is_plain_silu(act: object) -> bool:
+    return act is nn.functional.silu or (type(act) is nn.SiLU and call_obstacle(act) is None)
 
 
 # Of classes in diffusers, which norms the SiLU under which name follows. Their forwards have branches, so they are known by name, and their
@@ -177,11 +196,11 @@ _DIFFUSERS = {
 }
 
 
-def _plan_diffusers(parent: nn.Module) -> _Plan:
+def _plan_diffusers(parent: nn.Module, free: set[str]) -> _Plan:
     norms, act = _DIFFUSERS[type(parent).__name__]
     for name in norms:
-        if type(getattr(parent, name, None)) is not nn.GroupNorm:
-            raise NotUnderstood(f"{name} is a {type(getattr(parent, name, None)).__name__}")
+        if name not in free:
+            raise NotUnderstood(f"{name}, whose activation is the same, cannot be swapped")
     if not _is_plain_silu(getattr(parent, act, None)):
         raise NotUnderstood(f"{act} is not SiLU alone")
     if type(parent).__name__ == "ResnetBlock2D":
@@ -210,8 +229,9 @@ class _Upsampling:
 def _walk_upsamplings(root: nn.Module, uses: Counter, change: bool) -> Iterator[Finding]:
     for found in _upsamplings(root):
         conv = found.owner.get_submodule(found.conv)
-        if not _is_plain_conv(conv) or uses[id(conv)] > 1:
-            yield Finding(found.name, reason="what follows it is not a convolution of size 3 with padding 1 in one place")
+        reason = conv_obstacle(conv) or ("is used in more than one place" if uses[id(conv)] > 1 else None)
+        if reason:
+            yield Finding(found.name, reason=f"what follows it, {found.conv}, {reason}")
             continue
         if change:
             found.owner.set_submodule(found.conv, UpsampleConv2d.sharing(conv))
@@ -221,15 +241,15 @@ def _walk_upsamplings(root: nn.Module, uses: Counter, change: bool) -> Iterator[
 
 def _upsamplings(root: nn.Module) -> Iterator[_Upsampling]:
     for prefix, parent in list(root.named_modules()):
-        if type(parent).forward is nn.Sequential.forward:
+        if _is_sequential(parent):
             for name, follower in pairwise(list(parent._modules)):
                 if _doubles(parent.get_submodule(name)):
                     turn_off = partial(parent.set_submodule, name, nn.Identity())
                     yield _Upsampling(f"{prefix}.{name}".removeprefix("."), parent, follower, turn_off)
-        elif type(parent).__module__.startswith("diffusers.") and type(parent).__name__ == "UpDecoderBlock2D":
+        elif _is_of_diffusers(parent, "UpDecoderBlock2D"):
             # This one asks its upsamplers for twice the size; others may ask for a size of their own.
             for name, upsampler in parent.named_modules():
-                if type(upsampler).__name__ == "Upsample2D" and _interpolates(upsampler):
+                if _is_of_diffusers(upsampler, "Upsample2D") and _interpolates(upsampler):
                     turn_off = partial(setattr, upsampler, "interpolate", False)
                     yield _Upsampling(f"{prefix}.{name}".removeprefix("."), upsampler, "conv", turn_off)
 
@@ -240,44 +260,82 @@ def _interpolates(upsampler: nn.Module) -> bool:
 
 
 def _doubles(module: nn.Module) -> bool:
-    if type(module) not in (nn.Upsample, nn.UpsamplingNearest2d) or _has_hooks(module):
+    if type(module) not in (nn.Upsample, nn.UpsamplingNearest2d) or call_obstacle(module):
         return False
     return module.mode == "nearest" and module.size is None and module.scale_factor in (2, (2, 2))
 
 
-def _is_plain_conv(module: nn.Module) -> bool:
-    if type(module) is not nn.Conv2d or _has_hooks(module):
-        return False
-    sizes = module.kernel_size, module.stride, module.dilation, module.groups, module.padding_mode
-    return sizes == ((3, 3), (1, 1), (1, 1), 1, "zeros") and module.padding in ((1, 1), "same")
+def _in_place(name: str, target: object, value: object) -> object:
+    """``target += value`` and its like, as an expression."""
+    return getattr(operator, name)(target, value)
+
+
+def _recorder(name: str) -> Callable[[fx.Proxy, object], fx.Proxy]:
+    return lambda self, value: self.tracer.create_proxy("call_function", _in_place, (name, self, value), {})
+
+
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` as what it is: torch.fx takes it for ``x = x + y``, which would leave other names of ``x`` as they are."""
+
+    __iadd__, __isub__, __imul__, __itruediv__ = map(_recorder, ("iadd", "isub", "imul", "itruediv"))
+    __ifloordiv__, __imod__, __ipow__, __imatmul__ = map(_recorder, ("ifloordiv", "imod", "ipow", "imatmul"))
+    __iand__, __ior__, __ixor__, __ilshift__, __irshift__ = map(_recorder, ("iand", "ior", "ixor", "ilshift", "irshift"))
 
 
 class _Tracer(fx.Tracer):
-    """Records the calls of submodules and looks into none."""
+    """Records the calls of submodules, into which it does not look, and the reading of parameters and buffers, by their names."""
 
     def is_leaf_module(self, module, qualified_name):
         return True
 
+    def proxy(self, node):
+        return _Proxy(node, self)
 
-def _plan_traced(parent: nn.Module) -> _Plan | None:
-    _check_code(parent)
-    graph = _trace(parent)
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        # Only the root's own are read, see _CodeCheck. torch.fx would take the value of a buffer, and the first of a parameter's names.
+        return self.create_proxy("get_attr", attr, (), {}) if isinstance(attr_val, Tensor) else attr_val
+
+
+def _norm_then_act(norm: nn.Module, input: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """``act(norm(input))``, in one where ``norm`` has SiLU in it and ``act`` is SiLU alone, as they are now."""
+    if not _has_silu(norm):
+        return act(norm(input))
+    return norm(input) if _is_plain_silu(act) else act(norm(input, activation="none"))
+
+
+def _norm_then_silu(norm: nn.Module, input: Tensor) -> Tensor:
+    return _norm_then_act(norm, input, nn.functional.silu)
+
+
+def _has_silu(norm: nn.Module) -> bool:
+    # In another module where somebody has wrapped it, for activation checkpointing say.
+    fused = norm if isinstance(norm, GroupNormSiLU) else next((m for m in norm.modules() if isinstance(m, GroupNormSiLU)), None)
+    return fused is not None and fused.activation == "silu"
+
+
+def _check_presence(value: object, present: bool, name: str) -> None:
+    if (value is not None) != present:
+        raise RuntimeError(f"{name}: is {'there' if value is not None else 'None'} now, which fastvae.optimize() did not find it to be")
+
+
+def _plan_traced(parent: nn.Module, free: set[str]) -> _Plan | None:
+    graph = _trace(parent, _check_code(parent))
     pairs = {}
-    for node in list(graph.nodes):
-        if node.op != "call_module" or type(parent._modules.get(node.target)) is not nn.GroupNorm:
+    for norm in list(graph.nodes):
+        if norm.op != "call_module" or norm.target not in free or len(norm.args) != 1 or norm.kwargs:
             continue
-        calls = [n for n in graph.nodes if n.op == "call_module" and n.target == node.target]
-        users = list(node.users)
+        calls = [n for n in graph.nodes if n.op == "call_module" and n.target == norm.target]
+        users = list(norm.users)
         if len(calls) == 1 and len(users) == 1 and _is_silu(parent, users[0]):
-            pairs[node.target] = _describe(users[0])
-            users[0].replace_all_uses_with(node)
-            graph.erase_node(users[0])
+            pairs[norm.target] = _describe(users[0])
+            _merge(graph, norm, users[0])
     if not pairs:
         return None
+    source, functions = _generate(graph)
 
     def apply():
         _fuse(parent, list(pairs))
-        parent.forward = fx.GraphModule(parent, graph, type(parent).__name__).forward
+        parent.__class__ = _rewritten(type(parent), source, functions)
 
     return _Plan(pairs, apply)
 
@@ -292,40 +350,107 @@ def _describe(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else "functional.silu"
 
 
-def _trace(parent: nn.Module) -> fx.Graph:
-    """The graph of ``forward``, the same in training and in evaluation mode."""
+def _merge(graph: fx.Graph, norm: fx.Node, act: fx.Node) -> None:
+    with graph.inserting_before(norm):
+        arguments = graph.get_attr(norm.target), *norm.args
+        if act.op == "call_module":
+            both = graph.call_function(_norm_then_act, (*arguments, graph.get_attr(act.target)))
+        else:
+            both = graph.call_function(_norm_then_silu, arguments)
+    act.replace_all_uses_with(both)
+    graph.erase_node(act)
+    graph.erase_node(norm)
+
+
+# Names that the code of torch.fx may use.
+_NAMES = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan, "NoneType": type(None)}
+
+
+def _generate(graph: fx.Graph) -> tuple[str, tuple[tuple[str, Callable], ...]]:
+    """The code of a graph as a method, and the functions of this file that it uses, by the names they have in it."""
+    for node in graph.nodes:
+        node.type = None
+    code = graph.python_code("self")
+    known = {**vars(builtins), **_NAMES}
+    used = {name: value for name, value in code.globals.items() if name in code.src and name not in known}
+    functions = {name: value for name, value in used.items() if getattr(value, "__module__", None) == __name__}
+    if foreign := used.keys() - functions.keys():
+        raise NotUnderstood(f"its code uses {', '.join(sorted(foreign))}")
+    return code.src, tuple(functions.items())
+
+
+@functools.cache
+def _rewritten(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Callable], ...]) -> type[nn.Module]:
+    """The subclass of ``cls``, of the same name, with the ``forward`` of ``source``. Modules that are alike share it."""
+    namespace = {**_NAMES, **dict(functions)}
+    exec(compile(source, f"<fastvae.optimize: {cls.__qualname__}.forward>", "exec"), namespace)
+
+    def reduce(self, protocol):
+        reduced = cls.__reduce_ex__(self, protocol)
+        # For copy and pickle: the class is made anew, as it cannot be imported. A subclass, such as FSDP's, has to say how itself.
+        return (_restore, (cls, source, functions), *reduced[2:]) if type(self) is subclass else reduced
+
+    members = {
+        "forward": namespace["forward"],
+        "__reduce_ex__": reduce,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    subclass = type(cls)(cls.__name__, (cls,), members)
+    return subclass
+
+
+def _restore(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Callable], ...]) -> nn.Module:
+    return object.__new__(_rewritten(cls, source, functions))
+
+
+def _trace(parent: nn.Module, presence: dict[str, bool]) -> fx.Graph:
+    """The graph of ``forward``, the same in training and in evaluation mode, for attributes that are there or None as ``presence`` says."""
     training, graphs = parent.training, []
     try:
         for mode in (True, False):
             parent.training = mode
             graphs.append(_Tracer().trace(parent))
-    except (TypeError, ValueError, AttributeError, fx.proxy.TraceError) as error:
+    except (AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError) as error:
         raise NotUnderstood(f"torch.fx cannot trace it: {error}") from error
     finally:
         parent.training = training
     first, second = (graph.python_code("self").src for graph in graphs)
     if first != second:
         raise NotUnderstood("its code depends on the mode, training or evaluation")
-    return graphs[0]
+    graph = graphs[0]
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        for name, present in presence.items():
+            graph.call_function(_check_presence, (graph.get_attr(name), present, name))
+    return graph
 
 
-def _check_code(parent: nn.Module) -> None:
-    """Raises where tracing ``forward`` once might miss something that it does."""
+def _check_code(parent: nn.Module) -> dict[str, bool]:
+    """Raises where tracing ``forward`` once might miss something that it does. Gives the attributes on whose presence its course depends,
+    and whether they are there."""
     if "forward" in vars(parent):
         raise NotUnderstood("its forward was replaced")
+    if type(parent).__reduce__ is not object.__reduce__ or type(parent).__reduce_ex__ is not object.__reduce_ex__:
+        raise NotUnderstood("its class is copied in a way of its own")
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
     except (OSError, TypeError, SyntaxError) as error:
         raise NotUnderstood("its code cannot be read") from error
     function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef):
+        raise NotUnderstood("its forward is not a function")
     arguments = function.args
     if function.decorator_list or arguments.vararg or arguments.kwarg or arguments.kwonlyargs or not arguments.args:
         raise NotUnderstood("its forward takes other than plain arguments, or is decorated")
-    _CodeCheck(parent, function).visit_body(function.body)
+    check = _CodeCheck(parent, function)
+    check.visit_body(function.body)
+    return check.presence
 
 
 class _CodeCheck(ast.NodeVisitor):
-    """Straight code over submodules, parameters, buffers and torch's functions, whose only branches ask whether a submodule is there."""
+    """Straight code over submodules, parameters, buffers and torch's functions, whose only branches ask whether one of those is there.
+    Submodules are called, and not read."""
 
     ALLOWED = (
         ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr, ast.Call, ast.keyword, ast.Name, ast.Attribute, ast.Subscript,
@@ -338,6 +463,7 @@ class _CodeCheck(ast.NodeVisitor):
         stored = (node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
         self.locals = {argument.arg for argument in function.args.args} | set(stored)
         self.globals = type(module).forward.__globals__
+        self.presence: dict[str, bool] = {}
 
     def visit_body(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
@@ -355,23 +481,55 @@ class _CodeCheck(ast.NodeVisitor):
     def _check_test(self, test: ast.expr) -> None:
         is_none = (
             isinstance(test, ast.Compare)
+            and len(test.ops) == 1
             and isinstance(test.ops[0], ast.Is | ast.IsNot)
             and isinstance(test.comparators[0], ast.Constant)
             and test.comparators[0].value is None
         )
         if not is_none or not self._is_own(test.left):
             raise NotUnderstood(f"its forward branches on {ast.unparse(test)}")
+        self._look_up(test.left, tested=True)
 
     def _is_own(self, node: ast.expr) -> bool:
         return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.self_name
 
-    def visit_Attribute(self, node):
+    def _look_up(self, node: ast.Attribute, tested: bool = False) -> object:
+        """The submodule, parameter or buffer that is read; its presence is noted where it decides what the code does."""
+        # The attributes of the instance hold None for a submodule that is left out.
+        for values in (self.module._modules, self.module._parameters, self.module._buffers, self.module.__dict__):
+            if node.attr in values:
+                value = values[node.attr]
+                if values is self.module.__dict__ and value is not None:
+                    break
+                if tested or value is None:
+                    self.presence[node.attr] = value is not None
+                return value
+        raise NotUnderstood(f"its forward reads {ast.unparse(node)}")
+
+    def visit_Call(self, node):
+        if self._submodule(node.func) is None:
+            self.visit(node.func)
+        for argument in (*node.args, *node.keywords):
+            self.visit(argument)
+
+    def _submodule(self, node: ast.expr) -> nn.Module | None:
+        """What ``self.conv``, ``self.block.conv`` or ``self.layers[0]`` is, where that is a module."""
+        found = None
         if self._is_own(node):
-            kept = (self.module._modules, self.module._parameters, self.module._buffers)
-            if not any(node.attr in values for values in kept):
-                raise NotUnderstood(f"its forward reads {ast.unparse(node)}")
-        else:
+            found = self._look_up(node)
+        elif isinstance(node, ast.Attribute):
+            owner = self._submodule(node.value)
+            found = None if owner is None else owner._modules.get(node.attr)
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            owner = self._submodule(node.value)
+            found = None if owner is None else owner._modules.get(str(node.slice.value))
+        return found if isinstance(found, nn.Module) else None
+
+    def visit_Attribute(self, node):
+        if not self._is_own(node):
             self.visit(node.value)
+        elif isinstance(self._look_up(node), nn.Module):
+            raise NotUnderstood(f"its forward uses {ast.unparse(node)} other than by calling it")
 
     def visit_Name(self, node):
         found = self.globals.get(node.id)

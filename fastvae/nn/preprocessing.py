@@ -5,9 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvae._ops import accumulation_dtype
+
 
 class _AffineScaler(nn.Module):
-    """``(x - offset) * scale`` for each feature; both are buffers, without elements until :meth:`fit`."""
+    """``(x - offset) * scale + low`` for each feature; offset and scale are buffers, without elements until :meth:`fit`."""
+
+    low = 0.0
 
     def __init__(self):
         super().__init__()
@@ -15,7 +19,8 @@ class _AffineScaler(nn.Module):
         self.register_buffer("scale", torch.empty(0))
 
     def fit(self, x: Tensor) -> "_AffineScaler":
-        """Takes the statistics of ``x``, ``(samples, ...)``, over its first dimension, one for each feature; gives the module itself.
+        """Takes the statistics of ``x``, ``(samples, ...)``, over its first dimension, one for each feature; gives the module itself. They
+        are kept in float32, those of float64 in float64.
 
         Raises:
             ValueError: for no samples.
@@ -23,21 +28,22 @@ class _AffineScaler(nn.Module):
         x = self._to_float(x)
         if x.ndim < 2 or x.shape[0] == 0:
             raise ValueError(f"x: got shape {tuple(x.shape)}, takes (samples, features, ...) with at least one sample")
-        offset, spread = self._statistics(x)
+        offset, spread = self._statistics(x.to(accumulation_dtype(x.dtype)))
         self.offset = offset.to(self.offset.device)
         # A feature that does not vary keeps its unit, so that it comes back.
         self.scale = torch.where(spread == 0, 1.0, 1.0 / spread).to(self.scale.device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """The scaled features; uint8 means value / 255."""
+        """The scaled features in the dtype of ``x``, in that of the statistics where it holds integers; uint8 means value / 255."""
         self._check_fitted()
-        return (self._to_float(x) - self.offset) * self.scale
+        x = self._to_float(x)
+        return _in_dtype_of(x, (x - self.offset) * self.scale + self.low)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The features in their own units."""
+        """The features in their own units, in the dtype of ``y``."""
         self._check_fitted()
-        return y / self.scale + self.offset
+        return _in_dtype_of(y, (y - self.low) / self.scale + self.offset)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -55,6 +61,10 @@ class _AffineScaler(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _in_dtype_of(data: Tensor, result: Tensor) -> Tensor:
+    return result.to(data.dtype) if data.is_floating_point() else result
 
 
 class MinMaxScaler(_AffineScaler):
@@ -75,12 +85,6 @@ class MinMaxScaler(_AffineScaler):
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         least, most = x.aminmax(dim=0)
         return least, (most - least) / (self.high - self.low)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.low
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return super().inverse(y - self.low)
 
     def extra_repr(self) -> str:
         return f"low={self.low}, high={self.high}"

@@ -5,9 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Schedule = Callable[[int], float]
+
+
+def _share(step: int | Tensor, steps: int) -> float | Tensor:
+    """How much of ``steps`` is over, at most 1."""
+    share = step / steps
+    return share.clamp(max=1.0) if isinstance(share, Tensor) else min(share, 1.0)
 
 
 def _check_steps(steps: int) -> None:
@@ -34,8 +40,8 @@ class LinearSchedule:
     def __post_init__(self):
         _check_steps(self.steps)
 
-    def __call__(self, step: int) -> float:
-        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+    def __call__(self, step: int | Tensor) -> float | Tensor:
+        return self.start + (self.end - self.start) * _share(step, self.steps)
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,9 @@ class CosineSchedule:
     def __post_init__(self):
         _check_steps(self.steps)
 
-    def __call__(self, step: int) -> float:
-        return self.start + (self.end - self.start) * 0.5 * (1.0 - math.cos(math.pi * min(step / self.steps, 1.0)))
+    def __call__(self, step: int | Tensor) -> float | Tensor:
+        cos = torch.cos if isinstance(step, Tensor) else math.cos
+        return self.start + (self.end - self.start) * 0.5 * (1.0 - cos(math.pi * _share(step, self.steps)))
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,13 @@ class CyclicalSchedule:
         if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"ratio: got {self.ratio!r}, takes a number in (0, 1]")
 
-    def __call__(self, step: int) -> float:
-        if step >= self.steps:
-            return self.end
+    def __call__(self, step: int | Tensor) -> float | Tensor:
         # In integers, so that a cycle starts at exactly `start`.
-        position = step * self.cycles % self.steps / self.steps
-        return self.start + (self.end - self.start) * min(position / self.ratio, 1.0)
+        position = step * self.cycles % self.steps
+        value = self.start + (self.end - self.start) * _share(position, self.steps * self.ratio)
+        if isinstance(step, Tensor):
+            return torch.where(step >= self.steps, self.end, value)
+        return self.end if step >= self.steps else value
 
 
 @dataclass(frozen=True)
@@ -104,52 +112,104 @@ class CapacitySchedule(LinearSchedule):
     end: float = 25.0
 
 
+# Their arithmetic serves numbers and tensors. A subclass may override it, so it is not among them.
+_TAKE_TENSORS = (LinearSchedule, CosineSchedule, CyclicalSchedule, CapacitySchedule)
+
 # A checkpoint that holds a schedule loads with torch.load's weights_only=True.
-torch.serialization.add_safe_globals([LinearSchedule, CosineSchedule, CyclicalSchedule, CapacitySchedule])
+torch.serialization.add_safe_globals(list(_TAKE_TENSORS))
 
 
 class ScheduledKL(nn.Module):
-    """``beta`` and ``capacity`` of a loss with a KL term, each a number or a schedule.
+    """``beta`` and ``capacity`` of a loss with a KL term, each a number or a schedule; either may be set anew.
 
-    A number is an attribute. A schedule's value at the current step is a buffer, so that a compiled graph or a CUDA graph reads a new value
-    without being made anew. The number of steps taken, ``num_steps``, is a buffer too, and the only one in the ``state_dict``.
+    At each use the buffer ``num_steps``, the number of steps taken, decides, whoever wrote it: :meth:`step`, a checkpoint, an average of
+    models or the broadcast of another rank. It is all that is in the ``state_dict``. The package's schedules are computed on the buffer's
+    device, in a compiled graph or a CUDA graph too. Any other function is called with the number as an integer, for which a GPU has to be
+    waited for where other than :meth:`step` has changed it; graphs read the function's value from a buffer.
     """
 
     def __init__(self, beta: float | Schedule, capacity: float | Schedule | None):
         super().__init__()
         self.schedules: dict[str, Schedule] = {}
-        self._steps_taken = 0
+        self._numbers: dict[str, float | None] = {}
+        self._known_steps: tuple[Tensor | None, int, int] = None, 0, 0
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
-        self._register("beta", beta)
-        if capacity is None:
-            self.capacity = None
-        else:
-            self._register("capacity", capacity)
-        self.register_load_state_dict_post_hook(_resume)
+        self._set("beta", beta)
+        self._set("capacity", capacity)
 
-    def _register(self, name: str, weight: float | Schedule) -> None:
+    @property
+    def beta(self) -> float | Tensor:
+        return self._get("beta")
+
+    @beta.setter
+    def beta(self, weight: float | Schedule) -> None:
+        self._set("beta", weight)
+
+    @property
+    def capacity(self) -> float | Tensor | None:
+        return self._get("capacity")
+
+    @capacity.setter
+    def capacity(self, weight: float | Schedule | None) -> None:
+        self._set("capacity", weight)
+
+    def _set(self, name: str, weight: float | Schedule | None) -> None:
         if callable(weight):
             self.schedules[name] = weight
-            self.register_buffer(name, torch.tensor(float(weight(0))), persistent=False)
-        elif isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
+            if type(weight) not in _TAKE_TENSORS:
+                self.register_buffer(_buffer(name), torch.tensor(float(weight(0)), device=self.num_steps.device), persistent=False)
+                self._known_steps = None, 0, 0
+            return
+        absent = weight is None and name == "capacity"
+        if not absent and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0):
             raise ValueError(f"{name}: got {weight!r}, takes a number >= 0 or a schedule")
-        else:
-            setattr(self, name, float(weight))
+        self.schedules.pop(name, None)
+        self._buffers.pop(_buffer(name), None)
+        self._numbers[name] = None if absent else float(weight)
+
+    def _get(self, name: str) -> float | Tensor | None:
+        schedule = self.schedules.get(name)
+        if schedule is None:
+            return self._numbers[name]
+        if type(schedule) in _TAKE_TENSORS:
+            value = schedule(self.num_steps)
+            return torch.ops.fastvae.kept(value) if torch.compiler.is_compiling() else value
+        if torch.compiler.is_compiling():
+            return torch.ops.fastvae.kept(getattr(self, _buffer(name)))
+        if self._steps_are_unknown():
+            self._call_functions(int(self.num_steps))
+        # A copy: autograd may hold it until after the next step.
+        return getattr(self, _buffer(name)).clone()
 
     def step(self) -> None:
-        """Advances the schedules by one: call it once a batch or once an epoch, after the optimizer's ``step()``."""
-        self.num_steps += 1
-        self._set_weights(self._steps_taken + 1)
+        """Advances the schedules by one: call it once a batch or once an epoch. A loss that was computed before keeps its weights."""
+        if all(type(schedule) in _TAKE_TENSORS for schedule in self.schedules.values()):
+            self.num_steps.add_(1)
+        else:
+            self._step_functions()
 
-    def _set_weights(self, steps_taken: int) -> None:
-        # Counted in Python as well: reading the buffer would make a GPU wait at every step.
-        self._steps_taken = steps_taken
+    @torch.compiler.disable
+    def _step_functions(self) -> None:
+        steps = int(self.num_steps) if self._steps_are_unknown() else self._known_steps[2]
+        self.num_steps.add_(1)
+        self._call_functions(steps + 1)
+
+    def _steps_are_unknown(self) -> bool:
+        # By the version of the buffer, which each change raises: reading its value would make a GPU wait at every step.
+        if self.num_steps.is_inference():
+            return True
+        buffer, version, _ = self._known_steps
+        return buffer is not self.num_steps or version != self.num_steps._version
+
+    def _call_functions(self, steps: int) -> None:
         for name, schedule in self.schedules.items():
-            getattr(self, name).fill_(schedule(steps_taken))
+            if type(schedule) not in _TAKE_TENSORS:
+                getattr(self, _buffer(name)).fill_(schedule(steps))
+        self._known_steps = self.num_steps, self.num_steps._version, steps
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={self.schedules.get(name, getattr(self, name))}" for name in ("beta", "capacity"))
+        return ", ".join(f"{name}={self.schedules.get(name, self._numbers.get(name))}" for name in ("beta", "capacity"))
 
 
-def _resume(module: ScheduledKL, _) -> None:
-    module._set_weights(int(module.num_steps))
+def _buffer(name: str) -> str:
+    return f"_{name}_now"

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae._ops import channels_are_last
+from fastvae.functional._modules import describe, swap_obstacle
 
 
 def _by_parity(weight: Tensor, dim: int) -> Tensor:
@@ -78,6 +79,16 @@ class _Separate(torch.autograd.Function):
         return _Interleave.apply(grad)
 
 
+def conv_obstacle(conv: nn.Module) -> str | None:
+    """Why an :class:`UpsampleConv2d` can not take over the weight and bias of ``conv``; None where it can."""
+    if reason := swap_obstacle(conv, nn.Conv2d):
+        return reason
+    sizes = conv.kernel_size, conv.stride, conv.dilation, conv.groups, conv.padding_mode
+    if sizes != ((3, 3), (1, 1), (1, 1), 1, "zeros") or conv.padding not in ((1, 1), "same"):
+        return "is not a convolution of size 3 with padding 1"
+    return None
+
+
 class UpsampleConv2d(nn.Conv2d):
     r"""Twice the size by repetition (``nearest``), then a convolution of size 3 with padding 1, in 4/9 of the multiplications.
 
@@ -101,7 +112,13 @@ class UpsampleConv2d(nn.Conv2d):
 
     @classmethod
     def sharing(cls, conv: nn.Conv2d) -> "UpsampleConv2d":
-        """The module that doubles the size and applies ``conv``, which has size 3 and padding 1, with the very parameters of ``conv``."""
+        """The module that doubles the size and applies ``conv``, which has size 3 and padding 1, with the very parameters of ``conv``.
+
+        Raises:
+            ValueError: where ``conv`` has other sizes or is more than a :class:`torch.nn.Conv2d`: a subclass, parametrized, or with hooks.
+        """
+        if reason := conv_obstacle(conv):
+            raise ValueError(f"conv: {describe(conv)} {reason}, takes a Conv2d of torch of size 3 with padding 1 and nothing more")
         module = cls(conv.in_channels, conv.out_channels, bias=False, device="meta")
         module.weight, module.bias = conv.weight, conv.bias
         return module.train(conv.training)
@@ -110,5 +127,7 @@ class UpsampleConv2d(nn.Conv2d):
         """The output in the dtype and memory layout that the convolution gives."""
         # (row parity, column parity, out, in, row, column)
         weight = _by_parity(_by_parity(self.weight, 2), 3).transpose(0, 1)
-        bias = None if self.bias is None else self.bias.repeat(4)
+        # Read once: a parametrization computes a parameter anew at each reading.
+        bias = self.bias
+        bias = None if bias is None else bias.repeat(4)
         return _Interleave.apply(F.conv2d(input, weight.flatten(0, 2), bias, padding=1))

@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from fastvae import functional as FV
+from fastvae._pytree import exportable
 from fastvae.functional._checks import check_choice, check_nonnegative
 from fastvae.functional.codebook import GRADIENTS, codebook_ema_step_, codebook_sums
 
 UPDATES = ("ema", "gradient")
 
 
+@exportable
 class VQOutput(NamedTuple):
     """What a quantizer gives.
 

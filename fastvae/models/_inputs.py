@@ -1,0 +1,14 @@
+"""What models make of the data they are given."""
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's floating-point parameters; torch's default where there are none."""
+    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.get_default_dtype())
+
+
+def as_float(x: Tensor, module: nn.Module) -> Tensor:
+    """An 8-bit image as value / 255, in the dtype of the module that is to read it; anything else as it is."""
+    return x.to(parameter_dtype(module)) / 255 if x.dtype == torch.uint8 else x
