@@ -1,5 +1,7 @@
 """Upsampling and the convolution behind it, as one."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,15 +26,13 @@ def _empty_like(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     return like.new_empty(shape)
 
 
-def _parities(phases: Tensor, image: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The four phases of an image of twice the size and where in it they lie, as views."""
+def _parities(phases: Tensor, image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The four phases of an image of twice the size and where in it they lie, as views. One after the other: an exported program runs under
+    autograd what was written into the one before, which a view from earlier does not take."""
     height, width = image.shape[2] // 2, image.shape[3] // 2
-    parts = enumerate(phases.chunk(4, dim=1))
-    return [
-        (part[:, :, row : row + height, column : column + width], image[:, :, row::2, column::2])
-        for index, part in parts
-        for row, column in [divmod(index, 2)]
-    ]
+    for index, part in enumerate(phases.chunk(4, dim=1)):
+        row, column = divmod(index, 2)
+        yield part[:, :, row : row + height, column : column + width], image[:, :, row::2, column::2]
 
 
 class _Interleave(torch.autograd.Function):
