@@ -14,6 +14,11 @@ REDUCTIONS = {"none": 0, "sample": 1, "batchmean": 2, "sum": 3, "mean": 4}
 LIKELIHOODS = {"bce_with_logits": 0, "bce": 1, "mse": 2, "gaussian": 3}
 NORM_ACTIVATIONS = {"none": 0, "silu": 1}
 
+# A copy that a compiler cannot see into. It takes a clone for the tensor itself, saves that for the backward pass, and there finds what has
+# been written to it since.
+torch.library.define("fastvae::snapshot", "(Tensor tensor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake("fastvae::snapshot", torch.empty_like)
+
 OVERLOADS: dict[tuple[str, str], torch._ops.OpOverload] = {}
 
 
