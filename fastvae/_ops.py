@@ -14,6 +14,11 @@ REDUCTIONS = {"none": 0, "sample": 1, "batchmean": 2, "sum": 3, "mean": 4}
 LIKELIHOODS = {"bce_with_logits": 0, "bce": 1, "mse": 2, "gaussian": 3}
 NORM_ACTIVATIONS = {"none": 0, "silu": 1}
 
+# A copy that a compiler cannot see into. It takes a clone for the tensor itself, saves that for the backward pass, and there finds what has
+# been written to it since.
+torch.library.define("fastvae::snapshot", "(Tensor tensor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake("fastvae::snapshot", torch.empty_like)
+
 OVERLOADS: dict[tuple[str, str], torch._ops.OpOverload] = {}
 
 
@@ -280,6 +285,8 @@ torch.library.define("fastvae::kept", "(Tensor value) -> Tensor", tags=(torch.Ta
 @torch.library.impl("fastvae::kept", "CompositeExplicitAutograd")
 @torch.library.register_fake("fastvae::kept")
 def kept(value: Tensor) -> Tensor:
-    """A copy of ``value``, on every device. torch.compile keeps it for its backward pass as it cannot know how to compute it again; in place
-    of a plain copy it may keep the buffer that was copied, which the next step changes before the backward pass comes."""
+    """A copy of ``value``, on every device.
+
+    torch.compile keeps it for its backward pass, as it cannot know how to compute it again. In place of a plain copy it may keep the buffer
+    that was copied, which the next step changes before the backward pass comes."""
     return value.clone()

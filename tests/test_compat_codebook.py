@@ -35,7 +35,7 @@ def compare_step(ours, theirs, x):
         (loss.sum() + (quantized**3).mean()).backward()
     assert torch.equal(results[0][1], results[1][1])
     for a, b in ((results[0][0], results[1][0]), (results[0][2], results[1][2]), (leaves[0].grad, leaves[1].grad)):
-        torch.testing.assert_close(a, b.view_as(a), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -67,6 +67,46 @@ def test_residual_vq(library, options):
     torch.testing.assert_close(ours.get_output_from_indices(indices), theirs.get_output_from_indices(indices), rtol=1e-4, atol=1e-6)
 
 
+LAYOUTS = [
+    {},
+    {"channel_last": False},
+    {"accept_image_fmap": True},
+    {"heads": 2, "codebook_dim": 4},
+    {"heads": 2, "codebook_dim": 4, "separate_codebook_per_head": True},
+    {"heads": 2, "codebook_dim": 4, "separate_codebook_per_head": True, "accept_image_fmap": True},
+    {"heads": 2, "codebook_dim": 4, "channel_last": False},
+]
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+def test_what_is_contiguous_there_is_contiguous_here(library, options, training, permuted):
+    ours, theirs = VectorQuantize(8, 20, **options).train(training), library.VectorQuantize(8, 20, **options).train(training)
+    shape = (3, 8, 5, 6) if "accept_image_fmap" in options else (3, 40, 8) if options.get("channel_last", True) else (3, 8, 40)
+    x = torch.randn(shape)
+    x = (x.transpose(1, 2).contiguous().transpose(1, 2) if permuted else x).requires_grad_()
+    results = [quantizer(x) for quantizer in (ours, theirs)]
+    for actual, expected in zip(*results, strict=True):
+        assert actual.shape == expected.shape
+        assert actual.dtype == expected.dtype
+        assert actual.is_contiguous() or not expected.is_contiguous()
+    if "heads" not in options:
+        codes = [quantizer.get_codes_from_indices(results[1][1]) for quantizer in (ours, theirs)]
+        assert codes[0].shape == codes[1].shape
+        assert codes[0].is_contiguous() or not codes[1].is_contiguous()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_residual_vq_returns_the_shapes_and_layouts_of_the_original(library, training):
+    arguments = {"dim": 8, "num_quantizers": 3, "codebook_size": 20}
+    ours, theirs = ResidualVQ(**arguments).train(training), library.ResidualVQ(**arguments).train(training)
+    x = torch.randn(3, 40, 8, requires_grad=True)
+    for actual, expected in zip(ours(x), theirs(x), strict=True):
+        assert actual.shape == expected.shape
+        assert actual.is_contiguous() or not expected.is_contiguous()
+
+
 def test_residual_vq_leaves_steps_out():
     torch.manual_seed(0)
     quantizer = ResidualVQ(dim=4, num_quantizers=4, codebook_size=8, quantize_dropout=True, quantize_dropout_cutoff_index=1)
@@ -75,7 +115,7 @@ def test_residual_vq_leaves_steps_out():
         quantized, indices, losses = quantizer(torch.randn(2, 10, 4))
         steps.add(int((indices >= 0).all(0).all(0).sum()))
         assert quantized.shape == (2, 10, 4)
-        assert losses.shape == (1, 4)
+        assert losses.shape == (4,)
     assert steps == {2, 3, 4}
 
 
@@ -93,6 +133,8 @@ def test_taming_quantizer(legacy):
     assert 1 <= perplexity <= 12
     torch.testing.assert_close(z_q, codes.view(2, 3, 5, 4).movedim(-1, 1))
     torch.testing.assert_close(quantizer.get_codebook_entry(indices, (2, 3, 5, 4)), z_q)
+    # Code around the original calls .view() on them.
+    assert all(t.is_contiguous() for t in (z_q, indices, quantizer.get_codebook_entry(indices, (2, 3, 5, 4))))
     leaves = (z, quantizer.embedding.weight)
     for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -148,6 +148,26 @@ def test_the_twin_of_the_distribution(deterministic):
         torch.testing.assert_close(*gradients)
 
 
+def test_one_generator_for_each_sample():
+    """As pipelines call it, so that an image does not depend on its place in the batch."""
+    parameters = leaf(Source("cpu").normal(3, 8, 4, 4))
+    distribution = DiagonalGaussianDistribution(parameters)
+    generators = lambda *seeds: [torch.Generator().manual_seed(seed) for seed in seeds]  # noqa: E731
+    sample = distribution.sample(generators(1, 2, 3))
+    assert sample.shape == (3, 4, 4, 4)
+    for i, seed in enumerate((1, 2, 3)):
+        alone = DiagonalGaussianDistribution(parameters[i : i + 1])
+        assert torch.equal(sample[i : i + 1], alone.sample(*generators(seed)))
+        assert torch.equal(sample[i : i + 1], alone.sample(generators(seed)))
+    (grad,) = torch.autograd.grad(sample.sum(), parameters)
+    assert torch.equal(grad[:, :4], torch.ones_like(grad[:, :4]))
+    assert torch.equal(distribution.sample(generators(5)), distribution.sample(*generators(5)))
+    original = Original(parameters)
+    assert original.sample(generators(1, 2, 3)).shape == sample.shape
+    with pytest.raises(ValueError, match="generator: got a list of 2, takes one for each of 3 samples"):
+        distribution.sample(generators(1, 2))
+
+
 def test_samples_of_the_twin():
     parameters = Source("cpu").normal(2, 8, 64, 64)
     distribution = DiagonalGaussianDistribution(parameters)

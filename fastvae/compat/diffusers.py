@@ -66,11 +66,25 @@ class DiagonalGaussianDistribution:
     def var(self) -> Tensor:
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A sample in the dtype of the parameters; differentiable."""
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """A sample in the dtype of the parameters; differentiable.
+
+        Args:
+            generator: on the CPU or on the device of the parameters. Of a list, one for each sample of the batch, each gives its sample
+                what it would give a batch of that sample alone; a list of one is that generator.
+
+        Raises:
+            ValueError: for a list of another length.
+        """
         if self.deterministic:
             return self.mean
-        return FV.reparameterize(self.mean, self._logvar, generator=generator)
+        generators = generator if isinstance(generator, list) else [generator]
+        if len(generators) == 1:
+            return FV.reparameterize(self.mean, self._logvar, generator=generators[0])
+        if len(generators) != len(self.mean):
+            raise ValueError(f"generator: got a list of {len(generators)}, takes one for each of {len(self.mean)} samples, or one alone")
+        parts = zip(self.mean.split(1), self._logvar.split(1), generators, strict=True)
+        return torch.cat([FV.reparameterize(mean, logvar, generator=each) for mean, logvar, each in parts])
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> Tensor:
         """The KL divergence from ``other``, by default the standard normal, in nats per sample, shape ``(batch,)``."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae import nn as vq_nn
+from fastvae.nn.vector_quantizer import DepthDropout
 
 _UNUSED = object()
 
@@ -49,8 +50,9 @@ _NEUTRAL_VQ = {
 class VectorQuantize(nn.Module):
     """``vector_quantize_pytorch.VectorQuantize``: ``(quantized, indices, loss) = vq(x)``.
 
-    The arguments that map are those of the signature; any other raises unless it has the value that switches it off. In training the loss
-    has shape ``(1,)`` as there; in evaluation it is 0.
+    The arguments that map are those of the signature; any other raises unless it has the value that switches it off. The loss is 0-dim,
+    as in version 1.32 of the original (older ones gave it the shape ``(1,)`` in training); in evaluation it is 0. Images have their
+    channels last in memory, as there.
 
     Args:
         dim, codebook_size, heads, separate_codebook_per_head, decay, eps, kmeans_init, kmeans_iters, use_cosine_sim,
@@ -113,7 +115,7 @@ class VectorQuantize(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """``(quantized, indices, loss)``; ``mask`` is ``False`` where a vector is padding."""
         output = self.layer(x, mask)
-        return output.quantized, output.indices, output.loss.view(1) if self.training else output.loss.new_zeros(())
+        return output.quantized, output.indices, output.loss if self.training else torch.zeros_like(output.loss)
 
 
 _NEUTRAL_RESIDUAL = {
@@ -130,7 +132,7 @@ _NEUTRAL_RESIDUAL = {
 
 
 class ResidualVQ(nn.Module):
-    """``vector_quantize_pytorch.ResidualVQ``: ``(quantized, indices, losses) = rvq(x)``, losses of shape ``(1, num_quantizers)``.
+    """``vector_quantize_pytorch.ResidualVQ``: ``(quantized, indices, losses) = rvq(x)``, losses of shape ``(num_quantizers,)``.
 
     As there, the gradient reaches ``x`` once for each step; :class:`fastvae.nn.ResidualVectorQuantizer` passes it once.
 
@@ -154,7 +156,7 @@ class ResidualVQ(nn.Module):
         _refuse("ResidualVQ", {name: options.pop(name) for name in _NEUTRAL_RESIDUAL if name in options}, _NEUTRAL_RESIDUAL)
         self.layers = nn.ModuleList(VectorQuantize(dim, codebook_size, **options) for _ in range(num_quantizers))
         self.accept_image_fmap = accept_image_fmap
-        self.first_dropped = quantize_dropout_cutoff_index + 1 if quantize_dropout else num_quantizers
+        self.depth = DepthDropout(quantize_dropout_cutoff_index + 1 if quantize_dropout else num_quantizers, num_quantizers)
 
     @property
     def codebooks(self) -> Tensor:
@@ -163,13 +165,13 @@ class ResidualVQ(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """``(quantized, indices, losses)``; a step that is left out has index -1 and loss 0."""
         x = x.movedim(1, -1) if self.accept_image_fmap else x
-        active = int(torch.randint(self.first_dropped, len(self.layers) + 1, ())) if self.training else len(self.layers)
+        active = self.depth.draw(x) if self.training else len(self.layers)
         residual, total, indices, losses = x, 0.0, [], []
         for layer in self.layers[:active]:
             quantized, index, loss = layer(residual, mask)
             residual, total = residual - quantized.detach(), total + quantized
             indices.append(index)
-            losses.append(loss.view(1))
+            losses.append(loss)
         missing = len(self.layers) - active
         total = total.movedim(-1, 1) if self.accept_image_fmap else total
         return total, F.pad(torch.stack(indices, -1), (0, missing), value=-1), F.pad(torch.stack(losses, -1), (0, missing))
@@ -204,7 +206,7 @@ class VectorQuantizer(nn.Module):
         counts = torch.zeros(self.n_e, device=z.device).scatter_add_(0, indices, torch.ones_like(indices, dtype=torch.float32))
         share = counts / max(indices.numel(), 1)
         perplexity = torch.exp(-torch.special.xlogy(share, share).sum())
-        return output.quantized.movedim(-1, 1), output.loss, (perplexity, None, indices)
+        return output.quantized.movedim(-1, 1).contiguous(), output.loss, (perplexity, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
         """The codes at ``indices``; with ``shape`` (batch, height, width, channels) as images."""

@@ -87,7 +87,8 @@ def reparameterize(
         logvar: log variance :math:`\log\sigma^2`, the shape and dtype of ``mu``.
         num_samples: draws so many samples of each element; the result then has the shape ``(num_samples, *mu.shape)``.
         eps: the noise, in the shape of the result; nothing is drawn then.
-        generator: the generator that the seed is drawn from; by default torch's own, so ``torch.manual_seed`` decides.
+        generator: the generator that the seed is drawn from, on the device of ``mu`` or on the CPU; by default torch's own, so
+            ``torch.manual_seed`` decides.
         seed: an integer or a 0-dim int64 tensor on the device of ``mu``: the same seed gives the same noise on every backend and device.
         logvar_clamp: limits of ``logvar``, outside which its gradient is 0; ``None`` for none.
 
@@ -206,9 +207,7 @@ def _noise_source(mu, shape, eps, generator, seed):
         check_shape("eps", eps, shape, "the shape of the sample")
         return eps.to(mu.dtype), None
     if seed is None:
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: got {type(generator).__name__}, takes a torch.Generator")
-        return None, torch.randint(2**63 - 1, (), dtype=torch.int64, device=mu.device, generator=generator)
+        return None, _draw_seed(mu.device, generator)
     if isinstance(seed, Tensor):
         check_tensor("seed", seed, (torch.int64,))
         check_device("seed", seed, "mu", mu)
@@ -218,8 +217,24 @@ def _noise_source(mu, shape, eps, generator, seed):
         raise TypeError(f"seed: got {type(seed).__name__}, takes an integer or a 0-dim int64 tensor")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, takes an integer of 64 bits")
+    return None, _seed_tensor(seed, mu.device)
+
+
+def _draw_seed(device, generator):
+    """A seed on ``device``, drawn on the generator's own device."""
+    if generator is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, takes a torch.Generator")
+    if generator.device.type not in ("cpu", device.type):
+        raise ValueError(f"generator: got one on {generator.device}, takes one on the CPU or on the device of mu, {device}")
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator)
+    return seed if generator.device.type == device.type else _seed_tensor(int(seed), device)
+
+
+def _seed_tensor(seed, device):
     # Not torch.tensor, whose copy to a GPU waits for it.
-    return None, torch.full((), seed, dtype=torch.int64, device=mu.device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _keeps_noise(backend, seed, mu, logvar):

@@ -14,6 +14,7 @@ from fastvae._ops import accumulation_dtype
 from fastvae._pytree import exportable
 from fastvae.functional._checks import check_choice, check_nonnegative
 from fastvae.models._inputs import as_float
+from fastvae.models._reading import reading
 from fastvae.nn.corruption import GaussianNoise
 
 LOSSES = {"mse": FV.mse_loss, "bce_with_logits": FV.binary_cross_entropy_with_logits, "bce": FV.binary_cross_entropy}
@@ -43,6 +44,10 @@ class AEOutput(NamedTuple):
 
 class AE(nn.Module):
     r"""An autoencoder of any encoder and decoder: the mean over samples of :math:`\sum_i \ell(\hat x_i, x_i)`, :math:`\hat x = g(f(x))`.
+
+    :meth:`encode` and :meth:`decode` are parts of a call: differentiable, in the model's mode. The other methods read: they have no
+    gradient and run as in evaluation mode, so that they change no buffer of a model in training but ``threshold``, which
+    :meth:`fit_threshold` sets.
 
     Args:
         encoder: f, from a batch to codes. It sees an 8-bit image as value / 255.
@@ -79,12 +84,12 @@ class AE(nn.Module):
         z = self.encoder(x)
         return z, z.new_zeros((), dtype=accumulation_dtype(z.dtype)), 0.0
 
-    @torch.no_grad()
+    @reading
     def reconstruct(self, x: Tensor) -> Tensor:
         """The decoded codes of ``x``, in the range of the data."""
         return self.decode(self.encode(x))
 
-    @torch.no_grad()
+    @reading
     def anomaly_score(self, x: Tensor) -> Tensor:
         r"""The squared error :math:`\| x - \hat x \|^2` of each sample, shape ``(batch,)``."""
         return FV.mse_loss(self.reconstruct(x), x, reduction="sample")
@@ -178,7 +183,7 @@ class SparseAE(AE):
         active = rho * (math.log(rho) - torch.log(rho_hat + eps))
         return (active + (1 - rho) * (math.log1p(-rho) - torch.log1p(-rho_hat + eps))).sum()
 
-    @torch.no_grad()
+    @reading
     def mean_activation(self, x: Tensor) -> Tensor:
         """The mean of each unit of the code over a batch; of its absolute value with ``"l1"``."""
         z = self.encode(x)
@@ -242,7 +247,7 @@ class StackedAE(AE):
         # Codes are real numbers, whatever the data are.
         return AE(encoders[level], decoders[level], loss=self.loss if level == 0 else "mse")
 
-    @torch.no_grad()
+    @reading
     def stage_input(self, x: Tensor, level: int) -> Tensor:
         """What the layer ``level`` learns to reconstruct: the codes of the layers below it."""
         return self.encoder[: level + 1](as_float(x, self.encoder))

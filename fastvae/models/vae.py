@@ -12,6 +12,7 @@ from fastvae import functional as FV
 from fastvae._pytree import exportable
 from fastvae.functional._checks import check_choice, check_nonnegative
 from fastvae.models._inputs import as_float, parameter_dtype
+from fastvae.models._reading import reading
 from fastvae.nn import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty
 from fastvae.nn.schedules import Schedule
 
@@ -42,6 +43,9 @@ class VAE(nn.Module):
 
     in nats per sample; with ``capacity`` :math:`C` the second term is :math:`\beta\, |KL - C|`. A call samples ``z`` in training and in
     evaluation mode, as the bound demands; :meth:`reconstruct` decodes the posterior's mean.
+
+    :meth:`encode`, :meth:`decode` and :meth:`decode_mean` are parts of a call: differentiable, in the model's mode. The other methods read:
+    they have no gradient and run as in evaluation mode, so that they change no buffer of a model in training.
 
     Args:
         encoder: gives ``(mu, logvar)``, or one tensor that is split into the two on dimension 1. It sees an 8-bit image as value / 255.
@@ -120,21 +124,22 @@ class VAE(nn.Module):
             return self.likelihood(recon, x, reduction=reduction)
         return self.likelihood(recon.flatten(0, 1), x.repeat(num_samples, *(1,) * (x.ndim - 1)), reduction=reduction)
 
-    @torch.no_grad()
+    @reading
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """The means of p(x | z) for ``n`` draws of z from the prior."""
+        """The means of p(x | z) for ``n`` draws of z from the prior, on the device of ``generator`` where one is given."""
         if self.latent_shape is None:
             raise ValueError("latent_shape: got None, sample() takes a model that was given the shape of its z")
         like = next(itertools.chain(self.decoder.parameters(), self.parameters()), torch.empty(0))
-        z = torch.randn(n, *self.latent_shape, generator=generator, device=like.device, dtype=parameter_dtype(self.decoder))
-        return self.decode_mean(z)
+        device = like.device if generator is None else generator.device
+        z = torch.randn(n, *self.latent_shape, generator=generator, device=device, dtype=parameter_dtype(self.decoder))
+        return self.decode_mean(z.to(like.device))
 
-    @torch.no_grad()
+    @reading
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x | z) at the posterior's mean of z, in the range of the data."""
         return self.decode_mean(self.encode(x)[0])
 
-    @torch.no_grad()
+    @reading
     def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
         """Decodes ``steps`` points on the line between the posterior means of two batches: ``(batch, steps, ...)``, both ends included."""
         first, last = self.encode(start)[0], self.encode(end)[0]
@@ -142,7 +147,7 @@ class VAE(nn.Module):
         path = torch.lerp(first.unsqueeze(1), last.unsqueeze(1), weights)
         return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2])
 
-    @torch.no_grad()
+    @reading
     def anomaly_score(self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """The negative evidence lower bound of each sample in nats, shape ``(batch,)``, with beta 1, averaged over ``num_samples`` of z.
 

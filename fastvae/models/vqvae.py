@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae._pytree import exportable
+from fastvae.models._reading import reading
 from fastvae.nn import VectorQuantizer
 
 
@@ -69,6 +70,9 @@ class VQVAE(nn.Module):
 
     .. math:: \tfrac{1}{\sigma^2} \mathrm{MSE}(x, \hat x) + L_{vq}
 
+    A call trains. :meth:`encode`, :meth:`decode` and :meth:`reconstruct` read: they have no gradient and change nothing, in training mode
+    too, where they give what they would give in evaluation mode.
+
     Args:
         encoder: gives ``(batch, dim, ...)``.
         decoder: gives the data from the quantized encoding.
@@ -107,23 +111,26 @@ class VQVAE(nn.Module):
         vq_loss = output.loss
         return VQVAEOutput(reconstruction + vq_loss, reconstruction, vq_loss, recon, output.indices, output.perplexity, output.usage)
 
-    @torch.no_grad()
+    @reading
     def encode(self, x: Tensor) -> Tensor:
         """The indices of a batch."""
         return self.quantizer(self.encoder(_as_float(x))).indices
 
-    @torch.no_grad()
+    @reading
     def decode(self, indices: Tensor) -> Tensor:
         """Data from indices."""
         return self.decoder(self.quantizer.decode(indices))
 
-    @torch.no_grad()
+    @reading
     def reconstruct(self, x: Tensor) -> Tensor:
+        """The decoded codes of a batch."""
         return self.forward(x).recon
 
 
 class VQVAE2(nn.Module):
     """Two levels: a coarse code of the whole and a fine one that is given it (Razavi et al., *VQ-VAE-2*, 2019, section 3.1).
+
+    A call trains; :meth:`encode`, :meth:`decode` and :meth:`reconstruct` read, as those of :class:`VQVAE`.
 
     Args:
         in_channels: of the images, whose sides are multiples of 8.
@@ -175,19 +182,20 @@ class VQVAE2(nn.Module):
         pairs = ((getattr(top, name), getattr(bottom, name)) for name in ("indices", "perplexity", "usage"))
         return VQVAEOutput(reconstruction + vq_loss, reconstruction, vq_loss, recon, *pairs)
 
-    @torch.no_grad()
+    @reading
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The indices of a batch, top and bottom."""
         top, bottom = self._levels(x)
         return top.indices, bottom.indices
 
-    @torch.no_grad()
+    @reading
     def decode(self, indices: tuple[Tensor, Tensor]) -> Tensor:
         """Images from indices."""
         return self._decode(self.quantize_top.decode(indices[0]), self.quantize_bottom.decode(indices[1]))
 
-    @torch.no_grad()
+    @reading
     def reconstruct(self, x: Tensor) -> Tensor:
+        """The decoded codes of a batch."""
         return self.forward(x).recon
 
 

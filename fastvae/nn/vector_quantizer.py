@@ -1,17 +1,24 @@
 """Vector quantization as a layer, with a codebook that learns by gradient or by moving averages."""
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae._pytree import exportable
+from fastvae.functional._autograd import transformed
 from fastvae.functional._checks import check_choice, check_nonnegative
 from fastvae.functional.codebook import GRADIENTS, codebook_ema_step_, codebook_sums
+from fastvae.nn import _processes
+from fastvae.nn._recompute import PendingPasses, fingerprint, is_recomputing, keep_out_of_checkpoints, may_be_recomputed, with_value
 
 UPDATES = ("ema", "gradient")
+
+# Buffers that stay in float32 in a 16-bit module: a moving average in 16 bits stops moving.
+_STATISTICS = ("ema_count", "ema_sum")
 
 
 @exportable
@@ -19,7 +26,8 @@ class VQOutput(NamedTuple):
     """What a quantizer gives.
 
     ``perplexity`` is :math:`\\exp(-\\sum_k p_k \\log p_k)` of the batch's code frequencies, from 1 (one code) to the number of codes, and
-    ``usage`` the share of codes that occur in the batch; both are means over heads, over all processes, and carry no gradient.
+    ``usage`` the share of codes that occur in the batch. Both are means over heads and carry no gradient; in training mode they are those
+    of all processes' batches together.
     """
 
     quantized: Tensor
@@ -29,14 +37,33 @@ class VQOutput(NamedTuple):
     usage: Tensor
 
 
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+class _State(NamedTuple):
+    """The tensors that learn, the layer's own or copies of them, and whether the other processes learn the same at this time."""
+
+    codebook: Tensor
+    ema_count: Tensor
+    ema_sum: Tensor | None
+    started: Tensor
+    shared: bool
+
+    def copy(self) -> "_State":
+        return _State(*(None if t is None else t.detach().clone() for t in self[:-1]), self.shared)
+
+    def add_processes(self, *tensors: Tensor) -> None:
+        if self.shared:
+            _processes.all_reduce(*tensors)
+
+    def take_from_first_process(self, tensor: Tensor) -> None:
+        if self.shared:
+            _processes.broadcast(tensor)
 
 
-def _all_reduce(*tensors: Tensor) -> None:
-    if _is_distributed():
-        for tensor in tensors:
-            distributed.all_reduce(tensor)
+class _Seen(NamedTuple):
+    """What a training pass saw and found: its recomputation takes it from here."""
+
+    codes: Tensor
+    starts: bool
+    statistics: tuple[Tensor, Tensor]
 
 
 class VectorQuantizer(nn.Module):
@@ -44,8 +71,14 @@ class VectorQuantizer(nn.Module):
     Learning*, 2017).
 
     In training mode the codebook learns: with ``update="ema"`` it follows the means of its vectors
-    (:func:`fastvae.functional.codebook_ema_update_`), with ``"gradient"`` it is a parameter that the loss moves. Where
-    ``torch.distributed`` runs, counts and sums are added over all processes, so that their codebooks stay equal.
+    (:func:`fastvae.functional.codebook_ema_update_`), with ``"gradient"`` it is a parameter that the loss moves. A vector with NaN or
+    infinite values takes no part in that. Under activation checkpointing the recomputation sees the codebook of the first pass and
+    changes nothing.
+
+    Where ``torch.distributed`` runs, counts and sums are added over all processes in training mode, so that their codebooks stay equal: all
+    of them have to make each training step. In evaluation mode a process makes no collective call.
+
+    In a 16-bit module (``.bfloat16()``, ``.half()``) the codebook has 16 bits; its moving averages stay in float32.
 
     Args:
         num_codes: size of the codebook.
@@ -61,6 +94,8 @@ class VectorQuantizer(nn.Module):
         heads: splits each vector into so many parts that are quantized separately.
         share_codebook: one codebook for all heads; by default each has its own.
         channels_first: takes ``(batch, dim, ...)`` in place of ``(..., dim)``.
+        global_evaluation: in evaluation mode too, perplexity and usage are those of all processes' batches together; all processes then
+            have to evaluate equally many batches.
     """
 
     def __init__(
@@ -79,6 +114,7 @@ class VectorQuantizer(nn.Module):
         heads: int = 1,
         share_codebook: bool = False,
         channels_first: bool = False,
+        global_evaluation: bool = False,
     ):
         super().__init__()
         check_choice("update", update, UPDATES)
@@ -94,6 +130,7 @@ class VectorQuantizer(nn.Module):
         self.revive_below = check_nonnegative("revive_below", revive_below)
         self.kmeans_iters = kmeans_iters
         self.cosine, self.share_codebook, self.channels_first = cosine, share_codebook, channels_first
+        self.global_evaluation = global_evaluation
 
         shape = (num_codes, dim // heads) if heads == 1 or share_codebook else (heads, num_codes, dim // heads)
         codebook = torch.empty(shape).uniform_(-1.0 / num_codes, 1.0 / num_codes)
@@ -102,15 +139,30 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
-            self.register_buffer("ema_sum", codebook.clone())
-        self.register_buffer("ema_count", torch.ones(shape[:-1]))
+            self.register_buffer("ema_sum", codebook.to(_statistics_dtype(codebook.dtype), copy=True))
+        self.register_buffer("ema_count", torch.ones(shape[:-1], dtype=_statistics_dtype(codebook.dtype)))
         self.register_buffer("started", torch.tensor(kmeans_iters == 0))
-        # What `started` holds: reading it from the device at every call would wait for it.
-        self._started = kmeans_iters == 0
+        # The tensor `started` that was seen to hold True, and its version then.
+        self._seen_started: Tensor | None = None
+        self._seen_version = -1
+        self._processes_agree = False
+        self._passes = PendingPasses()
+
+    def _apply(self, fn, recurse=True):
+        statistics = {name: self._buffers[name] for name in _STATISTICS if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, before in statistics.items():
+            after = self._buffers[name]
+            # From the values before the conversion, which rounds them.
+            self._buffers[name] = after if _is_wide(after) else before.to(after.device, _statistics_dtype(after.dtype))
+        return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._started = bool(self.started)
+        for name in _STATISTICS:
+            if name in self._buffers:
+                # assign=True takes the dtypes of the file.
+                self._buffers[name] = self._buffers[name].to(_statistics_dtype(self._buffers[name].dtype))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
         """Quantizes ``x``.
@@ -129,18 +181,7 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"x: got {x.shape[-1]} channels, takes dim, {self.dim}")
         rows = self._split_heads(x)
         row_mask = None if mask is None else self._split_mask(mask, x)
-        learns = self.training and (self.update == "ema" or self.revive_below > 0)
-        if self.training:
-            self._start(rows.detach(), row_mask)
-        if self.cosine:
-            rows = F.normalize(rows, dim=-1)
-        # A copy where the codebook changes before the backward pass.
-        codes = self.codebook.clone() if learns else self.codebook
-        if self.cosine and self.update == "gradient":
-            codes = F.normalize(codes, dim=-1)
-
-        quantized, indices, loss = self._quantize(rows, codes, row_mask)
-        statistics = self._statistics(rows.detach(), indices, row_mask, learns)
+        quantized, indices, loss, statistics = (self._train if self.training else self._evaluate)(rows, row_mask)
         quantized = self._join_heads(quantized, x.shape)
         indices = self._join_indices(indices, x.shape[:-1])
         if self.channels_first:
@@ -160,7 +201,54 @@ class VectorQuantizer(nn.Module):
             codes = codes.flatten(-2)
         return codes.movedim(-1, 1) if self.channels_first else codes
 
+    def unused_loss(self, x: Tensor) -> Tensor:
+        """The loss of no vectors: 0, with a gradient of 0 for the codebook."""
+        return FV.vector_quantize(x.new_empty((0, self.codebook.shape[-1])), self.codebook.flatten(0, -2)).loss
+
+    def _evaluate(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Quantized vectors, indices, loss and statistics, with the codebook as it is."""
+        rows = F.normalize(rows, dim=-1) if self.cosine else rows
+        quantized, indices, loss = self._quantize(rows, self.codebook, mask)
+        counts = _histogram(_counted(rows.detach(), indices, loss), self.codebook.shape[:-1])
+        if self.global_evaluation and not self.training:
+            _processes.all_reduce(counts)
+        return quantized, indices, loss, _perplexity_and_usage(counts)
+
+    def _train(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The same; the codebook learns from the vectors."""
+        learns = self.update == "ema" or self.revive_below > 0
+        if learns or self.kmeans_iters:
+            keep_out_of_checkpoints(self._passes)
+        recomputes = is_recomputing()
+        checkpointed = recomputes or may_be_recomputed()
+        source = fingerprint(rows) if checkpointed else None
+        seen = self._passes.recall(source) if recomputes else None
+        if recomputes and seen is None:
+            return self._evaluate(rows, mask)
+        starts = self._must_start() if seen is None else seen.starts
+        state = _State(self.codebook, self.ema_count, self._buffers.get("ema_sum"), self.started, shared=not recomputes)
+        if checkpointed:
+            # A recomputation goes through the same operators and random numbers, which selective checkpointing counts and what follows the
+            # layer draws from, but on copies; so the first pass makes copies too.
+            copies = state.copy()
+            state = copies if recomputes else state
+        if starts:
+            self._start(state, rows.detach(), mask)
+        rows = F.normalize(rows, dim=-1) if self.cosine else rows
+        # A copy where the codebook changes before the backward pass.
+        codes = self.codebook if seen is None else seen.codes
+        codes = with_value(self.codebook, codes) if learns or checkpointed else codes
+        quantized, indices, loss = self._quantize(rows, codes, mask)
+        statistics = self._learn(state, rows.detach(), _counted(rows.detach(), indices, loss), mask, learns)
+        if seen is not None:
+            statistics = seen.statistics
+        elif checkpointed:
+            self._passes.remember(source, _Seen(codes.detach(), starts, statistics))
+        return quantized, indices, loss, statistics
+
     def _quantize(self, rows: Tensor, codes: Tensor, mask: Tensor | None) -> FV.VQ:
+        if self.cosine and self.update == "gradient":
+            codes = F.normalize(codes, dim=-1)
         costs = {"commitment_cost": self.commitment_cost, "codebook_cost": 1.0 if self.update == "gradient" else 0.0}
         if mask is None:
             return FV.vector_quantize(rows, codes, gradient=self.gradient, **costs)
@@ -173,43 +261,45 @@ class VectorQuantizer(nn.Module):
         return FV.VQ(torch.where(mask[..., None], quantized, 0.0), torch.where(mask, indices, -1), loss)
 
     @torch.no_grad()
-    def _statistics(self, rows: Tensor, indices: Tensor, mask: Tensor | None, learns: bool) -> tuple[Tensor, Tensor]:
-        """Perplexity and usage; in training the codebook learns from the same counts."""
-        if learns:
-            counts, sums = codebook_sums(rows, indices, self.codebook)
-            _all_reduce(counts, sums)
-            self._learn(counts, sums)
-            if self.revive_below > 0:
-                self._revive(rows, mask)
-        else:
+    def _learn(self, state: _State, rows: Tensor, indices: Tensor, mask: Tensor | None, learns: bool) -> tuple[Tensor, Tensor]:
+        """Perplexity and usage, and from the same counts what the codebook learns."""
+        if not learns:
             counts = _histogram(indices, self.codebook.shape[:-1])
-            _all_reduce(counts)
-        share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-        perplexity = torch.exp(-torch.special.xlogy(share, share).sum(-1)).mean()
-        return perplexity, (counts > 0).float().mean()
+            state.add_processes(counts)
+            return _perplexity_and_usage(counts)
+        counts, sums = codebook_sums(rows, indices, state.codebook)
+        state.add_processes(counts, sums)
+        self._move(state, counts, sums)
+        if self.revive_below > 0:
+            self._revive(state, rows, mask)
+        return _perplexity_and_usage(counts)
 
-    def _learn(self, counts: Tensor, sums: Tensor) -> None:
+    def _move(self, state: _State, counts: Tensor, sums: Tensor) -> None:
         if self.update == "gradient":
-            self.ema_count.lerp_(counts.to(self.ema_count.dtype), 1.0 - self.decay)
+            state.ema_count.lerp_(counts.to(state.ema_count.dtype), 1.0 - self.decay)
             return
-        codebook_ema_step_(self.codebook, self.ema_count, self.ema_sum, counts, sums, decay=self.decay, eps=self.eps)
+        # The averages have all that a 16-bit codebook rounds away.
+        codes = state.codebook.to(state.ema_sum.dtype)
+        codebook_ema_step_(codes, state.ema_count, state.ema_sum, counts, sums, decay=self.decay, eps=self.eps)
         if self.cosine:
-            self.codebook.copy_(F.normalize(self.codebook, dim=-1))
+            codes = F.normalize(codes, dim=-1)
+        if codes is not state.codebook:
+            state.codebook.copy_(codes)
 
-    def _revive(self, rows: Tensor, mask: Tensor | None) -> None:
-        fresh = self._sample(rows, mask)
-        dead = (self.ema_count < self.revive_below) & torch.isfinite(fresh).all(-1)
-        self.codebook.copy_(torch.where(dead[..., None], fresh, self.codebook))
-        self.ema_count.masked_fill_(dead, self.revive_below)
-        if self.update == "ema":
-            self.ema_sum.copy_(torch.where(dead[..., None], fresh * self.revive_below, self.ema_sum))
+    def _revive(self, state: _State, rows: Tensor, mask: Tensor | None) -> None:
+        fresh = self._sample(state, rows, mask)
+        dead = (state.ema_count < self.revive_below) & torch.isfinite(fresh).all(-1)
+        state.codebook.copy_(torch.where(dead[..., None], fresh, state.codebook))
+        state.ema_count.masked_fill_(dead, self.revive_below)
+        if state.ema_sum is not None:
+            state.ema_sum.copy_(torch.where(dead[..., None], fresh * self.revive_below, state.ema_sum))
 
-    def _sample(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+    def _sample(self, state: _State, rows: Tensor, mask: Tensor | None) -> Tensor:
         """One vector of the batch for each code, in the shape of the codebook; NaN where the batch has none.
 
         Vectors at equal distances in the batch, from a random place on, so that none is drawn twice unless they are fewer than the codes.
         """
-        flat = rows.reshape(-1, *rows.shape[-2:]) if self.codebook.ndim == 3 else rows.reshape(1, -1, rows.shape[-1])
+        flat = rows if self.codebook.ndim == 3 else rows.reshape(1, -1, rows.shape[-1])
         if flat.shape[1] == 0:
             fresh = flat.new_full(self.codebook.shape, float("nan"))
         else:
@@ -225,35 +315,63 @@ class VectorQuantizer(nn.Module):
                 chosen = torch.argsort((~kept).to(torch.int8), dim=1, stable=True).gather(1, chosen)
             fresh = flat.gather(1, chosen[..., None].expand(*chosen.shape, flat.shape[-1]))
             fresh = torch.where(available[..., None] > 0, fresh, float("nan")).view(self.codebook.shape)
-        fresh = fresh.to(self.codebook.dtype).contiguous()
-        if _is_distributed():
-            distributed.broadcast(fresh, src=0)
+        fresh = fresh.to(state.ema_count.dtype).contiguous()
+        state.take_from_first_process(fresh)
         return fresh
 
     @torch.no_grad()
-    def _start(self, rows: Tensor, mask: Tensor | None) -> None:
-        """k-means on the first batch."""
-        if self._started:
-            return
+    def _start(self, state: _State, rows: Tensor, mask: Tensor | None) -> None:
+        """k-means on the first batch that has finite vectors."""
         rows = F.normalize(rows, dim=-1) if self.cosine else rows
-        fresh = self._sample(rows, mask)
-        codes = torch.where(torch.isfinite(fresh), fresh, self.codebook)
-        counts = torch.zeros_like(self.ema_count)
-        safe = rows if mask is None else torch.where(mask[..., None], rows, 0.0)
+        kept = _finite_rows(rows) if mask is None else mask & _finite_rows(rows)
+        rows = torch.where(kept[..., None], rows, 0.0)
+        fresh = self._sample(state, rows, kept)
+        codes = torch.where(torch.isfinite(fresh).all(-1, keepdim=True), fresh, state.codebook)
+        counts = torch.zeros_like(state.ema_count)
         for _ in range(self.kmeans_iters):
-            indices = FV.vq_nearest(safe, codes)
-            indices = indices if mask is None else torch.where(mask, indices, -1)
-            counts, sums = codebook_sums(safe, indices, codes)
-            _all_reduce(counts, sums)
-            means = (sums / counts.clamp(min=1)[..., None]).to(codes.dtype)
+            counts, sums = codebook_sums(rows, torch.where(kept, FV.vq_nearest(rows, codes), -1), codes)
+            state.add_processes(counts, sums)
+            means = sums / counts.clamp(min=1)[..., None]
             means = F.normalize(means, dim=-1) if self.cosine else means
             codes = torch.where(counts[..., None] > 0, means, codes)
-        self.codebook.copy_(codes)
-        self.ema_count.copy_(counts)
-        if self.update == "ema":
-            self.ema_sum.copy_(codes * self.ema_count[..., None])
-        self.started.fill_(True)
-        self._started = True
+        found = counts.sum() > 0
+        state.codebook.copy_(torch.where(found, codes, state.codebook))
+        state.ema_count.copy_(torch.where(found, counts, state.ema_count))
+        if state.ema_sum is not None:
+            state.ema_sum.copy_(torch.where(found, codes * counts[..., None], state.ema_sum))
+        state.started.copy_(found)
+
+    def _must_start(self) -> bool:
+        if self.kmeans_iters == 0:
+            return False
+        if _processes.is_distributed() and not self._processes_agree:
+            self._adopt_start()
+            self._processes_agree = True
+        return not self._has_started()
+
+    def _has_started(self) -> bool:
+        """The value of the buffer ``started``. Reading it waits for an accelerator, so True is read once: again where another tensor is in
+        its place, or where somebody has written to it, which DistributedDataParallel does at every step."""
+        if torch.compiler.is_compiling():
+            # A graph can neither compare tensors nor read them: it breaks until True has been seen.
+            if self._seen_started is None and self.started:
+                self._seen_started, self._seen_version = self.started, -1
+            return self._seen_started is not None
+        if self._seen_started is self.started and (self._seen_version == self.started._version or _processes.is_distributed()):
+            return True
+        started = self.started.is_meta or bool(self.started)
+        self._seen_started, self._seen_version = (self.started, self.started._version) if started else (None, -1)
+        return started
+
+    @torch.no_grad()
+    def _adopt_start(self) -> None:
+        """Gives all processes the codebook of one that has started, such as the one that loaded a checkpoint. k-means in the others alone
+        would wait for it for ever."""
+        ranks = _processes.where_true(self.started)
+        if 0 < len(ranks) < _processes.world_size():
+            state = (self.codebook, self.ema_count, self._buffers.get("ema_sum"))
+            _processes.broadcast(*(t for t in state if t is not None), src=ranks[0])
+            self.started.fill_(True)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """``x``, or (heads, rows, dim of a head) where each head has a codebook, or (rows, heads, dim of a head) where they share one."""
@@ -278,11 +396,39 @@ class VectorQuantizer(nn.Module):
     def _join_indices(self, indices: Tensor, shape: torch.Size) -> Tensor:
         if self.heads == 1:
             return indices
-        return (indices if self.share_codebook else indices.transpose(0, 1)).reshape(*shape, self.heads)
+        # Contiguous, so that .view() works on what a user keeps.
+        return (indices if self.share_codebook else indices.transpose(0, 1)).reshape(*shape, self.heads).contiguous()
 
     def extra_repr(self) -> str:
         names = ("update", "commitment_cost", "gradient", "decay", "revive_below", "kmeans_iters", "cosine", "heads", "channels_first")
         return f"{self.num_codes}, {self.dim}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    return tensor.dtype == _statistics_dtype(tensor.dtype)
+
+
+def _finite_rows(rows: Tensor) -> Tensor:
+    """Which vectors have a finite sum, and so no NaN and no infinite value. torch.isfinite would take several passes over them."""
+    return rows.sum(-1, dtype=_statistics_dtype(rows.dtype)) * 0 == 0
+
+
+def _counted(rows: Tensor, indices: Tensor, loss: Tensor) -> Tensor:
+    """``indices``, with -1 for vectors that are not finite."""
+    # A finite loss says that there are none. On the CPU the host reads it at no cost.
+    if type(loss) is Tensor and loss.device.type == "cpu" and not transformed() and math.isfinite(loss.item()):
+        return indices
+    return torch.where(_finite_rows(rows), indices, -1)
+
+
+def _perplexity_and_usage(counts: Tensor) -> tuple[Tensor, Tensor]:
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    perplexity = torch.exp(-torch.special.xlogy(share, share).sum(-1)).mean()
+    return perplexity, (counts > 0).float().mean()
 
 
 def _histogram(indices: Tensor, shape: torch.Size) -> Tensor:
@@ -292,6 +438,27 @@ def _histogram(indices: Tensor, shape: torch.Size) -> Tensor:
     # The last bin takes what is left out.
     counts.scatter_add_(1, torch.where(flat < 0, shape[-1], flat), torch.ones_like(flat))
     return counts[:, :-1].reshape(shape)
+
+
+class DepthDropout:
+    """How many steps of a residual quantizer a training pass takes: a random number, the same in all processes and in a recomputation."""
+
+    def __init__(self, fewest: int, most: int):
+        self.fewest, self.most = fewest, most
+        self._passes = PendingPasses()
+
+    def draw(self, x: Tensor) -> int:
+        if self.fewest == self.most:
+            return self.most
+        recomputes = is_recomputing()
+        source = fingerprint(x) if recomputes or may_be_recomputed() else None
+        drawn = _processes.draw_depth(self.fewest, self.most, x.device, shared=not recomputes)
+        if recomputes:
+            seen = self._passes.recall(source)
+            return drawn if seen is None else seen
+        if source is not None:
+            self._passes.remember(source, drawn)
+        return drawn
 
 
 class ResidualVectorQuantizer(nn.Module):
@@ -327,19 +494,24 @@ class ResidualVectorQuantizer(nn.Module):
             raise ValueError(f"min_quantizers: got {min_quantizers}, takes 1 to num_quantizers, {num_quantizers}")
         self.layers = nn.ModuleList(VectorQuantizer(num_codes, dim, **options) for _ in range(num_quantizers))
         self.quantizer_dropout, self.min_quantizers, self.channels_first = quantizer_dropout, min_quantizers, channels_first
+        self._depth = DepthDropout(min_quantizers if quantizer_dropout else num_quantizers, num_quantizers)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
         """:class:`VQOutput`: the sum of the steps' codes and losses, indices with a last dimension for the steps (-1 for one left out),
         perplexity and usage of each step, shape ``(num_quantizers,)`` (0 for one left out)."""
         if self.channels_first:
             x = x.movedim(1, -1)
-        active = self._active(x.device)
+        active = self._depth.draw(x) if self.training else len(self.layers)
         residual, total, loss, outputs = x, torch.zeros_like(x), 0.0, []
         for layer in self.layers[:active]:
             output = layer(residual, mask)
             codes = output.quantized.detach()
             residual, total, loss = residual - codes, total + codes, loss + output.loss
             outputs.append(output)
+        for layer in self.layers[active:]:
+            if layer.update == "gradient":
+                # A parameter without a gradient stops DistributedDataParallel.
+                loss = loss + layer.unused_loss(x)
         missing = len(self.layers) - active
         indices = F.pad(torch.stack([o.indices for o in outputs], dim=-1), (0, missing), value=-1)
         perplexity, usage = (F.pad(torch.stack([getattr(o, name) for o in outputs]), (0, missing)) for name in ("perplexity", "usage"))
@@ -352,13 +524,3 @@ class ResidualVectorQuantizer(nn.Module):
         """The sum of the codes at ``indices``, the last dimension of which holds the first steps, or all."""
         codes = sum(layer.decode(index) for layer, index in zip(self.layers, indices.unbind(-1), strict=False))
         return codes.movedim(-1, 1) if self.channels_first else codes
-
-    def _active(self, device: torch.device) -> int:
-        """How many steps this call takes; the same in all processes, which would otherwise wait for each other for ever."""
-        if not (self.training and self.quantizer_dropout):
-            return len(self.layers)
-        drawn = torch.randint(self.min_quantizers, len(self.layers) + 1, ())
-        if _is_distributed():
-            drawn = drawn.to(device)
-            distributed.broadcast(drawn, src=0)
-        return int(drawn)

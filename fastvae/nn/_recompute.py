@@ -1,0 +1,135 @@
+"""Activation checkpointing runs a forward pass again inside the backward pass. A module whose forward pass changes it has to tell the two
+apart: the second one sees what the first one saw, and changes nothing."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae.functional._autograd import graph_is_retained
+
+# Each pending pass holds a copy of the codebook. A loop in training mode under torch.no_grad(), without backward passes, leaves so many.
+MAX_PENDING = 16
+
+# The inputs of the two passes are equal but for what an operator without a fixed order of sums does to them.
+_TOLERANCE = 1e-2
+
+
+def is_recomputing() -> bool:
+    """Whether this forward pass runs inside a backward pass: it repeats an earlier one and must leave no trace."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def may_be_recomputed() -> bool:
+    """Whether this forward pass may be the first of two: checkpointing runs that one without gradients (``use_reentrant=True``) or under
+    hooks on saved tensors (``use_reentrant=False``)."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+class _Pass(NamedTuple):
+    fingerprint: Tensor
+    seen: Any
+
+
+class PendingPasses:
+    """The first passes of a module that may be recomputed, each with what the module saw then, found again by their input."""
+
+    def __init__(self):
+        self._passes: list[_Pass] = []
+        self._forgot = False
+        self.compiled = False
+
+    def __deepcopy__(self, memo) -> "PendingPasses":
+        return PendingPasses()
+
+    def __reduce__(self):
+        return PendingPasses, ()
+
+    def remember(self, fingerprint: Tensor, seen) -> None:
+        """Adds a pass.
+
+        Args:
+            fingerprint: of the pass's input, see :func:`fingerprint`.
+            seen: what :meth:`recall` gives back.
+        """
+        self._passes.append(_Pass(fingerprint, seen))
+        if len(self._passes) > MAX_PENDING:
+            del self._passes[0]
+            self._forgot = True
+
+    def recall(self, fingerprint: Tensor):
+        """What the first pass of this recomputation saw; ``None`` where there was none, such as in evaluation mode.
+
+        Raises:
+            RuntimeError: where the pass is none of the last ``MAX_PENDING``.
+        """
+        candidates = [index for index, each in enumerate(self._passes) if each.fingerprint.device == fingerprint.device]
+        if not candidates:
+            return None
+        # One pass alone is the one, and the host need not wait for the device to compare.
+        index = candidates[0] if len(candidates) == 1 and not self._forgot else self._nearest(candidates, fingerprint)
+        return self._passes[index].seen if graph_is_retained() else self._passes.pop(index).seen
+
+    def _nearest(self, candidates: list[int], fingerprint: Tensor) -> int:
+        # Selective checkpointing counts operators, and the first pass had none of these.
+        with torch._C._DisableTorchDispatch():
+            known = torch.stack([self._passes[index].fingerprint for index in candidates])
+            distances = (known - fingerprint).norm(dim=1) / fingerprint.norm().clamp(min=torch.finfo(torch.float32).tiny)
+            values = distances.tolist()
+        # Of equal inputs the latest: a backward pass goes through its graph from the end.
+        best = min(reversed(range(len(values))), key=values.__getitem__)
+        if not values[best] <= _TOLERANCE:
+            raise RuntimeError(
+                f"a quantizer under activation checkpointing remembers {MAX_PENDING} passes, and the one that is recomputed is none of "
+                "them: run its backward pass sooner"
+            )
+        return candidates[best]
+
+
+def keep_out_of_checkpoints(passes: PendingPasses) -> None:
+    """Lets torch.compile leave a checkpoint around the module to eager mode, or refuse it under ``fullgraph=True``: its graph would run the
+    module twice unawares. It does so where a module writes an attribute."""
+    if torch.compiler.is_compiling():
+        passes.compiled = True
+
+
+def fingerprint(x: Tensor) -> Tensor:
+    """Sums over all but the last dimension of ``x``, float32, which tell one input from another. Their weights differ by row, since plain
+    sums are 0 behind a normalisation. NaN and infinite values count 0."""
+    rows = torch.nan_to_num(x.detach().reshape(-1, x.shape[-1]).float(), 0.0, 0.0, 0.0)
+    return (rows * torch.linspace(0.5, 1.0, rows.shape[0], device=rows.device)[:, None]).sum(0)
+
+
+class _Valued(torch.autograd.Function):
+    @staticmethod
+    def forward(tensor: Tensor, value: Tensor) -> Tensor:
+        return _copy(value)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def with_value(tensor: Tensor, value: Tensor) -> Tensor:
+    """A copy of ``value``, whose gradient goes to ``tensor``."""
+    return _Valued.apply(tensor, value) if tensor.requires_grad else _copy(value)
+
+
+def _copy(value: Tensor) -> Tensor:
+    return torch.ops.fastvae.snapshot(value) if torch.compiler.is_compiling() else value.detach().clone()
+
+
+@torch.library.impl("fastvae::snapshot", "CompositeExplicitAutograd")
+def _snapshot(tensor: Tensor) -> Tensor:
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a compiled quantizer runs again in a backward pass, where it cannot see the codebook of the first pass: "
+            "compile the code around torch.utils.checkpoint, not the code inside"
+        )
+    return tensor.clone()
