@@ -39,6 +39,9 @@ struct ReconstructionParams {
   const float* grad_rows;
   int64_t grad_stride;
   Divider row;  // elements of one
+  // The gradients were written for an incoming one of `expected`: where it is that, nothing is left to do.
+  bool written;
+  float expected;
   T* grad_input;
   Output grad_target, grad_logvar;
 };
@@ -97,8 +100,14 @@ __device__ __forceinline__ float incoming_gradient(const ReconstructionParams<T>
   return p.grad_rows[p.grad_stride != 0 ? quotient(p.row, element) * p.grad_stride : 0] * p.scale;
 }
 
+template <class T>
+__device__ __forceinline__ bool is_done(const ReconstructionParams<T>& p) {
+  return p.written && *p.grad_rows == p.expected;
+}
+
 template <class T, class Terms>
 __global__ void __launch_bounds__(kThreads, 6) loss_kernel(const __grid_constant__ ReconstructionParams<T> p) {
+  if (is_done(p)) return;
   LossAccumulator loss(p.loss_sum, p.chunk);
   float logvar_total = 0.0f;
   int64_t begin = blockIdx.x * p.chunk, end = least(begin + p.chunk, p.numel);
@@ -168,6 +177,7 @@ __device__ __forceinline__ float target_value(const void* from, DType dtype, int
 // The gradient of a log variance whose values are shared, one sum a value: a pass of its own over input and target.
 template <class T>
 __global__ void __launch_bounds__(kThreads) shared_logvar_kernel(const __grid_constant__ SharedLogvarParams<T> p) {
+  if (is_done(p)) return;
   auto gradient = [&](int64_t element) {
     float logvar = operand_value<T>(p.extra, value_index(p.extra, element));
     LossTerms<float> terms = Gaussian::terms(widen(p.input[element]), target_value(p.target, p.target_dtype, element), logvar);
@@ -181,19 +191,17 @@ __global__ void __launch_bounds__(kThreads) shared_logvar_kernel(const __grid_co
 
 template <class T>
 struct RescaleParams {
-  const T* from;
-  T* to;
+  T* grad;
   const float* incoming;
   float expected;
   bool vector;
   Chunks chunks;
 };
 
-// In place there is nothing to do where the incoming gradient is the expected one.
 template <class T>
 __global__ void __launch_bounds__(kThreads) rescale_kernel(const __grid_constant__ RescaleParams<T> p) {
   float incoming = *p.incoming;
-  if (p.from == p.to && incoming == p.expected) return;
+  if (incoming == p.expected) return;
   float factor = incoming / p.expected;
   int64_t begin = blockIdx.x * p.chunks.elements, end = least(begin + p.chunks.elements, p.chunks.numel);
   for (int64_t base = begin; base < end; base += kStep) {
@@ -203,9 +211,9 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(const __grid_constant
       int count = vector_count(end - element);
       bool fast = p.vector && count == kVector;
       float values[kVector];
-      load(p.from + element, count, fast, values);
+      load(p.grad + element, count, fast, values);
       for (int k = 0; k < kVector; ++k) values[k] *= factor;
-      store(p.to + element, count, fast, values);
+      store(p.grad + element, count, fast, values);
     }
   }
 }
@@ -320,18 +328,11 @@ ThreeTensors forward(const Arguments& a, Reduction reduction, double grad_scale,
   return {loss, grad_input, grad_logvar};
 }
 
+// Writes the gradients; where they were written for an incoming one of `expected`, unless it is that.
 template <class T>
-ThreeTensors backward(const Arguments& a, const Tensor& grad_output, Reduction reduction, bool with_target) {
-  Launch launch(a.input);
-  std::vector<int64_t> nothing = {0};
-  ScalarType dtype = a.input.scalar_type();
-  Tensor grad_input = launch.empty(shape_of(a.input), dtype);
-  Tensor grad_target = launch.empty(with_target ? shape_of(a.target) : nothing, a.target.scalar_type());
-  Tensor grad_logvar = a.logvar ? launch.empty(shape_of(*a.logvar), a.logvar->scalar_type()) : launch.empty(nothing, dtype);
-  if (a.input.numel() == 0) {
-    launch.fill(grad_logvar, 0);
-    return {grad_input, grad_target, grad_logvar};
-  }
+void write_gradients(Launch& launch, const Arguments& a, const Tensor& grad_output, Reduction reduction, std::optional<double> expected,
+                     const Tensor& grad_input, const Tensor* grad_target, const Tensor& grad_logvar) {
+  if (a.input.numel() == 0) return launch.fill(grad_logvar, 0);
   Copies copies;
   ReconstructionParams<T> p = problem<T>(a, copies);
   if (reduction == Reduction::none) {
@@ -342,10 +343,23 @@ ThreeTensors backward(const Arguments& a, const Tensor& grad_output, Reduction r
   }
   p.scale = static_cast<float>(reduction_scale(reduction, batch_of(a.input), p.numel));
   p.grad_input = static_cast<T*>(grad_input.mutable_data_ptr());
-  if (with_target) p.grad_target = output_of(grad_target);
+  if (grad_target) p.grad_target = output_of(*grad_target);
+  p.written = expected.has_value();
+  p.expected = static_cast<float>(expected.value_or(0.0));
   LossPlan plan;
   plan.chunks = chunks_of(p.numel, kMaxBlocks);
   run(launch, a, plan, p, a.logvar ? &grad_logvar : nullptr);
+}
+
+template <class T>
+ThreeTensors backward(const Arguments& a, const Tensor& grad_output, Reduction reduction, bool with_target) {
+  Launch launch(a.input);
+  std::vector<int64_t> nothing = {0};
+  ScalarType dtype = a.input.scalar_type();
+  Tensor grad_input = launch.empty(shape_of(a.input), dtype);
+  Tensor grad_target = launch.empty(with_target ? shape_of(a.target) : nothing, a.target.scalar_type());
+  Tensor grad_logvar = a.logvar ? launch.empty(shape_of(*a.logvar), a.logvar->scalar_type()) : launch.empty(nothing, dtype);
+  write_gradients<T>(launch, a, grad_output, reduction, {}, grad_input, with_target ? &grad_target : nullptr, grad_logvar);
   return {grad_input, grad_target, grad_logvar};
 }
 
@@ -367,33 +381,30 @@ ThreeTensors reconstruction_backward(const Tensor& grad_output, const Tensor& in
   });
 }
 
-void rescale(const Launch& launch, const Tensor& grad, const Tensor& grad_output, double expected, const Tensor& out) {
+void reconstruction_backward_(Tensor grad_input, Tensor grad_logvar, const Tensor& grad_output, double expected, const Tensor& input,
+                              const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                              const OptionalTensor& logvar, int64_t likelihood, int64_t reduction) {
+  Arguments arguments{input, target, weight, pos_weight, logvar, static_cast<Likelihood>(likelihood)};
+  Launch launch(input);
+  dispatch(input.scalar_type(), [&](auto type) {
+    write_gradients<typename decltype(type)::Type>(launch, arguments, grad_output, static_cast<Reduction>(reduction), expected, grad_input,
+                                                   nullptr, grad_logvar);
+  });
+}
+
+void reconstruction_rescale_(Tensor grad, const Tensor& grad_output, double expected) {
   if (grad.numel() == 0) return;
+  Launch launch(grad);
   STD_TORCH_CHECK(grad_output.scalar_type() == ScalarType::Float, "fastvae: grad_output has to be float32");
   auto run = [&](auto type) {
     using T = typename decltype(type)::Type;
-    RescaleParams<T> p{static_cast<const T*>(grad.const_data_ptr()),
-                       static_cast<T*>(out.mutable_data_ptr()),
-                       static_cast<const float*>(grad_output.const_data_ptr()),
-                       static_cast<float>(expected),
-                       false,
-                       chunks_of(grad.numel(), kMaxRescaleBlocks)};
-    p.vector = is_aligned(p.from) && is_aligned(p.to);
+    RescaleParams<T> p{static_cast<T*>(grad.mutable_data_ptr()), static_cast<const float*>(grad_output.const_data_ptr()),
+                       static_cast<float>(expected), false, chunks_of(grad.numel(), kMaxRescaleBlocks)};
+    p.vector = is_aligned(p.grad);
     launch.run(rescale_kernel<T>, p.chunks.blocks, 1, kThreads, p);
   };
   // A log variance may be a float64 tensor beside other inputs.
   grad.scalar_type() == ScalarType::Double ? run(TypeTag<double>{}) : dispatch(grad.scalar_type(), run);
-}
-
-Tensor reconstruction_rescale(const Tensor& grad, const Tensor& grad_output, double expected) {
-  Launch launch(grad);
-  Tensor out = launch.empty(shape_of(grad), grad.scalar_type());
-  rescale(launch, dense(grad), grad_output, expected, out);
-  return out;
-}
-
-void reconstruction_rescale_(Tensor grad, const Tensor& grad_output, double expected) {
-  rescale(Launch(grad), grad, grad_output, expected, grad);
 }
 
 }  // namespace
@@ -401,7 +412,7 @@ void reconstruction_rescale_(Tensor grad, const Tensor& grad_output, double expe
 STABLE_TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
   m.impl("reconstruction_forward.cuda", TORCH_BOX(&reconstruction_forward));
   m.impl("reconstruction_backward.cuda", TORCH_BOX(&reconstruction_backward));
-  m.impl("reconstruction_rescale.cuda", TORCH_BOX(&reconstruction_rescale));
+  m.impl("reconstruction_backward_.cuda", TORCH_BOX(&reconstruction_backward_));
   m.impl("reconstruction_rescale_.cuda", TORCH_BOX(&reconstruction_rescale_));
 }
 

@@ -17,6 +17,7 @@ from fastvae.functional._checks import (
     check_shape,
     check_tensor,
 )
+from fastvae.reference import latent as reference
 
 LOGVAR_CLAMP = (-30.0, 20.0)
 
@@ -59,6 +60,10 @@ class _ReparameterizeKL(torch.autograd.Function):
         prior_grads = (grad_prior_mu, grad_prior_logvar) if has_prior else (None, None)
         grad_eps = _eps_gradient(grad_z, mu, logvar, ctx.arguments) if ctx.needs_input_grad[4] and grad_z is not None else None
         return grad_mu, grad_logvar, *prior_grads, grad_eps, *(None,) * 9
+
+    @staticmethod
+    def in_plain_torch(*args):
+        return reference.latent_forward(*args[:-1])
 
 
 def _eps_gradient(grad_z, mu, logvar, arguments):

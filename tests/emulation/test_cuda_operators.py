@@ -131,11 +131,9 @@ def test_gradient_of_the_target():
 def test_rescaling(incoming):
     grad, number = random(4099), torch.tensor(incoming)
     for expected in (1.0, 2.0):
-        out = OVERLOADS["reconstruction_rescale", "cuda"](grad, number, expected)
-        in_place = grad.clone()
-        OVERLOADS["reconstruction_rescale_", "cuda"](in_place, number, expected)
-        torch.testing.assert_close(out, grad * (number / expected))
-        torch.testing.assert_close(in_place, out)
+        rescaled = grad.clone()
+        OVERLOADS["reconstruction_rescale_", "cuda"](rescaled, number, expected)
+        torch.testing.assert_close(rescaled, grad * (number / expected))
 
 
 @pytest.mark.parametrize("shape", [(3, 2_100_000), (9000, 500)], ids=str)
