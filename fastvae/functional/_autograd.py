@@ -49,7 +49,6 @@ def first_derivative_only(reference: str):
             refused = iter(_RefuseSecondDerivative.apply(message, len(gradients), *gradients, *sources))
             return tuple(None if output is None else next(refused) for output in outputs)
 
-        wrapper.reference = reference
         return wrapper
 
     return decorate
@@ -118,21 +117,21 @@ def writes_gradient(learners: list[Tensor], reduction: str, grad_scale: float) -
 def apply(function: type[torch.autograd.Function], *args):
     """``function.apply(*args)`` at half its cost.
 
-    ``args`` are complete and positional, so binding them to the signature, which takes 30 us, is left out. Under forward-mode
-    differentiation, for which no kernel has a rule (torch.compile refuses a Function that has one), the result is that of
-    ``function.in_plain_torch``, which torch differentiates in either mode and as often as one likes.
+    ``args`` are complete and positional, so binding them to the signature, which takes 30 us, is left out.
+
+    ``function.in_plain_torch`` is what torch differentiates in either mode and as often as one likes. It is taken where no Function serves:
+    in forward mode, as torch.compile refuses a Function with a rule for that; and inside torch.func inside torch.compile, which may trace
+    ``forward`` and ignore ``backward`` (torch 2.13: the gradient of what the transformation hands in is 0, without an error).
     """
-    if transformed():
-        return _apply_plain(function, *args) if forward_mode() else function.apply(*args)
+    if torch.compiler.is_compiling():
+        return _apply_plain(function, *args) if torch._C._are_functorch_transforms_active() else function.apply(*args)
     if forward_ad._current_level >= 0:
         return _apply_plain(function, *args)
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
 
 
 def _apply_plain(function, *args):
-    _backend.check_forward_mode()
-    if hasattr(function, "in_plain_torch"):
-        return function.in_plain_torch(*args)
-    if any(carries_tangent(argument) for argument in args):
-        raise RuntimeError(f"a fastvae kernel has no forward-mode derivative: use {function.backward.reference}, which is plain PyTorch")
-    return function.apply(*args)
+    _backend.check_plain_torch()
+    return function.in_plain_torch(*args)

@@ -303,10 +303,10 @@ def check_unit_interval(name: str, values: Tensor) -> None:
 
 def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad_scale):
     check_tensor("input", input)
-    if likelihood == "mse" and isinstance(target, Tensor) and not target.is_floating_point() and target.dtype != torch.uint8:
-        target = target.to(input.dtype)
+    if likelihood == "mse":
+        target = _as_number(target, input.dtype, kept=torch.uint8)
     _check_target("target", target, "input", input)
-    weight, pos_weight = _as_float(weight), _as_float(pos_weight)
+    weight, pos_weight = _as_number(weight, torch.float32), _as_number(pos_weight, torch.float32)
     for name, value in (("weight", weight), ("pos_weight", pos_weight), ("logvar", logvar)):
         if value is not None:
             _check_shared(name, value, input)
@@ -336,9 +336,11 @@ def _promote(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     return input.to(promoted) if reduction == "none" or promoted == torch.float64 else input
 
 
-def _as_float(value):
-    """Weights that are no floating-point numbers, such as masks: in float32."""
-    return value.float() if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex() else value
+def _as_number(value, dtype: torch.dtype, kept: torch.dtype | None = None):
+    """Integers and bools, which torch takes as numbers, in a floating dtype; ``kept`` stays what it is."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == kept:
+        return value
+    return value.to(dtype)
 
 
 def _check_target(name, target, like_name, like):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae._ops import ACTIVATIONS, OVERLOADS, REDUCTIONS, accumulation_dtype
-from fastvae.reference._reduce import expand_gradient, reduce_elements, reduction_scale
+from fastvae.reference._reduce import expand_gradient, reduce_elements
 
 _NAMES = {number: name for name, number in ACTIVATIONS.items()}
 # What `alpha` is where nobody gives one; the activations that are not here have no parameter.
@@ -108,8 +108,7 @@ def _jacobian_backward(grad_output, hidden, weight, squared_norms, activation, a
 def gram_norms(left, inner, outer, lower, reduction: int) -> Tensor:
     """The norms of the Gram form, differentiable any number of times in either mode."""
     scaled = outer.unsqueeze(2) * left * inner.unsqueeze(1)
-    norms = ((scaled @ (lower @ lower.T)) * scaled).sum((1, 2))
-    return norms if reduction == REDUCTIONS["sample"] else norms.sum() * reduction_scale(outer.shape[:1], reduction)
+    return reduce_elements(((scaled @ (lower @ lower.T)) * scaled).sum((1, 2)), reduction, outer.dtype)
 
 
 @torch.library.impl("fastvae::jacobian_gram_scale.reference", "CompositeExplicitAutograd")

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from _helpers import LAYOUTS, Source, leaf, places
-from test_reconstruction import FORMS, SCALAR_REDUCTIONS, Case, check, evaluate, make_inputs
+from test_reconstruction import FORMS, SCALAR_REDUCTIONS, Case, check, check_written_over, evaluate, make_inputs
 
 import fastvae
 from fastvae import functional as FV
@@ -158,6 +158,11 @@ def test_rescale(expected, incoming, dtype, shape):
     wanted = (grad.float() * (incoming / expected)).to(dtype)
     torch.ops.fastvae.reconstruction_rescale_.triton(grad, torch.tensor(incoming), expected)
     torch.testing.assert_close(grad, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_gradients_written_over_in_place(likelihood):
+    check_written_over("cpu", "triton", likelihood)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
