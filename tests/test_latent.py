@@ -218,7 +218,7 @@ def relative_error(actual: torch.Tensor, expected: list) -> float:
 def log_variances_near_zero(device: str, dtype: torch.dtype) -> torch.Tensor:
     """Of both signs and down to where the squares leave the normal numbers."""
     smallest = max(1e-9, torch.finfo(dtype).tiny ** 0.5 * 8)
-    magnitudes = torch.logspace(math.log10(smallest), math.log10(20.0), 199, dtype=torch.float64)
+    magnitudes = torch.logspace(math.log10(smallest), math.log10(8.0), 199, dtype=torch.float64)
     return torch.cat([magnitudes, -magnitudes]).to(device, dtype)
 
 
@@ -234,13 +234,13 @@ def check_near_the_prior(device: str, dtype: torch.dtype) -> None:
         ((logvar,), FV.kl_normal(zeros, logvar, reduction="none")),
         ((shifted, prior), FV.kl_normal(zeros, shifted, zeros, prior, reduction="none")),
     ):
-        differences = [mpmath.mpf(v) - len(inputs) + 1 for v in inputs[0].tolist()]
         with mpmath.workdps(60):
+            differences = [mpmath.mpf(v) - len(inputs) + 1 for v in inputs[0].tolist()]
             exact = [mpmath.expm1(d) for d in differences]
             divergences = [0.5 * (e - d) for e, d in zip(exact, differences, strict=True)]
         gradients = torch.autograd.grad(kl, inputs, torch.ones_like(kl))
         kept = [i for i, d in enumerate(differences) if d != 0]
-        bound = 12 if dtype.itemsize >= 4 else 0.51
+        bound = 4 if dtype.itemsize >= 4 else 0.51
         for actual, expected, factor in ((kl.detach(), divergences, 1), (gradients[0], exact, 0.5), (gradients[-1], exact, 0.5)):
             sign = -1 if actual is gradients[-1] and len(inputs) == 2 else 1
             assert relative_error(actual[kept], [sign * factor * expected[i] for i in kept]) <= bound

@@ -124,9 +124,9 @@ def kl_normal(
 
     .. math:: \tfrac12 \sum_d \left( \log\tfrac{\sigma_p^2}{\sigma^2} + \frac{\sigma^2 + (\mu - \mu_p)^2}{\sigma_p^2} - 1 \right)
 
-    Kingma and Welling (2014), appendix B. With ``free_bits`` :math:`\lambda` the sum is
-    :math:`\sum_d \max(\lambda, \mathrm{mean}_b\, KL_{bd})` (Kingma et al., *Improved Variational Inference with Inverse Autoregressive
-    Flow*, 2016): a dimension at or below :math:`\lambda` counts :math:`\lambda` for each sample and has no gradient.
+    Kingma and Welling (2014), appendix B. It is never negative, and accurate near the prior too. With ``free_bits`` :math:`\lambda` the
+    sum is :math:`\sum_d \max(\lambda, \mathrm{mean}_b\, KL_{bd})` (Kingma et al., *Improved Variational Inference with Inverse
+    Autoregressive Flow*, 2016): a dimension at or below :math:`\lambda` counts :math:`\lambda` for each sample and has no gradient.
 
     Args:
         mu, logvar: mean and log variance, ``(batch, ...)``; float32, bfloat16, float16 or float64.
