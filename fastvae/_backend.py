@@ -100,6 +100,14 @@ def _explain(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str
     return f"backend {backend!r} cannot serve {op} on {device_type} with {dtype}: {reason}. Backends that can: {able}."
 
 
+def check_plain_torch() -> None:
+    """Raises where a backend is forced and plain PyTorch is the only one that serves."""
+    forced = _forced.backend or _from_environment
+    if forced not in (None, "reference"):
+        what = "forward-mode differentiation, or torch.func inside torch.compile"
+        raise BackendError(f"backend {forced!r} cannot serve {what}: no kernel has a rule for it. Backends that can: reference.")
+
+
 def _check_name(backend: str | None, source: str) -> str | None:
     if backend in (None, "auto"):
         return None

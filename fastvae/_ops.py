@@ -119,15 +119,22 @@ def reconstruction_backward(grad_output, input, target, weight, pos_weight, logv
     return _empty_like(input), _empty_if(with_target, target), grad_logvar
 
 
-@_define("reconstruction_rescale", "(Tensor grad, Tensor grad_output, float expected) -> Tensor")
-def reconstruction_rescale(grad, grad_output, expected):
-    """``grad * (grad_output / expected)`` for a gradient that was written for an incoming gradient of ``expected``."""
-    return _empty_like(grad)
-
-
+# A gradient that the forward pass wrote for an incoming one of ``expected`` is brought to ``grad_output`` by one of two operators. The
+# device compares the numbers, and returns early where they are the same, so that nothing waits for it.
 @_define("reconstruction_rescale_", "(Tensor(a!) grad, Tensor grad_output, float expected) -> ()")
 def reconstruction_rescale_(grad, grad_output, expected):
-    """The same in place; the device returns early where ``grad_output == expected``."""
+    """Multiplies ``grad`` with ``grad_output / expected``."""
+
+
+@_define(
+    "reconstruction_backward_",
+    "(Tensor(a!) grad_input, Tensor(b!) grad_logvar, Tensor grad_output, float expected, Tensor input, Tensor target, Tensor? weight, "
+    "Tensor? pos_weight, Tensor? logvar, int likelihood, int reduction) -> ()",
+)
+def reconstruction_backward_(
+    grad_input, grad_logvar, grad_output, expected, input, target, weight, pos_weight, logvar, likelihood, reduction
+):
+    """Computes the gradients again: a product with a 16-bit number would be rounded twice."""
 
 
 # Mirrored by csrc/common/jacobian_formulas.h and by the constexprs in kernels/.

@@ -13,6 +13,7 @@ from fastvae._ops import REDUCTIONS, reduced_shape
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._index import at, common_gradient, divide, first_chunk, incoming_gradient, inside, locate, zero_outside
 from fastvae.kernels._layout import matrix_rows, shared_rows
+from fastvae.kernels._math import exponential
 from fastvae.kernels._philox import LANES, STREAMS, TILE, draw_words, normal, zero_laid_out_like
 from fastvae.kernels._reduce import is_last, store_row_sums, sum_programs, sum_slots
 from fastvae.reference._reduce import reduction_scale
@@ -24,30 +25,33 @@ def clamp(logvar, limits):
 
 
 @triton.jit
-def standard_deviation(logvar):
-    """exp(logvar / 2)."""
-    return tl.exp2(logvar * 0.7213475204444817)
+def variance_ratio(difference):
+    """The ratio of two variances from the difference d of their logarithms: its root, exp(d) - 1, and exp(d) - 1 - d, without the
+    cancellation of the differences near d = 0 (see csrc/common/latent.h)."""
+    root, excess, divergence = exponential(0.5 * difference)
+    square = excess * excess
+    return root, tl.fma(2.0, excess, square), tl.fma(2.0, divergence, square)
 
 
 @triton.jit
-def kl_standard(mu, logvar, variance):
-    """KL(N(mu, variance) || N(0, 1)) for ``variance = exp(logvar)``."""
-    return 0.5 * (mu * mu + (variance - logvar - 1.0))
+def kl_standard(mu, divergence):
+    """KL(N(mu, exp(logvar)) || N(0, 1)) from the :func:`variance_ratio` of logvar."""
+    return 0.5 * tl.fma(mu, mu, divergence)
 
 
 @triton.jit
 def kl_prior(mu, logvar, prior_mu, prior_logvar):
     """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar)))."""
-    delta, difference = mu - prior_mu, logvar - prior_logvar
-    return 0.5 * (delta * delta * tl.exp(-prior_logvar) + (tl.exp(difference) - difference - 1.0))
+    delta, ratio = mu - prior_mu, variance_ratio(logvar - prior_logvar)
+    return 0.5 * tl.fma(delta * delta, tl.exp(-prior_logvar), ratio[2])
 
 
 @triton.jit
 def kl_prior_gradient(mu, logvar, prior_mu, prior_logvar):
     """d KL / d (mu, logvar, prior_mu, prior_logvar)."""
-    delta, ratio = mu - prior_mu, tl.exp(logvar - prior_logvar)
+    delta, ratio = mu - prior_mu, variance_ratio(logvar - prior_logvar)
     scaled = delta * tl.exp(-prior_logvar)
-    return scaled, 0.5 * (ratio - 1.0), -scaled, 0.5 * (1.0 - ratio - delta * scaled)
+    return scaled, 0.5 * ratio[1], -scaled, -0.5 * tl.fma(delta, scaled, ratio[1])
 
 
 @triton.jit
@@ -141,15 +145,15 @@ def forward_tiles(
         offset = stream_offsets(j, TILES)
         mask = inside(offset, n - start, MASKED)
         x, y = xs[j].to(tl.float32), clamp(ys[j], limits)
-        sigma = standard_deviation(y)
+        ratio = variance_ratio(y)
         if z is not None:
             noise = noise_stream(streams, key, j, ALIGNED)
-            tl.store(z + sample_start + start + offset, tl.fma(sigma, noise, x), mask=mask)
+            tl.store(z + sample_start + start + offset, tl.fma(ratio[0], noise, x), mask=mask)
             if kept is not None:
                 tl.store(kept + sample_start + start + offset, noise, mask=mask)
         if kl is not None:
             if prior_mu is None:
-                elements = kl_standard(x, y, sigma * sigma)
+                elements = kl_standard(x, ratio[2])
             else:
                 p = load_stream(prior_mu, places[j], strides[2], start, n, j, MASKED, TILES).to(tl.float32)
                 q = clamp(load_stream(prior_logvar, places[j], strides[3], start, n, j, MASKED, TILES), limits)
@@ -198,8 +202,7 @@ def kl_block(posterior, strides, limits, row, column, mask):
     x = tl.load(mu + row * strides[0] + column, mask=mask).to(tl.float32)
     y = clamp(tl.load(logvar + row * strides[1] + column, mask=mask), limits)
     if prior_mu is None:
-        sigma = standard_deviation(y)
-        return tl.where(mask, kl_standard(x, y, sigma * sigma), 0.0)
+        return tl.where(mask, kl_standard(x, variance_ratio(y)[2]), 0.0)
     else:
         p = tl.load(prior_mu + row * strides[2] + column, mask=mask).to(tl.float32)
         q = clamp(tl.load(prior_logvar + row * strides[3] + column, mask=mask), limits)
@@ -317,21 +320,21 @@ def backward_tiles(
         mask = inside(offset, n - start, MASKED)
         raw = ys[j].to(tl.float32)
         y = clamp(raw, limits)
-        sigma = standard_deviation(y)
+        ratio = variance_ratio(y)
         to_mu, to_logvar = tl.zeros([TILES, LANES], tl.float32), tl.zeros([TILES, LANES], tl.float32)
         if grad_z is not None:
             if samples is None:
                 to_mu = gradients[j].to(tl.float32)
-                to_logvar = 0.5 * sigma * (to_mu * noise_stream(streams, key, j, ALIGNED))
+                to_logvar = 0.5 * ratio[0] * (to_mu * noise_stream(streams, key, j, ALIGNED))
             else:
-                to_mu, to_logvar = sums[j], 0.5 * sigma * sums[4 + j]
+                to_mu, to_logvar = sums[j], 0.5 * ratio[0] * sums[4 + j]
         if grad_kl is not None:
             weight = incoming_gradient(grad_kl, start, offset, mask, per_sample, common, REDUCTION, TILES * TILE)
             weight = where_active(weight, active, start, offset, mask, per_sample, TILES * TILE)
             x = load_stream(mu, places[j], strides[0], start, n, j, MASKED, TILES).to(tl.float32)
             if prior_mu is None:
                 to_mu = tl.fma(weight, x, to_mu)
-                to_logvar = tl.fma(0.5 * weight, sigma * sigma - 1.0, to_logvar)
+                to_logvar = tl.fma(0.5 * weight, ratio[1], to_logvar)
             else:
                 p = load_stream(prior_mu, places[j], strides[2], start, n, j, MASKED, TILES).to(tl.float32)
                 raw_q = load_stream(prior_logvar, places[j], strides[3], start, n, j, MASKED, TILES).to(tl.float32)

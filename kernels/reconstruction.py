@@ -134,7 +134,7 @@ def backward_block(
 @triton.jit(do_not_specialize=["n"])
 def reconstruction_backward_kernel(
     grad_output, input, target, weight, weight_inner, weight_period, pos_weight, pos_weight_inner, pos_weight_period,
-    logvar, logvar_inner, logvar_period, grad_input, grad_target, grad_logvar, slots, ticket, n, per_sample, scale,
+    logvar, logvar_inner, logvar_period, grad_input, grad_target, grad_logvar, slots, ticket, n, per_sample, scale, expected,
     LIKELIHOOD: tl.constexpr, REDUCTION: tl.constexpr, TOTAL_LOGVAR: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Each program handles blocks of BLOCK elements in turn, then chunks of CHUNK elements of the rest. Grid: (programs,).
@@ -142,11 +142,29 @@ def reconstruction_backward_kernel(
     ``grad_output`` is (batch, ...), (batch,) or a scalar, by REDUCTION; ``per_sample`` is the number of elements of a sample, and ``scale``
     the factor of the reduction. With TOTAL_LOGVAR one log variance serves all elements, and its gradient is summed. ``slots`` are
     (programs,).
+
+    Where ``expected`` is not None, the gradients were written for a grad_output of that value, and nothing is written if it is that.
     """
-    program, programs = tl.program_id(0), tl.num_programs(0)
     weights = (weight, weight_inner, weight_period), (pos_weight, pos_weight_inner, pos_weight_period)
     operands = (input, target, weights[0], weights[1], (logvar, logvar_inner, logvar_period))
     outputs = (grad_input, grad_target, grad_logvar)
+    if expected is None:  # noqa: SIM114 (known when the kernel is compiled, unlike the gradient)
+        backward_blocks(
+            operands, grad_output, outputs, slots, ticket, n, per_sample, scale, LIKELIHOOD, REDUCTION, TOTAL_LOGVAR, BLOCK, CHUNK
+        )
+    elif tl.load(grad_output).to(tl.float32) != expected:
+        backward_blocks(
+            operands, grad_output, outputs, slots, ticket, n, per_sample, scale, LIKELIHOOD, REDUCTION, TOTAL_LOGVAR, BLOCK, CHUNK
+        )
+
+
+@triton.jit
+def backward_blocks(
+    operands, grad_output, outputs, slots, ticket, n, per_sample, scale,
+    LIKELIHOOD: tl.constexpr, REDUCTION: tl.constexpr, TOTAL_LOGVAR: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of the blocks and chunks of this program."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
     common = common_gradient(grad_output, scale, REDUCTION)
     full = n // BLOCK
     total, last_total = tl.zeros([BLOCK], tl.float32), tl.zeros([CHUNK], tl.float32)
@@ -163,40 +181,33 @@ def reconstruction_backward_kernel(
     if TOTAL_LOGVAR:
         tl.store(slots + program, tl.sum(total) + tl.sum(last_total))
         if is_last(ticket, programs):
-            tl.store(grad_logvar, sum_programs(slots, programs))
+            tl.store(outputs[2], sum_programs(slots, programs))
 
 
 @triton.jit(do_not_specialize=["n"])
-def reconstruction_rescale_kernel(grad, out, grad_output, n, expected, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Each program computes out = grad * grad_output / expected for blocks of elements in turn. Grid: (programs,).
+def reconstruction_rescale_kernel(grad, grad_output, n, expected, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Each program computes grad *= grad_output / expected for blocks of elements in turn. Grid: (programs,).
 
-    ``grad_output`` is a scalar, and ``expected`` the value of it that ``grad`` was computed for. Where ``out`` is None the result replaces
-    ``grad``, and nothing is written if the two are equal. The device decides that, so that the host need not wait for grad_output.
+    ``grad_output`` is a scalar, and ``expected`` the value of it that ``grad`` was computed for. Nothing is written if the two are equal.
+    The device decides that, so that the host need not wait for grad_output.
     """
-    gradient = tl.load(grad_output).to(tl.float32)
-    if out is None:
-        if gradient != expected:
-            rescale_blocks(grad, grad, gradient / expected, n, BLOCK, CHUNK)
-    else:
-        rescale_blocks(grad, out, gradient / expected, n, BLOCK, CHUNK)
-
-
-@triton.jit
-def rescale_blocks(grad, out, factor, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Rescales the blocks and chunks of this program."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    full = n // BLOCK
-    for index in range(program, full, programs):
-        rescale_block(grad, out, factor, tl.cast(index, tl.int64) * BLOCK, n, False, BLOCK)
-    for chunk in range(first_chunk(full, program, programs), tl.cdiv(n - full * BLOCK, CHUNK), programs):
-        rescale_block(grad, out, factor, tl.cast(full, tl.int64) * BLOCK + tl.cast(chunk, tl.int64) * CHUNK, n, True, CHUNK)
+    incoming = tl.load(grad_output).to(tl.float32)
+    if incoming != expected:
+        factor = incoming / expected
+        full = n // BLOCK
+        for index in range(program, full, programs):
+            rescale_block(grad, factor, tl.cast(index, tl.int64) * BLOCK, n, False, BLOCK)
+        for chunk in range(first_chunk(full, program, programs), tl.cdiv(n - full * BLOCK, CHUNK), programs):
+            rescale_block(grad, factor, tl.cast(full, tl.int64) * BLOCK + tl.cast(chunk, tl.int64) * CHUNK, n, True, CHUNK)
 
 
 @triton.jit
-def rescale_block(grad, out, factor, start, n, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def rescale_block(grad, factor, start, n, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiplies one block of the gradient by ``factor``."""
     offset = tl.arange(0, BLOCK)
     mask = inside(offset, n - start, MASKED)
-    tl.store(out + start + offset, tl.load(grad + start + offset, mask=mask).to(tl.float32) * factor, mask=mask)
+    tl.store(grad + start + offset, tl.load(grad + start + offset, mask=mask).to(tl.float32) * factor, mask=mask)
 
 
 @_device.implements("reconstruction_forward")
@@ -256,20 +267,24 @@ class _LogvarGradient:
     tensor of one value for each element, which finish() sums with torch. That case is too rare for a kernel of its own.
     """
 
-    def __init__(self, logvar: Tensor | None, input: Tensor):
+    def __init__(self, logvar: Tensor | None, input: Tensor, gradient: Tensor | None = None):
         self.shape, self.absent = input.shape, logvar is None
-        self.gradient = input.new_empty((0,)) if logvar is None else logvar.new_empty(logvar.shape)
+        if gradient is None:
+            gradient = input.new_empty((0,)) if logvar is None else logvar.new_empty(logvar.shape)
+        self.gradient = gradient
         self.total = not self.absent and logvar.numel() == 1
         self.in_two_steps = not self.absent and logvar.numel() not in (1, input.numel())
         self.written = None if self.absent else self.gradient
         if self.in_two_steps:
             self.written = input.new_empty(input.shape, dtype=torch.float32)
 
-    def finish(self) -> Tensor:
+    def finish(self, done: Tensor | None = None) -> Tensor:
+        """The gradient; where ``done``, a 0-dim bool, it is as it was, and no kernel wrote anything."""
         if self.shape.numel() == 0:
             return self.gradient.zero_()
         if self.in_two_steps:
-            self.gradient.copy_(self.written.sum_to_size(self.gradient.shape))
+            total = self.written.sum_to_size(self.gradient.shape)
+            self.gradient.copy_(total if done is None else torch.where(done, self.gradient, total))
         return self.gradient
 
 
@@ -278,46 +293,48 @@ def _backward(grad_output, input, target, weight, pos_weight, logvar, likelihood
     grad_input = input.new_empty(input.shape)
     grad_target = target.new_empty(target.shape if with_target else (0,))
     logvar_gradient = _LogvarGradient(logvar, input)
+    outputs = grad_input, grad_target if with_target else None, logvar_gradient
+    _write_gradients(outputs, grad_output, None, (input, target, weight, pos_weight, logvar), likelihood, reduction)
+    return grad_input, grad_target, logvar_gradient.finish()
+
+
+@_device.implements("reconstruction_backward_")
+def _backward_(grad_input, grad_logvar, grad_output, expected, input, target, weight, pos_weight, logvar, likelihood, reduction):
+    logvar_gradient = _LogvarGradient(logvar, input, grad_logvar)
+    operands = input, target, weight, pos_weight, logvar
+    _write_gradients((grad_input, None, logvar_gradient), grad_output, expected, operands, likelihood, reduction)
+    logvar_gradient.finish(grad_output == expected)
+
+
+def _write_gradients(outputs, grad_output, expected, operands, likelihood, reduction):
+    """Launches reconstruction_backward_kernel."""
+    grad_input, grad_target, logvar_gradient = outputs
+    input, target, *_ = operands
     n = input.numel()
     if n == 0:
-        return grad_input, grad_target, logvar_gradient.finish()
+        return
     config = _launch.stream(n, _narrowest(input, target), _device.machine(input.device))
     with _device.on(input.device):
         slots, ticket = None, None
         if logvar_gradient.total:
             slots, ticket = input.new_empty(config.programs, dtype=torch.float32), _device.ticket(input.device)
         reconstruction_backward_kernel[(config.programs,)](
-            grad_output.contiguous(), *_operands(input, target, weight, pos_weight, logvar),
-            grad_input, grad_target if with_target else None, logvar_gradient.written, slots, ticket,
-            n, n // input.shape[0] if input.ndim else 1, reduction_scale(input.shape, reduction),
+            grad_output.contiguous(), *_operands(*operands), grad_input, grad_target, logvar_gradient.written, slots, ticket,
+            n, n // input.shape[0] if input.ndim else 1, reduction_scale(input.shape, reduction), expected,
             LIKELIHOOD=likelihood, REDUCTION=reduction, TOTAL_LOGVAR=logvar_gradient.total, BLOCK=config.block, CHUNK=config.chunk,
             **_launch.OPTIONS,
         )  # fmt: skip
-    return grad_input, grad_target, logvar_gradient.finish()
-
-
-@_device.implements("reconstruction_rescale")
-def _rescale(grad, grad_output, expected):
-    grad = grad.contiguous()
-    out = torch.empty_like(grad)
-    _launch_rescale(grad, out, grad_output, expected)
-    return out
 
 
 @_device.implements("reconstruction_rescale_")
 def _rescale_(grad, grad_output, expected):
-    if grad.is_contiguous():
-        _launch_rescale(grad, None, grad_output, expected)
-    else:
-        grad.copy_(_rescale(grad, grad_output, expected))
-
-
-def _launch_rescale(grad, out, grad_output, expected):
-    """Writes to ``out``, or to ``grad`` where that is None."""
     if grad.numel() == 0:
         return
+    dense = grad.contiguous()
     config = _launch.stream(grad.numel(), grad.element_size(), _device.machine(grad.device))
     with _device.on(grad.device):
         reconstruction_rescale_kernel[(config.programs,)](
-            grad, out, grad_output, grad.numel(), expected, BLOCK=config.block, CHUNK=config.chunk, **_launch.OPTIONS
+            dense, grad_output, grad.numel(), expected, BLOCK=config.block, CHUNK=config.chunk, **_launch.OPTIONS
         )
+    if dense is not grad:
+        grad.copy_(dense)

@@ -129,7 +129,7 @@ def move_codes(x, codebook, indices, ema_count, ema_sum):
     return FV.codebook_ema_update_(*moved, x, indices), *moved
 
 
-LATENT, LOSS = ("latent_forward", "latent_backward"), ("reconstruction_forward", "reconstruction_backward", "reconstruction_rescale_")
+LATENT, LOSS = ("latent_forward", "latent_backward"), ("reconstruction_forward", "reconstruction_backward")
 NORM, PENALTY = ("group_norm_forward", "group_norm_backward"), ("jacobian_forward", "jacobian_backward")
 GRAM = ("jacobian_gram", "jacobian_gram_scale", "jacobian_gram_reduce")
 QUANTIZE, MOVE = ("codebook_quantize", "codebook_quantize_backward"), ("codebook_sums", "codebook_ema_")

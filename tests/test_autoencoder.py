@@ -106,6 +106,22 @@ def test_sparse_losses():
         torch.testing.assert_close(model.mean_activation(x), rho_hat)
 
 
+@pytest.mark.parametrize("rho", [0.05, 0.5, 0.9])
+def test_near_rho_the_divergence_is_accurate_and_never_negative(rho):
+    model = SparseAE(*tiny(), penalty="kl", rho=rho)
+    activations = (rho + torch.linspace(-0.3, 0.3, 401).pow(3) * min(rho, 1 - rho)).requires_grad_()
+    divergences = torch.stack([model._divergence(a) for a in activations])
+    wide, exact = activations.detach().double(), float(torch.tensor(rho))
+    excess = wide - exact
+    expected = exact * (excess / exact - torch.log1p(excess / exact)) + (1 - exact) * (
+        -excess / (1 - exact) - torch.log1p(-excess / (1 - exact))
+    )
+    assert (divergences >= 0).all()
+    torch.testing.assert_close(divergences.double(), expected, rtol=1e-6, atol=1e-15)
+    (gradient,) = torch.autograd.grad(divergences.sum(), activations)
+    torch.testing.assert_close(gradient.double(), excess / (wide * (1 - wide)), rtol=1e-6, atol=1e-12)
+
+
 def test_sparse_activations_approach_rho():
     x = images(100)
     model = SparseAE(*tiny(), penalty="kl", weight=5.0, rho=0.1)

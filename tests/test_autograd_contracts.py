@@ -175,10 +175,12 @@ def reconstruction_samples(source: Source):
             grad = source.normal(*_ops.reduced_shape(input.shape, reduction))
             yield "reconstruction_backward", (grad, input, target, *weights, logvar, likelihood, reduction, True)
             yield "reconstruction_backward", (grad, input, byte, *weights, logvar, likelihood, reduction, False)
-    for grad_output in (1.0, 2.0):
-        arguments = source.normal(5, 6), torch.tensor(grad_output, device=source.device), 2.0
-        yield "reconstruction_rescale", arguments
-        yield "reconstruction_rescale_", arguments
+    logvar, operands = source.normal(5, 1), (source.normal(5, 6), target, None, None)
+    for incoming in (1.0, 2.0):
+        grad_output = torch.tensor(incoming, device=source.device)
+        yield "reconstruction_rescale_", (source.normal(5, 6), grad_output, 2.0)
+        written, numbers = (source.normal(5, 6), source.normal(5, 1)), (LIKELIHOODS["gaussian"], REDUCTIONS["mean"])
+        yield "reconstruction_backward_", (*written, grad_output, 2.0, *operands, logvar, *numbers)
 
 
 @pytest.mark.parametrize(

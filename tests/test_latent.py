@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+import mpmath
 import pytest
 import torch
 from _helpers import (
@@ -206,6 +207,74 @@ def test_torch_distributions(place):
     (2 * expected_kl + (expected_z**2).sum()).backward()
     for ours, expected in zip(leaves, theirs, strict=True):
         torch.testing.assert_close(ours.grad, expected.grad)
+
+
+def relative_error(actual: torch.Tensor, expected: list) -> float:
+    """In units of the dtype's last place, half of which the result may have been rounded by."""
+    eps = torch.finfo(actual.dtype).eps
+    return max(float(abs(mpmath.mpf(a) - e) / abs(e)) / eps for a, e in zip(actual.tolist(), expected, strict=True))
+
+
+def log_variances_near_zero(device: str, dtype: torch.dtype) -> torch.Tensor:
+    """Of both signs and down to where the squares leave the normal numbers."""
+    smallest = max(1e-9, torch.finfo(dtype).tiny ** 0.5 * 8)
+    magnitudes = torch.logspace(math.log10(smallest), math.log10(8.0), 199, dtype=torch.float64)
+    return torch.cat([magnitudes, -magnitudes]).to(device, dtype)
+
+
+def check_near_the_prior(device: str, dtype: torch.dtype) -> None:
+    """e^d - 1 - d and e^d - 1 keep their relative accuracy where the difference d of two log variances is small.
+
+    Without a prior, and with one whose log variance differs by d; a prior is at 1 so that d is exact.
+    """
+    logvar = leaf(log_variances_near_zero(device, dtype))
+    zeros, ones = torch.zeros_like(logvar), torch.ones_like(logvar)
+    shifted, prior = leaf(logvar.detach() + 1), leaf(ones)
+    for inputs, kl in (
+        ((logvar,), FV.kl_normal(zeros, logvar, reduction="none")),
+        ((shifted, prior), FV.kl_normal(zeros, shifted, zeros, prior, reduction="none")),
+    ):
+        with mpmath.workdps(60):
+            differences = [mpmath.mpf(v) - len(inputs) + 1 for v in inputs[0].tolist()]
+            exact = [mpmath.expm1(d) for d in differences]
+            divergences = [0.5 * (e - d) for e, d in zip(exact, differences, strict=True)]
+        gradients = torch.autograd.grad(kl, inputs, torch.ones_like(kl))
+        kept = [i for i, d in enumerate(differences) if d != 0]
+        bound = 4 if dtype.itemsize >= 4 else 0.51
+        for actual, expected, factor in ((kl.detach(), divergences, 1), (gradients[0], exact, 0.5), (gradients[-1], exact, 0.5)):
+            sign = -1 if actual is gradients[-1] and len(inputs) == 2 else 1
+            assert relative_error(actual[kept], [sign * factor * expected[i] for i in kept]) <= bound
+
+
+def check_a_kl_is_never_negative(device: str) -> None:
+    source = Source(device)
+    for scale in (1e-6, 1e-4, 1e-2, 0.3, 1.0):
+        mu, logvar, prior_mu, prior_logvar = source.normal(4, 4096, 3) * scale
+        for prior in ((), (prior_mu, prior_logvar), (mu, prior_logvar), (mu, logvar)):
+            for reduction in ("none", "sample", "mean"):
+                for free_bits in (0.0, 1e-12):
+                    kl = FV.kl_normal(mu, logvar, *prior, reduction=reduction, free_bits=free_bits)
+                    assert (kl >= 0).all()
+
+
+@each_place_and_dtype(OPERATOR)
+def test_near_the_prior_the_kl_is_as_accurate_as_its_dtype(place, dtype):
+    check_near_the_prior(place.device, dtype)
+
+
+@each_place(OPERATOR)
+def test_a_kl_is_never_negative(place):
+    check_a_kl_is_never_negative(place.device)
+
+
+@each_place(OPERATOR)
+def test_free_bits_of_a_posterior_near_the_prior(place):
+    """Which dimensions are above a small limit, and their sum, are not decided by rounding."""
+    logvar = torch.tensor([1e-6, -1e-5, 1e-4, -1e-3, 1e-2], device=place.device).expand(64, 5)
+    divergences = logvar[0].double().square() / 4
+    for free_bits in (1e-14, 1e-11, 1e-8):
+        kl = FV.kl_normal(torch.zeros_like(logvar), logvar, free_bits=free_bits)
+        torch.testing.assert_close(kl.double(), divergences.clamp(min=free_bits).sum(), rtol=4e-3, atol=0)
 
 
 @each_place(OPERATOR, dtype=torch.float64)

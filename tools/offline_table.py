@@ -134,8 +134,10 @@ def _loss_operands(dtype, target, weight, pos_weight, logvar, batch):
     return empty(batch, features, dtype=dtype), empty(batch, features, dtype=target or dtype), *shared
 
 
-def rescale(dtype):
-    return reconstruction._rescale(empty(BATCH, FEATURES, dtype=dtype), empty(), 1.0)
+def loss_backward_(dtype):
+    operands = _loss_operands(dtype, None, None, None, None, BATCH)
+    numbers = LIKELIHOODS["bce_with_logits"], REDUCTIONS["mean"]
+    return reconstruction._backward_(empty(BATCH, FEATURES, dtype=dtype), empty(0, dtype=dtype), empty(), 1.0, *operands, *numbers)
 
 
 def rescale_(dtype):
@@ -297,7 +299,7 @@ CASES = (
     Case("gradients of BCE from logits by sample", (LOSS_BACKWARD,), loss_backward("bce_with_logits", "sample"), ALL),
     Case("gradients of BCE from logits", (LOSS_BACKWARD,), loss_backward("bce_with_logits", target_gradient=True)),
     Case("gradients of Gaussian elementwise", (LOSS_BACKWARD,), loss_backward("gaussian", "none", logvar=(1, 1)), WIDE, ONE),
-    Case("rescale", (RESCALE,), rescale, WIDE, ONE),
+    Case("gradients of BCE from logits in place", (LOSS_BACKWARD,), loss_backward_, ALL),
     Case("rescale in place", (RESCALE,), rescale_, ALL),
     Case("penalty", (UNITS, WEIGHT), penalty_forward(), ALL),
     Case("penalty with its gradients", (UNITS, WEIGHT, UNITS), penalty_forward(grads=True), BRIEF),

@@ -36,27 +36,56 @@ constexpr float kRound = 12582912.0f;
 
 FASTVAE_INLINE float round_even(float x) { return (x + kRound) - kRound; }
 
+// e^x, e^x - 1 and e^x - 1 - x; the last two keep their relative accuracy near 0, where the differences cancel.
+template <class T>
+struct Exponential {
+  T value, minus_one, minus_line;
+};
+
+FASTVAE_INLINE Exponential<float> exponential(float x) {
+  float t = fma(x, 1.44269504f, kRound), n = t - kRound;
+  // ln 2 in two parts, the first exact in 10 bits.
+  float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
+  float tail = 1.9875691500e-4f;  // (e^r - 1 - r) / r^2
+  tail = fma(tail, r, 1.3981999507e-3f);
+  tail = fma(tail, r, 8.3334519073e-3f);
+  tail = fma(tail, r, 4.1665795894e-2f);
+  tail = fma(tail, r, 1.6666665459e-1f);
+  tail = fma(tail, r, 5.0000001201e-1f);
+  float p = fma(fma(tail, r, 1.0f), r, 1.0f);
+  float value = bits_to_float(float_to_bits(p) + (float_to_bits(t) << 23));
+  // Denormal results are 0. A NaN fails the second comparison and passes through the sum.
+  value = x < -87.3f ? 0.0f : value;
+  value = x <= 88.72f ? value : x + INFINITY;
+  // With n = 0 nothing was reduced, r is x, and the polynomial has what the differences would lose.
+  float rest = tail * (r * r), difference = value - 1.0f;
+  bool near = n == 0.0f;
+  return {value, near ? r + rest : difference, near ? rest : difference - x};
+}
+
+FASTVAE_INLINE Exponential<double> exponential(double x) {
+  double tail = 1.0 / 6227020800.0;  // the Taylor series of (e^x - 1 - x) / x^2, from 1 / 13!
+  tail = fma(tail, x, 1.0 / 479001600.0);
+  tail = fma(tail, x, 1.0 / 39916800.0);
+  tail = fma(tail, x, 1.0 / 3628800.0);
+  tail = fma(tail, x, 1.0 / 362880.0);
+  tail = fma(tail, x, 1.0 / 40320.0);
+  tail = fma(tail, x, 1.0 / 5040.0);
+  tail = fma(tail, x, 1.0 / 720.0);
+  tail = fma(tail, x, 1.0 / 120.0);
+  tail = fma(tail, x, 1.0 / 24.0);
+  tail = fma(tail, x, 1.0 / 6.0);
+  tail = fma(tail, x, 0.5);
+  double value = ::exp(x), rest = tail * (x * x), difference = value - 1.0;
+  bool near = (x > -0.35) & (x < 0.35);
+  return {value, near ? x + rest : difference, near ? rest : difference - x};
+}
+
 #if defined(__CUDA_ARCH__)
 // Two units in the last place, with one instruction of the special function unit.
 FASTVAE_INLINE float exp(float x) { return ::expf(x); }
 #else
-FASTVAE_INLINE float exp(float x) {
-  float t = fma(x, 1.44269504f, kRound), n = t - kRound;
-  // ln 2 in two parts, the first exact in 10 bits.
-  float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
-  float p = 1.9875691500e-4f;
-  p = fma(p, r, 1.3981999507e-3f);
-  p = fma(p, r, 8.3334519073e-3f);
-  p = fma(p, r, 4.1665795894e-2f);
-  p = fma(p, r, 1.6666665459e-1f);
-  p = fma(p, r, 5.0000001201e-1f);
-  p = fma(p, r, 1.0f);
-  p = fma(p, r, 1.0f);
-  float value = bits_to_float(float_to_bits(p) + (float_to_bits(t) << 23));
-  // Denormal results are 0. A NaN fails the second comparison and passes through the sum.
-  value = x < -87.3f ? 0.0f : value;
-  return x <= 88.72f ? value : x + INFINITY;
-}
+FASTVAE_INLINE float exp(float x) { return exponential(x).value; }
 #endif
 FASTVAE_INLINE double exp(double x) { return ::exp(x); }
 

@@ -133,36 +133,11 @@ std::tuple<Tensor, Tensor, Tensor> reconstruction_backward(const Tensor& grad_ou
   return {grad_input, grad_target, grad_logvar};
 }
 
-// Writes grad * grad_output / expected into `out`, which may be `grad`. `grad_output` is a scalar.
-void rescale(const Tensor& grad, const Tensor& grad_output, double expected, const Tensor& out) {
-  const ReconstructionKernels& kernels = selected_kernels();
-  double factor;
-  View view = contiguous_view(grad_output);
-  Output scalar{&factor, DType::float64};
-  kernels.scale(view, scalar, 1.0 / expected, true, 0, 1);
-  Partition partition(1, grad.numel());
-  bool is_double = grad.scalar_type() == ScalarType::Double;
-  torch::stable::parallel_for(0, partition.items(), 2, [&](int64_t begin, int64_t end) {
-    kernels.scale(contiguous_view(grad), output_of(out), factor, is_double, partition.begin(begin), partition.end(end - 1));
-  });
-}
-
-Tensor reconstruction_rescale(const Tensor& grad, const Tensor& grad_output, double expected) {
-  Tensor dense_grad = dense(grad);
-  Tensor out = empty(shape_of(grad), grad.scalar_type());
-  rescale(dense_grad, grad_output, expected, out);
-  return out;
-}
-
-void reconstruction_rescale_(Tensor grad, const Tensor& grad_output, double expected) { rescale(grad, grad_output, expected, grad); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
   m.impl("reconstruction_forward.cpp", TORCH_BOX(&reconstruction_forward));
   m.impl("reconstruction_backward.cpp", TORCH_BOX(&reconstruction_backward));
-  m.impl("reconstruction_rescale.cpp", TORCH_BOX(&reconstruction_rescale));
-  m.impl("reconstruction_rescale_.cpp", TORCH_BOX(&reconstruction_rescale_));
 }
 
 }  // namespace fastvae

@@ -170,14 +170,15 @@ __global__ void __launch_bounds__(kThreads, kPrior ? 4 : 6) forward_kernel(const
     for (int j = 0; j < kRuns; ++j) {
       int64_t element = place.element(j);
       int count = place.count(j);
-      float x[kVector], y[kVector], sigma[kVector], out[kVector];
+      float x[kVector], y[kVector], out[kVector];
+      VarianceRatio<float> ratio[kVector];
       for (int k = 0; k < kVector; ++k) {
         x[k] = widen(raw.mu.run[j].v[k]);
         y[k] = clamp(widen(raw.logvar.run[j].v[k]), p.low, p.high);
-        sigma[k] = exp(0.5f * y[k]);
+        ratio[k] = variance_ratio(y[k]);
       }
       if (p.z) {
-        for (int k = 0; k < kVector; ++k) out[k] = fma(sigma[k], normals[k][j], x[k]);
+        for (int k = 0; k < kVector; ++k) out[k] = fma(ratio[k].root, normals[k][j], x[k]);
         store(p.z + element, count, count == kVector, out);
       }
       if (p.noise) {
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kPrior ? 4 : 6) forward_kernel(const
       for (int k = 0; k < kVector; ++k) {
         float value = kPrior
                           ? kl_prior(x[k], y[k], widen(raw.prior_mu.run[j].v[k]), clamp(widen(raw.prior_logvar.run[j].v[k]), p.low, p.high))
-                          : kl_standard(x[k], y[k], sigma[k] * sigma[k]);
+                          : kl_standard(x[k], ratio[k].divergence);
         out[k] = 0.0f;
         if (k < kl_count) out[k] = is_active(p, element + k) ? value : p.free_bits;
       }
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) active_kernel(const __grid_constant_
   auto kl = [&](int64_t element) {
     Cell cell = Cell::of(p, element);
     float x = widen(p.mu.data[cell.in(p.mu)]), y = clamp(widen(p.logvar.data[cell.in(p.logvar)]), p.low, p.high);
-    if (!kPrior) return kl_standard(x, y, exp(y));
+    if (!kPrior) return kl_standard(x, variance_ratio(y).divergence);
     float prior_logvar = clamp(widen(p.prior_logvar.data[cell.in(p.prior_logvar)]), p.low, p.high);
     return kl_prior(x, y, widen(p.prior_mu.data[cell.in(p.prior_mu)]), prior_logvar);
   };
@@ -265,8 +266,9 @@ __device__ __forceinline__ void write_gradients(const BackwardParams<T>& p, cons
   bool with_kl = p.grad_kl || p.grad_kl_elements;
   float grad_logvar[kVector], grad_prior_mu[kVector], grad_prior_logvar[kVector];
   for (int k = 0; k < kVector; ++k) {
-    float logvar = widen(raw.logvar.run[j].v[k]), y = clamp(logvar, p.low, p.high), sigma = exp(0.5f * y);
-    grad_logvar[k] = 0.5f * sigma * grad_sigma[k];
+    float logvar = widen(raw.logvar.run[j].v[k]), y = clamp(logvar, p.low, p.high);
+    VarianceRatio<float> ratio = variance_ratio(y);
+    grad_logvar[k] = 0.5f * ratio.root * grad_sigma[k];
     grad_prior_mu[k] = grad_prior_logvar[k] = 0.0f;
     if (with_kl && k < count) {
       float weight = kl_weight(p, grad_kl, j, k, element + k), x = widen(raw.mu.run[j].v[k]);
@@ -279,7 +281,7 @@ __device__ __forceinline__ void write_gradients(const BackwardParams<T>& p, cons
         grad_prior_logvar[k] = gradient_inside(weight * gradient.prior_logvar, prior_logvar, p.low, p.high);
       } else {
         grad_mu[k] = fma(weight, x, grad_mu[k]);
-        grad_logvar[k] = fma(0.5f * weight, fma(sigma, sigma, -1.0f), grad_logvar[k]);
+        grad_logvar[k] = fma(0.5f * weight, ratio.excess, grad_logvar[k]);
       }
     }
     grad_logvar[k] = gradient_inside(grad_logvar[k], logvar, p.low, p.high);

@@ -50,6 +50,9 @@ struct ReconstructionParams {
   Divider row;                      // elements of a row
   T* grad_input;                    // (rows, row)
   Output grad_target, grad_logvar;  // (rows, row); a log variance of fewer values has sums of its own
+
+  bool is_written;  // the forward pass wrote the gradients for a grad_output of `expected`: nothing is left to do where it is that
+  float expected;
 };
 
 template <class T>
@@ -108,10 +111,17 @@ __device__ __forceinline__ float scaled_grad_output(const ReconstructionParams<T
   return p.grad_rows[p.grad_stride != 0 ? quotient(p.row, element) * p.grad_stride : 0] * p.scale;
 }
 
+// Whether the gradients are already those of grad_output. The device decides that, so that the host need not wait for grad_output.
+template <class T>
+__device__ __forceinline__ bool is_done(const ReconstructionParams<T>& p) {
+  return p.is_written && *p.grad_rows == p.expected;
+}
+
 // Computes the losses and gradients of a chunk of elements with the formulas of `Terms`. At least 6 blocks run on a multiprocessor at a
 // time, which bounds a thread to 80 registers.
 template <class T, class Terms>
 __global__ void __launch_bounds__(kThreads, 6) reconstruction_loss_kernel(const __grid_constant__ ReconstructionParams<T> p) {
+  if (is_done(p)) return;
   LossAccumulator loss(p.loss_sum, p.chunk);
   float logvar_total = 0.0f;
   int64_t begin = blockIdx.x * p.chunk, end = min64(begin + p.chunk, p.numel);
@@ -183,6 +193,7 @@ __device__ __forceinline__ float target_value(const void* from, DType dtype, int
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     reconstruction_shared_logvar_kernel(const __grid_constant__ ReconstructionSharedLogvarParams<T> p) {
+  if (is_done(p)) return;
   auto gradient = [&](int64_t element) {
     float logvar = operand_value<T>(p.extra, value_index(p.extra, element));
     LossTerms<float> terms = Gaussian::terms(widen(p.input[element]), target_value(p.target, p.target_dtype, element), logvar);
@@ -196,20 +207,19 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 struct ReconstructionRescaleParams {
-  const T* from;             // (numel,)
-  T* to;                     // (numel,), or `from` itself
+  T* grad;                   // (numel,)
   const float* grad_output;  // scalar
   float expected;            // the grad_output that the forward pass multiplied the gradient by
-  bool aligned;              // the addresses of both are those of whole vectors
+  bool aligned;              // the address of the gradient is that of whole vectors
   Chunks chunks;
 };
 
-// Multiplies a gradient by grad_output / expected. In place it returns at once where the two are equal, which the device decides, so that
+// Multiplies a gradient by grad_output / expected, in place. It returns at once where the two are equal, which the device decides, so that
 // the host need not wait for grad_output.
 template <class T>
 __global__ void __launch_bounds__(kThreads) reconstruction_rescale_kernel(const __grid_constant__ ReconstructionRescaleParams<T> p) {
   float grad_output = *p.grad_output;
-  if (p.from == p.to && grad_output == p.expected) return;
+  if (grad_output == p.expected) return;
   float factor = grad_output / p.expected;
   int64_t begin = blockIdx.x * p.chunks.elements, end = min64(begin + p.chunks.elements, p.chunks.numel);
   for (int64_t base = begin; base < end; base += kStep) {
@@ -219,9 +229,9 @@ __global__ void __launch_bounds__(kThreads) reconstruction_rescale_kernel(const 
       int count = vector_count(end - element);
       bool vectorized = p.aligned && count == kVector;
       float values[kVector];
-      load(p.from + element, count, vectorized, values);
+      load(p.grad + element, count, vectorized, values);
       for (int k = 0; k < kVector; ++k) values[k] *= factor;
-      store(p.to + element, count, vectorized, values);
+      store(p.grad + element, count, vectorized, values);
     }
   }
 }
@@ -341,18 +351,12 @@ ThreeTensors forward(const ReconstructionArguments& a, Reduction reduction, doub
   return {loss, grad_input, grad_logvar};
 }
 
+// Writes the gradients. With `expected`, the forward pass wrote them for a grad_output of that value, and they stay as they are where it is
+// that.
 template <class T>
-ThreeTensors backward(const ReconstructionArguments& a, const Tensor& grad_output, Reduction reduction, bool with_target) {
-  Launch launch(a.input);
-  std::vector<int64_t> nothing = {0};
-  ScalarType dtype = a.input.scalar_type();
-  Tensor grad_input = launch.empty(shape_of(a.input), dtype);
-  Tensor grad_target = launch.empty(with_target ? shape_of(a.target) : nothing, a.target.scalar_type());
-  Tensor grad_logvar = a.logvar ? launch.empty(shape_of(*a.logvar), a.logvar->scalar_type()) : launch.empty(nothing, dtype);
-  if (a.input.numel() == 0) {
-    launch.fill(grad_logvar, 0);
-    return {grad_input, grad_target, grad_logvar};
-  }
+void write_gradients(Launch& launch, const ReconstructionArguments& a, const Tensor& grad_output, Reduction reduction,
+                     std::optional<double> expected, const Tensor& grad_input, const Tensor* grad_target, const Tensor& grad_logvar) {
+  if (a.input.numel() == 0) return launch.fill(grad_logvar, 0);
   Copies copies;
   ReconstructionParams<T> p = params_of<T>(a, copies);
   if (reduction == Reduction::none) {
@@ -363,10 +367,23 @@ ThreeTensors backward(const ReconstructionArguments& a, const Tensor& grad_outpu
   }
   p.scale = static_cast<float>(reduction_scale(reduction, batch_of(a.input), p.numel));
   p.grad_input = static_cast<T*>(grad_input.mutable_data_ptr());
-  if (with_target) p.grad_target = output_of(grad_target);
+  if (grad_target) p.grad_target = output_of(*grad_target);
+  p.is_written = expected.has_value();
+  p.expected = static_cast<float>(expected.value_or(0.0));
   LossPlan plan;
   plan.chunks = chunks_of(p.numel, kMaxBlocks);
   launch_loss(launch, a, plan, p, a.logvar ? &grad_logvar : nullptr);
+}
+
+template <class T>
+ThreeTensors backward(const ReconstructionArguments& a, const Tensor& grad_output, Reduction reduction, bool with_target) {
+  Launch launch(a.input);
+  std::vector<int64_t> nothing = {0};
+  ScalarType dtype = a.input.scalar_type();
+  Tensor grad_input = launch.empty(shape_of(a.input), dtype);
+  Tensor grad_target = launch.empty(with_target ? shape_of(a.target) : nothing, a.target.scalar_type());
+  Tensor grad_logvar = a.logvar ? launch.empty(shape_of(*a.logvar), a.logvar->scalar_type()) : launch.empty(nothing, dtype);
+  write_gradients<T>(launch, a, grad_output, reduction, {}, grad_input, with_target ? &grad_target : nullptr, grad_logvar);
   return {grad_input, grad_target, grad_logvar};
 }
 
@@ -388,34 +405,30 @@ ThreeTensors reconstruction_backward(const Tensor& grad_output, const Tensor& in
   });
 }
 
-// Writes grad * grad_output / expected into `out`, which may be `grad`.
-void rescale(const Launch& launch, const Tensor& grad, const Tensor& grad_output, double expected, const Tensor& out) {
+void reconstruction_backward_(Tensor grad_input, Tensor grad_logvar, const Tensor& grad_output, double expected, const Tensor& input,
+                              const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                              const OptionalTensor& logvar, int64_t likelihood, int64_t reduction) {
+  ReconstructionArguments arguments{input, target, weight, pos_weight, logvar, static_cast<Likelihood>(likelihood)};
+  Launch launch(input);
+  dispatch(input.scalar_type(), [&](auto type) {
+    write_gradients<typename decltype(type)::Type>(launch, arguments, grad_output, static_cast<Reduction>(reduction), expected, grad_input,
+                                                   nullptr, grad_logvar);
+  });
+}
+
+void reconstruction_rescale_(Tensor grad, const Tensor& grad_output, double expected) {
   if (grad.numel() == 0) return;
+  Launch launch(grad);
   STD_TORCH_CHECK(grad_output.scalar_type() == ScalarType::Float, "fastvae: grad_output has to be float32");
   auto run = [&](auto type) {
     using T = typename decltype(type)::Type;
-    ReconstructionRescaleParams<T> p{static_cast<const T*>(grad.const_data_ptr()),
-                                     static_cast<T*>(out.mutable_data_ptr()),
-                                     static_cast<const float*>(grad_output.const_data_ptr()),
-                                     static_cast<float>(expected),
-                                     false,
-                                     chunks_of(grad.numel(), kMaxRescaleBlocks)};
-    p.aligned = is_aligned(p.from) && is_aligned(p.to);
+    ReconstructionRescaleParams<T> p{static_cast<T*>(grad.mutable_data_ptr()), static_cast<const float*>(grad_output.const_data_ptr()),
+                                     static_cast<float>(expected), false, chunks_of(grad.numel(), kMaxRescaleBlocks)};
+    p.aligned = is_aligned(p.grad);
     launch.run(reconstruction_rescale_kernel<T>, p.chunks.blocks, 1, kThreads, p);
   };
   // The gradient of a log variance may be float64 although no kernel takes a float64 input.
   grad.scalar_type() == ScalarType::Double ? run(TypeTag<double>{}) : dispatch(grad.scalar_type(), run);
-}
-
-Tensor reconstruction_rescale(const Tensor& grad, const Tensor& grad_output, double expected) {
-  Launch launch(grad);
-  Tensor out = launch.empty(shape_of(grad), grad.scalar_type());
-  rescale(launch, dense(grad), grad_output, expected, out);
-  return out;
-}
-
-void reconstruction_rescale_(Tensor grad, const Tensor& grad_output, double expected) {
-  rescale(Launch(grad), grad, grad_output, expected, grad);
 }
 
 }  // namespace
@@ -423,7 +436,7 @@ void reconstruction_rescale_(Tensor grad, const Tensor& grad_output, double expe
 STABLE_TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
   m.impl("reconstruction_forward.cuda", TORCH_BOX(&reconstruction_forward));
   m.impl("reconstruction_backward.cuda", TORCH_BOX(&reconstruction_backward));
-  m.impl("reconstruction_rescale.cuda", TORCH_BOX(&reconstruction_rescale));
+  m.impl("reconstruction_backward_.cuda", TORCH_BOX(&reconstruction_backward_));
   m.impl("reconstruction_rescale_.cuda", TORCH_BOX(&reconstruction_rescale_));
 }
 

@@ -1,9 +1,13 @@
 """What every ``torch.autograd.Function`` of the package shares."""
 
+import contextlib
 import functools
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastvae import _backend
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
@@ -34,6 +38,8 @@ def first_derivative_only(reference: str):
     def decorate(backward):
         @functools.wraps(backward)
         def wrapper(ctx, *grads):
+            if forward_mode() and any(carries_tangent(t) for t in (*ctx.saved_tensors, *grads)):
+                raise RuntimeError(message)
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             with torch.no_grad():
@@ -53,16 +59,84 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation (torch.func.jvp, jacfwd and hessian, torch.autograd.forward_ad) is under way."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def carries_tangent(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and forward_ad.unpack_dual(value).tangent is not None
+
+
 def graph_is_retained() -> bool:
-    """Whether another backward pass may follow, for which a saved gradient must stay as it is: it is not handed out then."""
-    return not transformed() and torch._C._autograd._get_current_graph_task_keep_graph()
+    """Whether another backward pass over the same graph may follow the one that runs."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def may_use_written(grad_output: Tensor) -> bool:
+    """Whether the backward pass may hand out, and write over, a gradient that the forward pass wrote.
+
+    Not where another pass over a retained graph may follow, for which a saved gradient must stay as it is. Nor where values cannot be
+    read: in a transformation, in vmap of the older kind (``is_grads_batched``), of a subclass such as a tensor without data, or while
+    make_fx traces.
+    """
+    if graph_is_retained() or type(grad_output) is not Tensor or transformed():
+        return False
+    traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return not traced and not torch._C._functorch.is_legacy_batchedtensor(grad_output)
+
+
+def without_autocast(device: torch.device):
+    """A context without autocast; a device that has none, such as meta, needs no context."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def scale_written(written: list[Tensor], grad_output: Tensor, expected: float) -> list[Tensor] | None:
+    """The gradients that the forward pass wrote for an incoming one of ``expected``, brought to ``grad_output`` in place.
+
+    For the CPU, where a number can be read without waiting. ``None`` for 16-bit gradients, which would be rounded twice: they have to be
+    computed again.
+    """
+    factor = grad_output.item() / expected
+    if factor == 1.0:
+        return written
+    if any(gradient.element_size() == 2 for gradient in written):
+        return None
+    # On an alias that autograd's version check does not see.
+    return [gradient.data.mul_(factor) for gradient in written]
+
+
+def writes_gradient(learners: list[Tensor], reduction: str, grad_scale: float) -> bool:
+    """Whether the forward pass is to write the gradients of ``learners``: some are wanted, one number will scale them, and nothing looks at
+    the call, which would have to compute them again.
+
+    A float16 gradient that waits for its loss scale underflows, so it is written only where ``grad_scale`` names the scale.
+    """
+    if not learners or reduction not in ("batchmean", "sum", "mean") or not torch.is_grad_enabled() or transformed():
+        return False
+    return grad_scale != 1.0 or all(t.dtype != torch.float16 for t in learners)
 
 
 def apply(function: type[torch.autograd.Function], *args):
     """``function.apply(*args)`` at half its cost.
 
     ``args`` are complete and positional, so binding them to the signature, which takes 30 us, is left out.
+
+    ``function.in_plain_torch`` is what torch differentiates in either mode and as often as one likes. It is taken where no Function serves:
+    in forward mode, as torch.compile refuses a Function with a rule for that; and inside torch.func inside torch.compile, which may trace
+    ``forward`` and ignore ``backward`` (torch 2.13: the gradient of what the transformation hands in is 0, without an error).
     """
-    if transformed():
+    if torch.compiler.is_compiling():
+        return _apply_plain(function, *args) if torch._C._are_functorch_transforms_active() else function.apply(*args)
+    if forward_ad._current_level >= 0:
+        return _apply_plain(function, *args)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
+
+
+def _apply_plain(function, *args):
+    _backend.check_plain_torch()
+    return function.in_plain_torch(*args)

@@ -11,6 +11,7 @@ from fastvae._ops import OVERLOADS
 from fastvae._pytree import exportable
 from fastvae.functional._autograd import apply, first_derivative_only
 from fastvae.functional._checks import check_choice, check_device, check_like, check_nonnegative, check_reduction, check_shape, check_tensor
+from fastvae.reference import codebook as reference
 
 GRADIENTS = ("straight_through", "rotation")
 
@@ -46,6 +47,10 @@ class _VectorQuantize(torch.autograd.Function):
             grad_quantized, grad_loss, *ctx.saved_tensors, *ctx.arguments, with_codebook
         )
         return grad_x, grad_codebook if with_codebook else None, *(None,) * 6
+
+    @staticmethod
+    def in_plain_torch(x, codebook, batch, reduction, codebook_cost, commitment_cost, rotation, backend):
+        return reference.quantize_batch(x, codebook, batch, reduction, codebook_cost, commitment_cost, rotation)
 
 
 def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:

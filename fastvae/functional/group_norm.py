@@ -9,6 +9,9 @@ from fastvae import _backend
 from fastvae._ops import NORM_ACTIVATIONS, OVERLOADS
 from fastvae.functional._autograd import apply, first_derivative_only
 from fastvae.functional._checks import check_choice, check_device, check_shape, check_tensor
+from fastvae.reference import group_norm as reference
+
+_ACTIVATION_NAMES = {number: name for name, number in NORM_ACTIVATIONS.items()}
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -37,6 +40,10 @@ class _GroupNorm(torch.autograd.Function):
         )
         grads = None if weight is None else grad_weight, None if bias is None else grad_bias
         return grad_input, None, *grads, None, None, None
+
+    @staticmethod
+    def in_plain_torch(input, num_groups, weight, bias, eps, activation, backend):
+        return (reference.group_norm_silu(input, num_groups, weight, bias, eps, _ACTIVATION_NAMES[activation]),)
 
 
 def group_norm_silu(

@@ -13,8 +13,17 @@ from fastvae import _backend
 from fastvae._ops import ACTIVATIONS, OVERLOADS, REDUCTIONS, accumulation_dtype
 from fastvae._pytree import exportable
 from fastvae.functional import _chain
-from fastvae.functional._autograd import apply, first_derivative_only, graph_is_retained, transformed
+from fastvae.functional._autograd import (
+    apply,
+    first_derivative_only,
+    may_use_written,
+    scale_written,
+    transformed,
+    without_autocast,
+    writes_gradient,
+)
 from fastvae.functional._checks import check_choice, check_device, check_reduction, check_scale, check_tensor
+from fastvae.reference import jacobian as reference
 from fastvae.reference._reduce import reduction_scale
 from fastvae.reference.jacobian import DEFAULT_ALPHAS
 
@@ -46,25 +55,16 @@ class _ContractivePenalty(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 9
         hidden, weight, squared_norms, *written = ctx.saved_tensors
-        grads = _rescale(written, grad_output, ctx.grad_scale) if ctx.written else None
+        grads = scale_written(written, grad_output, ctx.grad_scale) if ctx.written and may_use_written(grad_output) else None
         if grads is None:
             grads = OVERLOADS["jacobian_backward", ctx.backend](
                 grad_output, hidden, weight, squared_norms, ctx.activation, ctx.alpha, ctx.reduction, *ctx.needs_input_grad[:2]
             )
         return *(grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
 
-
-def _rescale(written: list[Tensor], grad_output: Tensor, expected: float) -> list[Tensor] | None:
-    """The gradients that the forward pass wrote, times ``grad_output / expected``, in place; None where they cannot serve."""
-    if transformed() or graph_is_retained():
-        return None
-    factor = grad_output.item() / expected
-    if factor == 1.0:
-        return written
-    if any(grad.element_size() == 2 for grad in written):
-        return None  # they would be rounded twice
-    # On an alias that autograd's version check does not see.
-    return [grad.data.mul_(factor) for grad in written]
+    @staticmethod
+    def in_plain_torch(hidden, weight, activation, alpha, reduction, *_):
+        return (reference.penalty(hidden, weight, activation, alpha, reduction),)
 
 
 def contractive_penalty(
@@ -113,13 +113,10 @@ def contractive_penalty(
 
 
 def _written_gradients(hidden, weight, reduction, grad_scale) -> tuple[bool, bool]:
-    """Which gradients the forward pass writes: on the CPU, as looking at the incoming one would make another device wait; and in float16
-    only where ``grad_scale`` names the loss scale, without which they underflow."""
-    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
-    scalar = reduction in ("batchmean", "sum", "mean")
-    underflows = grad_scale == 1.0 and any(w and t.dtype == torch.float16 for w, t in zip(wanted, (hidden, weight), strict=True))
-    written = scalar and not underflows and hidden.device.type == "cpu" and not transformed()
-    return written and wanted[0], written and wanted[1]
+    """Which gradients the forward pass writes: on the CPU alone, as looking at the incoming one would make another device wait."""
+    learners = [t for t in (hidden, weight) if t.requires_grad]
+    written = hidden.device.type == "cpu" and writes_gradient(learners, reduction, grad_scale)
+    return written and hidden.requires_grad, written and weight.requires_grad
 
 
 def _check_layer(hidden, weight) -> None:
@@ -171,7 +168,7 @@ class _GramPenalty(torch.autograd.Function):
         left, inner, outer, lower, *grads = ctx.saved_tensors
         factor = grad_output * reduction_scale(outer.shape[:1], ctx.reduction)
         # As in the forward pass: autocast would round the products.
-        with torch.autocast(left.device.type, enabled=False):
+        with without_autocast(left.device):
             if ctx.written:
                 grads = [grad * factor for grad in grads]
             else:
@@ -179,6 +176,10 @@ class _GramPenalty(torch.autograd.Function):
                 _, *grads = OVERLOADS["jacobian_gram", ctx.backend](left, inner, outer, lower @ lower.T, weights, True)
             *grads, grad_gram = grads
             return *grads, 2.0 * grad_gram @ lower, None, None, None
+
+    @staticmethod
+    def in_plain_torch(left, inner, outer, lower, reduction, *_):
+        return (reference.gram_norms(left, inner, outer, lower, reduction),)
 
 
 def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, reduction: str) -> Tensor:
@@ -351,7 +352,7 @@ def _gram(layers, x, reduction) -> tuple[Tensor, Tensor]:
     sizes = (links[0].weight.shape[1], *(link.weight.shape[0] for link in links))
     plan = _chain.plan(sizes, x.shape[0])
     # Autocast would round the products of what is differentiated twice.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         slopes = [link.slopes() for link in links]
         weights = [link.weight for link in links]
         upper = _multiply_from_the_top(weights, slopes, plan.meet)

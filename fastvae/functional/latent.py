@@ -17,6 +17,7 @@ from fastvae.functional._checks import (
     check_shape,
     check_tensor,
 )
+from fastvae.reference import latent as reference
 
 LOGVAR_CLAMP = (-30.0, 20.0)
 
@@ -59,6 +60,10 @@ class _ReparameterizeKL(torch.autograd.Function):
         prior_grads = (grad_prior_mu, grad_prior_logvar) if has_prior else (None, None)
         grad_eps = _eps_gradient(grad_z, mu, logvar, ctx.arguments) if ctx.needs_input_grad[4] and grad_z is not None else None
         return grad_mu, grad_logvar, *prior_grads, grad_eps, *(None,) * 9
+
+    @staticmethod
+    def in_plain_torch(*args):
+        return reference.latent_forward(*args[:-1])
 
 
 def _eps_gradient(grad_z, mu, logvar, arguments):
@@ -120,9 +125,9 @@ def kl_normal(
 
     .. math:: \tfrac12 \sum_d \left( \log\tfrac{\sigma_p^2}{\sigma^2} + \frac{\sigma^2 + (\mu - \mu_p)^2}{\sigma_p^2} - 1 \right)
 
-    Kingma and Welling (2014), appendix B. With ``free_bits`` :math:`\lambda` the sum is
-    :math:`\sum_d \max(\lambda, \mathrm{mean}_b\, KL_{bd})` (Kingma et al., *Improved Variational Inference with Inverse Autoregressive
-    Flow*, 2016): a dimension at or below :math:`\lambda` counts :math:`\lambda` for each sample and has no gradient.
+    Kingma and Welling (2014), appendix B. It is never negative, and accurate near the prior too. With ``free_bits`` :math:`\lambda` the
+    sum is :math:`\sum_d \max(\lambda, \mathrm{mean}_b\, KL_{bd})` (Kingma et al., *Improved Variational Inference with Inverse
+    Autoregressive Flow*, 2016): a dimension at or below :math:`\lambda` counts :math:`\lambda` for each sample and has no gradient.
 
     Args:
         mu, logvar: mean and log variance, ``(batch, ...)``; float32, bfloat16, float16 or float64.

@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fastvae import _backend
 from fastvae._backend import FLOATS
 from fastvae._ops import LIKELIHOODS, OVERLOADS
 from fastvae._pytree import exportable
-from fastvae.functional._autograd import apply, first_derivative_only, graph_is_retained, transformed
+from fastvae.functional._autograd import apply, first_derivative_only, may_use_written, scale_written, writes_gradient
 from fastvae.functional._checks import (
     check_choice,
     check_device,
@@ -23,6 +24,7 @@ from fastvae.functional._checks import (
     check_tensor,
 )
 from fastvae.functional.latent import kl_normal
+from fastvae.reference import reconstruction as reference
 
 # A gradient of log sigma^2 shared by at most so many values is summed in the kernel; a longer one in two steps.
 MAX_SHARED_LOGVAR = 4096
@@ -52,29 +54,42 @@ class _Reconstruction(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 10
         *tensors, grad_input, grad_logvar = ctx.saved_tensors
-        if ctx.with_grad and not graph_is_retained():
-            grads = _rescale(ctx, grad_output, grad_input), None, _rescale(ctx, grad_output, grad_logvar)
+        written = None
+        if ctx.with_grad and may_use_written(grad_output):
+            written = _use_written(ctx, grad_output, tensors, grad_input, grad_logvar)
+        if written is not None:
+            grad_target, (grad_input, grad_logvar) = None, written
         else:
-            grads = OVERLOADS["reconstruction_backward", ctx.backend](
+            grad_input, grad_target, grad_logvar = OVERLOADS["reconstruction_backward", ctx.backend](
                 grad_output, *tensors, ctx.likelihood, ctx.reduction, ctx.needs_input_grad[1]
             )
-        grad_target = grads[1] if ctx.needs_input_grad[1] else None
-        grad_logvar = None if tensors[4] is None else grads[2]
-        return grads[0], grad_target, None, None, grad_logvar, *(None,) * 5
+        grad_target = grad_target if ctx.needs_input_grad[1] else None
+        grad_logvar = None if tensors[4] is None else grad_logvar
+        return grad_input, grad_target, None, None, grad_logvar, *(None,) * 5
+
+    @staticmethod
+    def in_plain_torch(input, target, weight, pos_weight, logvar, likelihood, reduction, *_):
+        return (reference.loss(input, target, weight, pos_weight, logvar, likelihood, reduction),)
 
 
-def _rescale(ctx, grad_output: Tensor, grad: Tensor) -> Tensor:
-    """The gradient that the forward pass wrote, times ``grad_output / grad_scale``.
+def _use_written(ctx, grad_output, tensors, grad_input, grad_logvar) -> list[Tensor] | None:
+    """The gradients that the forward pass wrote, brought to ``grad_output``; None where they have to be computed again.
 
-    On the CPU looking at ``grad_output`` is free. Elsewhere the kernel looks, and returns early where the two agree; it works in place, on
-    an alias that autograd's version check does not see.
+    On another device than the CPU the kernels compare ``grad_output`` with what it was expected to be, as nothing may wait for it, and
+    return early where the two agree.
     """
-    if grad.device.type != "cpu" and not transformed():
-        OVERLOADS["reconstruction_rescale_", ctx.backend](grad.data, grad_output, ctx.grad_scale)
-        return grad
-    if not transformed() and grad_output.item() == ctx.grad_scale:
-        return grad
-    return OVERLOADS["reconstruction_rescale", ctx.backend](grad, grad_output, ctx.grad_scale)
+    written = [grad_input, grad_logvar]
+    if grad_input.device.type == "cpu":
+        return scale_written(written, grad_output, ctx.grad_scale)
+    # Aliases that autograd's version check does not see.
+    aliases = [gradient.data for gradient in written]
+    if any(alias.element_size() == 2 for alias in aliases):
+        # Scaling would round them twice.
+        OVERLOADS["reconstruction_backward_", ctx.backend](*aliases, grad_output, ctx.grad_scale, *tensors, ctx.likelihood, ctx.reduction)
+    else:
+        for alias in aliases:
+            OVERLOADS["reconstruction_rescale_", ctx.backend](alias, grad_output, ctx.grad_scale)
+    return written
 
 
 def binary_cross_entropy_with_logits(
@@ -96,8 +111,8 @@ def binary_cross_entropy_with_logits(
     Args:
         input: logits :math:`x`, any shape; float32, bfloat16, float16 or float64.
         target: :math:`t` in [0, 1], the shape of ``input``; a floating dtype, or uint8, which means value / 255. As in torch, a target
-            outside [0, 1] is not an error.
-        weight: :math:`w`, broadcast to ``input``.
+            outside [0, 1] is not an error. Beside a float64 target the loss is computed in float64.
+        weight: :math:`w`, broadcast to ``input``; any real dtype, which does not change that of the loss.
         reduction: ``"none"`` elementwise, ``"sample"`` sum over all but the batch dimension, ``"batchmean"`` mean of those (nats per
             sample), ``"sum"``, or ``"mean"`` over elements.
         pos_weight: :math:`p`, broadcast to ``input``.
@@ -106,7 +121,8 @@ def binary_cross_entropy_with_logits(
         validate: checks the target (a device synchronisation) and raises ``ValueError`` where one lies outside [0, 1]: for debugging.
 
     Returns:
-        The loss; in the dtype of ``input`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
+        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
+        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it.
@@ -136,7 +152,8 @@ def binary_cross_entropy(
         validate: checks ``input`` and ``target`` (a device synchronisation) and raises ``ValueError`` where one lies outside [0, 1].
 
     Returns:
-        The loss; in the dtype of ``input`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
+        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
+        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it.
@@ -152,11 +169,13 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", *, grad_sca
 
     Args:
         input: :math:`x`, any shape; float32, bfloat16, float16 or float64.
-        target: :math:`t`, the shape of ``input``; a floating dtype, or uint8, which means value / 255.
+        target: :math:`t`, the shape of ``input``; a floating dtype, uint8, which means value / 255, or as in torch another integer dtype,
+            which means the number.
         reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`.
 
     Returns:
-        The loss; in the dtype of ``input`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
+        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
+        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it.
@@ -177,7 +196,8 @@ def gaussian_nll(input: Tensor, target: Tensor, logvar: Tensor | float, reductio
         reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`; the default is nats per sample.
 
     Returns:
-        The loss; in the dtype of ``input`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
+        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
+        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it.
@@ -275,7 +295,7 @@ def vae_loss(x: Tensor, x_recon: Tensor, mu: Tensor, log_var: Tensor) -> tuple[T
 def check_unit_interval(name: str, values: Tensor) -> None:
     """Raises where a tensor has values outside [0, 1] (NaN is), with how many and where the first are."""
     check_tensor(name, values, (*FLOATS, torch.uint8))
-    if values.dtype == torch.uint8:
+    if values.dtype == torch.uint8 or values.is_meta or isinstance(values, FakeTensor):
         return
     outside = ~((values >= 0) & (values <= 1))
     if count := int(outside.sum()):
@@ -285,10 +305,15 @@ def check_unit_interval(name: str, values: Tensor) -> None:
 
 def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad_scale):
     check_tensor("input", input)
+    if likelihood == "mse":
+        target = _as_number(target, input.dtype, kept=torch.uint8)
     _check_target("target", target, "input", input)
+    weight, pos_weight = _as_number(weight, torch.float32), _as_number(pos_weight, torch.float32)
     for name, value in (("weight", weight), ("pos_weight", pos_weight), ("logvar", logvar)):
         if value is not None:
             _check_shared(name, value, input)
+    if target.dtype != input.dtype:
+        input = _promote(input, target, reduction)
     options = check_reduction(reduction), check_scale(grad_scale), _writes_gradient(input, target, logvar, reduction, grad_scale)
     backend = _backend.resolve("reconstruction_forward", input.device, input.dtype, input.numel())
     order = None if input.is_contiguous() else _memory_order(input, reduction)
@@ -303,20 +328,25 @@ def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad
 
 
 def _writes_gradient(input, target, logvar, reduction, grad_scale) -> bool:
-    """Whether the forward pass writes the gradient: it is wanted, one number will scale it, and rounding it before that does no harm.
-
-    A float16 gradient that waits for its loss scale underflows, so it is written only where ``grad_scale`` names the scale.
-    """
     learners = [t for t in (input, logvar) if t is not None and t.requires_grad]
-    underflows = grad_scale == 1.0 and any(t.dtype == torch.float16 for t in learners)
-    wanted = torch.is_grad_enabled() and learners and not target.requires_grad and not underflows
-    return bool(wanted) and reduction in ("batchmean", "sum", "mean")
+    return not target.requires_grad and writes_gradient(learners, reduction, grad_scale)
+
+
+def _promote(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """``input`` in the dtype of the loss: torch's promotion. The kernels widen 16-bit numbers themselves where the loss is reduced."""
+    promoted = reference.promote(input, target)
+    return input.to(promoted) if reduction == "none" or promoted == torch.float64 else input
+
+
+def _as_number(value, dtype: torch.dtype, kept: torch.dtype | None = None):
+    """Integers and bools, which torch takes as numbers, in a floating dtype; ``kept`` stays what it is."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == kept:
+        return value
+    return value.to(dtype)
 
 
 def _check_target(name, target, like_name, like):
-    wide = like.dtype == torch.float64
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.uint8) + ((torch.float64,) if wide else ())
-    check_tensor(name, target, dtypes)
+    check_tensor(name, target, (*FLOATS, torch.uint8))
     check_device(name, target, like_name, like)
     check_shape(name, target, like.shape, f"the shape of {like_name}")
 

@@ -139,6 +139,15 @@ class DenoisingAE(AE):
         return self.reconstruct(x)
 
 
+def _beyond_log1p(x: Tensor) -> Tensor:
+    """``x - log(1 + x)``, never negative, for ``|x| <= 1 / 4``: with ``s = x / (2 + x)`` the logarithm is ``2 (s + s^3 / 3 + ...)``, and
+    ``x - 2 s = s x``."""
+    s = x / (2 + x)
+    square = s * s
+    series = 1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9 + square / 11)))
+    return s * (x - 2 * square * series)
+
+
 class SparseAE(AE):
     r"""An autoencoder whose units are seldom active.
 
@@ -181,7 +190,11 @@ class SparseAE(AE):
         # A unit that is never active has a finite gradient still; one outside (0, 1) shows as NaN.
         rho, eps = self.rho, torch.finfo(rho_hat.dtype).tiny
         active = rho * (math.log(rho) - torch.log(rho_hat + eps))
-        return (active + (1 - rho) * (math.log1p(-rho) - torch.log1p(-rho_hat + eps))).sum()
+        far = active + (1 - rho) * (math.log1p(-rho) - torch.log1p(-rho_hat + eps))
+        # Near rho the two terms cancel but for their parts of second order, which are added up without the first.
+        near = (rho_hat - rho).abs() < 0.25 * min(rho, 1 - rho)
+        excess = torch.where(near, rho_hat - rho, 0.0)
+        return torch.where(near, rho * _beyond_log1p(excess / rho) + (1 - rho) * _beyond_log1p(-excess / (1 - rho)), far).sum()
 
     @reading
     def mean_activation(self, x: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ class ResidualConvVAE(VAE):
         return recon.to(dtype)
 
     def _autocast(self, device: torch.device):
-        if torch.is_autocast_enabled(device.type) or self.precision == "float32":
+        if self.precision == "float32" or not torch.amp.is_autocast_available(device.type) or torch.is_autocast_enabled(device.type):
             return contextlib.nullcontext()
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16" or bfloat16_pays(device))
 

@@ -12,16 +12,22 @@ def reduce_elements(elements: Tensor, reduction: int, dtype: torch.dtype) -> Ten
         return elements.to(dtype)
     if reduction == REDUCTIONS["sample"]:
         return elements.sum(tuple(range(1, elements.ndim))) if elements.ndim > 1 else elements.clone()
-    return elements.sum() * reduction_scale(elements.shape, reduction)
+    # By an integer: in forward mode torch gives the product of a 0-dim tensor and a Python float a tangent in float64.
+    return elements.sum() / _count(elements.shape, reduction)
 
 
 def reduction_scale(shape: torch.Size, reduction: int) -> float:
-    """What the sum over all elements is multiplied with. An empty batch has the loss 0, not the NaN of 0 / 0."""
+    """What the sum over all elements is multiplied with."""
+    return 1.0 / _count(shape, reduction)
+
+
+def _count(shape: torch.Size, reduction: int) -> int:
+    """How many the sum over all elements is a mean of. An empty batch has the loss 0, not the NaN of 0 / 0."""
     if reduction == REDUCTIONS["mean"]:
-        return 1.0 / max(shape.numel(), 1)
+        return max(shape.numel(), 1)
     if reduction == REDUCTIONS["batchmean"]:
-        return 1.0 / max(shape[0] if len(shape) else 1, 1)
-    return 1.0
+        return max(shape[0] if len(shape) else 1, 1)
+    return 1
 
 
 def expand_gradient(grad_output: Tensor, shape: torch.Size, reduction: int) -> Tensor:

@@ -37,12 +37,20 @@ def quantize(
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`fastvae.functional.vector_quantize` for ``x`` (heads, rows, dim), differentiable by autograd."""
+    costs = codebook_cost, commitment_cost
+    return quantize_batch(x, codebook, x.shape[1], REDUCTIONS[reduction], *costs, gradient == "rotation")
+
+
+def quantize_batch(
+    x, codebook, batch: int, reduction: int, codebook_cost, commitment_cost, rotation: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``codebook_quantize`` with its gradients, those of straight-through and losses, as autograd's."""
     indices = nearest(x.detach(), codebook.detach())
     dtype = accumulation_dtype(x.dtype)
     wide, codes = x.to(dtype), lookup(codebook, indices).to(dtype)
     errors = codebook_cost * (codes - wide.detach()) ** 2 + commitment_cost * (codes.detach() - wide) ** 2
-    quantized = rotate(wide, codes) if gradient == "rotation" else wide + (codes - wide).detach()
-    return quantized.to(x.dtype), indices, _reduce(errors, x.shape[1], REDUCTIONS[reduction], x.dtype)
+    quantized = rotate(wide, codes) if rotation else wide + (codes - wide).detach()
+    return quantized.to(x.dtype), indices, _reduce(errors, batch, reduction, x.dtype)
 
 
 def rotate(x: Tensor, codes: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastvae._ops import NORM_ACTIVATIONS, accumulation_dtype, empty_in_layout
+from fastvae._ops import NORM_ACTIVATIONS, accumulation_dtype, channels_are_last
 
 
 def _groups(input: Tensor, num_groups: int) -> Tensor:
@@ -35,7 +35,9 @@ def _normalise(wide: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def _in_layout(values: Tensor, like: Tensor) -> Tensor:
-    return empty_in_layout(like).copy_(values)
+    """``values`` in the dtype and the memory layout of ``like``."""
+    values = values.to(like.dtype)
+    return values.movedim(1, -1).contiguous().movedim(-1, 1) if channels_are_last(like) else values.contiguous()
 
 
 def group_norm_silu(input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu") -> Tensor:
@@ -43,7 +45,7 @@ def group_norm_silu(input, num_groups, weight=None, bias=None, eps=1e-5, activat
     wide = input.to(accumulation_dtype(input.dtype))
     normal = _normalise(wide, *_statistics(_groups(wide, num_groups), eps))
     affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
-    return (torch.nn.functional.silu(affine) if activation == "silu" else affine).to(input.dtype)
+    return _in_layout(torch.nn.functional.silu(affine) if activation == "silu" else affine, input)
 
 
 @torch.library.impl("fastvae::group_norm_forward.reference", "CompositeExplicitAutograd")

@@ -67,10 +67,15 @@ def _ones(h: Tensor) -> Tensor:
 
 def contractive_penalty(hidden, weight, activation="sigmoid", reduction="batchmean", *, alpha: float | None = None) -> Tensor:
     """:func:`fastvae.functional.contractive_penalty`, differentiable any number of times."""
-    dtype = accumulation_dtype(hidden.dtype)
     alpha = DEFAULT_ALPHAS.get(activation, 0.0) if alpha is None else alpha
-    slopes = derivative(hidden.to(dtype), activation, alpha)
-    return reduce_elements(slopes.square() * weight.to(dtype).square().sum(1), REDUCTIONS[reduction], hidden.dtype)
+    return penalty(hidden, weight, ACTIVATIONS[activation], alpha, REDUCTIONS[reduction])
+
+
+def penalty(hidden, weight, activation: int, alpha: float, reduction: int) -> Tensor:
+    """The operator's penalty, differentiable any number of times in either mode."""
+    dtype = accumulation_dtype(hidden.dtype)
+    slopes = derivative(hidden.to(dtype), _NAMES[activation], alpha)
+    return reduce_elements(slopes.square() * weight.to(dtype).square().sum(1), reduction, hidden.dtype)
 
 
 def _gradients(weights, hidden, weight, norms, activation, alpha, with_grad_hidden, with_grad_weight):
@@ -98,6 +103,12 @@ def _jacobian_forward(hidden, weight, activation, alpha, reduction, grad_scale, 
 def _jacobian_backward(grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight):
     weights = expand_gradient(grad_output, hidden.shape, reduction)
     return _gradients(weights, hidden, weight, squared_norms, activation, alpha, with_grad_hidden, with_grad_weight)
+
+
+def gram_norms(left, inner, outer, lower, reduction: int) -> Tensor:
+    """The norms of the Gram form, differentiable any number of times in either mode."""
+    scaled = outer.unsqueeze(2) * left * inner.unsqueeze(1)
+    return reduce_elements(((scaled @ (lower @ lower.T)) * scaled).sum((1, 2)), reduction, outer.dtype)
 
 
 @torch.library.impl("fastvae::jacobian_gram_scale.reference", "CompositeExplicitAutograd")

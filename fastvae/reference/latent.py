@@ -63,12 +63,27 @@ def clamp(logvar: Tensor, limits: tuple[float, float]) -> Tensor:
     return logvar.clamp(*limits)
 
 
+def variance_divergence(difference: Tensor) -> Tensor:
+    """``exp(d) - 1 - d``, twice the KL of two Gaussians with one mean whose log variances differ by ``d``; never negative.
+
+    Near ``d = 0``, where the difference would cancel, it is the Taylor series, to the precision of the dtype.
+    """
+    near = difference.abs() < 0.5
+    # 0 elsewhere: a power of a large number would be infinite, and its gradient NaN.
+    d = torch.where(near, difference, 0.0)
+    terms = 13 if d.dtype == torch.float64 else 7
+    series = torch.full_like(d, 1.0 / math.factorial(terms + 1))
+    for n in range(terms, 1, -1):
+        series = series * d + 1.0 / math.factorial(n)
+    return torch.where(near, series * d * d, difference.exp() - 1.0 - difference)
+
+
 def kl_elements(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))) of each element, in nats (Kingma and Welling 2014, appendix B)."""
     if prior_mu is None:
-        return 0.5 * (mu * mu + (logvar.exp() - logvar - 1.0))
+        return 0.5 * (mu * mu + variance_divergence(logvar))
     delta = mu - prior_mu
-    return 0.5 * (delta * delta * (-prior_logvar).exp() + ((logvar - prior_logvar).exp() - (logvar - prior_logvar) - 1.0))
+    return 0.5 * (delta * delta * (-prior_logvar).exp() + variance_divergence(logvar - prior_logvar))
 
 
 def _reduce_kl(elements: Tensor, reduction: int, free_bits: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -114,10 +129,10 @@ def reparameterize_kl(mu, logvar, prior_mu=None, prior_logvar=None, *, eps: Tens
     return z, kl_normal(mu, logvar, prior_mu, prior_logvar, logvar_clamp=logvar_clamp, **kl)
 
 
-@torch.library.impl("fastvae::latent_forward.reference", "CompositeExplicitAutograd")
-def _latent_forward(
+def latent_forward(
     mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise
 ):
+    """The operator, differentiable any number of times in either mode where it is called as this function."""
     wide_mu, wide_logvar, *prior = _prepare((mu, logvar, prior_mu, prior_logvar), (clamp_min, clamp_max))
     z, kl, active, kept = mu.new_empty((0,)), wide_mu.new_empty((0,)), mu.new_empty((0,), dtype=torch.bool), wide_mu.new_empty((0,))
     if eps is not None or seed is not None:
@@ -128,6 +143,9 @@ def _latent_forward(
     if with_kl:
         kl, active = _reduce_kl(kl_elements(wide_mu, wide_logvar, *prior), reduction, free_bits, mu.dtype)
     return z, kl, active, kept
+
+
+torch.library.impl("fastvae::latent_forward.reference", "CompositeExplicitAutograd", latent_forward)
 
 
 @torch.library.impl("fastvae::latent_backward.reference", "CompositeExplicitAutograd")
@@ -159,7 +177,7 @@ def _latent_backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, s
 def _kl_gradients(mu, logvar, prior_mu, prior_logvar):
     """d KL / d (mu, logvar[, prior_mu, prior_logvar]) of each element."""
     if prior_mu is None:
-        return mu, 0.5 * (logvar.exp() - 1.0)
-    precision, ratio, delta = (-prior_logvar).exp(), (logvar - prior_logvar).exp(), mu - prior_mu
+        return mu, 0.5 * torch.expm1(logvar)
+    precision, excess, delta = (-prior_logvar).exp(), torch.expm1(logvar - prior_logvar), mu - prior_mu
     scaled = delta * precision
-    return scaled, 0.5 * (ratio - 1.0), -scaled, 0.5 * (1.0 - ratio - delta * scaled)
+    return scaled, 0.5 * excess, -scaled, -0.5 * (excess + delta * scaled)

@@ -57,31 +57,39 @@ def loss_gradients(input, target, weight=None, pos_weight=None, logvar=None, *, 
     return grad_input, grad_target, grad_logvar
 
 
-def _loss(input, target, weight, pos_weight, logvar, likelihood: str, reduction: str) -> Tensor:
-    dtype = accumulation_dtype(input.dtype)
+def promote(input: Tensor, target: Tensor) -> torch.dtype:
+    """The dtype of an elementwise loss: torch's promotion, but for uint8 targets, which are images."""
+    return torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
+
+
+def loss(input, target, weight, pos_weight, logvar, likelihood: int, reduction: int) -> Tensor:
+    """The operator's loss, differentiable any number of times in either mode."""
+    promoted = promote(input, target)
+    dtype = accumulation_dtype(promoted)
     arguments = [_wide(t, dtype) for t in (input, target, weight, pos_weight, logvar)]
-    elements = loss_elements(*arguments, likelihood=LIKELIHOODS[likelihood])
-    return reduce_elements(elements, REDUCTIONS[reduction], input.dtype)
+    return reduce_elements(loss_elements(*arguments, likelihood=likelihood), reduction, promoted)
 
 
 def binary_cross_entropy_with_logits(input, target, weight=None, reduction="mean", pos_weight=None) -> Tensor:
     """:func:`fastvae.functional.binary_cross_entropy_with_logits`, differentiable any number of times."""
-    return _loss(input, target, weight, pos_weight, None, "bce_with_logits", reduction)
+    return loss(input, target, weight, pos_weight, None, LIKELIHOODS["bce_with_logits"], REDUCTIONS[reduction])
 
 
 def binary_cross_entropy(input, target, weight=None, reduction="mean") -> Tensor:
     """:func:`fastvae.functional.binary_cross_entropy`, differentiable any number of times."""
-    return _loss(input, target, weight, None, None, "bce", reduction)
+    return loss(input, target, weight, None, None, LIKELIHOODS["bce"], REDUCTIONS[reduction])
 
 
 def mse_loss(input, target, reduction="mean") -> Tensor:
     """:func:`fastvae.functional.mse_loss`, differentiable any number of times."""
-    return _loss(input, target, None, None, None, "mse", reduction)
+    target = target if target.is_floating_point() or target.dtype == torch.uint8 else target.to(input.dtype)
+    return loss(input, target, None, None, None, LIKELIHOODS["mse"], REDUCTIONS[reduction])
 
 
 def gaussian_nll(input, target, logvar, reduction="batchmean") -> Tensor:
     """:func:`fastvae.functional.gaussian_nll`, differentiable any number of times; ``logvar`` broadcasts to ``input``."""
-    return _loss(input, target, None, None, torch.as_tensor(logvar, device=input.device), "gaussian", reduction)
+    logvar = torch.as_tensor(logvar, device=input.device)
+    return loss(input, target, None, None, logvar, LIKELIHOODS["gaussian"], REDUCTIONS[reduction])
 
 
 def _widen(input, *others):
@@ -105,13 +113,13 @@ def _gradients(grad_elements, input, target, weight, pos_weight, logvar, likelih
 @torch.library.impl("fastvae::reconstruction_forward.reference", "CompositeExplicitAutograd")
 def _reconstruction_forward(input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad):
     arguments = _widen(input, target, weight, pos_weight, logvar)
-    loss = reduce_elements(loss_elements(*arguments, likelihood=likelihood), reduction, input.dtype)
+    reduced = reduce_elements(loss_elements(*arguments, likelihood=likelihood), reduction, input.dtype)
     if not with_grad:
-        return loss, input.new_empty((0,)), input.new_empty((0,))
+        return reduced, input.new_empty((0,)), input.new_empty((0,))
     scale = torch.full((), grad_scale, dtype=accumulation_dtype(input.dtype), device=input.device)
     spread = expand_gradient(scale, input.shape, reduction)
     grad_input, _, grad_logvar = _gradients(spread, input, target, weight, pos_weight, logvar, likelihood, False)
-    return loss, grad_input, grad_logvar
+    return reduced, grad_input, grad_logvar
 
 
 @torch.library.impl("fastvae::reconstruction_backward.reference", "CompositeExplicitAutograd")
@@ -120,11 +128,16 @@ def _reconstruction_backward(grad_output, input, target, weight, pos_weight, log
     return _gradients(spread, input, target, weight, pos_weight, logvar, likelihood, with_target)
 
 
-@torch.library.impl("fastvae::reconstruction_rescale.reference", "CompositeExplicitAutograd")
-def _reconstruction_rescale(grad, grad_output, expected):
-    return (grad * (grad_output / expected)).to(grad.dtype)
-
-
 @torch.library.impl("fastvae::reconstruction_rescale_.reference", "CompositeExplicitAutograd")
 def _reconstruction_rescale_(grad, grad_output, expected):
     grad.mul_(grad_output / expected)
+
+
+@torch.library.impl("fastvae::reconstruction_backward_.reference", "CompositeExplicitAutograd")
+def _reconstruction_backward_(
+    grad_input, grad_logvar, grad_output, expected, input, target, weight, pos_weight, logvar, likelihood, reduction
+):
+    spread = expand_gradient(grad_output, input.shape, reduction)
+    grads = _gradients(spread, input, target, weight, pos_weight, logvar, likelihood, False)
+    grad_input.copy_(grads[0])
+    grad_logvar.copy_(grads[2])

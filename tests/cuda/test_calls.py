@@ -12,7 +12,8 @@ ON_CPU = pytest.mark.parametrize(("call", "place"), calls_on("cpu"), ids=str)
 
 def test_every_operator_is_called():
     called = {operator for call in CALLS for operator in call.operators}
-    assert called == set(_ops.operators()) - {"reconstruction_rescale"}
+    # These two a backward pass on a GPU calls where a gradient other than the expected one comes in.
+    assert called == set(_ops.operators()) - {"reconstruction_rescale_", "reconstruction_backward_"}
 
 
 @ON_CPU

@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 import torch
+from test_latent import check_a_kl_is_never_negative, check_near_the_prior
+from test_reconstruction import check_written_over
 
 import fastvae
 from fastvae import _backend
 from fastvae import functional as FV
-from fastvae._ops import OVERLOADS, REDUCTIONS, operators
+from fastvae._ops import LIKELIHOODS, OVERLOADS, REDUCTIONS, operators
 
 TOLERANCES = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-5},
@@ -57,6 +59,17 @@ def test_learned_prior_clamp_and_free_bits(dtype, free_bits):
         for reduction in ("none", "sample", "batchmean"):
             options = {"reduction": reduction, "free_bits": free_bits, "logvar_clamp": (-0.75, 0.75)}
             assert_same(lambda m, v, p, q, o=options: FV.reparameterize_kl(m, v, p, q, seed=3, **o), *inputs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_near_the_prior_the_kl_is_as_accurate_as_its_dtype(dtype):
+    with fastvae.use_backend("cuda"):
+        check_near_the_prior("cpu", dtype)
+
+
+def test_a_kl_is_never_negative():
+    with fastvae.use_backend("cuda"):
+        check_a_kl_is_never_negative("cpu")
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 9])
@@ -131,11 +144,14 @@ def test_gradient_of_the_target():
 def test_rescaling(incoming):
     grad, number = random(4099), torch.tensor(incoming)
     for expected in (1.0, 2.0):
-        out = OVERLOADS["reconstruction_rescale", "cuda"](grad, number, expected)
-        in_place = grad.clone()
-        OVERLOADS["reconstruction_rescale_", "cuda"](in_place, number, expected)
-        torch.testing.assert_close(out, grad * (number / expected))
-        torch.testing.assert_close(in_place, out)
+        rescaled = grad.clone()
+        OVERLOADS["reconstruction_rescale_", "cuda"](rescaled, number, expected)
+        torch.testing.assert_close(rescaled, grad * (number / expected))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_gradients_written_over_in_place(likelihood):
+    check_written_over("cpu", "cuda", likelihood)
 
 
 @pytest.mark.parametrize("shape", [(3, 2_100_000), (9000, 500)], ids=str)

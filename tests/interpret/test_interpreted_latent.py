@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from _helpers import LAYOUTS, NOISE_TOLERANCE, Source, leaf, places
-from test_latent import Case, check
+from test_latent import Case, check, check_a_kl_is_never_negative, check_near_the_prior
 
 import fastvae
 from fastvae import functional as FV
@@ -49,6 +49,15 @@ def test_matches_float64(case):
 ], ids=str)  # fmt: skip
 def test_matches_float64_in_16_bits(dtype, case):
     check("cpu", dtype, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_near_the_prior_the_kl_is_as_accurate_as_its_dtype(dtype):
+    check_near_the_prior("cpu", dtype)
+
+
+def test_a_kl_is_never_negative():
+    check_a_kl_is_never_negative("cpu")
 
 
 DRAWS = [((1,), None), ((127,), None), ((3, 700), None), ((20_001,), None), ((7, 20), 5), ((128, 20), 2)]

@@ -159,7 +159,7 @@ def loaded(launch: Launch) -> dict[str, torch.Tensor]:
 def stored(launch: Launch) -> dict[str, torch.Tensor]:
     if launch.name.startswith("codebook_"):
         return of_rows(launch, ROWS_WRITTEN)
-    in_place = launch.name == "reconstruction_rescale_kernel" and "out" not in tensors(launch)
+    in_place = launch.name == "reconstruction_rescale_kernel"
     return {name: tensor for name, tensor in streamed(launch).items() if name in OUTPUTS or (in_place and name == "grad")}
 
 
@@ -269,6 +269,7 @@ BYTES = {
     "BCE from logits by sample, uint8": {"float32": 5},
     "gradients of BCE from logits by sample": {"float32": 12, "bfloat16": 6, "float16": 6},
     "gradients of BCE from logits": {"float32": 16},
+    "gradients of BCE from logits in place": {"float32": 12, "bfloat16": 6, "float16": 6},
     "rescale in place": {"float32": 8, "bfloat16": 4, "float16": 4},
     "penalty": {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)},
     "penalty with its gradients": {"float32": (4, 8, 8), "bfloat16": (2, 4, 4)},

@@ -32,7 +32,8 @@ const float* draw(const uint32_t* key, int64_t begin, int64_t count, float (&buf
 
 template <class T>
 struct Tile {
-  T mu_buffer[kTile], logvar_buffer[kTile], prior_mu_buffer[kTile], prior_logvar_buffer[kTile], eps_buffer[kTile], sigma[kTile];
+  T mu_buffer[kTile], logvar_buffer[kTile], prior_mu_buffer[kTile], prior_logvar_buffer[kTile], eps_buffer[kTile];
+  T sigma[kTile], excess[kTile], divergence[kTile];  // of the variance_ratio() of each log variance
   float noise_buffer[2 * kNoiseTile];
   const T *mu, *logvar, *prior_mu, *prior_logvar;  // log variances as they come, outside their limits too
   T low, high;                                     // those limits
@@ -52,6 +53,17 @@ struct Tile {
     for (int64_t i = 0; i < count; ++i) sigma[i] = exp(T(0.5) * clamp(logvar[i], low, high));
   }
 
+  // Sigma, and what the KL against the standard normal and its gradient need.
+  void compute_variances(int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      VarianceRatio<T> ratio = variance_ratio(clamp(logvar[i], low, high));
+      sigma[i] = ratio.root;
+      excess[i] = ratio.excess;
+      divergence[i] = ratio.divergence;
+    }
+  }
+
   const T* noise(const LatentInputs& in, int64_t begin, int64_t count) {
     if (in.eps) return load(in.eps, begin, count, eps_buffer);
     const float* drawn = draw(in.key, begin, count, noise_buffer);
@@ -68,7 +80,7 @@ struct Tile {
       for (int64_t i = 0; i < count; ++i)
         out[i] = kl_prior(mu[i], clamp(logvar[i], low, high), prior_mu[i], clamp(prior_logvar[i], low, high));
     } else {
-      for (int64_t i = 0; i < count; ++i) out[i] = kl_standard(mu[i], clamp(logvar[i], low, high), sigma[i] * sigma[i]);
+      for (int64_t i = 0; i < count; ++i) out[i] = kl_standard(mu[i], divergence[i]);
     }
   }
 };
@@ -114,9 +126,9 @@ void plain_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t 
   T low = tile.low, high = tile.high, total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < count; ++i) {
-    T inside = clamp(logvar[i], low, high), sigma = exp(T(0.5) * inside);
-    z[i] = fma(sigma, eps[i], mu[i]);
-    total += kl_standard(mu[i], inside, sigma * sigma);
+    VarianceRatio<T> ratio = variance_ratio(clamp(logvar[i], low, high));
+    z[i] = fma(ratio.root, eps[i], mu[i]);
+    total += kl_standard(mu[i], ratio.divergence);
   }
   store(p.z, begin, count, z);
   p.sums[p.partition.slot(item, begin)] += total;
@@ -124,7 +136,10 @@ void plain_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t 
 
 template <class T>
 void general_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t begin, int64_t count) {
-  tile.compute_sigma(count);
+  if ((p.kl || p.sums) && !p.prior_mu)
+    tile.compute_variances(count);
+  else if (p.z)
+    tile.compute_sigma(count);
   if (p.z) sample(p, tile, begin, count);
   if (p.kl || p.sums) forward_kl(p, tile, item, begin, count);
 }
@@ -179,12 +194,12 @@ template <class T>
 void backward_kl(const LatentBackward& p, const Tile<T>& tile, int64_t begin, int64_t count, Gradients<T>& grads) {
   T weight_buffer[kTile];
   const T* weight = kl_weights(p, begin, count, weight_buffer);
-  const T *mu = tile.mu, *logvar = tile.logvar, *sigma = tile.sigma;
+  const T *mu = tile.mu, *logvar = tile.logvar;
   if (!p.prior_mu) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       grads.mu[i] = fma(weight[i], mu[i], grads.mu[i]);
-      grads.logvar[i] = fma(T(0.5) * weight[i], fma(sigma[i], sigma[i], T(-1)), grads.logvar[i]);
+      grads.logvar[i] = fma(T(0.5) * weight[i], tile.excess[i], grads.logvar[i]);
     }
     return;
   }
@@ -218,8 +233,8 @@ void plain_backward(const LatentBackward& p, Tile<T>& tile, T weight, int64_t be
   T *grad_mu = destination(p.grad_mu, begin, buffers.mu), *grad_logvar = destination(p.grad_logvar, begin, buffers.logvar);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    T sigma = exp(T(0.5) * clamp(logvar[i], low, high));
-    T gradient = T(0.5) * fma(grad[i] * sigma, eps[i], weight * fma(sigma, sigma, T(-1)));
+    VarianceRatio<T> ratio = variance_ratio(clamp(logvar[i], low, high));
+    T gradient = T(0.5) * fma(grad[i] * ratio.root, eps[i], weight * ratio.excess);
     grad_mu[i] = fma(weight, mu[i], grad[i]);
     grad_logvar[i] = gradient_inside(gradient, logvar[i], low, high);
   }
@@ -229,7 +244,7 @@ void plain_backward(const LatentBackward& p, Tile<T>& tile, T weight, int64_t be
 
 template <class T>
 void general_backward(const LatentBackward& p, Tile<T>& tile, Gradients<T>& grads, int64_t begin, int64_t count) {
-  tile.compute_sigma(count);
+  p.grad_kl && !p.prior_mu ? tile.compute_variances(count) : tile.compute_sigma(count);
   memset(&grads, 0, sizeof grads);
   if (p.grad_z) backward_z(p, tile, begin, count, grads);
   if (p.grad_kl) backward_kl(p, tile, begin, count, grads);
@@ -263,7 +278,7 @@ void sum_dimensions(const LatentInputs& p, int64_t inner, int64_t begin_row, int
   for (int64_t i = 0; i < count; ++i) sums[i] = 0.0;
   for (int64_t row = begin_row; row < end_row; ++row) {
     tile.read(p, row * inner + dimension, count);
-    tile.compute_sigma(count);
+    if (!p.prior_mu) tile.compute_variances(count);
     tile.kl(p, count, kl);
     for (int64_t i = 0; i < count; ++i) sums[i] += kl[i];
   }
