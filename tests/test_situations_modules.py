@@ -2,6 +2,7 @@
 place of another, the result is that of calling it."""
 
 import copy
+import itertools
 import pickle
 from contextlib import contextmanager
 
