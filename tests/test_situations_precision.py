@@ -5,7 +5,7 @@ import torch
 from _helpers import Source
 from torch import nn
 
-from fastvae.models import AE, VAE, ContractiveAE, ConvVAE, DenoisingAE, MLPVAE, ResidualConvVAE, SparseAE
+from fastvae.models import AE, MLPVAE, VAE, ContractiveAE, ConvVAE, DenoisingAE, ResidualConvVAE, SparseAE
 from fastvae.models.autoencoder import mlp_coders
 from fastvae.nn import GaussianNLL, GroupNormSiLU, MinMaxScaler, StandardScaler, UpsampleConv2d
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
