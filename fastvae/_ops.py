@@ -292,8 +292,6 @@ torch.library.define("fastvae::kept", "(Tensor value) -> Tensor", tags=(torch.Ta
 @torch.library.impl("fastvae::kept", "CompositeExplicitAutograd")
 @torch.library.register_fake("fastvae::kept")
 def kept(value: Tensor) -> Tensor:
-    """A copy of ``value``, on every device.
-
-    torch.compile keeps it for its backward pass, as it cannot know how to compute it again. In place of a plain copy it may keep the buffer
-    that was copied, which the next step changes before the backward pass comes."""
+    """A copy of ``value``, on every device, that torch.compile keeps for the backward pass. Of a plain copy it may keep the source: a
+    buffer, which the next step changes before the backward pass comes."""
     return value.clone()

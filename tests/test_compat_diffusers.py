@@ -105,6 +105,27 @@ def test_nothing_to_patch():
         patch_diffusers(nn.Linear(2, 2))
 
 
+def test_what_is_in_the_way_is_named():
+    """Offloading gives every module a forward of its own, so it comes after."""
+    vae = small_vae()
+    for module in vae.modules():
+        module.forward = module.forward
+    with pytest.raises(ValueError, match=r"\(left encoder.* it has a forward of its own\)"):
+        patch_diffusers(vae)
+
+
+def test_hooks_and_replaced_forwards_keep_their_modules():
+    vae = small_vae()
+    vae.encoder.conv_norm_out.register_forward_hook(lambda *_: None)
+    vae.decoder.up_blocks[0].upsamplers[0].forward = vae.decoder.up_blocks[0].upsamplers[0].forward
+    lines = []
+    patch_diffusers(vae, report=lines.append)
+    assert type(vae.encoder.conv_norm_out) is nn.GroupNorm
+    assert "left encoder.conv_norm_out: it has hooks" in lines
+    assert not [module for module in vae.modules() if isinstance(module, UpsampleConv2d)]
+    assert isinstance(vae.decoder.conv_norm_out, GroupNormSiLU)
+
+
 BLOCKS = [
     ({"temb_channels": 8}, "applied to a time embedding too"),
     ({"temb_channels": 8, "time_embedding_norm": "scale_shift", "skip_time_act": True}, "applied to a time embedding too"),

@@ -31,9 +31,11 @@ def patch_diffusers(vae: nn.Module, *, channels_last: bool = False, report: Call
         ValueError: where there is nothing to fuse.
     """
     patched = any(isinstance(module, GroupNormSiLU | UpsampleConv2d) for module in vae.modules())
-    if not patched and all(finding.followed_by is None for finding in examine(vae)):
+    findings = [] if patched else examine(vae)
+    if not patched and all(finding.followed_by is None for finding in findings):
         missing = "a GroupNorm that SiLU follows or an upsampling that a convolution follows"
-        raise ValueError(f"vae: got a {type(vae).__name__} without {missing}, takes a VAE of diffusers")
+        reasons = f" ({findings[0]})" if findings else ""
+        raise ValueError(f"vae: got a {type(vae).__name__} without {missing}{reasons}, takes a VAE of diffusers")
     return optimize(vae, channels_last=channels_last, report=report)
 
 

@@ -106,7 +106,8 @@ class KLPenalty(ScheduledKL):
 
     def forward(self, kl: Tensor) -> Tensor:
         """``kl`` in nats per sample: a mean over the batch, or one value a sample."""
-        return self.beta * (kl if self.capacity is None else (kl - self.capacity).abs())
+        capacity = self.capacity
+        return self.beta * (kl if capacity is None else (kl - capacity).abs())
 
 
 class VAELoss(ScheduledKL):

@@ -431,12 +431,12 @@ def _check_code(parent: nn.Module) -> dict[str, bool]:
     and whether they are there."""
     if "forward" in vars(parent):
         raise NotUnderstood("its forward was replaced")
-    if type(parent).__reduce__ is not object.__reduce__ or type(parent).__reduce_ex__ is not object.__reduce_ex__:
-        raise NotUnderstood("its class is copied in a way of its own")
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
     except (OSError, TypeError, SyntaxError) as error:
         raise NotUnderstood("its code cannot be read") from error
+    if type(parent).__reduce__ is not object.__reduce__ or type(parent).__reduce_ex__ is not object.__reduce_ex__:
+        raise NotUnderstood("its class is copied in a way of its own")
     function = tree.body[0]
     if not isinstance(function, ast.FunctionDef):
         raise NotUnderstood("its forward is not a function")
