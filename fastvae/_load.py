@@ -14,6 +14,9 @@ CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
 
 def load_implementations() -> None:
+    # Plain PyTorch: these two are always there.
+    importlib.import_module("fastvae.reference")
+    importlib.import_module("fastvae.fallback")
     _load("cpp", "fastvae._C", "built without C++ (with a compiler: pip install --no-build-isolation .)")
     if torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1":
         _load("triton", "fastvae.kernels", "Triton is not installed (pip install triton)")

@@ -27,10 +27,10 @@ _CUBIC = 0.044715
 
 def derivative(hidden: Tensor, activation: str, alpha: float) -> Tensor:
     """The activation's derivative from its output (from its input for those in ``FROM_PREACTIVATION``), itself differentiable."""
-    return _derivatives(hidden, activation, alpha)[0]
+    return derivatives(hidden, activation, alpha)[0]
 
 
-def _derivatives(h: Tensor, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
+def derivatives(h: Tensor, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
     """The activation's derivative, and what its derivative with respect to ``h`` is."""
     if activation == "sigmoid":
         return h * (1.0 - h), 1.0 - 2.0 * h
@@ -74,7 +74,7 @@ def contractive_penalty(hidden, weight, activation="sigmoid", reduction="batchme
 
 
 def _gradients(weights, hidden, weight, norms, activation, alpha, with_grad_hidden, with_grad_weight):
-    slope, change = _derivatives(hidden.to(norms.dtype), _NAMES[activation], alpha)
+    slope, change = derivatives(hidden.to(norms.dtype), _NAMES[activation], alpha)
     grad_hidden, grad_weight = hidden.new_empty((0,)), weight.new_empty((0,))
     if with_grad_hidden:
         grad_hidden = (weights * norms * 2.0 * slope * change).to(hidden.dtype).contiguous()
