@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 def _describe(run: results.Run) -> str:
     served = f"{run.backend}, {run.instruction_set}" if run.backend == "cpp" else run.backend
     lines = [f"{run.device_name}, {run.threads} threads; fastvae {run.fastvae} ({served}), torch {run.torch}"]
-    if run.backend == "reference":
-        lines.append("fastvae has only its reference backend here: its figures are those of plain PyTorch.")
+    if run.backend == "fallback":
+        lines.append("fastvae has no kernels here: its figures are those of its backend in plain PyTorch.")
     return "\n".join(lines)
 
 

@@ -47,8 +47,8 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def statistics_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of the statistics of a normalisation: float64, or float32 where the device has no other."""
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none."""
     return torch.float64 if has_float64(device) else torch.float32
 
 
@@ -221,9 +221,9 @@ def empty_in_layout(like: Tensor) -> Tensor:
 def group_norm_forward(input, num_groups, weight, bias, eps, activation):
     """The output in the memory layout of ``input``, and mean and 1 / standard deviation of each sample's groups, ``(batch, num_groups)``.
 
-    Those are of :func:`statistics_dtype`: float32 does not hold a large mean to within a small standard deviation.
+    Those are of :func:`widest_dtype`: float32 does not hold a large mean to within a small standard deviation.
     """
-    mean, rstd = (input.new_empty((input.shape[0], num_groups), dtype=statistics_dtype(input.device)) for _ in range(2))
+    mean, rstd = (input.new_empty((input.shape[0], num_groups), dtype=widest_dtype(input.device)) for _ in range(2))
     return empty_in_layout(input), mean, rstd
 
 

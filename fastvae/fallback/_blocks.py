@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae._ops import REDUCTIONS, accumulation_dtype
+from fastvae.fallback import _device
 from fastvae.reference._reduce import reduction_scale
 
 # Four float32 temporaries of so many elements are 1 MiB, about the second-level cache of a core. It is twice the least that torch gives a
@@ -23,7 +24,7 @@ _WHOLE = slice(None), slice(None)
 
 def block_elements(device: torch.device) -> int:
     """The number of elements of a block on ``device``."""
-    return _ELEMENTS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _ELEMENTS_ELSEWHERE
+    return _ELEMENTS_PER_THREAD * torch.get_num_threads() if _device.is_cpu(device) else _ELEMENTS_ELSEWHERE
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:

@@ -10,8 +10,11 @@ import os
 import torch
 from torch import Tensor
 
-from fastvae._ops import REDUCTIONS, accumulation_dtype, has_float64
+from fastvae import _ops
+from fastvae._ops import REDUCTIONS, accumulation_dtype
+from fastvae.fallback import _device
 from fastvae.fallback._blocks import block_elements
+from fastvae.fallback._register import implements
 from fastvae.reference._reduce import reduction_scale
 
 # Scores of a chunk of rows, in blocks: a matrix product is faster with more rows than elementwise operations ask for.
@@ -39,9 +42,11 @@ class _Products:
         self.codes = codes.to(dtype)
         self.half_norms = self.codes.square().sum(1).mul_(0.5)
         self.longest = self.half_norms.max().mul(2.0).sqrt()
-        # A score is a sum of dim + 1 terms, each rounded; the half norm and the norms here are such sums too.
+        # Each of two scores is a sum of dim + 1 terms, added in any order, and the half norm among them is such a sum itself: rounding
+        # moves it by (dim + 2) eps / 2 of |x| |c| + |c|^2. What is more allows for the rounding of this bound.
         dim, finfo = codes.shape[1], torch.finfo(dtype)
-        self.rounding = (dim + 8) * finfo.eps + 2.0 * _operand_rounding(codes.device, dtype)
+        rounded = (dim + 8) * finfo.eps
+        self.rounding = rounded / (1.0 - rounded) + 2.0 * _operand_rounding(codes.device, dtype)
         self.underflow = 8.0 * (dim + 1) * finfo.tiny
 
     def scores(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
@@ -92,7 +97,7 @@ class _Search:
     def decide(self, x: Tensor) -> Tensor:
         """The nearest codes of a few rows by float64, or by float32 on a device that has no other."""
         if self.precise is None:
-            self.precise = _Products(self.codes, torch.float64 if has_float64(x.device) else torch.float32)
+            self.precise = _Products(self.codes, _ops.widest_dtype(x.device))
         rows = x.to(self.precise.dtype)
         scores = self.precise.scores(rows)
         limit = scores.amin(1).add_(self.precise.bound(rows))
@@ -125,7 +130,7 @@ class _Search:
 
 
 def _check_finite(codebook: Tensor) -> None:
-    if codebook.device.type == "cpu" and not torch.isfinite(codebook).all():
+    if _device.is_cpu(codebook.device) and not torch.isfinite(codebook).all():
         raise ValueError("codebook: got NaN or infinite values, takes finite ones")
 
 
@@ -138,18 +143,18 @@ def _lookup(codebook: Tensor, indices: Tensor) -> Tensor:
     return codebook.reshape(-1, dim).index_select(0, (indices + first).view(-1)).view(heads, -1, dim)
 
 
-@torch.library.impl("fastvae::codebook_nearest.fallback", "CompositeExplicitAutograd")
-def _codebook_nearest(x, codebook, with_distance):
+@implements("codebook_nearest")
+def codebook_nearest(x, codebook, with_distance):
     _check_finite(codebook)
     indices, dtype = nearest(x, codebook), accumulation_dtype(x.dtype)
     if not with_distance:
         return indices, x.new_empty((0,), dtype=dtype)
-    wide = torch.float64 if has_float64(x.device) else torch.float32
+    wide = _ops.widest_dtype(x.device)
     return indices, (x.to(wide) - _lookup(codebook, indices).to(wide)).square_().sum(-1).to(dtype)
 
 
-@torch.library.impl("fastvae::codebook_quantize.fallback", "CompositeExplicitAutograd")
-def _codebook_quantize(x, codebook, batch, reduction, loss_weight):
+@implements("codebook_quantize")
+def codebook_quantize(x, codebook, batch, reduction, loss_weight):
     _check_finite(codebook)
     indices, dtype = nearest(x, codebook), accumulation_dtype(x.dtype)
     codes = _lookup(codebook, indices)
@@ -167,8 +172,8 @@ def _scale(shape: torch.Size, batch: int, reduction: int) -> float:
     return reduction_scale(shape if reduction == REDUCTIONS["mean"] else torch.Size((batch,)), reduction)
 
 
-@torch.library.impl("fastvae::codebook_quantize_backward.fallback", "CompositeExplicitAutograd")
-def _codebook_quantize_backward(
+@implements("codebook_quantize_backward")
+def codebook_quantize_backward(
     grad_quantized, grad_loss, x, codebook, indices, batch, reduction, codebook_cost, commitment_cost, rotation, with_codebook
 ):
     dtype = accumulation_dtype(x.dtype)
@@ -222,8 +227,8 @@ def _sums_by_code(rows: Tensor, bins: Tensor, count: int) -> Tensor:
     return sums.scatter_add_(1, bins.unsqueeze(2).expand(rows.shape), rows)
 
 
-@torch.library.impl("fastvae::codebook_sums.fallback", "CompositeExplicitAutograd")
-def _codebook_sums(x, indices, codes):
+@implements("codebook_sums")
+def codebook_sums(x, indices, codes):
     # One bin more, for the rows that are left out.
     bins = torch.where(indices < 0, codes, indices)
     counts = torch.zeros((x.shape[0], codes + 1), dtype=torch.int64, device=x.device)
@@ -232,8 +237,8 @@ def _codebook_sums(x, indices, codes):
     return counts[:, :codes].contiguous(), sums[:, :codes].contiguous()
 
 
-@torch.library.impl("fastvae::codebook_ema_.fallback", "CompositeExplicitAutograd")
-def _codebook_ema_(codebook, ema_count, ema_sum, counts, sums, decay, eps):
+@implements("codebook_ema_")
+def codebook_ema_(codebook, ema_count, ema_sum, counts, sums, decay, eps):
     ema_count.mul_(decay).add_(counts.to(ema_count.dtype), alpha=1.0 - decay)
     ema_sum.mul_(decay).add_(sums.to(ema_sum.dtype), alpha=1.0 - decay)
     total = ema_count.sum(-1, keepdim=True)

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae._ops import NORM_ACTIVATIONS, accumulation_dtype, channels_are_last, empty_in_layout, statistics_dtype
+from fastvae._ops import NORM_ACTIVATIONS, accumulation_dtype, channels_are_last, empty_in_layout, widest_dtype
+from fastvae.fallback import _device
 from fastvae.fallback._blocks import Block, block_elements, blocks
+from fastvae.fallback._register import implements
 
 # The largest mean, in standard deviations, whose elements are used as they are: they lose two of float32's 24 bits at most.
 _LARGEST_MEAN = 4.0
@@ -33,7 +35,7 @@ class _Layout:
         self.count = self.width * self.positions
         self.axis = 1 if self.last else 2
         # torch's own kernel for channels that are last takes the variance as E[x^2] - E[x]^2, and its backward pass is slow.
-        self.is_native = self.device.type == "cpu" and not self.last
+        self.is_native = _device.is_cpu(self.device) and not self.last
 
     def matrices(self, tensor: Tensor) -> Tensor:
         if self.last:
@@ -66,7 +68,7 @@ class _Layout:
 
     def by_channel(self, groups: Tensor) -> Tensor:
         """A table by group as one by channel."""
-        return groups.unsqueeze(2).expand(*groups.shape, self.width).reshape(groups.shape[0], -1)
+        return groups.unsqueeze(2).expand(*groups.shape, self.width).reshape(groups.shape[0], groups.shape[1] * self.width)
 
     def spread(self, channels: Tensor) -> Tensor:
         """A table by channel as one that broadcasts over the elements."""
@@ -95,7 +97,7 @@ def _widen(piece: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_small(mean: Tensor, rstd: Tensor) -> bool:
     """Whether the elements may be used as they are: not where a mean is NaN, a variance infinite, or the device would have to wait."""
-    if mean.device.type != "cpu":
+    if not _device.is_cpu(mean.device):
         return False
     return not mean.numel() or (bool((mean * rstd).abs_().max() <= _LARGEST_MEAN) and bool(rstd.min() > 0.0))
 
@@ -109,11 +111,11 @@ def _write_activated(result: Tensor, values: Tensor, activation: int) -> None:
         result.copy_(F.silu(values, inplace=True))
 
 
-@torch.library.impl("fastvae::group_norm_forward.fallback", "CompositeExplicitAutograd")
-def _group_norm_forward(input, num_groups, weight, bias, eps, activation):
+@implements("group_norm_forward")
+def group_norm_forward(input, num_groups, weight, bias, eps, activation):
     layout, dtype = _Layout(input, num_groups), accumulation_dtype(input.dtype)
     output = empty_in_layout(input)
-    mean, rstd = (input.new_zeros((input.shape[0], num_groups), dtype=statistics_dtype(input.device)) for _ in range(2))
+    mean, rstd = (input.new_zeros((input.shape[0], num_groups), dtype=widest_dtype(input.device)) for _ in range(2))
     elements, results = layout.matrices(input), layout.matrices(output)
     parameters = [None if p is None else p.to(dtype) for p in (weight, bias)]
     if layout.is_native:
@@ -164,8 +166,8 @@ def _write_statistics(layout: _Layout, pieces, dtype: torch.dtype, center: Tenso
     return rest
 
 
-@torch.library.impl("fastvae::group_norm_backward.fallback", "CompositeExplicitAutograd")
-def _group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation):
+@implements("group_norm_backward")
+def group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation):
     backward = _Backward(input, mean, rstd, weight, bias, num_groups, activation)
     grad_input = empty_in_layout(input)
     matrices = [backward.layout.matrices(t) for t in (input, grad_output, grad_input)]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastvae._ops import ACTIVATIONS, accumulation_dtype
 from fastvae.fallback._blocks import Reduced, blocks, gradient_matrix, take
+from fastvae.fallback._register import implements
 from fastvae.reference._reduce import reduction_scale
 from fastvae.reference.jacobian import derivatives, gram_in_chunks
 
@@ -44,8 +45,8 @@ class _Gradients:
         return self.hidden, self.weight
 
 
-@torch.library.impl("fastvae::jacobian_forward.fallback", "CompositeExplicitAutograd")
-def _jacobian_forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight):
+@implements("jacobian_forward")
+def jacobian_forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight):
     dtype = accumulation_dtype(hidden.dtype)
     norms, reduced = _squared_norms(weight, dtype), Reduced(hidden, reduction)
     scale = grad_scale * reduction_scale(hidden.shape, reduction)
@@ -58,8 +59,8 @@ def _jacobian_forward(hidden, weight, activation, alpha, reduction, grad_scale, 
     return reduced.result(), norms, *gradients.results()
 
 
-@torch.library.impl("fastvae::jacobian_backward.fallback", "CompositeExplicitAutograd")
-def _jacobian_backward(grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight):
+@implements("jacobian_backward")
+def jacobian_backward(grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight):
     dtype = squared_norms.dtype
     scale = gradient_matrix(grad_output, hidden.shape, reduction, dtype)
     gradients = _Gradients(hidden, weight, squared_norms, scale, with_grad_hidden, with_grad_weight)
@@ -69,13 +70,13 @@ def _jacobian_backward(grad_output, hidden, weight, squared_norms, activation, a
     return gradients.results()
 
 
-@torch.library.impl("fastvae::jacobian_gram_scale.fallback", "CompositeExplicitAutograd")
-def _jacobian_gram_scale(left, inner, outer):
+@implements("jacobian_gram_scale")
+def jacobian_gram_scale(left, inner, outer):
     return torch.mul(outer.unsqueeze(2), left).mul_(inner.unsqueeze(1)).flatten(0, 1)
 
 
-@torch.library.impl("fastvae::jacobian_gram_reduce.fallback", "CompositeExplicitAutograd")
-def _jacobian_gram_reduce(left, inner, outer, product, with_grad):
+@implements("jacobian_gram_reduce")
+def jacobian_gram_reduce(left, inner, outer, product, with_grad):
     product = product.view(*outer.shape, inner.shape[1])
     with_left = product * left
     dots = torch.bmm(with_left, inner.unsqueeze(2)).squeeze(2)
@@ -86,4 +87,4 @@ def _jacobian_gram_reduce(left, inner, outer, product, with_grad):
     return dots, grad_inner, grad_left if left.ndim == 3 else grad_left.sum(0)
 
 
-torch.library.impl("fastvae::jacobian_gram.fallback", "CompositeExplicitAutograd", gram_in_chunks("fallback"))
+jacobian_gram = implements("jacobian_gram")(gram_in_chunks("fallback"))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fastvae._ops import accumulation_dtype
+from fastvae.fallback import _device
 from fastvae.fallback._blocks import Reduced, block_elements, blocks, gradient_matrix, matrix_shape, take, written
+from fastvae.fallback._register import implements
 from fastvae.reference._reduce import reduce_elements
 from fastvae.reference.latent import LANES, TILE
 
@@ -36,7 +38,7 @@ def normal(seed: Tensor, shape, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _round_keys(seed: Tensor) -> Tensor:
     """The two key words of each round, ``(rounds, 2, 1)``, in the order in which :func:`philox_words` holds its rows."""
-    if seed.device.type == "cpu":
+    if _device.is_cpu(seed.device):
         # The same in Python's integers, which saves a dozen launches.
         key = int(seed)
         words = [[(part + number * weyl) & _MASK for part, weyl in zip((key, key >> 32), _WEYL, strict=True)] for number in range(_ROUNDS)]
@@ -63,7 +65,7 @@ def _words(start: int, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     multipliers = torch.full((3, 1), _MULTIPLIERS[0], dtype=torch.int64, device=keys.device)
     multipliers[1].fill_(_MULTIPLIERS[1])
     last = _ROUNDS % 2
-    if keys.device.type == "cpu" and (torch.get_num_threads() == 1 or count <= _ONE_THREAD):
+    if _device.is_cpu(keys.device) and (torch.get_num_threads() == 1 or count <= _ONE_THREAD):
         # NumPy works on the same memory with one thread, and takes half of torch's time for it.
         arrays = state.numpy(), [[row.numpy() for row in pair] for pair in rows], multipliers.numpy(), keys.numpy()
         _rounds(*arrays, np.multiply, np.right_shift)
@@ -119,12 +121,12 @@ def excess_exp(x: Tensor) -> Tensor:
     With c the number nearest to x in an interval around 0 it is ``(exp(c) - 1 - c) + exp(c) (exp(x - c) - 1) - (x - c)``: the first term is
     the sum of a Taylor series, the others are exactly 0 inside the interval.
     """
-    # The series ends with x^8: what is left out is below the rounding, and at the ends the other terms cancel 3 bits at most.
-    near = 0.5 if x.dtype == torch.float32 else 0.03
-    inside = x.clamp(-near, near)
+    # What the series leaves out is below the rounding; at the ends of the interval the other terms cancel 3 bits at most.
+    last = 8 if x.dtype == torch.float32 else 16
+    inside = x.clamp(-0.5, 0.5)
     outside = x - inside
     series = inside
-    for k in range(8, 2, -1):
+    for k in range(last, 2, -1):
         series = torch.addcmul(inside, inside, series, value=1.0 / k, out=None if series is inside else series)
     series.mul_(inside).mul_(0.5).sub_(outside)
     return series.addcmul_(outside.exp_().sub_(1.0), inside.exp_())
@@ -146,8 +148,8 @@ def _free_bits(elements: Tensor, like: Tensor, reduction: int, free_bits: float)
     return reduce_elements(torch.where(active, elements, free_bits), reduction, like.dtype), active
 
 
-@torch.library.impl("fastvae::latent_forward.fallback", "CompositeExplicitAutograd")
-def _latent_forward(
+@implements("latent_forward")
+def latent_forward(
     mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise
 ):
     dtype, size = accumulation_dtype(mu.dtype), matrix_shape(mu.shape)
@@ -190,8 +192,8 @@ def _widen(matrices, block, dtype, limits):
     return [_clamp(t, limits) if t is not None and i % 2 else t for i, t in enumerate(wide)]
 
 
-@torch.library.impl("fastvae::latent_backward.fallback", "CompositeExplicitAutograd")
-def _latent_backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max):
+@implements("latent_backward")
+def latent_backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max):
     dtype, size, limits = accumulation_dtype(mu.dtype), matrix_shape(mu.shape), (clamp_min, clamp_max)
     matrices = [None if t is None else t.reshape(size) for t in (mu, logvar, prior_mu, prior_logvar)]
     outputs = [mu.new_empty(mu.shape if i < 2 or prior_mu is not None else (0,)) for i in range(4)]

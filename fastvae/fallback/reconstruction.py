@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastvae._ops import LIKELIHOODS, accumulation_dtype
 from fastvae.fallback._blocks import Block, Reduced, blocks, gradient_matrix, matrix_shape, shared_matrix, take, written
+from fastvae.fallback._register import implements
 from fastvae.reference._reduce import reduction_scale
 
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -129,8 +130,8 @@ def _sum_shared(gradient: Tensor, value: Tensor, shape: torch.Size) -> Tensor:
     return gradient.sum_to_size(value.shape).to(value.dtype).contiguous()
 
 
-@torch.library.impl("fastvae::reconstruction_forward.fallback", "CompositeExplicitAutograd")
-def _reconstruction_forward(input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad):
+@implements("reconstruction_forward")
+def reconstruction_forward(input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad):
     arguments = _Arguments(input, target, weight, pos_weight, logvar)
     reduced, scale = Reduced(input, reduction), grad_scale * reduction_scale(input.shape, reduction)
     gradients = _Gradients(arguments, input, target, logvar, scale, likelihood, False) if with_grad else None
@@ -145,8 +146,8 @@ def _reconstruction_forward(input, target, weight, pos_weight, logvar, likelihoo
     return reduced.result(), grad_input, grad_logvar
 
 
-@torch.library.impl("fastvae::reconstruction_backward.fallback", "CompositeExplicitAutograd")
-def _reconstruction_backward(grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, with_target):
+@implements("reconstruction_backward")
+def reconstruction_backward(grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, with_target):
     arguments = _Arguments(input, target, weight, pos_weight, logvar)
     scale = gradient_matrix(grad_output, input.shape, reduction, arguments.dtype)
     gradients = _Gradients(arguments, input, target, logvar, scale, likelihood, with_target)
@@ -155,11 +156,11 @@ def _reconstruction_backward(grad_output, input, target, weight, pos_weight, log
     return gradients.results()
 
 
-@torch.library.impl("fastvae::reconstruction_rescale.fallback", "CompositeExplicitAutograd")
-def _reconstruction_rescale(grad, grad_output, expected):
+@implements("reconstruction_rescale")
+def reconstruction_rescale(grad, grad_output, expected):
     return (grad * (grad_output / expected)).to(grad.dtype)
 
 
-@torch.library.impl("fastvae::reconstruction_rescale_.fallback", "CompositeExplicitAutograd")
-def _reconstruction_rescale_(grad, grad_output, expected):
+@implements("reconstruction_rescale_")
+def reconstruction_rescale_(grad, grad_output, expected):
     grad.mul_(grad_output / expected)

@@ -1,5 +1,5 @@
-"""The contractive penalty and the epilogues of the Gram form in plain PyTorch: the definition, the oracle of the tests and the last
-fallback."""
+"""The contractive penalty and the epilogues of the Gram form in plain PyTorch: the definition and the oracle of the
+tests."""
 
 import math
 from collections.abc import Callable
