@@ -63,8 +63,8 @@ def _describe(run: results.Run) -> str:
     served = f"{run.backend}, {run.instruction_set}" if run.backend == "cpp" else run.backend
     features = f" ({run.features})" if run.features else ""
     lines = [f"{run.device_name}{features}, {run.threads} threads; fastvae {run.fastvae} ({served}), torch {run.torch}"]
-    if run.backend == "reference":
-        lines.append("fastvae has only its reference backend here: its figures are those of plain PyTorch.")
+    if run.backend == "fallback":
+        lines.append("fastvae has no kernels here: its figures are those of its backend in plain PyTorch.")
     return "\n".join(lines)
 
 

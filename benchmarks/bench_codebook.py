@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, Results, Unavailable, WrongResult, compiled
+from benchmarks.registry import Case, Inputs, Results, Unavailable, WrongResult, compiled, forced
 from fastvae import functional as FV
 from fastvae.nn import VectorQuantizer
 
@@ -167,6 +167,7 @@ def _nearest(name, size, ours=fused, setup=random, quick=False) -> Case:
             "compile": compiled_call(cdist_argmin),
             "faiss": faiss_flat,
             "fastvae": ours,
+            "fastvae-fallback": forced(fused, "fallback"),
         },
         outputs=("indices",),
         work=products,
@@ -266,6 +267,7 @@ def _training_step(size, quick=False) -> Case:
             "compile": compiled_step,
             "vector-quantize-pytorch": vector_quantize_pytorch_step,
             "fastvae": fused_step,
+            "fastvae-fallback": forced(fused_step, "fallback"),
         },
         outputs=("quantized", "loss"),
         work=products,

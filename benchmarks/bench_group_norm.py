@@ -6,7 +6,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from benchmarks.registry import Case, Inputs, Provider, compiled, forward_backward
+from benchmarks.registry import Case, Inputs, Provider, compiled, forced, forward_backward
 from fastvae import functional as FV
 
 
@@ -59,6 +59,8 @@ def _case(size, dtype=torch.bfloat16, quick=False) -> Case:
             "compile-nchw": contiguous(compiled(eager)),
             "fastvae": forward_backward(fused),
             "fastvae-nchw": contiguous(forward_backward(fused)),
+            "fastvae-fallback": forced(forward_backward(fused), "fallback"),
+            "fastvae-fallback-nchw": forced(contiguous(forward_backward(fused)), "fallback"),
         },
         outputs=("output",),
         work=bytes_moved,

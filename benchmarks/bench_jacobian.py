@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import jacrev, vmap
 
-from benchmarks.registry import Case, Inputs, Operation, Unavailable, compiled, forward_backward
+from benchmarks.registry import Case, Inputs, Operation, Unavailable, compiled, forced, forward_backward
 from fastvae import functional as FV
 
 
@@ -121,6 +121,7 @@ def penalty(size, quick=False) -> Case:
             "eager": forward_backward(penalty_formula),
             "compile": compiled(penalty_formula),
             "fastvae": forward_backward(FV.contractive_penalty),
+            "fastvae-fallback": forced(forward_backward(FV.contractive_penalty), "fallback"),
         },
         outputs=("penalty",),
         work=bytes_moved,
@@ -142,6 +143,7 @@ CASES = (
             "compile": compiled(encoder_formula),
             "jacrev": forward_backward(encoder_jacrev),
             "fastvae": forward_backward(encoder_fused),
+            "fastvae-fallback": forced(forward_backward(encoder_fused), "fallback"),
         },
         outputs=("penalty",),
         work=bytes_moved,
@@ -157,6 +159,7 @@ CASES = (
             "compile": compiled(gram_formula),
             "jacrev": forward_backward(module_jacrev),
             "fastvae": forward_backward(module_fused),
+            "fastvae-fallback": forced(forward_backward(module_fused), "fallback"),
         },
         outputs=("norm",),
         work=multiplications,
@@ -173,6 +176,7 @@ CASES = (
             "eager": forward_backward(projection_formula),
             "compile": without_second_derivatives,
             "fastvae": forward_backward(projection_fused),
+            "fastvae-fallback": forced(forward_backward(projection_fused), "fallback"),
         },
         outputs=("norm",),
         work=elements_read,

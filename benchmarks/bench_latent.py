@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.registry import Case, Inputs, Results, WrongResult, compiled, forward_backward
+from benchmarks.registry import Case, Inputs, Results, WrongResult, compiled, forced, forward_backward
 from fastvae import functional as FV
 
 
@@ -54,7 +54,12 @@ def _case(size, dtype=torch.float32, quick=False) -> Case:
         tiny=(7, 5),
         dtype=dtype,
         setup=make_inputs,
-        providers={"eager": forward_backward(eager), "compile": compiled(eager), "fastvae": forward_backward(fused)},
+        providers={
+            "eager": forward_backward(eager),
+            "compile": compiled(eager),
+            "fastvae": forward_backward(fused),
+            "fastvae-fallback": forced(forward_backward(fused), "fallback"),
+        },
         outputs=("z", "kl"),
         work=bytes_moved,
         compare=without_noise,

@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from benchmarks.registry import Case, Inputs, compiled, forward_backward
+from benchmarks.registry import Case, Inputs, compiled, forced, forward_backward
 from fastvae import functional as FV
 
 IMAGES = (32, 3, 256, 256)
@@ -76,6 +76,7 @@ def _case(name, size, eager, fused, *, setup=make_inputs, quick=False, **more_pr
             "eager": forward_backward(eager),
             "compile": compiled(eager),
             "fastvae": forward_backward(fused),
+            "fastvae-fallback": forced(forward_backward(fused), "fallback"),
             **more_providers,
         },
         outputs=("loss",),

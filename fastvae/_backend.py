@@ -15,11 +15,16 @@ DTYPES = {
     "cpp": FLOATS,
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "fallback": FLOATS,
     "reference": FLOATS,
 }
+# Plain PyTorch, registered for every device that torch has.
+ON_EVERY_DEVICE = ("fallback", "reference")
 # In the order in which they are asked. On a GPU two may serve, which were not measured one against the other: C++ comes first because it
-# takes less time to launch.
-PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+# takes less time to launch. The reference is the oracle of the tests: it serves only where it is forced.
+PREFERENCE = {"cpu": ("cpp", "fallback"), "cuda": ("cuda", "triton", "fallback")}
+# The backends that store drawn noise for the backward pass: drawing it again takes them longer than reading it.
+KEEPS_NOISE = ("cpp", "fallback", "reference")
 # For an operator, from how many elements on Triton was measured to be the faster of the two. Nothing was measured yet.
 TRITON_FROM: dict[str, int] = {}
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -57,12 +62,17 @@ def refresh() -> None:
 
 def serving(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
     """The backends that can serve ``op``."""
-    return tuple(b for b in _served.get((op, device_type), ()) if dtype in DTYPES[b])
+    return tuple(b for b in _implementing(op, device_type) if dtype in DTYPES[b])
+
+
+def _implementing(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends that implement ``op`` for a device, of any dtype."""
+    return _served.get((op, device_type), ON_EVERY_DEVICE)
 
 
 def preference(op: str, device_type: str, numel: int, triton_from: dict[str, int] = TRITON_FROM) -> tuple[str, ...]:
     """The backends for ``op`` on ``numel`` elements, in the order in which they are asked."""
-    order = PREFERENCE.get(device_type, ())
+    order = PREFERENCE.get(device_type, ("fallback",))
     if device_type == "cuda" and op in triton_from and numel >= triton_from[op]:
         return ("triton", *(backend for backend in order if backend != "triton"))
     return order
@@ -79,21 +89,18 @@ def choice(device_type: str) -> str:
 
 def resolve(op: str, device: torch.device, dtype: torch.dtype, numel: int = 0) -> str:
     """The backend for ``op`` on ``numel`` elements of this device and dtype: the forced one, or the first that serves them."""
-    served = _served.get((op, device.type), ("reference",))
+    served = _implementing(op, device.type)
     forced = _forced.backend or _from_environment
     if forced is not None:
         if forced not in served or dtype not in DTYPES[forced]:
             raise BackendError(_explain(forced, op, device.type, dtype)) from ERRORS.get(forced)
         return forced
-    for backend in preference(op, device.type, numel):
-        if backend in served and dtype in DTYPES[backend]:
-            return backend
-    return "reference"
+    return next(b for b in preference(op, device.type, numel) if b in served and dtype in DTYPES[b])
 
 
 def _explain(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
     able = ", ".join(serving(op, device_type, dtype)) or "none"
-    if backend not in _served.get((op, device_type), ()):
+    if backend not in _implementing(op, device_type):
         reason = UNAVAILABLE.get(backend, f"it has no {op} for {device_type} tensors")
     else:
         reason = f"it takes {', '.join(str(d) for d in DTYPES[backend])}"
@@ -124,7 +131,8 @@ def use_backend(name: str | None):
     """Forces a backend for the calling thread: ``with fastvae.use_backend("reference"): ...``.
 
     Args:
-        name: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"reference"``, or ``"auto"`` (also ``None``) for the first that serves a call.
+        name: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"fallback"``, ``"reference"``, or ``"auto"`` (also ``None``) for the first of them
+            that serves a call; that is never ``"reference"``.
 
     A call that the backend cannot serve raises :class:`BackendError`; there is no silent fallback. A backward pass uses the backend of
     its forward pass. The environment variable ``FASTVAE_BACKEND`` does the same for a whole process.

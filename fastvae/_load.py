@@ -28,6 +28,9 @@ LOAD_ERRORS = (ImportError, OSError, SystemError, RuntimeError, AttributeError, 
 
 def load_implementations() -> None:
     """Loads the backends; those that cannot serve have their reason in ``_backend.UNAVAILABLE``, and their error in ``ERRORS``."""
+    # Plain PyTorch: these two are always there.
+    importlib.import_module("fastvae.reference")
+    importlib.import_module("fastvae.fallback")
     for backend, load in (("cpp", _load_cpp), ("triton", _load_triton), ("cuda", _load_cuda)):
         try:
             reason = load()

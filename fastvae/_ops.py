@@ -1,13 +1,13 @@
 """The operators: every schema and every shape function, and nothing else.
 
-A backend is an overload. ``fastvae::latent_forward.cpp``, ``.cuda``, ``.triton`` and ``.reference`` share one schema and one fake; an
-implementation adds itself with ``torch.library.impl`` (Python) or ``STABLE_TORCH_LIBRARY_IMPL`` (C++).
+A backend is an overload. ``fastvae::latent_forward.cpp``, ``.cuda``, ``.triton``, ``.fallback`` and ``.reference`` share one schema and one
+fake; an implementation adds itself with ``torch.library.impl`` (Python) or ``STABLE_TORCH_LIBRARY_IMPL`` (C++).
 """
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("cpp", "cuda", "triton", "reference")
+BACKENDS = ("cpp", "cuda", "triton", "fallback", "reference")
 
 # Mirrored by csrc/common/reduction.h and by the constexprs in kernels/.
 REDUCTIONS = {"none": 0, "sample": 1, "batchmean": 2, "sum": 3, "mean": 4}
@@ -43,6 +43,18 @@ def operators() -> tuple[str, ...]:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has operations on float64: the GPUs of Apple and some of Intel have none."""
+    if device.type == "xpu":
+        return not torch.xpu.is_available() or torch.xpu.get_device_properties(device).has_fp64
+    return device.type != "mps"
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none."""
+    return torch.float64 if has_float64(device) else torch.float32
 
 
 def reduced_shape(shape: torch.Size, reduction: int) -> tuple:
@@ -221,9 +233,9 @@ def empty_in_layout(like: Tensor) -> Tensor:
 def group_norm_forward(input, num_groups, weight, bias, eps, activation):
     """The output in the memory layout of ``input``, and mean and 1 / standard deviation of each sample's groups, ``(batch, num_groups)``.
 
-    Those are float64: float32 does not hold a large mean to within a small standard deviation.
+    Those are of :func:`widest_dtype`: float32 does not hold a large mean to within a small standard deviation.
     """
-    mean, rstd = (input.new_empty((input.shape[0], num_groups), dtype=torch.float64) for _ in range(2))
+    mean, rstd = (input.new_empty((input.shape[0], num_groups), dtype=widest_dtype(input.device)) for _ in range(2))
     return empty_in_layout(input), mean, rstd
 
 

@@ -8,6 +8,7 @@ from _helpers import Place, Source, lay_out, places
 from torch import Tensor, nn
 
 from fastvae import functional as FV
+from fastvae._backend import ON_EVERY_DEVICE
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,6 @@ CALLS = (
 
 
 def calls_on(device: str, compiled: bool = False) -> list[tuple[Call, Place]]:
-    """Every call with every backend that serves it on ``device``; the reference, plain PyTorch, not among the ``compiled``."""
-    served = [(call, place) for call in CALLS for place in places(*call.operators)]
-    return [(call, place) for call, place in served if place.device == device and not (compiled and place.backend == "reference")]
+    """Every call with every backend that serves it on ``device``; those of plain PyTorch are not among the ``compiled``."""
+    served = [(call, place) for call in CALLS for place in places(*call.operators) if place.device == device]
+    return [(call, place) for call, place in served if not (compiled and place.backend in ON_EVERY_DEVICE)]

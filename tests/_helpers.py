@@ -54,9 +54,9 @@ def each_place_and_dtype(*ops: str):
 
 
 def compiled_places(op: str) -> list[Place]:
-    """The CPU backends whose kernels fix the order of their sums themselves; the reference sums with torch, whose order follows the
-    number of threads."""
-    return [place for place in places(op) if place.device == "cpu" and place.backend != "reference"]
+    """The CPU backends whose kernels fix the order of their sums themselves; plain PyTorch sums in an order that follows the number of
+    threads."""
+    return [place for place in places(op) if place.device == "cpu" and place.backend not in _backend.ON_EVERY_DEVICE]
 
 
 @contextmanager

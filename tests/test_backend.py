@@ -1,5 +1,6 @@
 """Which backend serves a call, how one is forced, and what is said where it cannot serve."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -55,11 +56,27 @@ def test_the_overloads_of_an_operator_share_one_schema(op):
     assert len(schemas) == 1
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu", "privateuseone"])
 @pytest.mark.parametrize("op", _ops.operators())
-def test_the_reference_serves_every_operator_everywhere(op, device):
+def test_plain_pytorch_serves_every_operator_everywhere(op, device):
     for dtype in TOLERANCES:
-        assert "reference" in _backend.serving(op, device, dtype)
+        assert _backend.serving(op, device, dtype)[-2:] == ("fallback", "reference")
+
+
+def test_plain_pytorch_is_registered_for_every_device():
+    keys = ("CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1")
+    for (op, backend), key in itertools.product(_ops.OVERLOADS, keys):
+        if backend in _backend.ON_EVERY_DEVICE:
+            assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastvae::{op}.{backend}", key)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu", "privateuseone"])
+def test_the_reference_serves_only_where_it_is_forced(device, dtype):
+    for op in _ops.operators():
+        assert _backend.resolve(op, torch.device(device), dtype) != "reference"
+        with fastvae.use_backend("reference"):
+            assert _backend.resolve(op, torch.device(device), dtype) == "reference"
 
 
 @pytest.mark.parametrize("op", FORWARD)
@@ -87,11 +104,11 @@ def test_auto_takes_the_first_that_serves(op, dtype, device):
 def test_the_order_on_a_gpu_follows_from_what_was_measured(numel):
     """Triton comes first from the size on at which it was measured to be the faster one, for that operator on that device alone."""
     measured = {"latent_forward": 100}
-    expected = ("triton", "cuda", "reference") if numel >= 100 else ("cuda", "triton", "reference")
+    expected = ("triton", "cuda", "fallback") if numel >= 100 else ("cuda", "triton", "fallback")
     assert _backend.preference("latent_forward", "cuda", numel, measured) == expected
     assert _backend.preference("latent_backward", "cuda", numel, measured) == _backend.PREFERENCE["cuda"]
     assert _backend.preference("latent_forward", "cpu", numel, measured) == _backend.PREFERENCE["cpu"]
-    assert _backend.preference("latent_forward", "meta", numel, measured) == ()
+    assert _backend.preference("latent_forward", "mps", numel, measured) == ("fallback",)
 
 
 def test_what_was_not_measured_changes_no_order():
@@ -104,16 +121,16 @@ def test_what_was_not_measured_changes_no_order():
 def test_the_choice_on_a_gpu_takes_the_first_that_serves(monkeypatch):
     """By operator, size and dtype; a forced backend comes before any order."""
     gpu = torch.device("cuda")
-    monkeypatch.setitem(_backend._served, ("latent_forward", "cuda"), ("cuda", "triton", "reference"))
-    monkeypatch.setitem(_backend._served, ("latent_backward", "cuda"), ("triton", "reference"))
+    monkeypatch.setitem(_backend._served, ("latent_forward", "cuda"), ("cuda", "triton", "fallback", "reference"))
+    monkeypatch.setitem(_backend._served, ("latent_backward", "cuda"), ("triton", "fallback", "reference"))
     monkeypatch.setitem(_backend.TRITON_FROM, "latent_forward", 100)
     assert _backend.resolve("latent_forward", gpu, torch.float32, 99) == "cuda"
     assert _backend.resolve("latent_forward", gpu, torch.float32, 100) == "triton"
     assert _backend.resolve("latent_backward", gpu, torch.float32, 99) == "triton"
-    assert _backend.resolve("latent_forward", gpu, torch.float64, 100) == "reference"
+    assert _backend.resolve("latent_forward", gpu, torch.float64, 100) == "fallback"
     with fastvae.use_backend("cuda"):
         assert _backend.resolve("latent_forward", gpu, torch.float32, 100) == "cuda"
-    assert _backend.choice("cuda") == "cuda, triton, reference; triton first for latent_forward from 100 elements on"
+    assert _backend.choice("cuda") == "cuda, triton, fallback; triton first for latent_forward from 100 elements on"
 
 
 def test_the_size_reaches_the_choice(monkeypatch):
@@ -132,8 +149,20 @@ def test_the_size_reaches_the_choice(monkeypatch):
     assert seen == expected | {"jacobian_gram": 30 * 2 * 5}
 
 
-def test_an_unknown_device_is_served_by_the_reference():
-    assert _backend.resolve("latent_forward", torch.device("meta"), torch.float32) == "reference"
+@pytest.mark.parametrize("device", ["mps", "xpu", "hpu", "privateuseone"])
+def test_an_unknown_device_is_served_by_the_fallback(device):
+    assert _backend.resolve("latent_forward", torch.device(device), torch.float32) == "fallback"
+    with fastvae.use_backend("cpp"), pytest.raises(BackendError, match=rf"on {device} .*Backends that can: fallback, reference\."):
+        _backend.resolve("latent_forward", torch.device(device), torch.float32)
+
+
+def test_an_installation_without_kernels_takes_the_fallback(monkeypatch):
+    for op in _ops.operators():
+        monkeypatch.setitem(_backend._served, (op, "cpu"), _backend.ON_EVERY_DEVICE)
+    mu = leaf(torch.ones(4, 3))
+    assert backends_that_ran(lambda: kl_and_loss().backward()) == {"fallback"}
+    assert backends_that_ran(lambda: FV.group_norm_silu(mu, 3).sum().backward()) == {"fallback"}
+    assert backends_that_ran(lambda: FV.vq_nearest(mu, torch.ones(2, 3))) == {"fallback"}
 
 
 @each_place(*FORWARD)
@@ -190,7 +219,7 @@ def test_forcing_holds_for_one_thread():
 
 
 def test_an_unknown_name():
-    message = "use_backend: got 'numpy', takes one of auto, cpp, cuda, triton, reference"
+    message = "use_backend: got 'numpy', takes one of auto, cpp, cuda, triton, fallback, reference"
     with pytest.raises(ValueError, match=message), fastvae.use_backend("numpy"):
         pass
 

@@ -6,7 +6,18 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from _helpers import LAYOUTS, Source, assert_close, compiled_places, each_place, each_place_and_dtype, lay_out, leaf, threads
+from _helpers import (
+    LAYOUTS,
+    Source,
+    assert_close,
+    compiled_places,
+    each_place,
+    each_place_and_dtype,
+    lay_out,
+    leaf,
+    places,
+    threads,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -138,6 +149,34 @@ def test_nearest_is_exact(data, instruction_set):
     for n, d, k in SIZES:
         x, codebook = data(Source("cpu"), n, d, k)
         assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
+
+
+in_plain_pytorch = pytest.mark.parametrize("place", [p for p in places(OPERATOR) if p.backend == "fallback"], ids=str)
+
+
+@in_plain_pytorch
+@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
+def test_nearest_is_exact_in_plain_pytorch(place, data):
+    """Where float64 tells the distances apart; where it does not, it may take either."""
+    for n, d, k in SIZES:
+        x, codebook = data(Source(place.device), n, d, k)
+        assert_nearest_in_float64(x, codebook, FV.vq_nearest(x, codebook))
+
+
+def assert_nearest_in_float64(x: Tensor, codebook: Tensor, indices: Tensor) -> None:
+    oracle = reference.nearest(x[None], codebook[None])[0]
+    for row in (indices != oracle).nonzero().flatten().tolist():
+        ours, theirs = (squared_distance(x[row], codebook[k]) for k in (int(indices[row]), int(oracle[row])))
+        assert abs(ours - theirs) <= x.shape[1] * Fraction(1, 2**52) * theirs
+
+
+@in_plain_pytorch
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_nearest_of_other_dtypes_in_plain_pytorch(place, dtype):
+    for n, d, k in SIZES:
+        x, codebook = (t.to(place.device) for t in random(Source("cpu", dtype), n, d, k))
+        for pair in ((x, codebook), (x, codebook.float()), (x.float(), codebook)):
+            assert_nearest(*pair, FV.vq_nearest(*pair))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -58,8 +58,8 @@ def test_on_a_gpu_its_tests_come_first_and_none_is_left_out():
     cuda, on_gpu = commands(GPU, "test")
     (rest,) = commands(GPU, "rest")
     assert "tests/cuda" in cuda
-    assert on_gpu.endswith("-k cuda- and not cuda-reference")
-    assert rest.endswith("-k not cuda- or cuda-reference")
+    assert on_gpu.endswith("-k cuda- and not cuda-fallback and not cuda-reference")
+    assert rest.endswith("-k not cuda- or cuda-fallback or cuda-reference")
 
 
 def test_tests_share_a_gpu_where_xdist_lets_them():

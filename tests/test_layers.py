@@ -24,7 +24,7 @@ RANKS = {
     "__main__": 6,
 }
 # These hand themselves to the operators: they know _ops and each other, and only _load knows them.
-IMPLEMENTATIONS = ("reference", "kernels", "_C")
+IMPLEMENTATIONS = ("fallback", "reference", "kernels", "_C")
 # What puts the package together.
 ASSEMBLY = ("__init__", "_load")
 

@@ -38,7 +38,7 @@ NATIVE_TESTS = ("pytest", "tests", *(f"--ignore=tests/{folder}" for folder in OW
 CUDA_TESTS = ("pytest", "tests/cuda", "-q", "-rfEs", "--tb=short")
 # The compiled kernels on the GPU, whose tests have a place of theirs in their names; a few examples of each property, since Triton compiles
 # for many of them anew. Everything else comes after the figures.
-ON_GPU, ELSEWHERE = "cuda- and not cuda-reference", "not cuda- or cuda-reference"
+ON_GPU, ELSEWHERE = "cuda- and not cuda-fallback and not cuda-reference", "not cuda- or cuda-fallback or cuda-reference"
 BRIEF = "--hypothesis-profile=brief"
 # compute-sanitizer slows kernels down so much that it gets one small test of each family.
 SANITIZED_TESTS = ("pytest", *FAMILY_TESTS, "-q", "--tb=short", BRIEF, "-k", f"odd_sizes and float32 and {ON_GPU}")

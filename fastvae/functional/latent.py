@@ -245,7 +245,7 @@ def _seed_tensor(seed, device):
 def _keeps_noise(backend, seed, mu, logvar):
     """Whether drawn noise is stored for the backward pass. On a CPU drawing it again costs five times as much as storing it."""
     differentiated = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
-    return differentiated and seed is not None and backend in ("cpp", "reference")
+    return differentiated and seed is not None and backend in _backend.KEEPS_NOISE
 
 
 def _check_clamp(limits):

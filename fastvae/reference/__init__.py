@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch: the definition, the oracle of the tests and the last fallback."""
+"""Every operator in plain PyTorch: the definition and the oracle of the tests."""
 
 from fastvae.reference import codebook, group_norm, jacobian, latent, reconstruction
 

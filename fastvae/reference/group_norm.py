@@ -1,4 +1,4 @@
-"""Group normalisation and SiLU in plain PyTorch: the definition, the oracle of the tests and the last fallback."""
+"""Group normalisation and SiLU in plain PyTorch: the definition and the oracle of the tests."""
 
 import torch
 from torch import Tensor

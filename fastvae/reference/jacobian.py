@@ -1,5 +1,5 @@
-"""The contractive penalty and the epilogues of the Gram form in plain PyTorch: the definition, the oracle of the tests and the last
-fallback."""
+"""The contractive penalty and the epilogues of the Gram form in plain PyTorch: the definition and the oracle of the
+tests."""
 
 import math
 from collections.abc import Callable
@@ -27,10 +27,10 @@ _CUBIC = 0.044715
 
 def derivative(hidden: Tensor, activation: str, alpha: float) -> Tensor:
     """The activation's derivative from its output (from its input for those in ``FROM_PREACTIVATION``), itself differentiable."""
-    return _derivatives(hidden, activation, alpha)[0]
+    return derivatives(hidden, activation, alpha)[0]
 
 
-def _derivatives(h: Tensor, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
+def derivatives(h: Tensor, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
     """The activation's derivative, and what its derivative with respect to ``h`` is."""
     if activation == "sigmoid":
         return h * (1.0 - h), 1.0 - 2.0 * h
@@ -79,7 +79,7 @@ def penalty(hidden, weight, activation: int, alpha: float, reduction: int) -> Te
 
 
 def _gradients(weights, hidden, weight, norms, activation, alpha, with_grad_hidden, with_grad_weight):
-    slope, change = _derivatives(hidden.to(norms.dtype), _NAMES[activation], alpha)
+    slope, change = derivatives(hidden.to(norms.dtype), _NAMES[activation], alpha)
     grad_hidden, grad_weight = hidden.new_empty((0,)), weight.new_empty((0,))
     if with_grad_hidden:
         grad_hidden = (weights * norms * 2.0 * slope * change).to(hidden.dtype).contiguous()

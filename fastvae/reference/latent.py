@@ -1,4 +1,4 @@
-"""Sampling and the Gaussian KL in plain PyTorch: the definition, the oracle of the tests and the last fallback."""
+"""Sampling and the Gaussian KL in plain PyTorch: the definition and the oracle of the tests."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Reconstruction losses in plain PyTorch: the definition, the oracle of the tests and the last fallback."""
+"""Reconstruction losses in plain PyTorch: the definition and the oracle of the tests."""
 
 import math
 

@@ -1,0 +1,127 @@
+"""Operators work on blocks of a matrix, so that the temporaries of a block stay in the cache of the CPU cores that compute it."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastvae._ops import REDUCTIONS, accumulation_dtype
+from fastvae.fallback import _device
+from fastvae.reference._reduce import reduction_scale
+
+# Four float32 temporaries of so many elements are 1 MiB, about the second-level cache of a core. It is twice the least that torch gives a
+# thread, and so large that the launches of its operations, a microsecond or two each, do not count.
+_ELEMENTS_PER_THREAD = 1 << 16
+# Elsewhere the time to launch an operation decides, so blocks only bound the memory of the temporaries.
+_ELEMENTS_ELSEWHERE = 1 << 24
+
+Block = tuple[slice, slice]
+# The block of a matrix that is small enough to be one; no view of it is made, which counts where tensors are small.
+_WHOLE = slice(None), slice(None)
+
+
+def block_elements(device: torch.device) -> int:
+    """The number of elements of a block on ``device``."""
+    return _ELEMENTS_PER_THREAD * torch.get_num_threads() if _device.is_cpu(device) else _ELEMENTS_ELSEWHERE
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """(samples, elements of a sample)."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) else (1, 1)
+
+
+def blocks(rows: int, columns: int, device: torch.device, width: int = 1) -> Iterator[Block]:
+    """The blocks of a matrix, for :func:`take`; each block of a contiguous matrix is contiguous.
+
+    Args:
+        width: the number of elements that stand behind an entry of the matrix.
+    """
+    limit = max(block_elements(device) // max(width, 1), 1)
+    if rows * columns * width == 0:
+        return
+    if rows * columns <= limit:
+        yield _WHOLE
+    elif columns > limit:
+        step = _even_step(columns, limit)
+        for row in range(rows):
+            for column in range(0, columns, step):
+                yield slice(row, row + 1), slice(column, min(column + step, columns))
+    else:
+        step = _even_step(rows, limit // columns)
+        for row in range(0, rows, step):
+            yield slice(row, min(row + step, rows)), slice(0, columns)
+
+
+def _even_step(length: int, limit: int) -> int:
+    """The length of each piece where as few pieces as possible are of nearly the same length."""
+    return -(-length // -(-length // limit))
+
+
+def take(matrix: Tensor, block: Block) -> Tensor:
+    """The block of a matrix whose dimensions of size 1 are broadcast."""
+    if block is _WHOLE:
+        return matrix
+    rows, columns = block
+    return matrix[rows if matrix.shape[0] > 1 else slice(None), columns if matrix.shape[1] > 1 else slice(None)]
+
+
+def shared_matrix(value: Tensor, shape: torch.Size) -> Tensor:
+    """``value``, which broadcasts to ``shape`` and has as many dimensions, as a matrix that broadcasts to :func:`matrix_shape`.
+
+    A dimension in which the value does not vary keeps the size 1, so that at most one sample is written out.
+    """
+    if not len(shape):
+        return value.reshape(1, 1)
+    rows = shape[0] if value.shape[0] != 1 else 1
+    trailing = shape[1:] if math.prod(value.shape[1:]) != 1 else value.shape[1:]
+    return value.expand(rows, *trailing).reshape(rows, math.prod(trailing))
+
+
+class Reduced:
+    """The reduction of elements that are computed block by block, for operators whose result has the shape of ``like``."""
+
+    def __init__(self, like: Tensor, reduction: int):
+        self.like, self.shape, self.reduction = like, like.shape, reduction
+        size, dtype = matrix_shape(like.shape), accumulation_dtype(like.dtype)
+        if reduction == REDUCTIONS["none"]:
+            self.elements = like.new_empty(size)
+        elif reduction == REDUCTIONS["sample"]:
+            self.samples = like.new_zeros(size[0], dtype=dtype)
+        else:
+            self.sums: list[Tensor] = []
+
+    def add(self, block: Block, elements: Tensor) -> None:
+        if self.reduction == REDUCTIONS["none"]:
+            take(self.elements, block).copy_(elements)
+        elif self.reduction == REDUCTIONS["sample"]:
+            self.samples[block[0]].add_(elements.sum(1))
+        else:
+            self.sums.append(elements.sum())
+
+    def result(self) -> Tensor:
+        if self.reduction == REDUCTIONS["none"]:
+            return self.elements.view(self.shape)
+        if self.reduction == REDUCTIONS["sample"]:
+            return self.samples.view(self.shape[:1])
+        if not self.sums:
+            return self.like.new_zeros((), dtype=accumulation_dtype(self.like.dtype))
+        total = self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum()
+        return total.mul_(reduction_scale(self.shape, self.reduction))
+
+
+def gradient_matrix(grad_output: Tensor, shape: torch.Size, reduction: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of :class:`Reduced` as a matrix that broadcasts to the samples and their elements."""
+    rows, columns = matrix_shape(shape)
+    size = {REDUCTIONS["none"]: (rows, columns), REDUCTIONS["sample"]: (rows, 1)}.get(reduction, (1, 1))
+    return grad_output.to(dtype).reshape(size) * reduction_scale(shape, reduction)
+
+
+@contextmanager
+def written(output: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Memory in ``dtype`` for what ``output`` gets: itself, where it is of that dtype."""
+    memory = output if output.dtype == dtype else torch.empty(output.shape, dtype=dtype, device=output.device)
+    yield memory
+    if memory is not output:
+        output.copy_(memory)

@@ -1,0 +1,8 @@
+"""What an implementation has to know of a device."""
+
+import torch
+
+
+def is_cpu(device: torch.device) -> bool:
+    """Whether values may be looked at: elsewhere that would wait for the device, and launches cost more than passes over memory."""
+    return device.type == "cpu"

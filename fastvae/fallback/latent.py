@@ -1,0 +1,266 @@
+"""Sampling and the Gaussian KL in plain PyTorch, block by block, with the noise that every backend draws."""
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvae._ops import accumulation_dtype
+from fastvae.fallback import _device
+from fastvae.fallback._blocks import Reduced, block_elements, blocks, gradient_matrix, matrix_shape, take, written
+from fastvae.fallback._register import implements
+from fastvae.reference._reduce import reduce_elements
+from fastvae.reference.latent import LANES, TILE
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+# torch works with one thread on as many counters, two rows of which are an operation's elements.
+_ONE_THREAD = 1 << 14
+
+
+def normal(seed: Tensor, shape, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The standard normals of :func:`fastvae.reference.latent.normal`."""
+    count = math.prod(shape)
+    tiles = -(-count // TILE)
+    # (tile, pair of words, cosine or sine, lane)
+    streams = torch.empty((tiles, 2, 2, LANES), dtype=torch.float32, device=seed.device)
+    keys = _round_keys(seed)
+    step = max(block_elements(seed.device) // TILE, 1)
+    for start in range(0, tiles, step):
+        chunk = streams[start : start + step]
+        _box_muller(*_words(start * LANES, chunk.shape[0] * LANES, keys), chunk)
+    return streams.view(-1)[:count].view(shape).to(dtype)
+
+
+def _round_keys(seed: Tensor) -> Tensor:
+    """The two key words of each round, ``(rounds, 2, 1)``, in the order in which :func:`philox_words` holds its rows."""
+    if _device.is_cpu(seed.device):
+        # The same in Python's integers, which saves a dozen launches.
+        key = int(seed)
+        words = [[(part + number * weyl) & _MASK for part, weyl in zip((key, key >> 32), _WEYL, strict=True)] for number in range(_ROUNDS)]
+        keys = torch.tensor(words, dtype=torch.int64, device="cpu")
+    else:
+        steps = torch.arange(_ROUNDS, dtype=torch.int64, device=seed.device)
+        parts = (((seed >> shift) + weyl * steps).bitwise_and_(_MASK) for shift, weyl in zip((0, 32), _WEYL, strict=True))
+        keys = torch.stack(tuple(parts), dim=1)
+    # After the first round and every second one from there on, row 0 holds word 2, which takes the second key word.
+    keys[::2] = keys[::2].flip(1)
+    return keys.unsqueeze(2)
+
+
+def _words(start: int, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox4x32-10 of ``count`` counters: the words (0, 2) and the words (1, 3) as the rows of two int64 tensors; the upper halves of
+    words 1 and 3 hold anything."""
+    # What is multiplied, what is added, and room for the products.
+    state = torch.zeros((3, 2, count), dtype=torch.int64, device=keys.device)
+    multiplied, added, _ = rows = [pair.unbind() for pair in state.unbind()]
+    torch.arange(start, start + count, out=multiplied[0])
+    torch.bitwise_right_shift(multiplied[0], 32, out=added[0])
+    multiplied[0].bitwise_and_(_MASK)
+    # Not torch.tensor, whose copy to an accelerator waits for it.
+    multipliers = torch.full((3, 1), _MULTIPLIERS[0], dtype=torch.int64, device=keys.device)
+    multipliers[1].fill_(_MULTIPLIERS[1])
+    last = _ROUNDS % 2
+    if _device.is_cpu(keys.device) and (torch.get_num_threads() == 1 or count <= _ONE_THREAD):
+        # NumPy works on the same memory with one thread, and takes half of torch's time for it.
+        arrays = state.numpy(), [[row.numpy() for row in pair] for pair in rows], multipliers.numpy(), keys.numpy()
+        _rounds(*arrays, np.multiply, np.right_shift)
+    else:
+        _rounds(state, rows, multipliers, keys, torch.mul, torch.bitwise_right_shift)
+    return state[0], state[1 + last]
+
+
+def _rounds(state, rows, multipliers, keys, multiply, shift) -> None:
+    """The rounds of Philox on tensors or arrays: ``state`` (3, 2, counters) and its rows.
+
+    Words 0 and 2 are multiplied, so their upper halves have to be zero; words 1 and 3 are only combined by exclusive or with what is masked
+    afterwards, so their upper halves keep what the 64-bit products leave there. A round exchanges the roles of the rows, not the rows.
+    """
+    (row_0, row_1), *others = rows
+    columns = multipliers[:2], multipliers[1:]
+    for number, key in enumerate(keys):
+        added, product = number % 2, 1 - number % 2
+        multiply(state[0], columns[number % 2], out=state[1 + product])
+        shift(state[1 + product], 32, out=state[0])
+        row_0 ^= others[added][1]
+        row_1 ^= others[added][0]
+        both = state[0]
+        both ^= key
+        both &= _MASK
+
+
+def _box_muller(even: Tensor, odd: Tensor, out: Tensor) -> None:
+    """Writes the normals of two pairs of words for each counter to ``out`` (tiles, 2, 2, lanes).
+
+    The angle is reduced to half a turn in integers; the other half has the opposite sign, which goes into the radius.
+    """
+    radius = even.to(torch.float32).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
+    words = odd.to(torch.int32)
+    doubled = words << 1
+    sign = words.bitwise_xor_(doubled).bitwise_and_(-(2**31))
+    radius.view(torch.int32).bitwise_xor_(sign)
+    angle = (doubled >> 1).to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
+    pairs = (2, out.shape[0], LANES)
+    radius, angle = radius.view(pairs), angle.view(pairs)
+    by_pair = out.transpose(0, 1)
+    torch.mul(radius, torch.cos(angle), out=by_pair[:, :, 0])
+    torch.mul(radius, angle.sin_(), out=by_pair[:, :, 1])
+
+
+def _clamp(logvar: Tensor, limits: tuple[float, float]) -> Tensor:
+    return logvar if limits == (-math.inf, math.inf) else logvar.clamp(*limits)
+
+
+def excess_exp(x: Tensor) -> Tensor:
+    """``exp(x) - 1 - x`` to some units in the last place, also where it cancels.
+
+    With c the number nearest to x in an interval around 0 it is ``(exp(c) - 1 - c) + exp(c) (exp(x - c) - 1) - (x - c)``: the first term is
+    the sum of a Taylor series, the others are exactly 0 inside the interval.
+    """
+    # What the series leaves out is below the rounding; at the ends of the interval the other terms cancel 3 bits at most.
+    last = 8 if x.dtype == torch.float32 else 16
+    inside = x.clamp(-0.5, 0.5)
+    outside = x - inside
+    series = inside
+    for k in range(last, 2, -1):
+        series = torch.addcmul(inside, inside, series, value=1.0 / k, out=None if series is inside else series)
+    series.mul_(inside).mul_(0.5).sub_(outside)
+    return series.addcmul_(outside.exp_().sub_(1.0), inside.exp_())
+
+
+def _kl_elements(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))) of each element."""
+    if prior_mu is None:
+        excess = excess_exp(logvar)
+        return torch.addcmul(excess, mu, mu, out=excess).mul_(0.5)
+    squares = (mu - prior_mu).square_().mul_(torch.neg(prior_logvar).exp_())
+    return squares.add_(excess_exp(logvar - prior_logvar)).mul_(0.5)
+
+
+def _free_bits(elements: Tensor, like: Tensor, reduction: int, free_bits: float) -> tuple[Tensor, Tensor]:
+    """The reduced KL, and which dimensions are above their free bits."""
+    elements = elements.view(like.shape)
+    active = ~(elements.mean(0) <= free_bits)  # a NaN stays
+    return reduce_elements(torch.where(active, elements, free_bits), reduction, like.dtype), active
+
+
+@implements("latent_forward")
+def latent_forward(
+    mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise
+):
+    dtype, size = accumulation_dtype(mu.dtype), matrix_shape(mu.shape)
+    noise, z, kept = eps, mu.new_empty((0,)), mu.new_empty((0,), dtype=dtype)
+    if eps is not None or seed is not None:
+        z = mu.new_empty(mu.shape if num_samples is None else (num_samples, *mu.shape))
+        noise = normal(seed, z.shape, dtype) if eps is None else eps
+    if keep_noise:
+        kept = noise if eps is None else eps.to(dtype, copy=True)
+    samples, noises = (None if t is None or not t.numel() else t.reshape(-1, *size) for t in (z, noise))
+    matrices = [None if t is None else t.reshape(size) for t in (mu, logvar, prior_mu, prior_logvar)]
+    reduced = Reduced(mu, reduction) if with_kl and not free_bits > 0 else None
+    elements = mu.new_empty(size, dtype=dtype) if with_kl and free_bits > 0 else None
+    for block in blocks(*size, mu.device):
+        wide_mu, wide_logvar, *prior = _widen(matrices, block, dtype, (clamp_min, clamp_max))
+        if samples is not None:
+            sigma = torch.mul(wide_logvar, 0.5).exp_()
+            with written(_take_samples(samples, block), dtype) as drawn:
+                torch.addcmul(wide_mu, sigma, _take_samples(noises, block).to(dtype), out=drawn)
+        if reduced is not None:
+            reduced.add(block, _kl_elements(wide_mu, wide_logvar, *prior))
+        elif elements is not None:
+            take(elements, block).copy_(_kl_elements(wide_mu, wide_logvar, *prior))
+    kl, active = mu.new_empty((0,), dtype=dtype), mu.new_empty((0,), dtype=torch.bool)
+    if reduced is not None:
+        kl = reduced.result()
+    elif elements is not None:
+        kl, active = _free_bits(elements, mu, reduction, free_bits)
+    return z, kl, active, kept
+
+
+def _take_samples(samples: Tensor, block) -> Tensor:
+    """The block of each sample; of the only one without a dimension of its own."""
+    return take(samples[0], block) if samples.shape[0] == 1 else samples[:, block[0], block[1]]
+
+
+def _widen(matrices, block, dtype, limits):
+    """A block of mu, logvar and the prior's, where there is one, in the accumulation dtype, log variances clamped."""
+    wide = [None if t is None else take(t, block).to(dtype) for t in matrices]
+    return [_clamp(t, limits) if t is not None and i % 2 else t for i, t in enumerate(wide)]
+
+
+@implements("latent_backward")
+def latent_backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max):
+    dtype, size, limits = accumulation_dtype(mu.dtype), matrix_shape(mu.shape), (clamp_min, clamp_max)
+    matrices = [None if t is None else t.reshape(size) for t in (mu, logvar, prior_mu, prior_logvar)]
+    outputs = [mu.new_empty(mu.shape if i < 2 or prior_mu is not None else (0,)) for i in range(4)]
+    incoming = noises = weights = None
+    if grad_z is not None:
+        noise = eps if eps is not None else normal(seed, grad_z.shape, dtype)
+        incoming, noises = (t.reshape(num_samples or 1, *size) for t in (grad_z, noise))
+    if grad_kl is not None:
+        weights = _kl_weights(grad_kl, mu.shape, active, reduction, dtype)
+    for block in blocks(*size, mu.device):
+        wide = _widen(matrices, block, dtype, limits)
+        grads: list[Tensor | None] = [None] * 4
+        if incoming is not None:
+            grads[:2] = _sample_gradients(*(_take_samples(t, block).to(dtype) for t in (incoming, noises)), wide[1])
+        if weights is not None:
+            _add_weighted(grads, _kl_gradients(*wide), take(weights, block))
+        for i, (output, gradient) in enumerate(zip(outputs, grads, strict=True)):
+            if output.numel():
+                _write(take(output.view(size), block), gradient, take(matrices[i], block), limits if i % 2 else None)
+    return tuple(outputs)
+
+
+def _kl_weights(grad_kl: Tensor, shape: torch.Size, active: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
+    """What the gradient of each element's KL is multiplied with, as a matrix that broadcasts to the samples and their elements."""
+    weights = gradient_matrix(grad_kl, shape, reduction, dtype)
+    return torch.where(active.reshape(1, -1), weights, 0.0) if active.numel() else weights
+
+
+def _sample_gradients(grad: Tensor, noise: Tensor, logvar: Tensor) -> list[Tensor]:
+    """The gradients of mu and logvar through the samples; several are the first dimension."""
+    with_noise = grad * noise
+    if grad.ndim == 3:
+        grad, with_noise = grad.sum(0), with_noise.sum(0)
+    return [grad, torch.mul(logvar, 0.5).exp_().mul_(with_noise).mul_(0.5)]
+
+
+def _kl_gradients(mu, logvar, prior_mu, prior_logvar):
+    """d KL / d (mu, logvar[, prior_mu, prior_logvar]) of each element, and the factor that each of them lacks."""
+    if prior_mu is None:
+        return (mu, 1.0), (torch.expm1(logvar), 0.5)
+    delta, ratio = mu - prior_mu, (logvar - prior_logvar).expm1_()
+    scaled = torch.neg(prior_logvar).exp_().mul_(delta)
+    return (scaled, 1.0), (ratio, 0.5), (scaled, -1.0), (delta.mul_(scaled).add_(ratio), -0.5)
+
+
+def _add_weighted(grads: list[Tensor | None], gradients, weights: Tensor) -> None:
+    for i, (gradient, factor) in enumerate(gradients):
+        if grads[i] is None:
+            grads[i] = gradient * weights if factor == 1.0 else (gradient * weights).mul_(factor)
+        else:
+            grads[i] = torch.addcmul(grads[i], gradient, weights, value=factor)
+
+
+def _write(output: Tensor, gradient: Tensor | None, source: Tensor, limits: tuple[float, float] | None) -> None:
+    """Writes a gradient; 0 where there is none, and for a log variance outside its limits."""
+    if gradient is None:
+        output.zero_()
+    elif limits is None or limits == (-math.inf, math.inf):
+        output.copy_(gradient)
+    else:
+        # The derivative of hardtanh: one pass, but 0 on the limits, so it gets the next numbers outside.
+        output.copy_(torch.ops.aten.hardtanh_backward(gradient, source.to(gradient.dtype), *_open_limits(*limits, gradient.dtype)))
+
+
+@functools.cache
+def _open_limits(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The numbers next to the limits outside them; NaN, which no number is below or above, for an infinite limit."""
+    limits = torch.tensor([low, high], dtype=dtype, device="cpu")
+    outside = torch.nextafter(limits, torch.tensor([-math.inf, math.inf], dtype=dtype, device="cpu")).tolist()
+    return tuple(math.nan if math.isinf(limit) else neighbour for limit, neighbour in zip((low, high), outside, strict=True))
