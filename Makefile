@@ -43,7 +43,7 @@ test-interpret: build
 test-offline: build
 	$(RUN) -m pytest tests/offline
 
-# Some gigabytes and many minutes: .venv-compat-$(TORCH) gets that torch, PYTHON says of which Python.
+# Some gigabytes and many minutes, in a .venv-compat-* of its own; PYTHON says for which Python.
 compat: build
 	$(PYTHON) tools/compat.py $(TORCH) --pinned $(RUN) --tests $(TESTS)
 

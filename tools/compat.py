@@ -1,8 +1,8 @@
 """Builds from source with another torch and runs the native tests there, then runs them again on the libraries that the pinned torch built:
 ``python tools/compat.py 2.10.0 --pinned .venv/bin/python``.
 
-All is in ``.venv-compat-<torch>/``: an environment with that torch, and in its ``source/`` a copy of the checkout. What cannot be had,
-built or run is an error, and so is a compiler's warning.
+All is in ``.venv-compat-<torch>-py<version>/``: an environment of the Python that runs this with that torch, and in its ``source/`` a copy
+of the checkout. What cannot be had, built or run is an error, and so is a compiler's warning.
 """
 
 import argparse
@@ -19,6 +19,8 @@ BUILD_TOOLS = ("setuptools>=77", "wheel", "pybind11", "ninja", "numpy")
 OWN_PROCESSES = ("cuda", "emulation", "interpret", "offline")
 NATIVE_TESTS = ("tests", *(f"--ignore=tests/{folder}" for folder in OWN_PROCESSES), "-q", "--numprocesses=auto", "--dist=loadgroup")
 CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+# One architecture is enough: what another torch changes are its headers.
+ONE_ARCHITECTURE = {"TORCH_CUDA_ARCH_LIST": "9.0"}
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> None:
@@ -51,18 +53,18 @@ def install(folder: Path, torch: str, source: Path) -> Path:
     constraints = folder / "constraints.txt"
     constraints.write_text(f"torch=={torch}\n")
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", constraints)
-    run(*pip, "torch")
-    run(*pip, *BUILD_TOOLS)
+    # Together: some releases of torch refuse the newest setuptools.
+    run(*pip, "torch", *BUILD_TOOLS)
     run(*pip, "--no-build-isolation", "--editable", f"{source}[dev]", FASTVAE_BUILD="0")
     return python
 
 
-def build(python: Path, source: Path, *options: str) -> None:
+def build(python: Path, source: Path, *options: str, **environment: str) -> None:
     """Both libraries, the CUDA one where there is an nvcc."""
     command = [python, "setup.py", "build_ext", *options]
     print("$", *command, flush=True)
-    environment = os.environ | {"FASTVAE_BUILD": "1", "FORCE_CUDA": str(int(has_nvcc()))}
-    result = subprocess.run([*map(str, command)], cwd=source, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    whole = os.environ | {"FASTVAE_BUILD": "1", "FORCE_CUDA": str(int(has_nvcc()))} | environment
+    result = subprocess.run([*map(str, command)], cwd=source, env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(result.stdout, flush=True)
     if result.returncode:
         sys.exit("compat: the build failed")
@@ -82,6 +84,13 @@ def take_libraries(pinned: Path, source: Path) -> None:
         shutil.copy2(library, source / "fastvae")
 
 
+def test(python: Path, source: Path, which: str) -> None:
+    """The native tests, all or the tenth that today's date chooses, on the libraries that are there."""
+    tenth = [f"--tenth={datetime.date.today().timetuple().tm_yday % 10}"] if which == "tenth" else []
+    run(python, "-m", "fastvae.info", cwd=source)
+    run(python, "-m", "pytest", *NATIVE_TESTS, *tenth, cwd=source, **ONE_ARCHITECTURE)
+
+
 def python_version(python: Path) -> str:
     return output_of(python, "-c", "import sys; print(sys.version_info[:2])")
 
@@ -96,20 +105,17 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    folder = ROOT / f".venv-compat-{options.torch}"
+    folder = ROOT / f".venv-compat-{options.torch}-py{sys.version_info.major}.{sys.version_info.minor}"
     source = folder / "source"
     copy_checkout(source)
     python = install(folder, options.torch, source)
-    today = [f"--tenth={datetime.date.today().timetuple().tm_yday % 10}"] if options.tests == "tenth" else []
-    build(python, source, "--inplace")
-    run(python, "-m", "fastvae.info", cwd=source)
-    run(python, "-m", "pytest", *NATIVE_TESTS, *today, cwd=source)
+    build(python, source, "--inplace", **ONE_ARCHITECTURE)
+    test(python, source, options.tests)
     if python_version(python) != python_version(options.pinned):
         print(f"compat: {options.pinned} is of another Python, so its library is none for this one")
         return
     take_libraries(options.pinned, source)
-    run(python, "-m", "fastvae.info", cwd=source)
-    run(python, "-m", "pytest", *NATIVE_TESTS, *today, cwd=source)
+    test(python, source, options.tests)
 
 
 if __name__ == "__main__":
