@@ -129,11 +129,46 @@ def test_checkpointing_without_the_random_state():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_too_many_passes_before_their_backward_are_an_error():
+@pytest.mark.parametrize("total", [lambda losses: losses[0], sum], ids=["the first", "all"])
+def test_too_many_passes_before_their_backward_are_an_error(total):
     layer = quantizer()
-    outputs = [checkpoint(layer, x.requires_grad_(), use_reentrant=False) for x in batches(20, 30, DIM)]
+    losses = [checkpoint(layer, x.requires_grad_(), use_reentrant=False).loss for x in batches(20, 30, DIM)]
     with pytest.raises(RuntimeError, match="remembers 16 passes"):
-        outputs[0].loss.backward()
+        total(losses).backward()
+
+
+def test_passes_that_no_backward_pass_followed_are_forgotten():
+    torch.manual_seed(0)
+    plain = Bottleneck()
+    checkpointed = copy.deepcopy(plain)
+    for model in (plain, checkpointed):
+        with torch.no_grad():
+            for x in batches(5, 40, 6, seed=1):
+                model(x)
+    expected = train(plain, 10, lambda model, x: model(x))
+    actual = train(checkpointed, 10, lambda model, x: checkpoint(model, x, use_reentrant=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert not checkpointed.quantizer._passes._passes
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_inputs_that_are_equal_zero_or_not_finite_under_checkpointing(kind):
+    torch.manual_seed(0)
+    plain = quantizer(revive_below=0.5)
+    checkpointed = copy.deepcopy(plain)
+    x = batches(1, 30, DIM)[0]
+    inputs = [x, torch.zeros_like(x), x, spoil(x, range(0, 30, 3)), torch.zeros(0, DIM)]
+    gradients = []
+    for layer, call in ((plain, lambda layer, x: layer(x)), (checkpointed, lambda layer, x: checkpoint(layer, x, **CHECKPOINTS[kind]))):
+        torch.manual_seed(1)
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        outputs = [call(layer, leaf) for leaf in leaves]
+        # A reentrant checkpoint takes the gradient of an output that nobody used as 0, which times NaN is NaN; so all are used.
+        sum(output[0].square().sum() + output[2] for output in outputs).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert_same_state(state_of(checkpointed), state_of(plain))
 
 
 def test_training_mode_without_gradients_and_copies_of_the_layer():

@@ -28,8 +28,17 @@ def may_be_recomputed() -> bool:
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+class Fingerprint(NamedTuple):
+    """Which input this is: its device and shape, and sums over all but its last dimension, float32."""
+
+    device: torch.device
+    shape: torch.Size
+    sums: Tensor
+
+
 class _Pass(NamedTuple):
-    fingerprint: Tensor
+    number: int
+    fingerprint: Fingerprint
     seen: Any
 
 
@@ -38,6 +47,7 @@ class PendingPasses:
 
     def __init__(self):
         self._passes: list[_Pass] = []
+        self._count = 0
         self._forgot = False
         self.compiled = False
 
@@ -47,45 +57,52 @@ class PendingPasses:
     def __reduce__(self):
         return PendingPasses, ()
 
-    def remember(self, fingerprint: Tensor, seen) -> None:
+    def remember(self, fingerprint: Fingerprint, seen) -> None:
         """Adds a pass.
 
         Args:
             fingerprint: of the pass's input, see :func:`fingerprint`.
             seen: what :meth:`recall` gives back.
         """
-        self._passes.append(_Pass(fingerprint, seen))
-        if len(self._passes) > MAX_PENDING:
+        if not self._passes:
+            self._forgot = False
+        self._count += 1
+        self._passes.append(_Pass(self._count, fingerprint, seen))
+        if self._passes[0].number <= self._count - MAX_PENDING:
             del self._passes[0]
             self._forgot = True
 
-    def recall(self, fingerprint: Tensor):
+    def recall(self, fingerprint: Fingerprint):
         """What the first pass of this recomputation saw; ``None`` where there was none, such as in evaluation mode.
 
         Raises:
             RuntimeError: where the pass is none of the last ``MAX_PENDING``.
         """
-        candidates = [index for index, each in enumerate(self._passes) if each.fingerprint.device == fingerprint.device]
-        if not candidates:
+        candidates = [index for index, each in enumerate(self._passes) if each.fingerprint[:2] == fingerprint[:2]]
+        if not candidates and not self._forgot:
             return None
         # One pass alone is the one, and the host need not wait for the device to compare.
         index = candidates[0] if len(candidates) == 1 and not self._forgot else self._nearest(candidates, fingerprint)
         return self._passes[index].seen if graph_is_retained() else self._passes.pop(index).seen
 
-    def _nearest(self, candidates: list[int], fingerprint: Tensor) -> int:
-        # Selective checkpointing counts operators, and the first pass had none of these.
-        with torch._C._DisableTorchDispatch():
-            known = torch.stack([self._passes[index].fingerprint for index in candidates])
-            distances = (known - fingerprint).norm(dim=1) / fingerprint.norm().clamp(min=torch.finfo(torch.float32).tiny)
-            values = distances.tolist()
+    def _nearest(self, candidates: list[int], fingerprint: Fingerprint) -> int:
+        distances = [_distance(self._passes[index].fingerprint.sums, fingerprint.sums) for index in candidates]
         # Of equal inputs the latest: a backward pass goes through its graph from the end.
-        best = min(reversed(range(len(values))), key=values.__getitem__)
-        if not values[best] <= _TOLERANCE:
+        best = min(reversed(range(len(distances))), key=distances.__getitem__, default=None)
+        if best is None or distances[best] > _TOLERANCE:
             raise RuntimeError(
                 f"a quantizer under activation checkpointing remembers {MAX_PENDING} passes, and the one that is recomputed is none of "
                 "them: run its backward pass sooner"
             )
         return candidates[best]
+
+
+def _distance(known: Tensor, sums: Tensor) -> float:
+    """Relative to the size of ``sums``, which may be 0."""
+    # Selective checkpointing counts operators, and the first pass had none of these.
+    with torch._C._DisableTorchDispatch():
+        size = sums.norm().clamp(min=torch.finfo(sums.dtype).tiny)
+        return ((known - sums).norm() / size).item()
 
 
 def keep_out_of_checkpoints(passes: PendingPasses) -> None:
@@ -95,11 +112,11 @@ def keep_out_of_checkpoints(passes: PendingPasses) -> None:
         passes.compiled = True
 
 
-def fingerprint(x: Tensor) -> Tensor:
-    """Sums over all but the last dimension of ``x``, float32, which tell one input from another. Their weights differ by row, since plain
-    sums are 0 behind a normalisation. NaN and infinite values count 0."""
+def fingerprint(x: Tensor) -> Fingerprint:
+    """The weights of the sums differ by row, since plain sums are 0 behind a normalisation. NaN and infinite values count 0."""
     rows = torch.nan_to_num(x.detach().reshape(-1, x.shape[-1]).float(), 0.0, 0.0, 0.0)
-    return (rows * torch.linspace(0.5, 1.0, rows.shape[0], device=rows.device)[:, None]).sum(0)
+    sums = (rows * torch.linspace(0.5, 1.0, rows.shape[0], device=rows.device)[:, None]).sum(0)
+    return Fingerprint(x.device, x.shape, sums)
 
 
 class _Valued(torch.autograd.Function):

@@ -244,6 +244,9 @@ class VectorQuantizer(nn.Module):
             statistics = seen.statistics
         elif checkpointed:
             self._passes.remember(source, _Seen(codes.detach(), starts, statistics))
+        if checkpointed:
+            # A reentrant checkpoint makes what it returns its outputs, which then lead back to it.
+            statistics = tuple(value.detach() for value in statistics)
         return quantized, indices, loss, statistics
 
     def _quantize(self, rows: Tensor, codes: Tensor, mask: Tensor | None) -> FV.VQ:
