@@ -68,7 +68,7 @@ def reconstruction_forward_kernel(
     outputs = (loss, grad_input, grad_logvar)
     full = n // BLOCK
     total, total_logvar = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    last_total, last_total_logvar = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+    rest_total, rest_total_logvar = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
     for index in range(program, full, programs):
         start = tl.cast(index, tl.int64) * BLOCK
         losses, logvar_gradients = forward_block(operands, outputs, start, n, grad_scale, LIKELIHOOD, TOTAL, TOTAL_LOGVAR, False, BLOCK)
@@ -77,12 +77,12 @@ def reconstruction_forward_kernel(
     for chunk in range(first_chunk(full, program, programs), tl.cdiv(n - full * BLOCK, CHUNK), programs):
         start = tl.cast(full, tl.int64) * BLOCK + tl.cast(chunk, tl.int64) * CHUNK
         losses, logvar_gradients = forward_block(operands, outputs, start, n, grad_scale, LIKELIHOOD, TOTAL, TOTAL_LOGVAR, True, CHUNK)
-        last_total += losses
-        last_total_logvar += logvar_gradients
+        rest_total += losses
+        rest_total_logvar += logvar_gradients
     if TOTAL:
-        tl.store(slots + program, tl.sum(total) + tl.sum(last_total))
+        tl.store(slots + program, tl.sum(total) + tl.sum(rest_total))
         if TOTAL_LOGVAR:
-            tl.store(slots + programs + program, tl.sum(total_logvar) + tl.sum(last_total_logvar))
+            tl.store(slots + programs + program, tl.sum(total_logvar) + tl.sum(rest_total_logvar))
         if is_last(ticket, programs):
             tl.store(loss, sum_programs(slots, programs) * scale)
             if TOTAL_LOGVAR:
@@ -122,13 +122,13 @@ def backward_block(
     offset = tl.arange(0, BLOCK)
     mask = inside(offset, n - start, MASKED)
     terms = load_terms(operands, start, offset, mask, LIKELIHOOD, BLOCK)
-    incoming = incoming_gradient(grad_output, start, offset, mask, per_sample, common, REDUCTION, BLOCK)
-    tl.store(grad_input + start + offset, terms[1] * incoming, mask=mask)
+    gradient = incoming_gradient(grad_output, start, offset, mask, per_sample, common, REDUCTION, BLOCK)
+    tl.store(grad_input + start + offset, terms[1] * gradient, mask=mask)
     if grad_target is not None:
-        tl.store(grad_target + start + offset, terms[2] * incoming, mask=mask)
+        tl.store(grad_target + start + offset, terms[2] * gradient, mask=mask)
     if grad_logvar is not None and not TOTAL_LOGVAR:
-        tl.store(grad_logvar + start + offset, terms[3] * incoming, mask=mask)
-    return zero_outside(terms[3] * incoming + tl.zeros([BLOCK], tl.float32), mask)
+        tl.store(grad_logvar + start + offset, terms[3] * gradient, mask=mask)
+    return zero_outside(terms[3] * gradient + tl.zeros([BLOCK], tl.float32), mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -167,7 +167,7 @@ def backward_blocks(
     program, programs = tl.program_id(0), tl.num_programs(0)
     common = common_gradient(grad_output, scale, REDUCTION)
     full = n // BLOCK
-    total, last_total = tl.zeros([BLOCK], tl.float32), tl.zeros([CHUNK], tl.float32)
+    total, rest_total = tl.zeros([BLOCK], tl.float32), tl.zeros([CHUNK], tl.float32)
     for index in range(program, full, programs):
         start = tl.cast(index, tl.int64) * BLOCK
         total += backward_block(
@@ -175,11 +175,11 @@ def backward_blocks(
         )
     for chunk in range(first_chunk(full, program, programs), tl.cdiv(n - full * BLOCK, CHUNK), programs):
         start = tl.cast(full, tl.int64) * BLOCK + tl.cast(chunk, tl.int64) * CHUNK
-        last_total += backward_block(
+        rest_total += backward_block(
             operands, grad_output, common, outputs, start, n, per_sample, LIKELIHOOD, REDUCTION, TOTAL_LOGVAR, True, CHUNK
         )
     if TOTAL_LOGVAR:
-        tl.store(slots + program, tl.sum(total) + tl.sum(last_total))
+        tl.store(slots + program, tl.sum(total) + tl.sum(rest_total))
         if is_last(ticket, programs):
             tl.store(outputs[2], sum_programs(slots, programs))
 

@@ -19,11 +19,12 @@ struct JacobianRowNormsParams {
   const T* weight;       // (units, inputs)
   bool aligned;          // the address of weight is that of a whole vector
   int64_t numel, chunk;  // elements of weight, and of one block
-  LossSum rows;          // into the squared norms, (units,)
+  LossSum rows;          // into norms, (units,)
   unsigned* ticket;
 };
 
-// Sums the squares of each row of the weight; each block handles one chunk of elements, whatever the rows are.
+// Sums the squares of each row of the weight, which are the elements of the LossAccumulator here. Each block handles one chunk of elements,
+// wherever rows begin and end.
 template <class T>
 __global__ void __launch_bounds__(kThreads) jacobian_row_norms_kernel(const __grid_constant__ JacobianRowNormsParams<T> p) {
   LossAccumulator rows(p.rows, p.chunk);

@@ -1,6 +1,7 @@
 // The elementwise work and the sums around the matrix product of the Gram form on a GPU. The Jacobian of sample b is S_b @ W
 // with S_b[r, k] = outer[b, r] * left[(b,) r, k] * inner[b, k], so with gram = W @ W.T its squared norm is sum(S_b * (S_b @ gram)). torch
-// computes the matrix product S_b @ gram, these kernels everything else.
+// computes the matrix product S_b @ gram, these kernels everything else. The results are those of fastvae/reference/jacobian.py: the norm
+// is the sum over r of outer * dots, and the gradients lack a factor of 2, which the caller applies.
 //
 // kernel                        grid                             reads                         writes
 // jacobian_gram_scale_kernel    (chunks of the elements)         left, inner, outer            the scaled matrices S

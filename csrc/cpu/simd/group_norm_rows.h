@@ -1,5 +1,6 @@
-// The storage types of the group norm kernels, and the loops over one to four rows of a piece, see columns_of(). Each loop treats column i
-// of all rows together: the parameters of a column are loaded once, and the sum over the rows is added once to the column's sum in memory.
+// The storage types of the group norm kernels, and the loops over one to four rows of a piece; columns_of() in ../group_norm_kernels.h says
+// what rows and columns are. Each loop treats column i of all rows together: the parameters of a column are loaded once, and the sum over
+// the rows is added once to the sum of the column in memory.
 //
 //   add_rows         sums of x
 //   add_moments      sums of x - shift and of its square
@@ -35,7 +36,7 @@ struct Values {
 //   Accuracy           the accuracy of the activation that suffices for a stored result; sums always use Accurate
 //   kKeepsGradient     whether gradient_sums stores du in grad_input, from where backward reads it; not where that would round du
 //
-// float32 and float64.
+// Native is the storage of float32 and float64, which are the types of the arithmetic themselves.
 template <class Value>
 struct Native {
   using Accuracy = Accurate;
@@ -67,9 +68,9 @@ struct BFloat16 {
   }
 
  private:
-  // Rounds to the nearest bfloat16, in the upper 16 bits, and ties away from zero, which takes one addition; one result in 65536 is a tie.
-  // A NaN needs no test: its lower 16 bits are 0, because those of the tensors and, by spread(), those of the parameters are, so that the
-  // addition cannot carry into the sign.
+  // Rounds to the nearest bfloat16, in the upper 16 bits. Ties are rounded away from zero, which takes one addition only; one result in
+  // 65536 is a tie. A NaN needs no test. Its lower 16 bits are 0, because those of a NaN in the tensors are, and spread() in group_norm.cpp
+  // sees to those of the parameters, so that the addition cannot carry into the sign.
   FASTVAE_INLINE uint32_t rounded(T value) { return float_to_bits(value) + 0x8000u; }
 };
 
@@ -88,7 +89,6 @@ constexpr int kRows = 4;
 
 // Calls f(Number<rows>{}, offset, count) for groups of kRows rows, then for single rows, then for the rest of a row, where `count` is the
 // number of columns.
-
 template <class F>
 FASTVAE_INLINE void for_each_rows(int64_t length, int64_t columns, F f) {
   int64_t offset = 0;
