@@ -1,6 +1,10 @@
 // What lets one formula compile for every instruction set and for CUDA.
 #pragma once
 
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "fastvae: with -ffinite-math-only (or -ffast-math, -Ofast) a compiler drops the tests for NaN; compile without it"
+#endif
+
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define FASTVAE_MEMBER __host__ __device__ __forceinline__
 #else
