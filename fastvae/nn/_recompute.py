@@ -47,9 +47,14 @@ class PendingPasses:
 
     def __init__(self):
         self._passes: list[_Pass] = []
+        # Numbers of passes that have been recomputed. Where checkpoints are nested they are once more, in the same backward pass.
+        self._recomputed: set[int] = set()
         self._count = 0
         self._forgot = False
         self.compiled = False
+
+    def __len__(self) -> int:
+        return len(self._passes) - len(self._recomputed)
 
     def __deepcopy__(self, memo) -> "PendingPasses":
         return PendingPasses()
@@ -64,6 +69,8 @@ class PendingPasses:
             fingerprint: of the pass's input, see :func:`fingerprint`.
             seen: what :meth:`recall` gives back.
         """
+        self._passes = [each for each in self._passes if each.number not in self._recomputed]
+        self._recomputed.clear()
         if not self._passes:
             self._forgot = False
         self._count += 1
@@ -78,23 +85,25 @@ class PendingPasses:
         Raises:
             RuntimeError: where the pass is none of the last ``MAX_PENDING``.
         """
-        candidates = [index for index, each in enumerate(self._passes) if each.fingerprint[:2] == fingerprint[:2]]
+        candidates = [each for each in self._passes if each.fingerprint[:2] == fingerprint[:2]]
         if not candidates and not self._forgot:
             return None
         # One pass alone is the one, and the host need not wait for the device to compare.
-        index = candidates[0] if len(candidates) == 1 and not self._forgot else self._nearest(candidates, fingerprint)
-        return self._passes[index].seen if graph_is_retained() else self._passes.pop(index).seen
+        found = candidates[0] if len(candidates) == 1 and not self._forgot else self._nearest(candidates, fingerprint)
+        if not graph_is_retained():
+            self._recomputed.add(found.number)
+        return found.seen
 
-    def _nearest(self, candidates: list[int], fingerprint: Fingerprint) -> int:
-        distances = [_distance(self._passes[index].fingerprint.sums, fingerprint.sums) for index in candidates]
+    def _nearest(self, candidates: list[_Pass], fingerprint: Fingerprint) -> _Pass:
+        distances = {each.number: _distance(each.fingerprint.sums, fingerprint.sums) for each in candidates}
         # Of equal inputs the latest: a backward pass goes through its graph from the end.
-        best = min(reversed(range(len(distances))), key=distances.__getitem__, default=None)
-        if best is None or distances[best] > _TOLERANCE:
+        best = min(candidates, key=lambda each: (distances[each.number], each.number in self._recomputed, -each.number), default=None)
+        if best is None or distances[best.number] > _TOLERANCE:
             raise RuntimeError(
                 f"a quantizer under activation checkpointing remembers {MAX_PENDING} passes, and the one that is recomputed is none of "
                 "them: run its backward pass sooner"
             )
-        return candidates[best]
+        return best
 
 
 def _distance(known: Tensor, sums: Tensor) -> float:
