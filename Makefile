@@ -11,9 +11,9 @@ OUT ?= out/gpu-pass
 STAGES ?=
 
 NATIVE := $(shell find csrc -type f)
-CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 
-.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline bench lint format build setup clean gpu-pass
+.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang sanitize bench lint format build setup clean gpu-pass
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -39,6 +39,16 @@ test-interpret: build
 
 test-offline: build
 	$(RUN) -m pytest tests/offline
+
+# The C++ tests: the kernels without Python, by each compiler, and the operators' tests on what it builds.
+test-clang: setup
+	$(RUN) tests/cpp/build.py clang++
+	$(RUN) tests/cpp/operators.py clang++
+
+# The same under sanitizers, each of which ends at its first report. About an hour on two cores.
+sanitize: setup
+	$(RUN) tests/cpp/build.py g++ clang++ --sanitize address undefined thread
+	$(RUN) tests/cpp/operators.py g++ --sanitize address undefined
 
 bench: build
 	$(RUN) -m benchmarks $(ARGS)

@@ -32,8 +32,15 @@ INSTRUCTION_SETS = {
     },
 }
 ONLY_FOR = {"avx512_vnni": ("codebook",)}  # families to compile; all where a set is not named
-# GCC does not interleave independent chains of operations by itself on x86, and these are longer than the processor looks ahead.
-FAMILY_FLAGS = {"group_norm": ["-fschedule-insns", "-fsched-pressure"]} if platform.machine() == "x86_64" else {}
+FAMILY_FLAGS = {
+    # clang warns of a loop that asks for vectors and gets none. Of these two families loops over float64, and no others, call functions of
+    # the C library (log1p, expm1, erfc), of which there is no vector form; elsewhere such a loop is a fault.
+    "jacobian": ["-Wno-pass-failed"],
+    "reconstruction": ["-Wno-pass-failed"],
+}
+if platform.machine() == "x86_64":
+    # GCC does not interleave independent chains of operations by itself, and these are longer than the processor looks ahead.
+    FAMILY_FLAGS["group_norm"] = ["-fschedule-insns", "-fsched-pressure"]
 CUDA_ARCHS = ("8.0", "9.0", "10.0+PTX")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]

@@ -1,6 +1,7 @@
 """Vector quantization: the nearest code against exact arithmetic, gradients and losses against the reference, moving averages."""
 
 import sys
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -30,6 +31,13 @@ SIZES = [
     (20, 100, 31),
     (3, 300, 40),
 ]
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
+# Shorter and longer than the vectors of every instruction set, whole numbers of them and not.
+DIMS_AROUND_VECTORS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 33)
+INSTRUCTION_SETS = sys.modules["fastvae._C"].instruction_sets() if "fastvae._C" in sys.modules else ()
 
 
 def squared_distance(x: Tensor, code: Tensor) -> Fraction:
@@ -415,15 +423,102 @@ def test_wrong_arguments(call, error, message):
 
 
 @each_place(OPERATOR)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", NOT_FINITE)
 def test_codebook_that_is_not_finite(place, value):
-    codebook = torch.randn(5, 3, device=place.device)
-    codebook[2, 1] = value
-    if place.device == "cpu":
-        with pytest.raises((ValueError, RuntimeError), match="codebook: got NaN or infinite"):
-            FV.vq_nearest(torch.randn(4, 3), codebook)
-    else:
-        assert FV.vq_nearest(torch.randn(4, 3, device=place.device), codebook).max() < 5
+    for dim in DIMS_AROUND_VECTORS:
+        codebook = torch.randn(5, dim, device=place.device)
+        codebook[2, dim // 2] = value
+        if place.device == "cpu":
+            with pytest.raises((ValueError, RuntimeError), match="codebook: got NaN or infinite"):
+                FV.vq_nearest(torch.randn(4, dim), codebook)
+        else:
+            assert FV.vq_nearest(torch.randn(4, dim, device=place.device), codebook).max() < 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_codebook_that_is_not_finite_anywhere(instruction_set, value, dtype):
+    """In each place of a vector and of what is left of a row, in the first code and the last."""
+    for dim in DIMS_AROUND_VECTORS:
+        x, codebook = torch.randn(2, dim, dtype=dtype), torch.randn(3, dim, dtype=dtype)
+        for code, place in [(0, d) for d in range(dim)] + [(2, dim - 1)]:
+            broken = codebook.clone()
+            broken[code, place] = value
+            for function in (FV.vq_nearest, FV.vector_quantize):
+                with pytest.raises(RuntimeError, match="codebook: got NaN or infinite"):
+                    function(x, broken)
+        FV.vq_nearest(x, codebook)
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_rows_that_are_not_finite_anywhere(instruction_set, value):
+    for dim in DIMS_AROUND_VECTORS:
+        codebook = Source("cpu").normal(40, dim)
+        x = codebook[1].repeat(dim, 1)
+        x[torch.arange(dim), torch.arange(dim)] = value
+        assert FV.vq_nearest(x, codebook).tolist() == [0] * dim
+
+
+@each_place_and_dtype("codebook_sums")
+@pytest.mark.parametrize("heads", [None, 2])
+def test_rows_that_are_not_finite_move_no_code(place, dtype, heads):
+    check_rows_left_out(place, dtype, heads, DIMS_AROUND_VECTORS)
+
+
+def check_rows_left_out(place, dtype, heads, dims):
+    """Counts, sums and the codebook are bitwise those of the other rows alone."""
+    lead = () if heads is None else (heads,)
+    for dim in dims:
+        source = Source(place.device, dtype)
+        state_dtype = accumulation_dtype(dtype)
+        x, codebook, ema_sum = source.normal(*lead, 600, dim), source.normal(*lead, 7, dim), source.normal(*lead, 7, dim)
+        indices = torch.randint(-1, 6, (*lead, 600), generator=source.generator).to(place.device)
+        bad = torch.arange(0, 600, 5, device=place.device)
+        values = x.new_tensor(NOT_FINITE)[torch.arange(len(bad), device=place.device) % 3]
+        x[..., bad, bad % dim] = values.expand(*lead, -1)
+        results = []
+        for kept in (indices, indices.index_fill(-1, bad, -1)):
+            state = [t.to(state_dtype, copy=True) for t in (codebook, torch.ones_like(codebook[..., 0]), ema_sum)]
+            rows = x if kept is indices else torch.where(torch.isfinite(x), x, 0)
+            results.append((*FV.codebook_sums(rows, kept, codebook), FV.codebook_ema_update_(*state, rows, kept), *state))
+        for ours, others in zip(*results, strict=True):
+            assert torch.equal(ours, others)
+            assert torch.isfinite(ours).all()
+
+
+@pytest.mark.parametrize("scale", [1e154, 1e200, 1e307])
+def test_codes_whose_distances_overflow_float64(instruction_set, scale):
+    """Rows on a code are found; others get the index of some code."""
+    codebook = Source("cpu", torch.float64).normal(70, 20) * scale
+    assert_nearest(codebook, codebook, FV.vq_nearest(codebook, codebook))
+    indices = FV.vq_nearest(torch.cat([codebook * (1 + 2**-40), -codebook, codebook.flip(1)]), codebook)
+    assert indices.min() >= 0
+    assert indices.max() < 70
+
+
+@pytest.mark.skipif(len(INSTRUCTION_SETS) < 2, reason="this processor has one instruction set")
+def test_instruction_set_that_another_thread_changes():
+    """A call keeps the kernels that it began with."""
+    extension, source = sys.modules["fastvae._C"], Source("cpu")
+    x, codebook = source.normal(200, 20), source.normal(300, 20)
+    expected, done = reference.nearest(x[None], codebook[None])[0], threading.Event()
+    previous = extension.instruction_set()
+
+    def change():
+        while not done.is_set():
+            for name in INSTRUCTION_SETS:
+                extension.set_instruction_set(name)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        with fastvae.use_backend("cpp"):
+            results = [FV.vq_nearest(x, codebook) for _ in range(300)]
+    finally:
+        done.set()
+        thread.join()
+        extension.set_instruction_set(previous)
+    assert all(torch.equal(indices, expected) for indices in results)
 
 
 @pytest.mark.parametrize("place", compiled_places("codebook_sums"), ids=str)

@@ -34,7 +34,7 @@ FASTVAE_INLINE KLGradient<T> kl_prior_gradient(T mu, T logvar, T prior_mu, T pri
 // Outside its limits a log variance has no gradient.
 template <class T>
 FASTVAE_INLINE T gradient_inside(T gradient, T logvar, T low, T high) {
-  return (logvar < low) | (logvar > high) ? T(0) : gradient;
+  return ((logvar < low) | (logvar > high)) ? T(0) : gradient;
 }
 
 }  // namespace FASTVAE_ISA

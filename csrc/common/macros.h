@@ -1,9 +1,12 @@
 // Macros that let one source compile for each CPU instruction set and for CUDA.
 #pragma once
 
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "fastvae: with -ffinite-math-only (or -ffast-math, -Ofast) a compiler drops the tests for NaN; compile without it"
+#endif
+
 // FASTVAE_INLINE stands before a free or static function, FASTVAE_MEMBER before a member function; both are inlined always, on the host and
 // on the device.
-
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define FASTVAE_MEMBER __host__ __device__ __forceinline__
 #else

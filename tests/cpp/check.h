@@ -9,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -23,18 +24,25 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity(), kNaN = std
 // Counts what does not hold, and prints the first few.
 inline int failures = 0;
 
-inline void expect(bool holds, const std::string& what) {
-  if (holds) return;
-  if (++failures <= 20) std::printf("%s: %s\n", kIsaNames[static_cast<int>(isa_in_use())], what.c_str());
+inline void fail(std::string_view what, std::string_view part, const std::string& values = "") {
+  if (++failures > 20) return;
+  std::string text = std::string(kIsaNames[static_cast<int>(isa_in_use())]) + ": " + std::string(what) + std::string(part) + values;
+  std::printf("%s\n", text.c_str());
+}
+
+inline void expect(bool holds, std::string_view what, std::string_view part = "") {
+  if (!holds) fail(what, part);
 }
 
 // Calls f(begin, end) for parts of a range on several threads, which start at the same time.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   constexpr int64_t kThreads = 3;
-  int64_t part = std::max(ceil_divide(end - begin, kThreads), grain);
+  int64_t part = std::max(ceil_div(end - begin, kThreads), grain);
+  if (end - begin <= part) return end > begin ? f(begin, end) : void();
   std::vector<std::thread> threads;
-  for (int64_t first = begin; first < end; first += part) threads.emplace_back([&f, first, part, end] { f(first, std::min(first + part, end)); });
+  for (int64_t first = begin; first < end; first += part)
+    threads.emplace_back([&f, first, part, end] { f(first, std::min(first + part, end)); });
   for (std::thread& thread : threads) thread.join();
 }
 
@@ -53,7 +61,8 @@ class Source {
 
   // Tiny numbers are denormal in float32, huge ones have products beyond it, and extreme ones are at the ends of all.
   double of(Kind kind) {
-    constexpr double extremes[] = {0.0, -0.0, 1e-45, -1e-40, 1.17549435e-38, 3.4028234e38, -3.4028234e38, 1e-5, kInfinity, -kInfinity, kNaN};
+    constexpr double extremes[] = {0.0,  -0.0,      1e-45,      -1e-40, 1.17549435e-38, 3.4028234e38, -3.4028234e38,
+                                   1e-5, kInfinity, -kInfinity, kNaN};
     if (kind == Kind::tiny) return 1e-42 * normal();
     if (kind == Kind::huge) return 1e37 * normal();
     return kind == Kind::extreme && below(4) == 0 ? extremes[below(std::size(extremes))] : normal();
@@ -141,7 +150,7 @@ class Array {
     if (dtype == DType::float64) return write(to, value);
     if (dtype == DType::float32) return write(to, static_cast<float>(value));
     if (dtype == DType::bfloat16) return write(to, bfloat16_of(value));
-    dtype == DType::float16 ? write(to, float16_of(value)) : write(to, static_cast<uint8_t>(value));
+    dtype == DType::float16 ? write(to, float16_of(value)) : write(to, static_cast<uint8_t>(std::fmin(std::fmax(value, 0.0), 255.0)));
   }
 
   View view() const {
@@ -170,14 +179,14 @@ class Array {
 
 inline DType accumulation_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
-// `actual`, which was rounded to `dtype`, is `expected` up to some units of the accumulation's last place of `magnitude`, the largest of the
-// numbers that it was computed from.
-inline void expect_near(double actual, double expected, DType dtype, double magnitude, const std::string& what) {
+// `actual`, which was rounded to `dtype`, is `expected` up to some units of the accumulation's last place of `magnitude`, the largest of
+// the numbers that it was computed from.
+inline void expect_near(double actual, double expected, DType dtype, double magnitude, std::string_view what, std::string_view part = "") {
   double bound = precision_of(dtype) * 1.01 * std::fabs(expected) + 64.0 * precision_of(accumulation_dtype(dtype)) * magnitude;
   // The smallest steps of the dtype, and of the formulas that have no denormal results.
   bound += dtype == DType::float64 ? 1e-300 : dtype == DType::float16 ? 0x1p-24 : 1e-36;
-  expect(std::fabs(actual - expected) <= bound,
-         what + ": got " + std::to_string(actual) + ", takes " + std::to_string(expected) + " +- " + std::to_string(bound));
+  if (std::fabs(actual - expected) <= bound) return;
+  fail(what, part, ": got " + std::to_string(actual) + ", takes " + std::to_string(expected) + " +- " + std::to_string(bound));
 }
 
 inline std::string name(const std::string& what, std::initializer_list<int64_t> numbers) {

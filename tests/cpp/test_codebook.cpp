@@ -7,7 +7,7 @@ namespace {
 struct Sizes {
   int64_t heads, rows, codes, dim;
 };
-constexpr Sizes kSizes[] = {{1, 1, 1, 1},   {1, 5, 1, 3},     {2, 7, 33, 8},     {1, 97, 200, 4},  {3, 50, 65, 16},
+constexpr Sizes kSizes[] = {{1, 1, 1, 1},     {1, 5, 1, 3},    {2, 7, 33, 8},     {1, 97, 200, 4},   {3, 50, 65, 16},
                             {1, 20, 31, 100}, {1, 3, 40, 300}, {1, 130, 129, 17}, {1, 100, 1100, 64}};
 
 const CodebookKernels& kernels() { return FASTVAE_SELECT_VNNI_KERNELS(codebook); }
@@ -60,7 +60,7 @@ struct Problem {
     struct alignas(64) Line {
       float values[16];
     };
-    std::vector<Line> memory(ceil_divide(packing.memory_size(), 16));
+    std::vector<Line> memory(ceil_div(packing.memory_size(), 16));
     if (!packing.pack(reinterpret_cast<float*>(memory.data()), on_threads)) return false;
     on_threads(0, search_blocks(s, kernels()), 1, [&](int64_t begin, int64_t end) { kernels().search(s, begin, end); });
     return true;
@@ -90,12 +90,12 @@ struct Problem {
   // The lowest of equal codes, at the smallest distance as far as long double tells.
   void check_row(int64_t row, const std::string& what) const {
     int64_t first = row / sizes.rows * sizes.codes, index = indices[row];
-    if (!is_row_finite(row)) return expect(index == 0, what + ": a row that is not finite has the index " + std::to_string(index));
-    if (index < 0 || index >= sizes.codes) return expect(false, what + ": the index " + std::to_string(index));
+    if (!is_row_finite(row)) return expect(index == 0, what, ": a row that is not finite has another index than 0");
+    if (index < 0 || index >= sizes.codes) return expect(false, what, ": an index out of range");
     long double ours = distance(row, first + index), best = ours;
     for (int64_t k = 0; k < sizes.codes; ++k) best = std::min(best, distance(row, first + k));
-    expect(ours <= best * (1.0L + 0x1p-55L), what + ": a code that is not the nearest");
-    for (int64_t k = 0; k < index; ++k) expect(!are_equal(first + k, first + index), what + ": not the lowest of equal codes");
+    expect(ours <= best * (1.0L + 0x1p-55L), what, ": a code that is not the nearest");
+    for (int64_t k = 0; k < index; ++k) expect(!are_equal(first + k, first + index), what, ": not the lowest of equal codes");
   }
 
   void check_outputs(int64_t row, const std::string& what) const {
@@ -104,10 +104,10 @@ struct Problem {
     for (int64_t d = 0; d < sizes.dim; ++d) {
       double c = codebook.get(code * sizes.dim + d), error = x.get(row * sizes.dim + d) - c;
       total += error * error;
-      expect_near(quantized.get(row * sizes.dim + d), c, x.dtype, std::fabs(c), what + " quantized");
-      expect_near(loss.get(row * sizes.dim + d), weight * error * error, x.dtype, error * error, what + " loss");
+      expect_near(quantized.get(row * sizes.dim + d), c, x.dtype, std::fabs(c), what, " quantized");
+      expect_near(loss.get(row * sizes.dim + d), weight * error * error, x.dtype, error * error, what, " loss");
     }
-    expect_near(errors[row], total, wide ? DType::float64 : DType::float32, total, what + " errors");
+    expect_near(errors[row], total, wide ? DType::float64 : DType::float32, total, what, " errors");
   }
 };
 
@@ -115,7 +115,7 @@ void check_search(const Sizes& s, DType x_dtype, DType code_dtype, Kind kind) {
   Source source(static_cast<uint64_t>(s.dim * 1000 + s.codes));
   Problem p(s, x_dtype, code_dtype, source, kind);
   std::string what = name("search", {s.heads, s.rows, s.codes, s.dim, static_cast<int>(x_dtype), static_cast<int>(kind)});
-  expect(p.run(), what + ": a finite codebook was refused");
+  expect(p.run(), what, ": a finite codebook was refused");
   for (int64_t row = 0; row < s.heads * s.rows; ++row) {
     p.check_row(row, what);
     if (kind == Kind::usual && x_dtype != DType::float16) p.check_outputs(row, what);

@@ -208,6 +208,12 @@ def test_ema_update(heads):
     contract.test_ema_update(EMULATED, torch.float32, heads)
 
 
+@each_dtype
+@pytest.mark.parametrize("heads", [None, 2])
+def test_rows_that_are_not_finite_move_no_code(dtype, heads):
+    contract.check_rows_left_out(EMULATED, dtype, heads, (1, 4, 5, 33, 130))
+
+
 def test_ema_update_of_one_code_and_of_strided_state():
     contract.test_ema_update_of_one_code_and_of_strided_state(EMULATED)
 

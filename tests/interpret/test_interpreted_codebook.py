@@ -235,6 +235,12 @@ def test_ema_update(heads):
     test_codebook.test_ema_update(PLACE, torch.float32, heads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("heads", [None, 2])
+def test_rows_that_are_not_finite_move_no_code(dtype, heads):
+    test_codebook.check_rows_left_out(PLACE, dtype, heads, (1, 4, 33, 130))
+
+
 def test_ema_update_of_one_code_and_of_strided_state():
     test_codebook.test_ema_update_of_one_code_and_of_strided_state(PLACE)
 

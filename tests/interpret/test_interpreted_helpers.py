@@ -1,6 +1,7 @@
 """What the kernels are made of, each by itself: noise words, index arithmetic, scalar functions, sums over programs."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import triton
 import triton.language as tl
 from _helpers import NOISE_TOLERANCE
 
+from fastvae import functional as FV
 from fastvae.kernels import _device
 from fastvae.kernels._index import divide, first_chunk
 from fastvae.kernels._math import expm1, log1p_unit, log_positive, logistic, sincos_turn, standard_normal
@@ -202,3 +204,41 @@ def test_the_last_program_sums_and_resets_the_ticket(programs):
         total_of_programs[(programs,)](values, torch.empty(programs), ticket, out)
         assert out == values.sum()
         assert ticket == 0
+
+
+def losses():
+    """Calls whose kernels count programs, of every family that does."""
+    x, target, logvar = torch.randn(3, 20000), torch.rand(3, 20000), torch.randn(3, 20000).requires_grad_()
+    shared = torch.zeros(()).requires_grad_()
+    yield "codebook", lambda: FV.vector_quantize(torch.randn(20, 5), torch.randn(7, 5))
+    yield "latent", lambda: FV.reparameterize_kl(x, logvar)
+    yield "latent, samples", lambda: FV.kl_normal(x, logvar, reduction="sample")
+    yield "latent, free bits", lambda: FV.kl_normal(x, logvar, free_bits=0.1)
+    yield "reconstruction", lambda: FV.mse_loss(x, target)
+    yield "reconstruction, samples", lambda: FV.mse_loss(x, target, reduction="sample")
+    yield "reconstruction, backward", lambda: FV.gaussian_nll(x, target, shared, reduction="sample").sum().backward()
+    yield "jacobian", lambda: FV.contractive_penalty(torch.rand(4, 9), torch.randn(9, 5))
+    yield "jacobian, samples", lambda: FV.contractive_penalty(torch.rand(2, 5000), torch.randn(5000, 3), reduction="sample")
+
+
+@pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in losses()])
+def test_tickets_are_taken_on_the_device_of_the_launch(monkeypatch, call):
+    """A ticket is for the current device's stream, and new while that is captured."""
+    depth, taken = [0], []
+    ticket = _device.ticket
+
+    @contextmanager
+    def on(device):
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    def recorded(device):
+        taken.append(depth[0])
+        return ticket(device)
+
+    monkeypatch.setattr(_device, "on", on)
+    monkeypatch.setattr(_device, "ticket", recorded)
+    call()
+    assert taken
+    assert all(taken)

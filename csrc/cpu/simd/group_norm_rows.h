@@ -24,10 +24,17 @@ struct Number {
   static constexpr int value = number;
 };
 
-// The values that one iteration of a loop over columns handles: those of a word, or of the words of several rows.
+// The values that one iteration of a loop over columns handles: those of a word, or of the words of several rows. No function takes or
+// returns them by value, because clang passes two floats as one vector, and does not vectorise a loop that contains such a vector.
 template <class T, int count>
 struct Values {
   T at[count];
+
+  Values() = default;
+  FASTVAE_MEMBER explicit Values(const T* from) {
+#pragma GCC unroll 2
+    for (int i = 0; i < count; ++i) at[i] = from[i];
+  }
 };
 
 // A storage type has these members:
@@ -44,8 +51,8 @@ struct Native {
   static constexpr int kLanes = 1;
   using Stored = Value;
   using T = Value;
-  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{*from}}; }
-  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = values.at[0]; }
+  FASTVAE_INLINE void get(const Stored* from, Number<1>, T* to) { *to = *from; }
+  FASTVAE_INLINE void put(Stored* to, Number<1>, const T* from) { *to = *from; }
 };
 
 // Two adjacent elements are handled as one word of 32 bits. A vector of words then has as many lanes as a vector of floats, and conversions
@@ -57,14 +64,15 @@ struct BFloat16 {
   using Stored = uint16_t;
   using Word [[gnu::may_alias, gnu::aligned(sizeof(Stored))]] = uint32_t;
   using T = float;
-  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{bfloat16_to_float(*from)}}; }
-  FASTVAE_INLINE Values<T, 2> get(const Stored* from, Number<2>) {
+  FASTVAE_INLINE void get(const Stored* from, Number<1>, T* to) { *to = bfloat16_to_float(*from); }
+  FASTVAE_INLINE void get(const Stored* from, Number<2>, T* to) {
     uint32_t word = *reinterpret_cast<const Word*>(from);
-    return {{bits_to_float(word << 16), bits_to_float(word & 0xffff0000u)}};
+    to[0] = bits_to_float(word << 16);
+    to[1] = bits_to_float(word & 0xffff0000u);
   }
-  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = static_cast<Stored>(rounded(values.at[0]) >> 16); }
-  FASTVAE_INLINE void put(Stored* to, Values<T, 2> values) {
-    *reinterpret_cast<Word*>(to) = (rounded(values.at[0]) >> 16) | (rounded(values.at[1]) & 0xffff0000u);
+  FASTVAE_INLINE void put(Stored* to, Number<1>, const T* from) { *to = static_cast<Stored>(rounded(*from) >> 16); }
+  FASTVAE_INLINE void put(Stored* to, Number<2>, const T* from) {
+    *reinterpret_cast<Word*>(to) = (rounded(from[0]) >> 16) | (rounded(from[1]) & 0xffff0000u);
   }
 
  private:
@@ -80,8 +88,8 @@ struct Float16 {
   static constexpr int kLanes = 1;
   using Stored = uint16_t;
   using T = float;
-  FASTVAE_INLINE Values<T, 1> get(const Stored* from, Number<1>) { return {{half_to_float(*from)}}; }
-  FASTVAE_INLINE void put(Stored* to, Values<T, 1> values) { *to = float_to_half(values.at[0]); }
+  FASTVAE_INLINE void get(const Stored* from, Number<1>, T* to) { *to = half_to_float(*from); }
+  FASTVAE_INLINE void put(Stored* to, Number<1>, const T* from) { *to = float_to_half(*from); }
 };
 
 // Rows that a loop over columns handles at a time: four independent chains of operations, which hide the latency of each.
@@ -106,15 +114,6 @@ FASTVAE_INLINE void for_each_word(int64_t count, F f) {
   if (S::kLanes > 1 && count % S::kLanes != 0) f(Number<1>{}, count - 1);
 }
 
-// Loads `lanes` adjacent values.
-template <class T, int lanes>
-FASTVAE_INLINE Values<T, lanes> adjacent(const T* from, Number<lanes>) {
-  Values<T, lanes> values;
-#pragma GCC unroll 2
-  for (int l = 0; l < lanes; ++l) values.at[l] = from[l];
-  return values;
-}
-
 template <class T, int lanes>
 FASTVAE_INLINE void add_to_columns(T* to, const Values<T, lanes>& values) {
 #pragma GCC unroll 2
@@ -124,29 +123,25 @@ FASTVAE_INLINE void add_to_columns(T* to, const Values<T, lanes>& values) {
 // Loads the word at `from` of each row, where rows are `stride` elements apart. Every loop loads the words of all rows before it stores
 // one. Otherwise the compiler, which cannot prove that input and output do not overlap, could not interleave the arithmetic of the rows.
 template <class S, int rows, int lanes>
-FASTVAE_INLINE Values<typename S::T, rows * lanes> load_rows(const typename S::Stored* from, int64_t stride, Number<lanes> number) {
-  Values<typename S::T, rows * lanes> values;
+FASTVAE_INLINE void load_rows(const typename S::Stored* from, int64_t stride, Number<lanes> number,
+                              Values<typename S::T, rows * lanes>& values) {
 #pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) {
-    auto word = S::get(from + r * stride, number);
-#pragma GCC unroll 2
-    for (int l = 0; l < lanes; ++l) values.at[r * lanes + l] = word.at[l];
-  }
-  return values;
+  for (int r = 0; r < rows; ++r) S::get(from + r * stride, number, values.at + r * lanes);
 }
 
 template <class S, int rows, int lanes>
 FASTVAE_INLINE void store_rows(typename S::Stored* to, int64_t stride, Number<lanes> number,
                                const Values<typename S::T, rows * lanes>& values) {
 #pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) S::put(to + r * stride, adjacent(values.at + r * lanes, number));
+  for (int r = 0; r < rows; ++r) S::put(to + r * stride, number, values.at + r * lanes);
 }
 
 template <class S, int rows>
 void add_rows(const typename S::Stored* __restrict x, int64_t stride, int64_t count, typename S::T* __restrict sums) {
   for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
     Values<typename S::T, lanes.value> total{};
-    auto values = load_rows<S, rows>(x + i, stride, lanes);
+    Values<typename S::T, rows * lanes.value> values;
+    load_rows<S, rows>(x + i, stride, lanes, values);
 #pragma GCC unroll 8
     for (int j = 0; j < rows * lanes.value; ++j) total.at[j % lanes.value] += values.at[j];
     add_to_columns(sums + i, total);
@@ -159,8 +154,9 @@ void add_moments(const typename S::Stored* __restrict x, int64_t stride, int64_t
   using T = typename S::T;
   for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
     Values<T, lanes.value> total{}, squares{};
-    auto k = adjacent(shift + i, lanes);
-    auto values = load_rows<S, rows>(x + i, stride, lanes);
+    Values<T, lanes.value> k(shift + i);
+    Values<typename S::T, rows * lanes.value> values;
+    load_rows<S, rows>(x + i, stride, lanes, values);
 #pragma GCC unroll 8
     for (int j = 0; j < rows * lanes.value; ++j) {
       int l = j % lanes.value;
@@ -177,8 +173,9 @@ template <class S, class A, int rows>
 void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __restrict y, int64_t stride, int64_t count,
                   const typename S::T* __restrict centre, const typename S::T* __restrict scale, const typename S::T* __restrict offset) {
   for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
-    auto values = load_rows<S, rows>(x + i, stride, lanes);
+    Values<typename S::T, lanes.value> c(centre + i), a(scale + i), b(offset + i);
+    Values<typename S::T, rows * lanes.value> values;
+    load_rows<S, rows>(x + i, stride, lanes, values);
 #pragma GCC unroll 8
     for (int j = 0; j < rows * lanes.value; ++j) {
       int l = j % lanes.value;
@@ -196,8 +193,10 @@ void add_gradients(const typename S::Stored* __restrict x, const typename S::Sto
   using T = typename S::T;
   for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
     Values<T, lanes.value> total{}, product{};
-    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
-    auto values = load_rows<S, rows>(x + i, stride, lanes), gradients = load_rows<S, rows>(grad + i, stride, lanes);
+    Values<typename S::T, lanes.value> c(centre + i), a(scale + i), b(offset + i);
+    Values<T, rows * lanes.value> values, gradients;
+    load_rows<S, rows>(x + i, stride, lanes, values);
+    load_rows<S, rows>(grad + i, stride, lanes, gradients);
 #pragma GCC unroll 8
     for (int j = 0; j < rows * lanes.value; ++j) {
       int l = j % lanes.value;
@@ -220,10 +219,11 @@ void backward_rows(const typename S::Stored* __restrict x, const typename S::Sto
                    const typename S::T* __restrict intercept) {
   using T = typename S::T;
   for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-    auto c = adjacent(centre + i, lanes), a = adjacent(scale + i, lanes), b = adjacent(offset + i, lanes);
-    auto s = adjacent(slope + i, lanes), k = adjacent(intercept + i, lanes);
-    auto values = load_rows<S, rows>(x + i, stride, lanes);
-    auto gradients = load_rows<S, rows>((S::kKeepsGradient ? out : grad) + i, stride, lanes);
+    Values<typename S::T, lanes.value> c(centre + i), a(scale + i), b(offset + i);
+    Values<T, lanes.value> s(slope + i), k(intercept + i);
+    Values<T, rows * lanes.value> values, gradients;
+    load_rows<S, rows>(x + i, stride, lanes, values);
+    load_rows<S, rows>((S::kKeepsGradient ? out : grad) + i, stride, lanes, gradients);
 #pragma GCC unroll 8
     for (int j = 0; j < rows * lanes.value; ++j) {
       int l = j % lanes.value;

@@ -3,13 +3,7 @@
 #pragma once
 
 #include "../../common/philox.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-// GCC 12 warns of the undefined operands in its own header.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+#include "intrinsics.h"
 
 namespace fastvae {
 inline namespace FASTVAE_ISA {

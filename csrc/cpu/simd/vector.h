@@ -3,11 +3,8 @@
 
 #include <cstdint>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "../../common/macros.h"
+#include "intrinsics.h"
 
 namespace fastvae {
 inline namespace FASTVAE_ISA {
