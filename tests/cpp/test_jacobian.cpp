@@ -139,7 +139,7 @@ void check_product(int64_t rows, int64_t columns, bool weighted, DType dtype) {
   p.scaled = scaled.data();
   p.rows = rows;
   p.columns = columns;
-  p.first = 1;
+  p.first_row = 1;
   p.weights = weighted ? weights.data() : nullptr;
   p.rows_per_weight = 3;
   p.is_double = is_double;
