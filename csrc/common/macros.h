@@ -7,7 +7,6 @@
 
 // FASTVAE_INLINE stands before a free or static function, FASTVAE_MEMBER before a member function; both are inlined always, on the host and
 // on the device.
-
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define FASTVAE_MEMBER __host__ __device__ __forceinline__
 #else

@@ -38,7 +38,7 @@ inline void expect(bool holds, std::string_view what, std::string_view part = ""
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   constexpr int64_t kThreads = 3;
-  int64_t part = std::max(ceil_divide(end - begin, kThreads), grain);
+  int64_t part = std::max(ceil_div(end - begin, kThreads), grain);
   if (end - begin <= part) return end > begin ? f(begin, end) : void();
   std::vector<std::thread> threads;
   for (int64_t first = begin; first < end; first += part)

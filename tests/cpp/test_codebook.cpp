@@ -60,7 +60,7 @@ struct Problem {
     struct alignas(64) Line {
       float values[16];
     };
-    std::vector<Line> memory(ceil_divide(packing.memory_size(), 16));
+    std::vector<Line> memory(ceil_div(packing.memory_size(), 16));
     if (!packing.pack(reinterpret_cast<float*>(memory.data()), on_threads)) return false;
     on_threads(0, search_blocks(s, kernels()), 1, [&](int64_t begin, int64_t end) { kernels().search(s, begin, end); });
     return true;

@@ -1,4 +1,4 @@
-#include "../../csrc/cpu/group_norm.h"
+#include "../../csrc/cpu/group_norm_kernels.h"
 #include "check.h"
 
 namespace fastvae::testing {
@@ -20,7 +20,7 @@ constexpr Sizes kSizes[] = {{1, 1, 1, 1},     {3, 7, 6, 3},    {2, 300, 1, 1},  
 struct Problem {
   Sizes s;
   Array input, grad_output, output, grad_input;
-  Array parameters;  // centre, scale, offset, slope and constant of each channel of each run
+  Array parameters;  // centre, scale, offset, slope and intercept of each channel of each run
   std::vector<double> sums;
   GroupNorm p;
 
@@ -54,7 +54,7 @@ struct Problem {
   void run(Kernel kernel, int64_t per_slot) {
     sums.assign(p.runs.slots() * per_slot, kNaN);
     p.sums = sums.data();
-    int64_t doubles = ceil_divide(kernels().scratch_bytes(p.runs), sizeof(double));
+    int64_t doubles = ceil_div(kernels().scratch_bytes(p.runs), sizeof(double));
     on_threads(0, p.runs.items(), 1, [&](int64_t begin, int64_t end) {
       std::vector<double> scratch(doubles);
       (kernels().*kernel)(p, begin, end, scratch.data());

@@ -1,4 +1,4 @@
-#include "../../csrc/cpu/jacobian.h"
+#include "../../csrc/cpu/jacobian_kernels.h"
 #include "check.h"
 
 namespace fastvae::testing {
@@ -69,9 +69,9 @@ enum class Weights { none, samples, elements };
 
 void check_penalty(const Sizes& s, Activation activation, DType dtype, Weights weights, Kind kind) {
   Source source(static_cast<uint64_t>(s.units));
-  DType wide = accumulation_dtype(dtype);
-  Array hidden(dtype, s.batch * s.units, source, kind), weight(dtype, s.units * s.inputs, source, kind), norms(wide, s.units);
-  Array sample_weights(wide, s.batch, source), element_weights(dtype, s.batch * s.units, source);
+  DType accumulate = accumulation_dtype(dtype);
+  Array hidden(dtype, s.batch * s.units, source, kind), weight(dtype, s.units * s.inputs, source, kind), norms(accumulate, s.units);
+  Array sample_weights(accumulate, s.batch, source), element_weights(dtype, s.batch * s.units, source);
   Array elements(dtype, s.batch * s.units), grad_hidden(dtype, s.batch * s.units), grad_weight(dtype, s.units * s.inputs);
   if (kind == Kind::usual)
     for (int64_t i = 0; i < hidden.count; ++i) hidden.set(i, hidden_value(activation, hidden.get(i)));
@@ -83,7 +83,7 @@ void check_penalty(const Sizes& s, Activation activation, DType dtype, Weights w
   p.batch = s.batch;
   p.units = s.units;
   p.inputs = s.inputs;
-  p.wide = dtype == DType::float64;
+  p.is_double = dtype == DType::float64;
   p.squared_norms = norms.data();
   p.elements = elements.output();
   std::vector<double> sums(p.blocks()), sample_sums(p.blocks() * s.batch);
@@ -105,7 +105,7 @@ void check_penalty(const Sizes& s, Activation activation, DType dtype, Weights w
   for (int64_t u = 0; u < s.units; ++u) {
     double norm = 0.0, column = 0.0, column_size = 0.0;
     for (int64_t i = 0; i < s.inputs; ++i) norm += weight.get(u * s.inputs + i) * weight.get(u * s.inputs + i);
-    expect_near(norms.get(u), norm, wide, norm, what, " norms");
+    expect_near(norms.get(u), norm, accumulate, norm, what, " norms");
     for (int64_t b = 0; b < s.batch; ++b) {
       double h = hidden.get(b * s.units + u), size = 1.0 + h * h, w = weight_of(b, u);
       size *= size;
@@ -129,20 +129,20 @@ void check_penalty(const Sizes& s, Activation activation, DType dtype, Weights w
 // The symmetric product of rows, by panels of columns.
 void check_product(int64_t rows, int64_t columns, bool weighted, DType dtype) {
   Source source(static_cast<uint64_t>(rows + columns));
-  bool wide = dtype == DType::float64;
-  int64_t panel = kernels().gram_panel(wide);
-  Array scaled(dtype, rows * columns, source), weights(dtype, ceil_divide(rows + 1, 3), source);
+  bool is_double = dtype == DType::float64;
+  int64_t panel = kernels().gram_panel(is_double);
+  Array scaled(dtype, rows * columns, source), weights(dtype, ceil_div(rows + 1, 3), source);
   GramProduct p{};
-  int64_t padded = ceil_divide(columns, panel) * panel;
+  int64_t padded = ceil_div(columns, panel) * panel;
   Array panels(dtype, rows * padded), weighted_panels(dtype, rows * padded), out(dtype, padded * padded);
   for (int64_t i = 0; i < out.count; ++i) out.set(i, 1.0);
   p.scaled = scaled.data();
   p.rows = rows;
   p.columns = columns;
-  p.first = 1;
+  p.first_row = 1;
   p.weights = weighted ? weights.data() : nullptr;
   p.rows_per_weight = 3;
-  p.wide = wide;
+  p.is_double = is_double;
   p.panels = panels.data();
   p.weighted = weighted ? weighted_panels.data() : panels.data();
   p.out = out.data();
@@ -159,7 +159,7 @@ void check_product(int64_t rows, int64_t columns, bool weighted, DType dtype) {
       expect_near(out.get(i * padded + j), total, dtype, size, "gram_multiply");
     }
   Array sum(dtype, padded);
-  kernels().gram_add(out.data(), padded, padded, padded, wide, sum.data());
+  kernels().gram_add(out.data(), padded, padded, padded, is_double, sum.data());
   for (int64_t j = 0; j < padded; ++j) {
     double total = 0.0, size = 0.0;
     for (int64_t i = 0; i < padded; ++i) {

@@ -1,4 +1,4 @@
-#include "../../csrc/cpu/reconstruction.h"
+#include "../../csrc/cpu/reconstruction_kernels.h"
 #include "check.h"
 
 namespace fastvae::testing {
@@ -49,7 +49,7 @@ void check(const Case& c, Kind kind) {
 
   Partition partition = c.by_row ? Partition(c.rows, c.inner) : Partition(1, numel);
   Reconstruction p{c.likelihood, {}, {}, {}, {}, partition, false, {}, nullptr, {}, 1.0, {}, {}, {}, nullptr};
-  p.wide = c.dtype == DType::float64;
+  p.is_double = c.dtype == DType::float64;
   p.input = input.view();
   p.target = target.view();
   if (c.weighted) p.weight = weight.view();
@@ -98,11 +98,11 @@ void check(const Case& c, Kind kind) {
 void check_scale(int64_t count, DType from_dtype, DType to_dtype) {
   Source source(3);
   Array from(from_dtype, count, source), to(to_dtype, count);
-  bool wide = from_dtype == DType::float64;
-  kernels().scale(from.view(), to.output(), 0.3, wide, 0, count / 2);
-  kernels().scale(from.view(), to.output(), 0.3, wide, count / 2, count);
+  bool is_double = from_dtype == DType::float64;
+  kernels().scale(from.view(), to.output(), 0.3, is_double, 0, count / 2);
+  kernels().scale(from.view(), to.output(), 0.3, is_double, count / 2, count);
   for (int64_t i = 0; i < count; ++i)
-    expect_near(to.get(i), 0.3 * from.get(i), to_dtype, std::fabs(from.get(i)) * (wide ? 1.0 : 2.0), "scale");
+    expect_near(to.get(i), 0.3 * from.get(i), to_dtype, std::fabs(from.get(i)) * (is_double ? 1.0 : 2.0), "scale");
 }
 
 }  // namespace

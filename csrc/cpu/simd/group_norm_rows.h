@@ -25,13 +25,12 @@ struct Number {
 };
 
 // The values that one iteration of a loop over columns handles: those of a word, or of the words of several rows. No function takes or
-// returns one by value: clang passes two floats as one vector, and does not vectorise a loop that holds such a vector.
+// returns them by value, because clang passes two floats as one vector, and does not vectorise a loop that contains such a vector.
 template <class T, int count>
 struct Values {
   T at[count];
 
   Values() = default;
-  // Loads adjacent values.
   FASTVAE_MEMBER explicit Values(const T* from) {
 #pragma GCC unroll 2
     for (int i = 0; i < count; ++i) at[i] = from[i];
