@@ -1,26 +1,32 @@
 """Fused operators for autoencoders and VAEs in PyTorch."""
 
-from pathlib import Path
+import importlib
+from typing import TYPE_CHECKING
 
-# In a checkout the Triton kernels lie beside this package, in kernels/; a wheel holds them as fastvae/kernels/.
-if not (Path(__path__[0]) / "kernels").is_dir():
-    __path__.append(str(Path(__path__[0]).parent))
-
-from fastvae import functional
+from fastvae import _checkout, functional
 from fastvae._backend import BackendError, use_backend
 from fastvae._load import load_implementations
 from fastvae.functional import vae_loss
 
-__version__ = "0.1.0"
-__all__ = ["BackendError", "functional", "optimize", "use_backend", "vae_loss"]
+if TYPE_CHECKING:
+    from fastvae import compat, models, nn, reference
+    from fastvae.nn.optimize import optimize
 
+__version__ = "0.1.0"
+__all__ = ["BackendError", "compat", "functional", "models", "nn", "optimize", "reference", "use_backend", "vae_loss"]
+
+_checkout.map_kernels()
 load_implementations()
 
 
 def __getattr__(name: str):
-    # The layers above functional are imported where something of them is asked for.
+    # The layers above functional are imported when something asks for them: `import fastvae` stays quick.
     if name == "optimize":
-        from fastvae.nn.optimize import optimize
-
-        return optimize
+        return importlib.import_module("fastvae.nn.optimize").optimize
+    if name in __all__:
+        return importlib.import_module(f"fastvae.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -26,7 +26,7 @@ RANKS = {
 # These hand themselves to the operators: they know _ops and each other, and only _load knows them.
 IMPLEMENTATIONS = ("fallback", "reference", "kernels", "_C")
 # What puts the package together.
-ASSEMBLY = ("__init__", "_load")
+ASSEMBLY = ("__init__", "_checkout", "_load")
 
 FILES = sorted([*(ROOT / "fastvae").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
