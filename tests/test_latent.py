@@ -223,7 +223,7 @@ def log_variances_near_zero(device: str, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([magnitudes, -magnitudes]).to(device, dtype)
 
 
-def check_near_the_prior(device: str, dtype: torch.dtype) -> None:
+def check_near_the_prior(device: str, dtype: torch.dtype, logvar_clamp: tuple[float, float] | None = (-30.0, 20.0)) -> None:
     """e^d - 1 - d and e^d - 1 keep their relative accuracy where the difference d of two log variances is small.
 
     Without a prior, and with one whose log variance differs by d; a prior is at 1 so that d is exact.
@@ -232,8 +232,8 @@ def check_near_the_prior(device: str, dtype: torch.dtype) -> None:
     zeros, ones = torch.zeros_like(logvar), torch.ones_like(logvar)
     shifted, prior = leaf(logvar.detach() + 1), leaf(ones)
     for inputs, kl in (
-        ((logvar,), FV.kl_normal(zeros, logvar, reduction="none")),
-        ((shifted, prior), FV.kl_normal(zeros, shifted, zeros, prior, reduction="none")),
+        ((logvar,), FV.kl_normal(zeros, logvar, reduction="none", logvar_clamp=logvar_clamp)),
+        ((shifted, prior), FV.kl_normal(zeros, shifted, zeros, prior, reduction="none", logvar_clamp=logvar_clamp)),
     ):
         with mpmath.workdps(60):
             differences = [mpmath.mpf(v) - len(inputs) + 1 for v in inputs[0].tolist()]
@@ -247,10 +247,10 @@ def check_near_the_prior(device: str, dtype: torch.dtype) -> None:
             assert relative_error(actual[kept], [sign * factor * expected[i] for i in kept]) <= bound
 
 
-def check_a_kl_is_never_negative(device: str) -> None:
+def check_a_kl_is_never_negative(device: str, rows: int = 4096, scales=(1e-6, 1e-4, 1e-2, 0.3, 1.0)) -> None:
     source = Source(device)
-    for scale in (1e-6, 1e-4, 1e-2, 0.3, 1.0):
-        mu, logvar, prior_mu, prior_logvar = source.normal(4, 4096, 3) * scale
+    for scale in scales:
+        mu, logvar, prior_mu, prior_logvar = source.normal(4, rows, 3) * scale
         for prior in ((), (prior_mu, prior_logvar), (mu, prior_logvar), (mu, logvar)):
             for reduction in ("none", "sample", "mean"):
                 for free_bits in (0.0, 1e-12):
@@ -261,6 +261,24 @@ def check_a_kl_is_never_negative(device: str) -> None:
 @each_place_and_dtype(OPERATOR)
 def test_near_the_prior_the_kl_is_as_accurate_as_its_dtype(place, dtype):
     check_near_the_prior(place.device, dtype)
+
+
+@pytest.mark.parametrize("logvar_clamp", [(-30.0, 20.0), None])
+def test_near_the_prior_on_each_instruction_set(instruction_set, logvar_clamp):
+    """Limits that rule out an overflow have loops of their own."""
+    check_near_the_prior("cpu", torch.float32, logvar_clamp)
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_log_variances_that_overflow_without_limits(place, reduction):
+    logvar = torch.tensor([-1e4, -250.0, -175.0, 80.0, 150.0], device=place.device)
+    mu, eps = torch.ones_like(logvar), torch.full_like(logvar, 0.5)
+    for prior in ((), (mu - 1, logvar.flip(0))):
+        z, kl = FV.reparameterize_kl(mu, logvar, *prior, eps=eps, reduction=reduction, logvar_clamp=None)
+        wide = [t.double() for t in (mu, logvar, *prior)]
+        expected = reference.reparameterize_kl(*wide, eps=eps.double(), reduction=reduction, logvar_clamp=None)
+        torch.testing.assert_close((z, kl), tuple(t.float() for t in expected))
 
 
 @each_place(OPERATOR)

@@ -14,9 +14,10 @@ struct VarianceRatio {
   T root, excess, divergence;
 };
 
-template <class T>
+// kBounded: the difference is at most twice kExponentBound.
+template <bool kBounded = false, class T>
 FASTVAE_INLINE VarianceRatio<T> variance_ratio(T difference) {
-  Exponential<T> half = exponential(T(0.5) * difference);
+  Exponential<T> half = kBounded ? bounded_exponential(T(0.5) * difference) : exponential(T(0.5) * difference);
   T square = half.minus_one * half.minus_one;
   return {half.value, fma(T(2), half.minus_one, square), fma(T(2), half.minus_line, square)};
 }
@@ -28,10 +29,10 @@ FASTVAE_INLINE T kl_standard(T mu, T divergence) {
 }
 
 // KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)).
-template <class T>
+template <bool kBounded = false, class T>
 FASTVAE_INLINE T kl_prior(T mu, T logvar, T prior_mu, T prior_logvar) {
   T delta = mu - prior_mu;
-  return T(0.5) * fma(delta * delta, exp(-prior_logvar), variance_ratio(logvar - prior_logvar).divergence);
+  return T(0.5) * fma(delta * delta, exp(-prior_logvar), variance_ratio<kBounded>(logvar - prior_logvar).divergence);
 }
 
 template <class T>
@@ -39,9 +40,9 @@ struct KLGradient {
   T mu, logvar, prior_mu, prior_logvar;
 };
 
-template <class T>
+template <bool kBounded = false, class T>
 FASTVAE_INLINE KLGradient<T> kl_prior_gradient(T mu, T logvar, T prior_mu, T prior_logvar) {
-  T delta = mu - prior_mu, excess = variance_ratio(logvar - prior_logvar).excess;
+  T delta = mu - prior_mu, excess = variance_ratio<kBounded>(logvar - prior_logvar).excess;
   T scaled = delta * exp(-prior_logvar);
   return {scaled, T(0.5) * excess, -scaled, T(-0.5) * fma(delta, scaled, excess)};
 }

@@ -42,25 +42,47 @@ struct Exponential {
   T value, minus_one, minus_line;
 };
 
-FASTVAE_INLINE Exponential<float> exponential(float x) {
+// x = n ln 2 + r with |r| <= ln(2) / 2; the low bits of `rounded` hold n.
+struct ReducedExponent {
+  float rounded, n, r;
+  float tail;  // (e^r - 1 - r) / r^2
+};
+
+FASTVAE_INLINE ReducedExponent reduce_exponent(float x) {
   float t = fma(x, 1.44269504f, kRound), n = t - kRound;
   // ln 2 in two parts, the first exact in 10 bits.
   float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
-  float tail = 1.9875691500e-4f;  // (e^r - 1 - r) / r^2
+  float tail = 1.9875691500e-4f;
   tail = fma(tail, r, 1.3981999507e-3f);
   tail = fma(tail, r, 8.3334519073e-3f);
   tail = fma(tail, r, 4.1665795894e-2f);
   tail = fma(tail, r, 1.6666665459e-1f);
   tail = fma(tail, r, 5.0000001201e-1f);
-  float p = fma(fma(tail, r, 1.0f), r, 1.0f);
-  float value = bits_to_float(float_to_bits(p) + (float_to_bits(t) << 23));
+  return {t, n, r, tail};
+}
+
+FASTVAE_INLINE Exponential<float> exponential(float x) {
+  ReducedExponent e = reduce_exponent(x);
+  float p = fma(fma(e.tail, e.r, 1.0f), e.r, 1.0f);
+  float value = bits_to_float(float_to_bits(p) + (float_to_bits(e.rounded) << 23));
   // Denormal results are 0. A NaN fails the second comparison and passes through the sum.
   value = x < -87.3f ? 0.0f : value;
   value = x <= 88.72f ? value : x + INFINITY;
   // With n = 0 nothing was reduced, r is x, and the polynomial has what the differences would lose.
-  float rest = tail * (r * r), difference = value - 1.0f;
-  bool near = n == 0.0f;
-  return {value, near ? r + rest : difference, near ? rest : difference - x};
+  float rest = e.tail * (e.r * e.r), difference = value - 1.0f;
+  bool near = e.n == 0.0f;
+  return {value, near ? e.r + rest : difference, near ? rest : difference - x};
+}
+
+// The same for |x| <= kExponentBound or NaN, where 2^n is a normal number: as cheap as e^x alone with its selections.
+constexpr float kExponentBound = 87.0f;
+
+FASTVAE_INLINE Exponential<float> bounded_exponential(float x) {
+  ReducedExponent e = reduce_exponent(x);
+  float scale = bits_to_float((float_to_bits(e.rounded) << 23) + 0x3f800000u);  // 2^n
+  float rest = e.tail * (e.r * e.r), above_one = e.r + rest;
+  float minus_one = fma(scale, above_one, scale - 1.0f);
+  return {fma(scale, above_one, scale), minus_one, e.n == 0.0f ? rest : minus_one - x};
 }
 
 FASTVAE_INLINE Exponential<double> exponential(double x) {
@@ -80,6 +102,7 @@ FASTVAE_INLINE Exponential<double> exponential(double x) {
   bool near = (x > -0.35) & (x < 0.35);
   return {value, near ? x + rest : difference, near ? rest : difference - x};
 }
+FASTVAE_INLINE Exponential<double> bounded_exponential(double x) { return exponential(x); }
 
 #if defined(__CUDA_ARCH__)
 // Two units in the last place, with one instruction of the special function unit.

@@ -30,6 +30,9 @@ const float* draw(const uint32_t* key, int64_t begin, int64_t count, float (&buf
   return buffer + offset;
 }
 
+// Whether the limits keep log variances, and differences of two, within twice kExponentBound.
+bool is_bounded(const LatentInputs& in) { return in.clamp_min >= -kExponentBound && in.clamp_max <= kExponentBound; }
+
 template <class T>
 struct Tile {
   T mu_buffer[kTile], logvar_buffer[kTile], prior_mu_buffer[kTile], prior_logvar_buffer[kTile], eps_buffer[kTile];
@@ -49,18 +52,31 @@ struct Tile {
     }
   }
 
+  template <bool kBounded>
   void compute_sigma(int64_t count) {
-    for (int64_t i = 0; i < count; ++i) sigma[i] = exp(T(0.5) * clamp(logvar[i], low, high));
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) sigma[i] = variance_ratio<kBounded>(clamp(logvar[i], low, high)).root;
   }
 
-  // Sigma, and what the KL against the standard normal and its gradient need.
-  void compute_variances(int64_t count) {
+  // Sigma, and what the KL against the standard normal needs.
+  template <bool kBounded>
+  void compute_divergence(int64_t count) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      VarianceRatio<T> ratio = variance_ratio(clamp(logvar[i], low, high));
+      VarianceRatio<T> ratio = variance_ratio<kBounded>(clamp(logvar[i], low, high));
+      sigma[i] = ratio.root;
+      divergence[i] = ratio.divergence;
+    }
+  }
+
+  // Sigma, and what the gradient of that KL needs.
+  template <bool kBounded>
+  void compute_excess(int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      VarianceRatio<T> ratio = variance_ratio<kBounded>(clamp(logvar[i], low, high));
       sigma[i] = ratio.root;
       excess[i] = ratio.excess;
-      divergence[i] = ratio.divergence;
     }
   }
 
@@ -75,10 +91,11 @@ struct Tile {
     }
   }
 
+  template <bool kBounded>
   void kl(const LatentInputs& in, int64_t count, T* __restrict out) const {
     if (in.prior_mu) {
       for (int64_t i = 0; i < count; ++i)
-        out[i] = kl_prior(mu[i], clamp(logvar[i], low, high), prior_mu[i], clamp(prior_logvar[i], low, high));
+        out[i] = kl_prior<kBounded>(mu[i], clamp(logvar[i], low, high), prior_mu[i], clamp(prior_logvar[i], low, high));
     } else {
       for (int64_t i = 0; i < count; ++i) out[i] = kl_standard(mu[i], divergence[i]);
     }
@@ -100,11 +117,11 @@ void sample(const LatentForward& p, Tile<T>& tile, int64_t begin, int64_t count)
   }
 }
 
-template <class T>
+template <bool kBounded, class T>
 void forward_kl(const LatentForward& p, const Tile<T>& tile, int64_t item, int64_t begin, int64_t count) {
   T kl_buffer[kTile], active_buffer[kTile];
   T* kl = p.kl ? destination(p.kl, begin, kl_buffer) : kl_buffer;
-  tile.kl(p, count, kl);
+  tile.template kl<kBounded>(p, count, kl);
   if (p.active) {
     const T* active = load(p.active, begin, count, active_buffer);
     T free_bits = static_cast<T>(p.free_bits);
@@ -126,7 +143,7 @@ void plain_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t 
   T low = tile.low, high = tile.high, total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < count; ++i) {
-    VarianceRatio<T> ratio = variance_ratio(clamp(logvar[i], low, high));
+    VarianceRatio<T> ratio = variance_ratio<true>(clamp(logvar[i], low, high));
     z[i] = fma(ratio.root, eps[i], mu[i]);
     total += kl_standard(mu[i], ratio.divergence);
   }
@@ -134,24 +151,25 @@ void plain_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t 
   p.sums[p.partition.slot(item, begin)] += total;
 }
 
-template <class T>
+template <bool kBounded, class T>
 void general_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t begin, int64_t count) {
   if ((p.kl || p.sums) && !p.prior_mu)
-    tile.compute_variances(count);
+    tile.template compute_divergence<kBounded>(count);
   else if (p.z)
-    tile.compute_sigma(count);
+    tile.template compute_sigma<kBounded>(count);
   if (p.z) sample(p, tile, begin, count);
-  if (p.kl || p.sums) forward_kl(p, tile, item, begin, count);
+  if (p.kl || p.sums) forward_kl<kBounded>(p, tile, item, begin, count);
 }
 
 template <class T>
 void forward_items(const LatentForward& p, int64_t begin_item, int64_t end_item) {
   Tile<T> tile;
   bool row_per_slot = p.partition.slots_per_row > 1 || p.partition.rows == 1;
-  bool plain = p.z && p.samples == 1 && p.sums && row_per_slot && !p.prior_mu && !p.active;
+  bool bounded = is_bounded(p), plain = bounded && p.z && p.samples == 1 && p.sums && row_per_slot && !p.prior_mu && !p.active;
   for_each_tile(p.partition, begin_item, end_item, [&](int64_t item, int64_t begin, int64_t count) {
     tile.read(p, begin, count);
-    plain ? plain_forward(p, tile, item, begin, count) : general_forward(p, tile, item, begin, count);
+    if (plain) return plain_forward(p, tile, item, begin, count);
+    bounded ? general_forward<true>(p, tile, item, begin, count) : general_forward<false>(p, tile, item, begin, count);
   });
 }
 
@@ -190,7 +208,7 @@ const T* kl_weights(const LatentBackward& p, int64_t begin, int64_t count, T* we
 }
 
 // Adds the gradients of the KL.
-template <class T>
+template <bool kBounded, class T>
 void backward_kl(const LatentBackward& p, const Tile<T>& tile, int64_t begin, int64_t count, Gradients<T>& grads) {
   T weight_buffer[kTile];
   const T* weight = kl_weights(p, begin, count, weight_buffer);
@@ -206,7 +224,7 @@ void backward_kl(const LatentBackward& p, const Tile<T>& tile, int64_t begin, in
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     T q = clamp(logvar[i], tile.low, tile.high), prior = clamp(tile.prior_logvar[i], tile.low, tile.high);
-    KLGradient<T> gradient = kl_prior_gradient(mu[i], q, tile.prior_mu[i], prior);
+    KLGradient<T> gradient = kl_prior_gradient<kBounded>(mu[i], q, tile.prior_mu[i], prior);
     grads.mu[i] = fma(weight[i], gradient.mu, grads.mu[i]);
     grads.logvar[i] = fma(weight[i], gradient.logvar, grads.logvar[i]);
     grads.prior_mu[i] = weight[i] * gradient.prior_mu;
@@ -233,7 +251,7 @@ void plain_backward(const LatentBackward& p, Tile<T>& tile, T weight, int64_t be
   T *grad_mu = destination(p.grad_mu, begin, buffers.mu), *grad_logvar = destination(p.grad_logvar, begin, buffers.logvar);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    VarianceRatio<T> ratio = variance_ratio(clamp(logvar[i], low, high));
+    VarianceRatio<T> ratio = variance_ratio<true>(clamp(logvar[i], low, high));
     T gradient = T(0.5) * fma(grad[i] * ratio.root, eps[i], weight * ratio.excess);
     grad_mu[i] = fma(weight, mu[i], grad[i]);
     grad_logvar[i] = gradient_inside(gradient, logvar[i], low, high);
@@ -242,12 +260,12 @@ void plain_backward(const LatentBackward& p, Tile<T>& tile, T weight, int64_t be
   store(p.grad_logvar, begin, count, grad_logvar);
 }
 
-template <class T>
+template <bool kBounded, class T>
 void general_backward(const LatentBackward& p, Tile<T>& tile, Gradients<T>& grads, int64_t begin, int64_t count) {
-  p.grad_kl && !p.prior_mu ? tile.compute_variances(count) : tile.compute_sigma(count);
+  p.grad_kl && !p.prior_mu ? tile.template compute_excess<kBounded>(count) : tile.template compute_sigma<kBounded>(count);
   memset(&grads, 0, sizeof grads);
   if (p.grad_z) backward_z(p, tile, begin, count, grads);
-  if (p.grad_kl) backward_kl(p, tile, begin, count, grads);
+  if (p.grad_kl) backward_kl<kBounded>(p, tile, begin, count, grads);
   write(p.grad_mu, begin, count, grads.mu);
   write_inside(tile, p.grad_logvar, begin, count, tile.logvar, grads.logvar);
   if (p.prior_mu) {
@@ -261,16 +279,17 @@ void backward_items(const LatentBackward& p, int64_t begin_item, int64_t end_ite
   Tile<T> tile;
   Gradients<T> grads;
   bool one_weight = p.grad_kl && p.grad_kl.inner_stride == 0 && p.grad_kl.period == 1 && !p.active;
-  bool plain = p.grad_z && p.samples == 1 && one_weight && !p.prior_mu;
+  bool bounded = is_bounded(p), plain = bounded && p.grad_z && p.samples == 1 && one_weight && !p.prior_mu;
   T weight = 0;
   if (plain) kl_weights(p, 0, 1, &weight);
   for_each_tile(p.partition, begin_item, end_item, [&](int64_t, int64_t begin, int64_t count) {
     tile.read(p, begin, count);
-    plain ? plain_backward(p, tile, weight, begin, count) : general_backward(p, tile, grads, begin, count);
+    if (plain) return plain_backward(p, tile, weight, begin, count);
+    bounded ? general_backward<true>(p, tile, grads, begin, count) : general_backward<false>(p, tile, grads, begin, count);
   });
 }
 
-template <class T>
+template <bool kBounded, class T>
 void sum_dimensions(const LatentInputs& p, int64_t inner, int64_t begin_row, int64_t end_row, int64_t dimension, int64_t count,
                     double* sums) {
   Tile<T> tile;
@@ -278,8 +297,8 @@ void sum_dimensions(const LatentInputs& p, int64_t inner, int64_t begin_row, int
   for (int64_t i = 0; i < count; ++i) sums[i] = 0.0;
   for (int64_t row = begin_row; row < end_row; ++row) {
     tile.read(p, row * inner + dimension, count);
-    if (!p.prior_mu) tile.compute_variances(count);
-    tile.kl(p, count, kl);
+    if (!p.prior_mu) tile.template compute_divergence<kBounded>(count);
+    tile.template kl<kBounded>(p, count, kl);
     for (int64_t i = 0; i < count; ++i) sums[i] += kl[i];
   }
 }
@@ -296,8 +315,8 @@ void backward(const LatentBackward& p, int64_t begin_item, int64_t end_item) {
 
 void dimension_sums(const LatentInputs& p, int64_t inner, int64_t begin_row, int64_t end_row, int64_t dimension, int64_t count,
                     double* sums) {
-  p.wide ? sum_dimensions<double>(p, inner, begin_row, end_row, dimension, count, sums)
-         : sum_dimensions<float>(p, inner, begin_row, end_row, dimension, count, sums);
+  auto sum = p.wide ? sum_dimensions<false, double> : is_bounded(p) ? sum_dimensions<true, float> : sum_dimensions<false, float>;
+  sum(p, inner, begin_row, end_row, dimension, count, sums);
 }
 
 }  // namespace
