@@ -89,13 +89,17 @@ def choice(device_type: str) -> str:
 
 def resolve(op: str, device: torch.device, dtype: torch.dtype, numel: int = 0) -> str:
     """The backend for ``op`` on ``numel`` elements of this device and dtype: the forced one, or the first that serves them."""
-    served = _implementing(op, device.type)
+    served = _served.get((op, device.type), ON_EVERY_DEVICE)
     forced = _forced.backend or _from_environment
     if forced is not None:
         if forced not in served or dtype not in DTYPES[forced]:
             raise BackendError(_explain(forced, op, device.type, dtype)) from ERRORS.get(forced)
         return forced
-    return next(b for b in preference(op, device.type, numel) if b in served and dtype in DTYPES[b])
+    for backend in preference(op, device.type, numel):
+        if backend in served and dtype in DTYPES[backend]:
+            break
+    # Every order ends with the fallback, which serves what is left.
+    return backend
 
 
 def _explain(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvae._ops import NORM_ACTIVATIONS, accumulation_dtype, channels_are_last, empty_in_layout, widest_dtype
 from fastvae.fallback import _device
-from fastvae.fallback._blocks import Block, block_elements, blocks
+from fastvae.fallback._blocks import Block, block_elements, blocks, written
 from fastvae.fallback._register import implements
 
 # The largest mean, in standard deviations, whose elements are used as they are: they lose two of float32's 24 bits at most.
@@ -237,4 +237,5 @@ class _Backward:
         slope = projection.mul_(rstd)
         scale, slope, shift = (layout.spread(t) for t in (scale, slope, (mean * slope).sub_(mean_grad)))
         for piece, grad, result in zip(pieces, grads, results, strict=True):
-            result.copy_((grad * scale).addcmul_(self.deviations(piece, channels), slope, value=-1.0).add_(shift))
+            with written(result, self.dtype) as out:
+                torch.mul(grad, scale, out=out).addcmul_(self.deviations(piece, channels), slope, value=-1.0).add_(shift)

@@ -58,9 +58,11 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) ->
 
     With the backends ``cpp``, ``cuda`` and ``triton`` the index is that of the smallest real-valued distance between the given inputs, the
     lowest one where distances are equal: a low-precision product leaves the codes that its rounding error cannot rule out, and float64,
-    then exact arithmetic, decides among them (for float64 inputs: float64). It does not depend on the number of threads or the instruction
-    set. A vector with NaN or infinite values has the index 0. A codebook on a GPU is not checked for such values, which would wait for it:
-    with ``cuda`` and ``triton`` a code that has one is never the nearest.
+    then exact arithmetic, decides among them (for float64 inputs: float64). With ``fallback`` float64 has the last word, and float32 on a
+    device that has no float64. The index does not depend on the number of threads or the instruction set.
+
+    A vector with NaN or infinite values has the index 0. A codebook on a GPU is not checked for such values, which would wait for it: with
+    ``cuda`` and ``triton`` a code that has one is never the nearest.
 
     Args:
         x: vectors, ``(..., dim)``; float32, bfloat16, float16 or float64. With several heads ``(heads, ..., dim)``.
