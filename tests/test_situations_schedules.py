@@ -23,7 +23,14 @@ class Squared(LinearSchedule):
 
 
 SCHEDULES = [LinearSchedule(4), CosineSchedule(4), CyclicalSchedule(8, cycles=2), CapacitySchedule(4, end=2.0), own_function, Squared(4)]
-each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+
+
+def name(schedule) -> str:
+    # Not that of a function's address, by which two processes would not know the tests of each other.
+    return schedule.__name__ if schedule is own_function else str(schedule)
+
+
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
 
 
 def assert_at(module, schedule, step: int) -> None:
@@ -220,7 +227,7 @@ def test_a_weight_may_be_set_in_training():
         penalty.beta = -1.0
 
 
-@pytest.mark.parametrize("schedule", [LinearSchedule(4), own_function], ids=str)
+@pytest.mark.parametrize("schedule", [LinearSchedule(4), own_function], ids=name)
 def test_stepping_reads_no_value_from_the_device(schedule):
     """On the meta device there is none to read."""
     penalty = advanced(schedule, 1).to("meta")
