@@ -230,7 +230,7 @@ def _sums_by_code(rows: Tensor, bins: Tensor, count: int) -> Tensor:
 @implements("codebook_sums")
 def codebook_sums(x, indices, codes):
     # One bin more, for the rows that are left out.
-    bins = torch.where(indices < 0, codes, indices)
+    bins = torch.where((indices < 0) | ~torch.isfinite(x).all(-1), codes, indices)
     counts = torch.zeros((x.shape[0], codes + 1), dtype=torch.int64, device=x.device)
     counts.scatter_add_(1, bins, torch.ones_like(bins))
     sums = _sums_by_code(x.to(accumulation_dtype(x.dtype)), bins, codes + 1)
