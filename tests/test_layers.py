@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A part of the package imports only parts of a lower rank, and itself.
 RANKS = {
+    "_pytree": 0,
     "_ops": 0,
     "_backend": 1,
     "functional": 2,

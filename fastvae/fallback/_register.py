@@ -9,7 +9,8 @@ def implements(operator: str) -> Callable:
     """Decorates the implementation of ``operator``, for every device that torch has."""
 
     def register(function):
-        torch.library.impl(f"fastvae::{operator}.fallback", "CompositeExplicitAutograd", function)
+        # Autograd does not look into an operator, but make_fx does, and then refuses `out=`.
+        torch.library.impl(f"fastvae::{operator}.fallback", "CompositeExplicitAutograd", torch.no_grad()(function))
         return function
 
     return register

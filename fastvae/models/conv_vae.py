@@ -183,16 +183,21 @@ class ResidualConvVAE(VAE):
         """What the decoder gives: logits, probabilities or means, in the dtype of the parameters."""
         dtype = parameter_dtype(self.decoder)
         z = z.to(dtype, memory_format=torch.channels_last)
-        if torch.is_autocast_enabled(z.device.type):
+        if _under_autocast(z.device):
             return super().decode(z)
         with self._autocast(z.device):
             recon = super().decode(z)
         return recon.to(dtype)
 
     def _autocast(self, device: torch.device):
-        if self.precision == "float32" or not torch.amp.is_autocast_available(device.type) or torch.is_autocast_enabled(device.type):
+        if self.precision == "float32" or not torch.amp.is_autocast_available(device.type) or _under_autocast(device):
             return contextlib.nullcontext()
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16" or bfloat16_pays(device))
+
+
+def _under_autocast(device: torch.device) -> bool:
+    """Whether the caller's autocast is on; a device that has none, such as meta, may not be asked."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _widened(tensor: Tensor) -> Tensor:
