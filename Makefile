@@ -87,7 +87,7 @@ build: $(VENV)/.built
 setup: $(VENV)/.installed
 
 $(VENV)/.python:
-	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 14) else 'fastvae needs Python 3.10 to 3.13')"
+	@$(PYTHON) -c "import sys; sys.exit('fastvae needs Python 3.10 or newer' if sys.version_info < (3, 10) else 0)"
 	@echo "Setting up $(VENV): some minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	touch $@

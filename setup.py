@@ -43,8 +43,7 @@ FAMILY_FLAGS = {
 if platform.machine() == "x86_64":
     # GCC does not interleave independent chains of operations by itself, and these are longer than the processor looks ahead.
     FAMILY_FLAGS["group_norm"] = ["-fschedule-insns", "-fsched-pressure"]
-# PTX of 12.0 serves later GPUs; that of 10.0 serves 11.0, which neither the machine code of 10.0 nor the PTX of 12.0 runs on.
-CUDA_ARCHS = ("8.0", "9.0", "10.0+PTX", "12.0+PTX")
+CUDA_ARCHS = ("8.0", "9.0", "10.0+PTX")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]
 # Never -ffinite-math-only: NaN must pass through. Reductions are reassociated by `omp simd` alone.
