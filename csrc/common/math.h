@@ -80,7 +80,8 @@ constexpr float kExponentBound = 87.0f;
 FASTVAE_INLINE Exponential<float> bounded_exponential(float x) {
   ReducedExponent e = reduce_exponent(x);
   float scale = bits_to_float((float_to_bits(e.rounded) << 23) + 0x3f800000u);  // 2^n
-  float rest = e.tail * (e.r * e.r), above_one = e.r + rest;
+  // Explicitly fused: left to the compiler, e^x would have other bits where only it is needed than where the differences are too.
+  float square = e.r * e.r, rest = e.tail * square, above_one = fma(e.tail, square, e.r);
   float minus_one = fma(scale, above_one, scale - 1.0f);
   return {fma(scale, above_one, scale), minus_one, e.n == 0.0f ? rest : minus_one - x};
 }

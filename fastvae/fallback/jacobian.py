@@ -14,6 +14,8 @@ _NAMES = {number: name for name, number in ACTIVATIONS.items()}
 
 def _squared_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The squared norms of the rows."""
+    if not weight.numel():
+        return weight.new_zeros(weight.shape[:1], dtype=dtype)
     norms = weight.new_empty(weight.shape[:1], dtype=dtype)
     for rows, _ in blocks(weight.shape[0], 1, weight.device, weight.shape[1]):
         norms[rows] = weight[rows].to(dtype).square().sum(1)

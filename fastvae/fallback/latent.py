@@ -1,6 +1,5 @@
 """Sampling and the Gaussian KL in plain PyTorch, block by block, with the noise that every backend draws."""
 
-import functools
 import math
 
 import numpy as np
@@ -254,13 +253,5 @@ def _write(output: Tensor, gradient: Tensor | None, source: Tensor, limits: tupl
     elif limits is None or limits == (-math.inf, math.inf):
         output.copy_(gradient)
     else:
-        # The derivative of hardtanh: one pass, but 0 on the limits, so it gets the next numbers outside.
-        output.copy_(torch.ops.aten.hardtanh_backward(gradient, source.to(gradient.dtype), *_open_limits(*limits, gradient.dtype)))
-
-
-@functools.cache
-def _open_limits(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The numbers next to the limits outside them; NaN, which no number is below or above, for an infinite limit."""
-    limits = torch.tensor([low, high], dtype=dtype, device="cpu")
-    outside = torch.nextafter(limits, torch.tensor([-math.inf, math.inf], dtype=dtype, device="cpu")).tolist()
-    return tuple(math.nan if math.isinf(limit) else neighbour for limit, neighbour in zip((low, high), outside, strict=True))
+        # Comparisons, not the derivative of hardtanh, which may drop the gradient at a NaN.
+        output.copy_(gradient.masked_fill((source < limits[0]) | (source > limits[1]), 0.0))
