@@ -153,7 +153,6 @@ def _excess(x: float) -> float:
 
 
 def test_limits_that_no_log_variance_reaches_are_not_looked_at():
-    assert math.isnan(latent._open_limits(-math.inf, 20.0, torch.float32)[0])
     logvar = torch.tensor([-math.inf, -1.0, 20.0, 21.0], requires_grad=True)
     FV.kl_normal(torch.zeros(4), logvar, reduction="none", logvar_clamp=(-math.inf, 20.0)).backward(torch.ones(4))
     assert logvar.grad[0] == -0.5
