@@ -245,8 +245,8 @@ LOSS, LOSS_ROWS, LOSS_BACKWARD, RESCALE = (f"reconstruction_{part}_kernel" for p
 UNITS, WEIGHT, PENALTY = (f"jacobian_{part}_kernel" for part in ("units", "weight", "penalty"))
 GRAM_SCALE, GRAM_REDUCE = "jacobian_gram_scale_kernel", "jacobian_gram_reduce_kernel"
 SEARCH = tuple(f"codebook_{part}_kernel" for part in ("measure", "pack_codes", "pack_rows", "screen", "recheck"))
-GATHER, VQ_BACKWARD, PARTS, SUMS, COUNTS, EMA = (
-    f"codebook_{part}_kernel" for part in ("gather", "backward", "parts", "sums", "counts", "ema")
+GATHER, VQ_BACKWARD, FINITE, PARTS, SUMS, COUNTS, EMA = (
+    f"codebook_{part}_kernel" for part in ("gather", "backward", "finite_rows", "parts", "sums", "counts", "ema")
 )
 WIDE, HALVES = ("float32",), ("bfloat16", "float16")
 MOMENTS, COMBINE_MOMENTS, NORM, NORM_WHOLE, NORM_SUMS, COMBINE_NORM_SUMS, NORM_PARAMETERS, NORM_BACKWARD, NORM_BACKWARD_WHOLE = (
@@ -359,7 +359,7 @@ CASES = (
     Case("gradients of quantize", (VQ_BACKWARD, PARTS, SUMS), quantize_backward(), ALL),
     Case("gradients of quantize, rotated, by sample", (VQ_BACKWARD, PARTS, SUMS), quantize_backward("sample", True)),
     Case("gradients of quantize, elementwise", (VQ_BACKWARD, PARTS, SUMS), quantize_backward("none", dim=100), WIDE, ONE),
-    Case("moving averages", (PARTS, SUMS, COUNTS, EMA), moving_averages, ALL),
+    Case("moving averages", (FINITE, PARTS, SUMS, COUNTS, EMA), moving_averages, ALL),
 )
 
 
