@@ -133,6 +133,18 @@ def test_a_compiled_loss_does_not_compile_again(schedule):
             assert float(compiled(kl)) == pytest.approx(3.0 * schedule(step))
 
 
+@each_schedule
+def test_a_compiled_loss_after_loading_and_after_a_new_weight(schedule):
+    torch.compiler.reset()
+    penalty, kl = KLPenalty(schedule), torch.tensor(3.0)
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    compiled(kl)
+    penalty.load_state_dict({"num_steps": torch.tensor(3)})
+    assert float(compiled(kl)) == pytest.approx(3.0 * schedule(3))
+    penalty.beta = own_function
+    assert float(compiled(kl)) == pytest.approx(3.0 * own_function(3))
+
+
 def advanced(schedule, steps: int = 3) -> KLPenalty:
     penalty = KLPenalty(schedule)
     for _ in range(steps):

@@ -125,7 +125,8 @@ class ScheduledKL(nn.Module):
     At each use the buffer ``num_steps``, the number of steps taken, decides, whoever wrote it: :meth:`step`, a checkpoint, an average of
     models or the broadcast of another rank. It is all that is in the ``state_dict``. The package's schedules are computed on the buffer's
     device, in a compiled graph or a CUDA graph too. Any other function is called with the number as an integer, for which a GPU has to be
-    waited for where other than :meth:`step` has changed it; graphs read the function's value from a buffer.
+    waited for where other than :meth:`step` has changed it. Graphs read the function's value from a buffer, which :meth:`step`, loading a
+    checkpoint and a call outside of graphs write.
     """
 
     def __init__(self, beta: float | Schedule, capacity: float | Schedule | None):
@@ -136,6 +137,7 @@ class ScheduledKL(nn.Module):
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         self._set("beta", beta)
         self._set("capacity", capacity)
+        self.register_load_state_dict_post_hook(_follow)
 
     @property
     def beta(self) -> float | Tensor:
@@ -157,8 +159,8 @@ class ScheduledKL(nn.Module):
         if callable(weight):
             self.schedules[name] = weight
             if type(weight) not in _TAKE_TENSORS:
-                self.register_buffer(_buffer(name), torch.tensor(float(weight(0)), device=self.num_steps.device), persistent=False)
-                self._known_steps = None, 0, 0
+                self.register_buffer(_buffer(name), torch.zeros((), device=self.num_steps.device), persistent=False)
+                self._call_functions(int(self.num_steps))
             return
         absent = weight is None and name == "capacity"
         if not absent and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0):
@@ -209,6 +211,11 @@ class ScheduledKL(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={self.schedules.get(name, self._numbers.get(name))}" for name in ("beta", "capacity"))
+
+
+def _follow(module: ScheduledKL, _) -> None:
+    if any(type(schedule) not in _TAKE_TENSORS for schedule in module.schedules.values()):
+        module._call_functions(int(module.num_steps))
 
 
 def _buffer(name: str) -> str:
