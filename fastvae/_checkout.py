@@ -20,5 +20,6 @@ class _KernelsFinder:
 
 
 def map_kernels() -> None:
+    """The finder goes first: that of an editable install, which may be of another checkout, knows the name too."""
     if not (_PACKAGE / "kernels").is_dir():
-        sys.meta_path.append(_KernelsFinder)
+        sys.meta_path.insert(0, _KernelsFinder)
