@@ -82,7 +82,7 @@ def device_slug(kind: str, name: str, features: Iterable[str], threads: int) -> 
 
 def describe_run(device: Device) -> Run:
     facts = info.collect()
-    serving = (name for name in _backend.PREFERENCE[device.kind] if facts["backends"][device.kind][name]["dtypes"])
+    serving = (name for name in _backend.preference(device.kind) if facts["backends"][device.kind][name]["dtypes"])
     forced = os.environ.get("FASTVAE_BACKEND", "auto")
     return Run(
         timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -4,8 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fastvae import _checkout, functional
-from fastvae._backend import BackendError, use_backend
-from fastvae._load import load_implementations
+from fastvae._backend import BackendError, load_backends, use_backend
 from fastvae.functional import vae_loss
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ __version__ = "0.1.0"
 __all__ = ["BackendError", "compat", "functional", "models", "nn", "optimize", "reference", "use_backend", "vae_loss"]
 
 _checkout.map_kernels()
-load_implementations()
+load_backends()
 
 
 def __getattr__(name: str):

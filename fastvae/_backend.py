@@ -1,38 +1,50 @@
-"""Which backend serves an operator, and an error that says what would where the asked-for one cannot."""
+"""The backends, and which of them serves an operator; an error says what would serve where the asked-for one cannot."""
 
 import os
 import threading
+import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
-from fastvae import _ops
+from fastvae import _load, ops
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# What the kernels of a backend are written for; which operators it has is asked of the dispatcher.
-DTYPES = {
-    "cpp": FLOATS,
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "fallback": FLOATS,
-    "reference": FLOATS,
+
+@dataclass
+class Backend:
+    """What a set of implementations is written for; which operators it has is asked of the dispatcher.
+
+    ``load`` imports it and returns why it is missing, or None. ``missing`` is that reason; ``error`` the exception of a backend that is
+    installed but broken, which serves nothing, even where a part of it got registered.
+    """
+
+    load: Callable[[], str | None]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    # The types of the devices on which it is chosen; None for every device that torch has.
+    devices: tuple[str, ...] | None = None
+    # Whether drawn noise is stored for the backward pass, where drawing it again takes longer than reading it.
+    keeps_noise: bool = True
+    missing: str | None = None
+    error: Exception | None = None
+
+
+# In the order in which they are asked. On a GPU two may serve, which were not measured one against the other: C++ comes first because it
+# takes less time to launch. The reference is the oracle of the tests, chosen on no device: it serves where it is forced.
+BACKENDS = {
+    "cpp": Backend(_load.load_cpp, devices=("cpu",)),
+    "cuda": Backend(_load.load_cuda, GPU_FLOATS, devices=("cuda",), keeps_noise=False),
+    "triton": Backend(_load.load_triton, GPU_FLOATS, devices=("cuda",), keeps_noise=False),
+    "fallback": Backend(_load.load_fallback),
+    "reference": Backend(_load.load_reference, devices=()),
 }
 # Plain PyTorch, registered for every device that torch has.
 ON_EVERY_DEVICE = ("fallback", "reference")
-# In the order in which they are asked. On a GPU two may serve, which were not measured one against the other: C++ comes first because it
-# takes less time to launch. The reference is the oracle of the tests: it serves only where it is forced.
-PREFERENCE = {"cpu": ("cpp", "fallback"), "cuda": ("cuda", "triton", "fallback")}
-# The backends that store drawn noise for the backward pass: drawing it again takes them longer than reading it.
-KEEPS_NOISE = ("cpp", "fallback", "reference")
-# For an operator, from how many elements on Triton was measured to be the faster of the two. Nothing was measured yet.
-TRITON_FROM: dict[str, int] = {}
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-
-# Why a backend is missing, filled in by the modules that load it.
-UNAVAILABLE: dict[str, str] = {}
-# Of those, the backends that are installed but broken, with the error: they serve nothing, even where a part of them got registered.
-ERRORS: dict[str, Exception] = {}
 
 
 class BackendError(RuntimeError):
@@ -49,20 +61,33 @@ _forced = _Forced()
 _served: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
+def load_backends() -> None:
+    """Loads all of them; one that cannot serve has its reason in ``missing``."""
+    for name, backend in BACKENDS.items():
+        try:
+            backend.missing = backend.load()
+        except _load.LOAD_ERRORS as error:
+            backend.missing, backend.error = f"it is installed but does not load: {_load.message(error)}", error
+            warnings.warn(f"fastvae: the backend {name!r} serves no call: {backend.missing}", RuntimeWarning, stacklevel=2)
+    refresh()
+
+
 def refresh() -> None:
     """Asks the dispatcher which backend implements which operator; called once the implementations are imported."""
     for device, key in _DISPATCH_KEYS.items():
-        for op in _ops.operators():
-            _served[op, device] = tuple(
-                backend
-                for backend in _ops.BACKENDS
-                if backend not in ERRORS and torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastvae::{op}.{backend}", key)
-            )
+        for op in ops.OPERATORS:
+            _served[op, device] = tuple(name for name in BACKENDS if _is_registered(name, op, key))
+
+
+def _is_registered(backend: str, op: str, dispatch_key: str) -> bool:
+    if BACKENDS[backend].error:
+        return False
+    return torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastvae::{op}.{backend}", dispatch_key)
 
 
 def serving(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
     """The backends that can serve ``op``."""
-    return tuple(b for b in _implementing(op, device_type) if dtype in DTYPES[b])
+    return tuple(name for name in _implementing(op, device_type) if dtype in BACKENDS[name].dtypes)
 
 
 def _implementing(op: str, device_type: str) -> tuple[str, ...]:
@@ -70,44 +95,32 @@ def _implementing(op: str, device_type: str) -> tuple[str, ...]:
     return _served.get((op, device_type), ON_EVERY_DEVICE)
 
 
-def preference(op: str, device_type: str, numel: int, triton_from: dict[str, int] = TRITON_FROM) -> tuple[str, ...]:
-    """The backends for ``op`` on ``numel`` elements, in the order in which they are asked."""
-    order = PREFERENCE.get(device_type, ("fallback",))
-    if device_type == "cuda" and op in triton_from and numel >= triton_from[op]:
-        return ("triton", *(backend for backend in order if backend != "triton"))
-    return order
+def preference(device_type: str) -> tuple[str, ...]:
+    """The backends that are chosen on a device, in the order in which they are asked."""
+    return tuple(name for name, backend in BACKENDS.items() if backend.devices is None or device_type in backend.devices)
 
 
-def choice(device_type: str) -> str:
-    """The order of the backends in words, and how it was found."""
-    order = ", ".join(PREFERENCE[device_type])
-    if device_type != "cuda":
-        return order
-    measured = ", ".join(f"{op} from {numel} elements on" for op, numel in TRITON_FROM.items())
-    return f"{order}; " + (f"triton first for {measured}" if measured else "cuda against triton is not measured")
-
-
-def resolve(op: str, device: torch.device, dtype: torch.dtype, numel: int = 0) -> str:
-    """The backend for ``op`` on ``numel`` elements of this device and dtype: the forced one, or the first that serves them."""
-    served = _served.get((op, device.type), ON_EVERY_DEVICE)
+def resolve(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for ``op`` on this device and dtype: the forced one, or the first that serves them."""
+    implementing = _served.get((op, device.type), ON_EVERY_DEVICE)
     forced = _forced.backend or _from_environment
     if forced is not None:
-        if forced not in served or dtype not in DTYPES[forced]:
-            raise BackendError(_explain(forced, op, device.type, dtype)) from ERRORS.get(forced)
+        if forced not in implementing or dtype not in BACKENDS[forced].dtypes:
+            raise BackendError(_explain(forced, op, device.type, dtype)) from BACKENDS[forced].error
         return forced
-    for backend in preference(op, device.type, numel):
-        if backend in served and dtype in DTYPES[backend]:
+    for name in _preferences.get(device.type, ("fallback",)):
+        if name in implementing and dtype in BACKENDS[name].dtypes:
             break
     # Every order ends with the fallback, which serves what is left.
-    return backend
+    return name
 
 
 def _explain(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
     able = ", ".join(serving(op, device_type, dtype)) or "none"
     if backend not in _implementing(op, device_type):
-        reason = UNAVAILABLE.get(backend, f"it has no {op} for {device_type} tensors")
+        reason = BACKENDS[backend].missing or f"it has no {op} for {device_type} tensors"
     else:
-        reason = f"it takes {', '.join(str(d) for d in DTYPES[backend])}"
+        reason = f"it takes {', '.join(str(d) for d in BACKENDS[backend].dtypes)}"
     return f"backend {backend!r} cannot serve {op} on {device_type} with {dtype}: {reason}. Backends that can: {able}."
 
 
@@ -122,11 +135,12 @@ def check_plain_torch() -> None:
 def _check_name(backend: str | None, source: str) -> str | None:
     if backend in (None, "auto"):
         return None
-    if backend not in _ops.BACKENDS:
-        raise ValueError(f"{source}: got {backend!r}, takes one of auto, {', '.join(_ops.BACKENDS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: got {backend!r}, takes one of auto, {', '.join(BACKENDS)}")
     return backend
 
 
+_preferences = {device_type: preference(device_type) for device_type in _DISPATCH_KEYS}
 _from_environment = _check_name(os.environ.get("FASTVAE_BACKEND"), "FASTVAE_BACKEND")
 
 

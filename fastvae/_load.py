@@ -1,7 +1,7 @@
-"""Imports the implementations, each of which registers itself with the operators.
+"""How each backend is loaded: by importing its implementations, which register themselves with the operators.
 
-One that is here but broken (a library of another Python or torch, a file cut short, a Triton of another version) does not end the import of
-the package: a warning says the error once, and it is the backend's reason from then on.
+A function returns why its backend is missing, or None. One that is here but broken (a library of another Python or torch, a file cut short,
+a Triton of another version) raises one of ``LOAD_ERRORS``.
 """
 
 import ctypes
@@ -10,13 +10,12 @@ import importlib.machinery
 import os
 import struct
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 
-from fastvae import _backend
-from fastvae.reference.jacobian import gram_in_chunks
+from fastvae.ops import jacobian
+from fastvae.ops._gram_chunks import gram_in_chunks
 
 EXTENSION_PATHS = [Path(__file__).with_name(f"_C{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
@@ -26,27 +25,18 @@ CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 LOAD_ERRORS = (ImportError, OSError, SystemError, RuntimeError, AttributeError, TypeError)
 
 
-def load_implementations() -> None:
-    """Loads the backends; those that cannot serve have their reason in ``_backend.UNAVAILABLE``, and their error in ``ERRORS``."""
-    # Plain PyTorch: these two are always there.
-    importlib.import_module("fastvae.reference")
-    importlib.import_module("fastvae.fallback")
-    for backend, load in (("cpp", _load_cpp), ("triton", _load_triton), ("cuda", _load_cuda)):
-        try:
-            reason = load()
-        except LOAD_ERRORS as error:
-            reason = f"it is installed but does not load: {_message(error)}"
-            _backend.ERRORS[backend] = error
-            warnings.warn(f"fastvae: the backend {backend!r} serves no call: {reason}", RuntimeWarning, stacklevel=2)
-        if reason:
-            _backend.UNAVAILABLE[backend] = reason
-    _backend.refresh()
-
-
-def _message(error: BaseException) -> str:
+def message(error: BaseException) -> str:
     """With the cause: torch says which library did not load, and the error behind it says why."""
-    cause = f" ({_message(error.__cause__)})" if error.__cause__ else ""
+    cause = f" ({message(error.__cause__)})" if error.__cause__ else ""
     return f"{type(error).__name__}: {error}{cause}"
+
+
+def load_fallback() -> None:
+    importlib.import_module("fastvae.fallback")
+
+
+def load_reference() -> None:
+    importlib.import_module("fastvae.reference")
 
 
 def _check_length(library: Path) -> None:
@@ -66,7 +56,7 @@ def _check_length(library: Path) -> None:
         raise OSError(f"{library} is cut short: it has {library.stat().st_size} bytes of {length}")
 
 
-def _load_cpp() -> str | None:
+def load_cpp() -> str | None:
     for library in EXTENSION_PATHS:
         if library.exists():
             _check_length(library)
@@ -78,7 +68,7 @@ def _load_cpp() -> str | None:
     return None
 
 
-def _load_triton() -> str | None:
+def load_triton() -> str | None:
     if not (torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"):
         return "this torch has no GPU support (TRITON_INTERPRET=1 serves CPU tensors, for tests)"
     return None if _import("fastvae.kernels", missing="triton") else "Triton is not installed (pip install triton)"
@@ -95,7 +85,7 @@ def _import(module: str, missing: str) -> bool:
     return True
 
 
-def _load_cuda() -> str | None:
+def load_cuda() -> str | None:
     """The library asks for torch's own CUDA library, so it loads where torch has one."""
     if not CUDA_LIBRARY.exists():
         return "built without CUDA C++: there was no nvcc, or torch had no CUDA (see FORCE_CUDA)"
@@ -109,13 +99,11 @@ def add_cuda(library: Path, key: str = "CUDA") -> None:
     """The backend's kernels, and the operator that is made of them; for tensors of a dispatch key."""
     _check_length(Path(library))
     torch.ops.load_library(str(library))
-    torch.library.impl("fastvae::jacobian_gram.cuda", key, gram_in_chunks("cuda"))
+    jacobian.gram.implement("cuda", key)(gram_in_chunks("cuda"))
 
 
-def cuda_build() -> str | None:
-    """What the CUDA library was built with and for; ``None`` where it is not loaded."""
-    if "cuda" in _backend.UNAVAILABLE:
-        return None
+def cuda_build() -> str:
+    """What the CUDA library was built with and for; where it is loaded."""
     describe = ctypes.CDLL(str(CUDA_LIBRARY)).fastvae_cuda_build
     describe.restype = ctypes.c_char_p
     return describe().decode()

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from fastvae import __version__, _backend, _load, _ops
+from fastvae import __version__, _backend, _load, ops
 
 # Each has its row in docs/backends.md.
 ENVIRONMENT = (
@@ -40,10 +40,10 @@ def collect() -> dict:
         "instruction_set": extension.instruction_set() if extension else None,
         "instruction_sets": list(extension.instruction_sets()) if extension else [],
         "build": dict(extension.build_info()) if extension else {},
-        "cuda_build": _load.cuda_build(),
+        "cuda_build": None if _backend.BACKENDS["cuda"].missing else _load.cuda_build(),
         "threads": {"torch": torch.get_num_threads(), "processors": os.cpu_count()},
-        "backends": {device: {name: _support(name, device) for name in _ops.BACKENDS} for device in _devices()},
-        "choice": {device: _backend.choice(device) for device in _devices()},
+        "backends": {device: {name: _support(name, device) for name in _backend.BACKENDS} for device in _devices()},
+        "choice": {device: _choice(device) for device in _devices()},
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
         "cuda_devices": _cuda_devices(),
     }
@@ -74,13 +74,19 @@ def _devices() -> tuple[str, ...]:
 
 def _support(backend: str, device: str) -> dict:
     """The dtypes in which a backend serves every operator it has for a device, and why it does not serve all of them."""
-    operators = _ops.operators()
-    served = [op for op in operators if any(backend in _backend.serving(op, device, dtype) for dtype in _backend.DTYPES[backend])]
+    facts = _backend.BACKENDS[backend]
+    served = [op for op in ops.OPERATORS if any(backend in _backend.serving(op, device, dtype) for dtype in facts.dtypes)]
     if not served:
-        return {"dtypes": [], "reason": _backend.UNAVAILABLE.get(backend, f"it has no operators for {device} tensors")}
-    missing = [op for op in operators if op not in served]
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in _backend.DTYPES[backend]]
+        return {"dtypes": [], "reason": facts.missing or f"it has no operators for {device} tensors"}
+    missing = [op for op in ops.OPERATORS if op not in served]
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in facts.dtypes]
     return {"dtypes": dtypes, "reason": f"it lacks {', '.join(missing)}" if missing else None}
+
+
+def _choice(device: str) -> str:
+    """The order in which the backends are asked, and how it was found."""
+    order = ", ".join(_backend.preference(device))
+    return f"{order}; cuda against triton is not measured" if device == "cuda" else order
 
 
 def _cuda_devices() -> list[str]:
@@ -117,7 +123,7 @@ def _describe_extension(facts: dict) -> dict[str, str]:
 
 def _describe_cuda(facts: dict) -> dict[str, str]:
     if facts["cuda_build"] is None:
-        return {"not loaded": _backend.UNAVAILABLE["cuda"]}
+        return {"not loaded": _backend.BACKENDS["cuda"].missing}
     return {"built by": facts["cuda_build"]}
 
 

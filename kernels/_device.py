@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from fastvae.kernels._launch import Machine
+from fastvae.ops._operator import Operator
 
 # Under TRITON_INTERPRET=1 Triton runs the kernels on the CPU with numpy.
 DISPATCH_KEYS = ("CUDA", "CPU") if triton.knobs.runtime.interpret else ("CUDA",)
@@ -19,14 +20,9 @@ _INTERPRETER = Machine("interpreter", 2)
 _tickets: dict[tuple[int, int], Tensor] = {}
 
 
-def implements(operator: str):
+def implements(operator: Operator):
     """Registers the decorated launcher as the Triton implementation of ``operator``."""
-
-    def register(launcher):
-        torch.library.impl(f"fastvae::{operator}.triton", DISPATCH_KEYS, launcher)
-        return launcher
-
-    return register
+    return operator.implement("triton", DISPATCH_KEYS)
 
 
 def machine(device: torch.device) -> Machine:

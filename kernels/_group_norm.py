@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from fastvae._ops import NORM_ACTIVATIONS
 from fastvae.kernels import _launch
+from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
 SILU = tl.constexpr(NORM_ACTIVATIONS["silu"])
 

@@ -7,7 +7,7 @@ arithmetic of several instructions.
 import triton
 import triton.language as tl
 
-from fastvae._ops import REDUCTIONS
+from fastvae.ops._results import REDUCTIONS
 
 NONE, SAMPLE = tl.constexpr(REDUCTIONS["none"]), tl.constexpr(REDUCTIONS["sample"])
 

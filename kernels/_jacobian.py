@@ -3,14 +3,13 @@
 import triton
 import triton.language as tl
 
-from fastvae._ops import ACTIVATIONS
 from fastvae.kernels._index import NONE, SAMPLE
 from fastvae.kernels._math import expm1, logistic, standard_normal
+from fastvae.ops.jacobian import ACTIVATIONS
 
-SIGMOID, TANH = tl.constexpr(ACTIVATIONS["sigmoid"]), tl.constexpr(ACTIVATIONS["tanh"])
-RELU, LEAKY_RELU, ELU = tl.constexpr(ACTIVATIONS["relu"]), tl.constexpr(ACTIVATIONS["leaky_relu"]), tl.constexpr(ACTIVATIONS["elu"])
-SOFTPLUS, SILU = tl.constexpr(ACTIVATIONS["softplus"]), tl.constexpr(ACTIVATIONS["silu"])
-GELU, GELU_TANH = tl.constexpr(ACTIVATIONS["gelu"]), tl.constexpr(ACTIVATIONS["gelu_tanh"])
+_NUMBERS = {name: tl.constexpr(activation.number) for name, activation in ACTIVATIONS.items()}
+SIGMOID, TANH, RELU, LEAKY_RELU = (_NUMBERS[name] for name in ("sigmoid", "tanh", "relu", "leaky_relu"))
+ELU, SOFTPLUS, SILU, GELU, GELU_TANH = (_NUMBERS[name] for name in ("elu", "softplus", "silu", "gelu", "gelu_tanh"))
 
 
 @triton.jit

@@ -6,9 +6,9 @@ Each formula returns the loss of an element and its gradients with respect to in
 import triton
 import triton.language as tl
 
-from fastvae._ops import LIKELIHOODS
 from fastvae.kernels._index import divide
 from fastvae.kernels._math import log1p_unit
+from fastvae.ops.reconstruction import LIKELIHOODS
 
 BCE_WITH_LOGITS, BCE = tl.constexpr(LIKELIHOODS["bce_with_logits"]), tl.constexpr(LIKELIHOODS["bce"])
 MSE = tl.constexpr(LIKELIHOODS["mse"])

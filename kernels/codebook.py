@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae._ops import REDUCTIONS
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._nearest import LARGEST_FLOAT, load_tile, nearest, rows_of
 from fastvae.kernels._reduce import is_last, sum_programs
-from fastvae.reference._reduce import reduction_scale
+from fastvae.ops import codebook as ops
+from fastvae.ops._results import REDUCTIONS
 
 NONE, SAMPLE = tl.constexpr(REDUCTIONS["none"]), tl.constexpr(REDUCTIONS["sample"])
 # The smallest normal float32, below which a norm is not divided by.
@@ -253,14 +253,13 @@ def _blocks(x: Tensor) -> tuple[dict, int]:
     return {"ROWS": config.rows, "COLUMNS": config.columns, **_launch.OPTIONS}, config.programs
 
 
-@_device.implements("codebook_nearest")
-def _nearest(x, codebook, with_distance):
-    rows, codes = rows_of(x), rows_of(codebook)
-    indices = nearest(rows, codes)
-    distance = x.new_empty(x.shape[:2] if with_distance else (0,), dtype=torch.float32)
-    if distance.numel():
-        _gather(rows, codes, indices, errors=distance)
-    return indices, distance
+@_device.implements(ops.nearest)
+def _nearest(arguments: ops.NearestArguments) -> ops.NearestResults:
+    rows, codes = rows_of(arguments.x), rows_of(arguments.codebook)
+    results = arguments.allocate()._replace(indices=nearest(rows, codes))
+    if results.distance.numel():
+        _gather(rows, codes, results.indices, errors=results.distance)
+    return results
 
 
 def _gather(x, codebook, indices, quantized=None, errors=None, loss=None, elementwise=False, loss_weight=1.0, scale=1.0):
@@ -276,42 +275,37 @@ def _gather(x, codebook, indices, quantized=None, errors=None, loss=None, elemen
         )  # fmt: skip
 
 
-@_device.implements("codebook_quantize")
-def _quantize(x, codebook, batch, reduction, loss_weight):
+@_device.implements(ops.quantize)
+def _quantize(arguments: ops.QuantizeArguments) -> ops.QuantizeResults:
+    x, codebook, batch, reduction, loss_weight = arguments
     elementwise, by_sample = reduction == REDUCTIONS["none"], reduction == REDUCTIONS["sample"]
-    quantized = x.new_empty(x.shape)
-    shape = x.shape if elementwise else (batch,) if by_sample else ()
-    loss = x.new_empty(shape, dtype=x.dtype if elementwise else torch.float32)
+    quantized, _, loss = arguments.allocate()
     rows, codes = rows_of(x), rows_of(codebook)
     indices = nearest(rows, codes)
     if x.numel() == 0:
-        return quantized, indices, loss.zero_()
+        return ops.QuantizeResults(quantized, indices, loss.zero_())
     if by_sample:
         errors = indices.new_empty(indices.shape, dtype=torch.float32)
         _gather(rows, codes, indices, quantized, errors)
         loss = errors.view(batch, -1).sum(1).mul_(loss_weight)
     else:
-        scale = loss_weight * _scale(x, batch, reduction)
+        scale = loss_weight * ops.loss_scale(x.shape, batch, reduction)
         _gather(rows, codes, indices, quantized, loss=loss, elementwise=elementwise, loss_weight=loss_weight, scale=scale)
-    return quantized, indices, loss
+    return ops.QuantizeResults(quantized, indices, loss)
 
 
-def _scale(x: Tensor, batch: int, reduction: int) -> float:
-    return reduction_scale(x.shape if reduction == REDUCTIONS["mean"] else torch.Size((batch,)), reduction)
-
-
-@_device.implements("codebook_quantize_backward")
-def _backward(grad_quantized, grad_loss, x, codebook, indices, batch, reduction, codebook_cost, commitment_cost, rotation, with_codebook):
-    grad_x = x.new_empty(x.shape)
-    grad_codebook = codebook.new_empty(codebook.shape if with_codebook else (0,))
+@_device.implements(ops.quantize_backward)
+def _backward(arguments: ops.QuantizeBackwardArguments) -> ops.QuantizeBackwardResults:
+    grad_quantized, grad_loss, x, codebook, indices, batch, reduction, codebook_cost, commitment_cost, rotation, with_codebook = arguments
+    results = grad_x, grad_codebook = arguments.allocate()
     if x.numel() == 0 or grad_loss is None:
         grad_codebook.zero_()
     if x.numel() == 0:
-        return grad_x, grad_codebook
+        return results
     rows, codes, indices = rows_of(x), rows_of(codebook), indices.contiguous()
     incoming = rows_of(x if grad_quantized is None else grad_quantized)
     weights = None if grad_loss is None else grad_loss.contiguous()
-    scale = 2.0 * _scale(x, batch, reduction)
+    scale = 2.0 * ops.loss_scale(x.shape, batch, reduction)
     rows_per_sample = max(indices.numel() // max(batch, 1), 1)
     options, programs = _blocks(x)
     with _device.on(x.device):
@@ -325,7 +319,7 @@ def _backward(grad_quantized, grad_loss, x, codebook, indices, batch, reduction,
             rows, _Parts.of(indices.to(torch.int32), codebook.shape[1]), grad_codebook, scale * codebook_cost, codes, weights,
             rows_per_sample, reduction,
         )  # fmt: skip
-    return grad_x, grad_codebook
+    return results
 
 
 class _Parts(NamedTuple):
@@ -368,14 +362,13 @@ def _sum_by_code(x, parts, sums, factor, codebook=None, weights=None, rows_per_s
         )
 
 
-@_device.implements("codebook_sums")
-def _sums(x, indices, codes):
-    sums = x.new_empty((x.shape[0], codes, x.shape[2]), dtype=torch.float32)
-    rows = rows_of(x)
-    parts = _Parts.of(_indices_of_finite_rows(rows, indices.contiguous()), codes)
+@_device.implements(ops.sums)
+def _sums(arguments: ops.SumsArguments) -> ops.SumsResults:
+    rows, sums = rows_of(arguments.x), arguments.allocate().sums
+    parts = _Parts.of(_indices_of_finite_rows(rows, arguments.indices.contiguous()), arguments.codes)
     if sums.numel():
         _sum_by_code(rows, parts, sums, 1.0)
-    return parts.starts.diff(dim=1), sums
+    return ops.SumsResults(parts.starts.diff(dim=1), sums)
 
 
 def _indices_of_finite_rows(x, indices):
@@ -387,8 +380,9 @@ def _indices_of_finite_rows(x, indices):
     return kept
 
 
-@_device.implements("codebook_ema_")
-def _ema_(codebook, ema_count, ema_sum, counts, sums, decay, eps):
+@_device.implements(ops.ema_)
+def _ema_(arguments: ops.EmaArguments) -> None:
+    codebook, ema_count, ema_sum, counts, sums, decay, eps = arguments
     heads, codes, dim = codebook.shape
     totals = counts.new_empty((heads,), dtype=torch.float64)
     options, _ = _blocks(codebook)

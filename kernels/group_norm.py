@@ -38,7 +38,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvae._ops import channels_are_last, empty_in_layout
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._group_norm import (
     activate,
@@ -55,6 +54,8 @@ from fastvae.kernels._group_norm import (
     program_split,
     two_floats,
 )
+from fastvae.ops import group_norm as ops
+from fastvae.ops._results import channels_are_last, empty_in_layout
 
 # Partial moments that a program of the combining kernel loads at a time: two for each of 128 threads.
 PARTIALS = 256
@@ -317,13 +318,15 @@ class _GroupNormCall:
         return config, grid, {"CHANNELS_LAST": self.channels_last, "ROWS": config.rows, "COLUMNS": config.columns, **_launch.OPTIONS}
 
 
-@_device.implements("group_norm_forward")
-def _forward(input, num_groups, weight, bias, eps, activation):
-    call = _GroupNormCall.of(input, num_groups)
-    output = empty_in_layout(input)
-    mean, rstd = (input.new_empty((call.batch, num_groups), dtype=torch.float64) for _ in range(2))
+@_device.implements(ops.forward)
+def _forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    input, num_groups, weight, bias, eps, activation = arguments
+    results = output, mean, rstd = arguments.allocate()
     if input.numel() == 0:
-        return output, mean.zero_(), rstd.fill_(0.0 if eps == 0 else eps**-0.5)
+        mean.zero_()
+        rstd.fill_(0.0 if eps == 0 else eps**-0.5)
+        return results
+    call = _GroupNormCall.of(input, num_groups)
     parameters = tuple(t if t is None else t.contiguous() for t in (weight, bias))
     sizes = call.channels, call.positions
     with _device.on(input.device):
@@ -332,7 +335,7 @@ def _forward(input, num_groups, weight, bias, eps, activation):
                 call.input, output, mean, rstd, *parameters, *sizes, num_groups, eps,
                 ACTIVATION=activation, **call.group_options(),
             )  # fmt: skip
-            return output, mean, rstd
+            return results
         config, grid, options = call.blocks()
         partition = config.split_positions, config.tiles, config.splits
         partial_moments = input.new_empty((call.batch * config.splits * call.channels * 3,), dtype=torch.float32)
@@ -344,16 +347,18 @@ def _forward(input, num_groups, weight, bias, eps, activation):
         group_norm_forward_kernel[grid](
             call.input, output, mean, rstd, *parameters, *sizes, *partition, num_groups, call.width, ACTIVATION=activation, **options
         )
-    return output, mean, rstd
+    return results
 
 
-@_device.implements("group_norm_backward")
-def _backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation):
-    call = _GroupNormCall.of(input, num_groups)
-    grad_input = empty_in_layout(input)
-    grad_weight, grad_bias = (input.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (weight, bias))
+@_device.implements(ops.backward)
+def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    grad_output, input, mean, rstd, weight, bias, num_groups, activation = arguments
+    results = grad_input, grad_weight, grad_bias = arguments.allocate()
     if input.numel() == 0:
-        return grad_input, grad_weight.zero_(), grad_bias.zero_()
+        grad_weight.zero_()
+        grad_bias.zero_()
+        return results
+    call = _GroupNormCall.of(input, num_groups)
     grad_output = call.in_same_layout(grad_output)
     parameters = tuple(t if t is None else t.contiguous() for t in (weight, bias))
     has_parameters = weight is not None or bias is not None
@@ -373,7 +378,7 @@ def _backward(grad_output, input, mean, rstd, weight, bias, num_groups, activati
                 sample_sums, None if weight is None else grad_weight, None if bias is None else grad_bias, call.batch, call.channels,
                 COLUMNS=columns, **_launch.OPTIONS,
             )  # fmt: skip
-    return grad_input, grad_weight, grad_bias
+    return results
 
 
 def _backward_in_splits(call, grad_output, grad_input, mean, rstd, parameters, sample_sums, activation):

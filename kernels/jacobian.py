@@ -28,17 +28,17 @@ of their sizes but their gradients: size (B H + H D) bytes forward, twice as man
 they are 0.9 and 1.9 MB, read by 32 and 256 programs of one block each, which all run at the same time, so that the two launches dominate.
 """
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastvae._ops import REDUCTIONS, reduced_shape
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._index import NONE, SAMPLE, zero_outside
 from fastvae.kernels._jacobian import block_indices, block_mask, derivatives, grad_output_of, load_block, scaled_by
 from fastvae.kernels._reduce import is_last, store_row_sums, store_slot_sums, sum_programs, sum_slots
-from fastvae.reference._reduce import reduction_scale
-from fastvae.reference.jacobian import gram_in_chunks
+from fastvae.ops import jacobian as ops
+from fastvae.ops._gram_chunks import gram_in_chunks
+from fastvae.ops._results import REDUCTIONS, reduction_scale
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -205,12 +205,11 @@ def jacobian_gram_reduce_kernel(
         tl.store(grad_left + tl.program_id(2).to(tl.int64) * rows * columns + position, total, mask=mask)
 
 
-@_device.implements("jacobian_forward")
-def _forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight):
+@_device.implements(ops.forward)
+def _forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight = arguments
     elementwise, by_row = reduction == REDUCTIONS["none"], reduction == REDUCTIONS["sample"]
-    penalty = hidden.new_empty(reduced_shape(hidden.shape, reduction), dtype=hidden.dtype if elementwise else torch.float32)
-    norms = hidden.new_empty(weight.shape[:1], dtype=torch.float32)
-    grad_hidden, grad_weight = _empty_if(with_grad_hidden, hidden), _empty_if(with_grad_weight, weight)
+    results = penalty, norms, grad_hidden, grad_weight = arguments.allocate()
     empty = hidden.numel() == 0
     with _device.on(hidden.device):
         if empty or elementwise or by_row:
@@ -229,18 +228,16 @@ def _forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad
             # A second pass, because grad_hidden needs the norms.
             if with_grad_hidden:
                 _pass_over_hidden(hidden, None, norms, grad_hidden, False, *numbers)
-    return penalty, norms, grad_hidden, grad_weight
+    return results
 
 
-def _empty_if(wanted, like):
-    return like.new_empty(like.shape if wanted else (0,))
-
-
-@_device.implements("jacobian_backward")
-def _backward(grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight):
-    grad_hidden, grad_weight = _empty_if(with_grad_hidden, hidden), _empty_if(with_grad_weight, weight)
+@_device.implements(ops.backward)
+def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight = arguments
+    results = grad_hidden, grad_weight = arguments.allocate()
     if hidden.numel() == 0:
-        return grad_hidden, grad_weight.zero_()
+        grad_weight.zero_()
+        return results
     scale = reduction_scale(hidden.shape, reduction)
     with _device.on(hidden.device):
         requested = grad_hidden if with_grad_hidden else None
@@ -248,7 +245,7 @@ def _backward(grad_output, hidden, weight, squared_norms, activation, alpha, red
         if with_grad_weight:
             scalar = grad_output if grad_output.ndim == 0 else None
             _pass_over_weight(weight, sums, scalar, grad_weight=grad_weight, factor=scale)
-    return grad_hidden, grad_weight
+    return results
 
 
 def _contiguous_rows(matrix):
@@ -309,9 +306,10 @@ def _gram_options(left, outer, inner):
     return sizes, config, (config.row_groups, config.column_groups, config.splits), options
 
 
-@_device.implements("jacobian_gram_scale")
-def _gram_scale(left, inner, outer):
-    scaled = left.new_empty((outer.numel(), inner.shape[1]))
+@_device.implements(ops.gram_scale)
+def _gram_scale(arguments: ops.GramScaleArguments) -> Tensor:
+    left, inner, outer = arguments
+    scaled = arguments.allocate()
     if scaled.numel():
         sizes, _, grid, options = _gram_options(left, outer, inner)
         with _device.on(left.device):
@@ -319,10 +317,11 @@ def _gram_scale(left, inner, outer):
     return scaled
 
 
-@_device.implements("jacobian_gram_reduce")
-def _gram_reduce(left, inner, outer, product, with_grad):
+@_device.implements(ops.gram_reduce)
+def _gram_reduce(arguments: ops.GramReduceArguments) -> ops.GramReduceResults:
+    left, inner, outer, product, with_grad = arguments
     if product.numel() == 0:
-        return torch.zeros_like(outer), *(t.new_zeros(t.shape if with_grad else (0,)) for t in (inner, left))
+        return ops.GramReduceResults(*(t.zero_() for t in arguments.allocate()))
     (batch, rows, columns), config, grid, options = _gram_options(left, outer, inner)
     dots = outer.new_empty((config.column_groups, batch, rows))
     grad_inner = grad_left = None
@@ -332,7 +331,8 @@ def _gram_reduce(left, inner, outer, product, with_grad):
     with _device.on(left.device):
         tensors = (t.contiguous() for t in (left, inner, outer, product))
         jacobian_gram_reduce_kernel[grid](*tensors, dots, grad_inner, grad_left, batch, rows, columns, **options)
-    return tuple(left.new_empty((0,)) if parts is None else _sum_parts(parts) for parts in (dots, grad_inner, grad_left))
+    summed = (left.new_empty((0,)) if parts is None else _sum_parts(parts) for parts in (dots, grad_inner, grad_left))
+    return ops.GramReduceResults(*summed)
 
 
 def _sum_parts(parts):
@@ -340,4 +340,4 @@ def _sum_parts(parts):
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
-_device.implements("jacobian_gram")(gram_in_chunks("triton"))
+_device.implements(ops.gram)(gram_in_chunks("triton"))

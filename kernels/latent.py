@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae._ops import REDUCTIONS, reduced_shape
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._index import at, common_gradient, divide, first_chunk, incoming_gradient, inside, locate, zero_outside
 from fastvae.kernels._layout import matrix_rows, shared_rows
 from fastvae.kernels._math import exponential
 from fastvae.kernels._philox import LANES, STREAMS, TILE, draw_words, normal, zero_laid_out_like
 from fastvae.kernels._reduce import is_last, store_row_sums, sum_programs, sum_slots
-from fastvae.reference._reduce import reduction_scale
+from fastvae.ops import latent as ops
+from fastvae.ops._results import REDUCTIONS, reduction_scale
 
 
 @triton.jit
@@ -376,42 +376,38 @@ def latent_backward_kernel(
         )  # fmt: skip
 
 
-@_device.implements("latent_forward")
-def _forward(mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise):
-    draws = eps is not None or seed is not None
-    elementwise, by_row = reduction == REDUCTIONS["none"], reduction == REDUCTIONS["sample"]
-    z = mu.new_empty((mu.shape if num_samples is None else (num_samples, *mu.shape)) if draws else (0,))
-    kl_dtype = mu.dtype if with_kl and elementwise else torch.float32
-    kl = mu.new_empty(reduced_shape(mu.shape, reduction) if with_kl else (0,), dtype=kl_dtype)
-    active = mu.new_empty(mu.shape[1:] if with_kl and free_bits > 0 else (0,), dtype=torch.bool)
-    kept = mu.new_empty(z.shape if keep_noise else (0,), dtype=torch.float32)
+@_device.implements(ops.forward)
+def _forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    mu, with_kl, reduction, free_bits = arguments.mu, arguments.with_kl, arguments.reduction, arguments.free_bits
+    z, kl, active, noise = arguments.allocate()
     if mu.numel() == 0:
-        return z, kl.zero_(), active.fill_(True), kept
-    posterior, limits, scale = (mu, logvar, prior_mu, prior_logvar), (clamp_min, clamp_max), reduction_scale(mu.shape, reduction)
+        return ops.ForwardResults(z, kl.zero_(), active.fill_(True), noise)
+    elementwise, by_row = reduction == REDUCTIONS["none"], reduction == REDUCTIONS["sample"]
+    posterior, limits, scale = arguments.posterior, arguments.limits, reduction_scale(mu.shape, reduction)
     total = with_kl and not elementwise and not by_row
     total_by_column, total_by_tile = total and active.numel() > 0, total and active.numel() == 0
     kl_by_tile = kl if total_by_tile or (with_kl and elementwise) else None
     with _device.on(mu.device):
         if active.numel():
             _sum_columns(posterior, active, kl if total_by_column else None, free_bits, limits, scale)
-        if draws or kl_by_tile is not None:
-            outputs = z if draws else None, kept if keep_noise else None, kl_by_tile
-            _sample(posterior, eps, seed, num_samples, outputs, total_by_tile, limits, scale)
+        if arguments.draws or kl_by_tile is not None:
+            outputs = z if arguments.draws else None, noise if arguments.keep_noise else None, kl_by_tile
+            _sample(arguments, outputs, total_by_tile, scale)
         if with_kl and by_row:
             _sum_rows(posterior, active if active.numel() else None, kl, free_bits, limits)
     if elementwise and active.numel():
         kl = torch.where(active, kl, free_bits)
-    return z, kl, active, kept
+    return ops.ForwardResults(z, kl, active, noise)
 
 
-def _sample(posterior, eps, seed, num_samples, outputs, total, limits, scale):
-    mu = posterior[0]
-    n, samples = mu.numel(), 1 if num_samples is None else num_samples
+def _sample(arguments, outputs, total, scale):
+    mu, limits = arguments.mu, arguments.limits
+    n, samples = mu.numel(), 1 if arguments.num_samples is None else arguments.num_samples
     config = _launch.tiles(n, samples, mu.element_size(), _device.machine(mu.device))
     slots, ticket = (mu.new_empty(config.programs, dtype=torch.float32), _device.ticket(mu.device)) if total else (None, None)
-    posterior, inner, strides = shared_rows(posterior)
+    posterior, inner, strides = shared_rows(arguments.posterior)
     latent_forward_kernel[samples, config.programs](
-        *posterior, _contiguous(eps), seed, *outputs, slots, ticket, n, inner, *strides, *limits, scale,
+        *posterior, _contiguous(arguments.eps), arguments.seed, *outputs, slots, ticket, n, inner, *strides, *limits, scale,
         TOTAL=total, ALIGNED=_aligned(n, samples), TILES=config.tiles, **_launch.OPTIONS,
     )  # fmt: skip
 
@@ -446,10 +442,10 @@ def _sum_columns(posterior, active, kl, free_bits, limits, scale):
     )  # fmt: skip
 
 
-@_device.implements("latent_backward")
-def _backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max):
-    prior_shape = mu.shape if prior_mu is not None else (0,)
-    grads = mu.new_empty(mu.shape), mu.new_empty(mu.shape), mu.new_empty(prior_shape), mu.new_empty(prior_shape)
+@_device.implements(ops.backward)
+def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max = arguments
+    grads = arguments.allocate()
     n, samples = mu.numel(), 1 if num_samples is None else num_samples
     if grad_kl is None:
         # Nothing comes in for the prior, and, where z has no gradient either, for anything.

@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae._ops import REDUCTIONS, reduced_shape
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._index import common_gradient, first_chunk, incoming_gradient, inside, zero_outside
 from fastvae.kernels._layout import shared_operand
 from fastvae.kernels._reconstruction import load_terms
 from fastvae.kernels._reduce import is_last, store_row_sums, sum_programs
-from fastvae.reference._reduce import reduction_scale
+from fastvae.ops import reconstruction as ops
+from fastvae.ops._results import REDUCTIONS, reduction_scale
 
 
 @triton.jit
@@ -210,31 +210,32 @@ def rescale_block(grad, factor, start, n, MASKED: tl.constexpr, BLOCK: tl.conste
     tl.store(grad + start + offset, tl.load(grad + start + offset, mask=mask).to(tl.float32) * factor, mask=mask)
 
 
-@_device.implements("reconstruction_forward")
-def _forward(input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad):
-    elementwise, by_row = reduction == REDUCTIONS["none"], reduction == REDUCTIONS["sample"]
-    loss = input.new_empty(reduced_shape(input.shape, reduction), dtype=input.dtype if elementwise else torch.float32)
-    grad_input = input.new_empty(input.shape if with_grad else (0,))
-    logvar_gradient = _LogvarGradient(logvar if with_grad else None, input)
+@_device.implements(ops.forward)
+def _forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    input, target, likelihood, reduction = arguments.input, arguments.target, arguments.likelihood, arguments.reduction
+    elementwise, by_row, with_grad = reduction == REDUCTIONS["none"], reduction == REDUCTIONS["sample"], arguments.with_grad
+    loss, grad_input, grad_logvar = arguments.allocate()
+    logvar_gradient = _LogvarGradient(arguments.logvar if with_grad else None, input, grad_logvar)
     n = input.numel()
     if n == 0:
-        return loss.zero_(), grad_input, logvar_gradient.finish()
-    operands = _operands(input, target, weight, pos_weight, logvar)
+        return ops.ForwardResults(loss.zero_(), grad_input, logvar_gradient.finish())
+    operands = _operands(*arguments.operands)
     with _device.on(input.device):
         if by_row:
             _sum_rows(operands, loss, likelihood)
         else:
             config = _launch.stream(n, _narrowest(input, target), _device.machine(input.device))
             scale = reduction_scale(input.shape, reduction)
+            scales = scale, arguments.grad_scale * scale
             slots, ticket = None, None
             if not elementwise:
                 slots, ticket = input.new_empty(2 * config.programs, dtype=torch.float32), _device.ticket(input.device)
             reconstruction_forward_kernel[(config.programs,)](
-                *operands, loss, grad_input if with_grad else None, logvar_gradient.written, slots, ticket, n, scale, grad_scale * scale,
+                *operands, loss, grad_input if with_grad else None, logvar_gradient.written, slots, ticket, n, *scales,
                 LIKELIHOOD=likelihood, TOTAL=not elementwise, TOTAL_LOGVAR=logvar_gradient.total,
                 BLOCK=config.block, CHUNK=config.chunk, **_launch.OPTIONS,
             )  # fmt: skip
-    return loss, grad_input, logvar_gradient.finish()
+    return ops.ForwardResults(loss, grad_input, logvar_gradient.finish())
 
 
 def _operands(input, target, weight, pos_weight, logvar):
@@ -267,11 +268,8 @@ class _LogvarGradient:
     tensor of one value for each element, which finish() sums with torch. That case is too rare for a kernel of its own.
     """
 
-    def __init__(self, logvar: Tensor | None, input: Tensor, gradient: Tensor | None = None):
-        self.shape, self.absent = input.shape, logvar is None
-        if gradient is None:
-            gradient = input.new_empty((0,)) if logvar is None else logvar.new_empty(logvar.shape)
-        self.gradient = gradient
+    def __init__(self, logvar: Tensor | None, input: Tensor, gradient: Tensor):
+        self.shape, self.absent, self.gradient = input.shape, logvar is None, gradient
         self.total = not self.absent and logvar.numel() == 1
         self.in_two_steps = not self.absent and logvar.numel() not in (1, input.numel())
         self.written = None if self.absent else self.gradient
@@ -288,28 +286,25 @@ class _LogvarGradient:
         return self.gradient
 
 
-@_device.implements("reconstruction_backward")
-def _backward(grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, with_target):
-    grad_input = input.new_empty(input.shape)
-    grad_target = target.new_empty(target.shape if with_target else (0,))
-    logvar_gradient = _LogvarGradient(logvar, input)
-    outputs = grad_input, grad_target if with_target else None, logvar_gradient
-    _write_gradients(outputs, grad_output, None, (input, target, weight, pos_weight, logvar), likelihood, reduction)
-    return grad_input, grad_target, logvar_gradient.finish()
+@_device.implements(ops.backward)
+def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    grad_input, grad_target, grad_logvar = arguments.allocate()
+    logvar_gradient = _LogvarGradient(arguments.logvar, arguments.input, grad_logvar)
+    _write_gradients(arguments, grad_input, grad_target if arguments.with_target else None, logvar_gradient, expected=None)
+    return ops.BackwardResults(grad_input, grad_target, logvar_gradient.finish())
 
 
-@_device.implements("reconstruction_backward_")
-def _backward_(grad_input, grad_logvar, grad_output, expected, input, target, weight, pos_weight, logvar, likelihood, reduction):
-    logvar_gradient = _LogvarGradient(logvar, input, grad_logvar)
-    operands = input, target, weight, pos_weight, logvar
-    _write_gradients((grad_input, None, logvar_gradient), grad_output, expected, operands, likelihood, reduction)
-    logvar_gradient.finish(grad_output == expected)
+@_device.implements(ops.backward_)
+def _backward_(arguments: ops.BackwardInPlaceArguments) -> None:
+    logvar_gradient = _LogvarGradient(arguments.logvar, arguments.input, arguments.grad_logvar)
+    _write_gradients(arguments, arguments.grad_input, None, logvar_gradient, arguments.expected)
+    logvar_gradient.finish(arguments.grad_output == arguments.expected)
 
 
-def _write_gradients(outputs, grad_output, expected, operands, likelihood, reduction):
+def _write_gradients(arguments, grad_input, grad_target, logvar_gradient, expected):
     """Launches reconstruction_backward_kernel."""
-    grad_input, grad_target, logvar_gradient = outputs
-    input, target, *_ = operands
+    input, target, operands = arguments.input, arguments.target, _operands(*arguments.operands)
+    likelihood, reduction = arguments.likelihood, arguments.reduction
     n = input.numel()
     if n == 0:
         return
@@ -319,15 +314,16 @@ def _write_gradients(outputs, grad_output, expected, operands, likelihood, reduc
         if logvar_gradient.total:
             slots, ticket = input.new_empty(config.programs, dtype=torch.float32), _device.ticket(input.device)
         reconstruction_backward_kernel[(config.programs,)](
-            grad_output.contiguous(), *_operands(*operands), grad_input, grad_target, logvar_gradient.written, slots, ticket,
+            arguments.grad_output.contiguous(), *operands, grad_input, grad_target, logvar_gradient.written, slots, ticket,
             n, n // input.shape[0] if input.ndim else 1, reduction_scale(input.shape, reduction), expected,
             LIKELIHOOD=likelihood, REDUCTION=reduction, TOTAL_LOGVAR=logvar_gradient.total, BLOCK=config.block, CHUNK=config.chunk,
             **_launch.OPTIONS,
         )  # fmt: skip
 
 
-@_device.implements("reconstruction_rescale_")
-def _rescale_(grad, grad_output, expected):
+@_device.implements(ops.rescale_)
+def _rescale_(arguments: ops.RescaleArguments) -> None:
+    grad, grad_output, expected = arguments
     if grad.numel() == 0:
         return
     dense = grad.contiguous()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvae import _backend, _ops
+from fastvae import _backend
+from fastvae.ops._results import accumulation_dtype
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -72,7 +73,7 @@ def threads(count: int):
 
 def accumulated(dtype: torch.dtype, reduction: str) -> torch.dtype:
     """The dtype of a loss."""
-    return dtype if reduction == "none" else _ops.accumulation_dtype(dtype)
+    return dtype if reduction == "none" else accumulation_dtype(dtype)
 
 
 def assert_close(

@@ -13,9 +13,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.library import opcheck
 
 import fastvae
-from fastvae import _ops
 from fastvae import functional as FV
-from fastvae._ops import LIKELIHOODS, REDUCTIONS
+from fastvae.ops import OPERATORS
+from fastvae.ops._results import REDUCTIONS, reduced_shape
+from fastvae.ops.reconstruction import LIKELIHOODS
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def latent_samples(source: Source):
     seed, active = torch.tensor(3, device=source.device), torch.rand(6, device=source.device) > 0.5
     none = torch.empty(0, dtype=torch.bool, device=source.device)
     clamp = (-30.0, 20.0)
-    fields = [a.name for a in _ops.OVERLOADS["latent_forward", "reference"]._schema.arguments]
+    fields = [a.name for a in OPERATORS["latent_forward"].overloads["reference"]._schema.arguments]
     for reduction in SHAPES_OF_REDUCTIONS:
         for chosen in (
             {"seed": seed, "with_kl": True},
@@ -153,7 +154,7 @@ def latent_samples(source: Source):
             defaults = {"reduction": reduction, "free_bits": 0.0, "clamp_min": clamp[0], "clamp_max": clamp[1], "keep_noise": False}
             values = {"mu": mu, "logvar": logvar, **defaults, **chosen}
             yield "latent_forward", tuple(values.get(field) for field in fields)
-        grad_kl = source.normal(*_ops.reduced_shape(mu.shape, reduction))
+        grad_kl = source.normal(*reduced_shape(mu.shape, reduction))
         for grad_z, given, prior, mask, samples in (
             (source.normal(5, 6), (None, seed), (None, None), none, None),
             (source.normal(2, 5, 6), (source.normal(2, 5, 6), None), (prior_mu, prior_logvar), active, 2),
@@ -172,7 +173,7 @@ def reconstruction_samples(source: Source):
             scalar = reduction == REDUCTIONS["mean"]
             yield "reconstruction_forward", (input, byte, *weights, logvar, likelihood, reduction, 1.0, scalar)
             yield "reconstruction_forward", (input, target, *weights, logvar, likelihood, reduction, 1.0, False)
-            grad = source.normal(*_ops.reduced_shape(input.shape, reduction))
+            grad = source.normal(*reduced_shape(input.shape, reduction))
             yield "reconstruction_backward", (grad, input, target, *weights, logvar, likelihood, reduction, True)
             yield "reconstruction_backward", (grad, input, byte, *weights, logvar, likelihood, reduction, False)
     logvar, operands = source.normal(5, 1), (source.normal(5, 6), target, None, None)
@@ -205,10 +206,10 @@ def test_opcheck(place, samples, dtype, checks):
     for op, arguments in samples(Source(place.device, dtype)):
         if place not in places(op):
             continue
-        assert set(opcheck(_ops.OVERLOADS[op, place.backend], arguments, test_utils=checks).values()) == {"SUCCESS"}
+        assert set(opcheck(OPERATORS[op].overloads[place.backend], arguments, test_utils=checks).values()) == {"SUCCESS"}
         seen.add(op)
     family = samples.__name__.split("_")[0]
-    assert seen == {op for op in _ops.operators() if op.startswith(family) and place in places(op)}
+    assert seen == {op for op in OPERATORS if op.startswith(family) and place in places(op)}
 
 
 @each_call

@@ -12,8 +12,9 @@ import torch
 from _helpers import DEVICES, TOLERANCES, Recorder, compiled_path, each_place, leaf, places
 
 import fastvae
-from fastvae import BackendError, _backend, _ops
+from fastvae import BackendError, _backend
 from fastvae import functional as FV
+from fastvae.ops import BACKENDS, OPERATORS
 
 ROOT = Path(fastvae.__file__).parents[1]
 FORWARD = ("latent_forward", "reconstruction_forward")
@@ -40,7 +41,7 @@ def test_the_cpp_extension_is_built():
     """CI and `make test` build it; only a pure-Python install that was asked for does without. The epilogues of the Gram form are for
     backends that leave its products to torch, and on the CPU torch itself scales a gradient."""
     epilogues, scaling = {"jacobian_gram_scale", "jacobian_gram_reduce"}, {"reconstruction_rescale_", "reconstruction_backward_"}
-    missing = [op for op in _ops.operators() if op not in epilogues | scaling and "cpp" not in _backend._served[op, "cpu"]]
+    missing = [op for op in OPERATORS if op not in epilogues | scaling and "cpp" not in _backend._served[op, "cpu"]]
     assert os.environ.get("FASTVAE_BUILD") == "0" or not missing
 
 
@@ -50,14 +51,14 @@ def test_uninitialised_memory_is_poisoned():
     assert torch.ones(100).new_empty((3, 4), dtype=torch.bfloat16).isnan().all()
 
 
-@pytest.mark.parametrize("op", _ops.operators())
+@pytest.mark.parametrize("op", OPERATORS)
 def test_the_overloads_of_an_operator_share_one_schema(op):
-    schemas = {str(_ops.OVERLOADS[op, backend]._schema).replace(f".{backend}(", "(") for backend in _ops.BACKENDS}
+    schemas = {str(OPERATORS[op].overloads[backend]._schema).replace(f".{backend}(", "(") for backend in BACKENDS}
     assert len(schemas) == 1
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu", "privateuseone"])
-@pytest.mark.parametrize("op", _ops.operators())
+@pytest.mark.parametrize("op", OPERATORS)
 def test_plain_pytorch_serves_every_operator_everywhere(op, device):
     for dtype in TOLERANCES:
         assert _backend.serving(op, device, dtype)[-2:] == ("fallback", "reference")
@@ -65,15 +66,14 @@ def test_plain_pytorch_serves_every_operator_everywhere(op, device):
 
 def test_plain_pytorch_is_registered_for_every_device():
     keys = ("CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1")
-    for (op, backend), key in itertools.product(_ops.OVERLOADS, keys):
-        if backend in _backend.ON_EVERY_DEVICE:
-            assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastvae::{op}.{backend}", key)
+    for op, backend, key in itertools.product(OPERATORS, _backend.ON_EVERY_DEVICE, keys):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastvae::{op}.{backend}", key)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu", "privateuseone"])
 def test_the_reference_serves_only_where_it_is_forced(device, dtype):
-    for op in _ops.operators():
+    for op in OPERATORS:
         assert _backend.resolve(op, torch.device(device), dtype) != "reference"
         with fastvae.use_backend("reference"):
             assert _backend.resolve(op, torch.device(device), dtype) == "reference"
@@ -82,7 +82,7 @@ def test_the_reference_serves_only_where_it_is_forced(device, dtype):
 @pytest.mark.parametrize("op", FORWARD)
 def test_a_backend_serves_a_family_as_a_whole(op):
     """Whatever has a forward operator has the others of its family: a forward pass is never left without its backward pass."""
-    family = [name for name in _ops.operators() if name.split("_")[0] == op.split("_")[0]]
+    family = [name for name in OPERATORS if name.split("_")[0] == op.split("_")[0]]
     for device in DEVICES:
         for place in places(op):
             if place.device == device:
@@ -97,56 +97,29 @@ def test_a_backend_serves_a_family_as_a_whole(op):
 @pytest.mark.parametrize("device", DEVICES)
 def test_auto_takes_the_first_that_serves(op, dtype, device):
     resolved = _backend.resolve(op, torch.device(device), dtype)
-    assert resolved == next(b for b in _backend.PREFERENCE[device] if b in _backend.serving(op, device, dtype))
+    assert resolved == next(b for b in _backend.preference(device) if b in _backend.serving(op, device, dtype))
 
 
-@pytest.mark.parametrize("numel", [0, 99, 100, 2**40])
-def test_the_order_on_a_gpu_follows_from_what_was_measured(numel):
-    """Triton comes first from the size on at which it was measured to be the faster one, for that operator on that device alone."""
-    measured = {"latent_forward": 100}
-    expected = ("triton", "cuda", "fallback") if numel >= 100 else ("cuda", "triton", "fallback")
-    assert _backend.preference("latent_forward", "cuda", numel, measured) == expected
-    assert _backend.preference("latent_backward", "cuda", numel, measured) == _backend.PREFERENCE["cuda"]
-    assert _backend.preference("latent_forward", "cpu", numel, measured) == _backend.PREFERENCE["cpu"]
-    assert _backend.preference("latent_forward", "mps", numel, measured) == ("fallback",)
+def test_the_order_on_a_device():
+    assert _backend.preference("cpu") == ("cpp", "fallback")
+    assert _backend.preference("cuda") == ("cuda", "triton", "fallback")
+    assert _backend.preference("mps") == ("fallback",)
 
 
-def test_what_was_not_measured_changes_no_order():
-    for op in _ops.operators():
-        measured = op in _backend.TRITON_FROM
-        assert measured or _backend.preference(op, "cuda", 2**40) == _backend.PREFERENCE["cuda"]
-    assert set(_backend.TRITON_FROM) <= set(_ops.operators())
+def test_every_overload_has_its_backend():
+    assert tuple(_backend.BACKENDS) == BACKENDS
 
 
 def test_the_choice_on_a_gpu_takes_the_first_that_serves(monkeypatch):
-    """By operator, size and dtype; a forced backend comes before any order."""
+    """By operator and dtype; a forced backend comes before any order."""
     gpu = torch.device("cuda")
     monkeypatch.setitem(_backend._served, ("latent_forward", "cuda"), ("cuda", "triton", "fallback", "reference"))
     monkeypatch.setitem(_backend._served, ("latent_backward", "cuda"), ("triton", "fallback", "reference"))
-    monkeypatch.setitem(_backend.TRITON_FROM, "latent_forward", 100)
-    assert _backend.resolve("latent_forward", gpu, torch.float32, 99) == "cuda"
-    assert _backend.resolve("latent_forward", gpu, torch.float32, 100) == "triton"
-    assert _backend.resolve("latent_backward", gpu, torch.float32, 99) == "triton"
-    assert _backend.resolve("latent_forward", gpu, torch.float64, 100) == "fallback"
-    with fastvae.use_backend("cuda"):
-        assert _backend.resolve("latent_forward", gpu, torch.float32, 100) == "cuda"
-    assert _backend.choice("cuda") == "cuda, triton, fallback; triton first for latent_forward from 100 elements on"
-
-
-def test_the_size_reaches_the_choice(monkeypatch):
-    seen, order = {}, _backend.preference
-
-    def record(op, device_type, numel):
-        seen[op] = numel
-        return order(op, device_type, numel)
-
-    monkeypatch.setattr(_backend, "preference", record)
-    kl_and_loss()
-    FV.group_norm_silu(torch.ones(2, 4, 3), 2)
-    FV.contractive_penalty(torch.ones(3, 5), torch.ones(5, 2))
-    FV.jacobian_frobenius(torch.nn.Sequential(torch.nn.Linear(90, 5), torch.nn.Linear(5, 2)), torch.ones(30, 90), method="gram")
-    expected = {"latent_forward": 12, "reconstruction_forward": 12, "group_norm_forward": 24, "jacobian_forward": 15}
-    assert seen == expected | {"jacobian_gram": 30 * 2 * 5}
+    assert _backend.resolve("latent_forward", gpu, torch.float32) == "cuda"
+    assert _backend.resolve("latent_backward", gpu, torch.float32) == "triton"
+    assert _backend.resolve("latent_forward", gpu, torch.float64) == "fallback"
+    with fastvae.use_backend("triton"):
+        assert _backend.resolve("latent_forward", gpu, torch.float32) == "triton"
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "hpu", "privateuseone"])
@@ -157,7 +130,7 @@ def test_an_unknown_device_is_served_by_the_fallback(device):
 
 
 def test_an_installation_without_kernels_takes_the_fallback(monkeypatch):
-    for op in _ops.operators():
+    for op in OPERATORS:
         monkeypatch.setitem(_backend._served, (op, "cpu"), _backend.ON_EVERY_DEVICE)
     mu = leaf(torch.ones(4, 3))
     assert backends_that_ran(lambda: kl_and_loss().backward()) == {"fallback"}
@@ -232,11 +205,11 @@ def test_a_backend_that_cannot_serve_says_why_and_what_can():
     able = ", ".join(_backend.serving("latent_forward", "cpu", torch.float32))
     assert message.startswith("backend 'cuda' cannot serve latent_forward on cpu with torch.float32: ")
     assert message.endswith(f"Backends that can: {able}.")
-    assert _backend.UNAVAILABLE.get("cuda", "it has no latent_forward for cpu tensors") in message
+    assert (_backend.BACKENDS["cuda"].missing or "it has no latent_forward for cpu tensors") in message
 
 
 def test_a_dtype_that_a_backend_cannot_serve(monkeypatch):
-    monkeypatch.setitem(_backend.DTYPES, "reference", (torch.float32,))
+    monkeypatch.setattr(_backend.BACKENDS["reference"], "dtypes", (torch.float32,))
     mu = torch.zeros(2, 2, dtype=torch.float64)
     with fastvae.use_backend("reference"), pytest.raises(BackendError, match=r"with torch\.float64: it takes torch\.float32\."):
         FV.kl_normal(mu, mu)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import fastvae
 from fastvae import functional as FV
-from fastvae._ops import REDUCTIONS, accumulation_dtype
 from fastvae.functional.codebook import GRADIENTS, codebook_sums
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype
 from fastvae.reference import codebook as reference
 
 OPERATOR = "codebook_nearest"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvae import _ops
+from fastvae.ops import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -175,14 +175,14 @@ def test_library_brings_its_own_cuda_runtime(library):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a CUDA library of its own, and loads this one")
 def test_library_loads_and_registers_beside_a_stand_in_for_torch_s_cuda_library(library, objects):
     program = (
-        "from fastvae import _backend, _load, _ops\n"
+        "from fastvae import _backend, _load, ops\n"
         f"_load.add_cuda({str(library)!r}); _backend.refresh()\n"
-        "print(*(op for op in _ops.operators() if 'cuda' in _backend._served[op, 'cuda']))"
+        "print(*(op for op in ops.OPERATORS if 'cuda' in _backend._served[op, 'cuda']))"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(objects)}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == list(_ops.operators())
+    assert result.stdout.split() == list(OPERATORS)
 
 
 @needs_source

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
-from fastvae import _ops
 from fastvae import functional as FV
 from fastvae.fallback import _blocks, _device, codebook, latent
+from fastvae.ops import _results
 from fastvae.reference import codebook as reference_codebook
 from fastvae.reference import latent as reference_latent
 
@@ -33,7 +33,7 @@ def elsewhere(monkeypatch):
 @pytest.fixture
 def without_float64(monkeypatch, elsewhere):
     """As on Apple's GPUs."""
-    monkeypatch.setattr(_ops, "has_float64", lambda device: False)
+    monkeypatch.setattr(_results, "has_float64", lambda device: False)
 
 
 class NoFloat64(TorchDispatchMode):
@@ -75,7 +75,7 @@ def test_results_on_another_device_are_those_of_the_reference(call):
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_results_on_a_device_without_float64_are_those_of_the_reference(call):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ops, "has_float64", lambda device: True)
+        patch.setattr(_results, "has_float64", lambda device: True)
         expected = results(call, "reference")
     for name, tensor in results(call, "fallback").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
@@ -98,7 +98,7 @@ def test_a_device_without_float64_is_never_asked_for_it():
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("cuda", True), ("hpu", True), ("mps", False)])
 def test_which_devices_have_float64(device, expected):
-    assert _ops.has_float64(torch.device(device)) == expected
+    assert _results.has_float64(torch.device(device)) == expected
 
 
 @given(st.integers(-(2**63), 2**63 - 1))

@@ -13,7 +13,8 @@ from torch.library import opcheck
 
 import fastvae
 from fastvae import functional as FV
-from fastvae._ops import NORM_ACTIVATIONS, OVERLOADS
+from fastvae.ops import OPERATORS
+from fastvae.ops.group_norm import NORM_ACTIVATIONS
 from fastvae.reference import group_norm as reference
 
 OPERATOR = "group_norm_forward"
@@ -374,10 +375,10 @@ def test_opcheck(place, dtype, layout, affine):
     x, incoming = (arrange(source.normal(2, 6, 3, 5), layout) for _ in range(2))
     parameters = [source.normal(6), source.normal(6)] if affine else [None, None]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    forward = OVERLOADS["group_norm_forward", place.backend]
+    forward = OPERATORS["group_norm_forward"].overloads[place.backend]
     opcheck(forward, (x, 3, *parameters, 1e-5, 1), test_utils=checks)
     _, mean, rstd = forward(x, 3, *parameters, 1e-5, 1)
-    opcheck(OVERLOADS["group_norm_backward", place.backend], (incoming, x, mean, rstd, *parameters, 3, 1), test_utils=checks)
+    opcheck(OPERATORS["group_norm_backward"].overloads[place.backend], (incoming, x, mean, rstd, *parameters, 3, 1), test_utils=checks)
 
 
 @each_place(OPERATOR)

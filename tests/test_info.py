@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae import _backend, _ops, info
+from fastvae import _backend, info
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +41,7 @@ def test_versions_are_those_of_the_process():
 
 def test_every_backend_serves_or_says_why_not():
     for backends in info.collect()["backends"].values():
-        assert set(backends) == set(_ops.BACKENDS)
+        assert set(backends) == set(_backend.BACKENDS)
         assert all(support["dtypes"] or support["reason"] for support in backends.values())
 
 
@@ -59,7 +59,7 @@ def test_backend_that_serves_is_the_one_that_calls_use():
 
 def test_reason_of_a_missing_backend_is_the_loader_s(monkeypatch):
     monkeypatch.setattr(_backend, "serving", lambda op, device, dtype: ("reference",))
-    monkeypatch.setitem(_backend.UNAVAILABLE, "cuda", "no compiler for it")
+    monkeypatch.setattr(_backend.BACKENDS["cuda"], "missing", "no compiler for it")
     assert info.collect()["backends"]["cpu"]["cuda"] == {"dtypes": [], "reason": "no compiler for it"}
 
 
@@ -82,7 +82,7 @@ def test_instruction_set_and_build_come_from_the_extension():
 def test_without_the_extension_the_report_says_why(monkeypatch):
     monkeypatch.delitem(sys.modules, "fastvae._C", raising=False)
     monkeypatch.setattr(_backend, "serving", lambda op, device, dtype: ("reference",))
-    monkeypatch.setitem(_backend.UNAVAILABLE, "cpp", "built without a compiler")
+    monkeypatch.setattr(_backend.BACKENDS["cpp"], "missing", "built without a compiler")
     facts = info.collect()
     assert (facts["instruction_set"], facts["instruction_sets"], facts["build"]) == (None, [], {})
     assert "built without a compiler" in info.report(facts)

@@ -31,12 +31,12 @@ from torch import nn
 from torch.library import opcheck
 
 import fastvae
-from fastvae import _ops
 from fastvae import functional as FV
-from fastvae._ops import ACTIVATIONS, REDUCTIONS
 from fastvae.functional import _chain
+from fastvae.ops import OPERATORS
+from fastvae.ops._results import REDUCTIONS, reduced_shape
+from fastvae.ops.jacobian import ACTIVATIONS
 from fastvae.reference import jacobian as reference
-from fastvae.reference.jacobian import DEFAULT_ALPHAS, FROM_PREACTIVATION
 
 OPERATOR = "jacobian_forward"
 GRAM = "jacobian_gram"
@@ -76,7 +76,7 @@ each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 def hidden_values(source: Source, activation: str, *shape: int, layout: str = "contiguous") -> torch.Tensor:
     """What a layer with this activation gives; the pre-activation where the penalty takes that."""
     a = source.normal(*shape, dtype=torch.float64)
-    values = a if activation in FROM_PREACTIVATION else FUNCTIONS[activation](a, DEFAULT_ALPHAS.get(activation, 0.0))
+    values = a if ACTIVATIONS[activation].from_preactivation else FUNCTIONS[activation](a, ACTIVATIONS[activation].alpha)
     return lay_out(values.to(source.dtype), layout)
 
 
@@ -161,15 +161,15 @@ def test_the_oracle_is_the_norm_of_torch_s_jacobian(activation, default):
     """``torch.func.jacrev`` of the layer, in float64."""
     source = Source("cpu", torch.float64)
     weight, bias, x = leaf(source.normal(9, 5)), source.normal(9), source.normal(6, 5)
-    alpha = DEFAULT_ALPHAS.get(activation, 0.0) if default else OTHER_ALPHAS.get(activation, 0.0)
+    alpha = ACTIVATIONS[activation].alpha if default else OTHER_ALPHAS.get(activation, 0.0)
 
     def layer(sample):
         return FUNCTIONS[activation](weight @ sample + bias, alpha)
 
     expected = torch.func.vmap(torch.func.jacrev(layer))(x).square().sum((1, 2))
     a = x @ weight.T + bias
-    hidden = a if activation in FROM_PREACTIVATION else FUNCTIONS[activation](a, alpha)
-    given_alpha = alpha if activation in DEFAULT_ALPHAS else None
+    hidden = a if ACTIVATIONS[activation].from_preactivation else FUNCTIONS[activation](a, alpha)
+    given_alpha = alpha if ACTIVATIONS[activation].has_parameter else None
     ours = reference.contractive_penalty(hidden, weight, activation, "sample", alpha=given_alpha)
     fused = FV.contractive_penalty(hidden, weight, activation, "sample", alpha=given_alpha)
     for penalty in (ours, fused):
@@ -194,7 +194,7 @@ def test_gradcheck(place, activation, reduction):
 def test_far_from_zero(place, activation):
     """Values at which an exponential overflows, underflows or cancels."""
     a = torch.tensor([-120.0, -30.0, -9.0, -1e-3, -1e-6, 0.0, 1e-6, 1e-3, 9.0, 30.0, 120.0], device=place.device)
-    hidden = a if activation in FROM_PREACTIVATION else FUNCTIONS[activation](a, DEFAULT_ALPHAS.get(activation, 0.0))
+    hidden = a if ACTIVATIONS[activation].from_preactivation else FUNCTIONS[activation](a, ACTIVATIONS[activation].alpha)
     hidden, weight = leaf(hidden.unsqueeze(0)), torch.ones(a.numel(), 1, device=place.device)
     wide = wide_leaf(hidden)
     ours = FV.contractive_penalty(hidden, weight, activation, "none")
@@ -317,10 +317,10 @@ def samples(source: Source):
     hidden, weight, norms = source.uniform(5, 6), source.normal(6, 7), source.uniform(6)
     for reduction in (REDUCTIONS["none"], REDUCTIONS["sample"], REDUCTIONS["mean"]):
         scalar = reduction == REDUCTIONS["mean"]
-        yield "jacobian_forward", (hidden, weight, ACTIVATIONS["elu"], 1.0, reduction, 2.0, scalar, scalar)
-        grad = source.normal(*_ops.reduced_shape(hidden.shape, reduction))
+        yield "jacobian_forward", (hidden, weight, ACTIVATIONS["elu"].number, 1.0, reduction, 2.0, scalar, scalar)
+        grad = source.normal(*reduced_shape(hidden.shape, reduction))
         for wanted in ((True, True), (True, False), (False, True)):
-            yield "jacobian_backward", (grad, hidden, weight, norms, ACTIVATIONS["sigmoid"], 0.0, reduction, *wanted)
+            yield "jacobian_backward", (grad, hidden, weight, norms, ACTIVATIONS["sigmoid"].number, 0.0, reduction, *wanted)
     inner, outer, gram = source.uniform(5, 7), source.uniform(5, 6), symmetric(source, 7)
     for left in (source.normal(6, 7), source.normal(5, 6, 7)):
         for with_grad in (True, False):
@@ -333,12 +333,12 @@ def samples(source: Source):
 
 @each_place(OPERATOR)
 def test_opcheck(place):
-    served = {op for op in _ops.operators() if op.startswith("jacobian") and place in places(op)}
+    served = {op for op in OPERATORS if op.startswith("jacobian") and place in places(op)}
     seen = set()
     for op, arguments in samples(Source(place.device)):
         if op not in served:
             continue
-        assert set(opcheck(_ops.OVERLOADS[op, place.backend], arguments).values()) == {"SUCCESS"}
+        assert set(opcheck(OPERATORS[op].overloads[place.backend], arguments).values()) == {"SUCCESS"}
         seen.add(op)
     assert seen == served
 
@@ -353,8 +353,8 @@ def test_epilogues_of_the_gram_form(place, batched, shape):
     source = Source(place.device, dtype)
     left = source.normal(*(shape if batched else shape[1:]))
     inner, outer, product = source.normal(batch, columns), source.normal(batch, rows), source.normal(batch * rows, columns)
-    scaled = _ops.OVERLOADS["jacobian_gram_scale", place.backend](left, inner, outer)
-    dots, grad_inner, grad_left = _ops.OVERLOADS["jacobian_gram_reduce", place.backend](left, inner, outer, product, True)
+    scaled = OPERATORS["jacobian_gram_scale"].overloads[place.backend](left, inner, outer)
+    dots, grad_inner, grad_left = OPERATORS["jacobian_gram_reduce"].overloads[place.backend](left, inner, outer, product, True)
     wide_left, wide_inner, wide_outer = (wide_leaf(t) for t in (left, inner, outer))
     oracle = wide_outer[:, :, None] * wide_left * wide_inner[:, None, :]
     assert_close(scaled, oracle.detach().flatten(0, 1), dtype)
@@ -385,12 +385,12 @@ def check_norms(place: Place, dtype: torch.dtype, batched: bool, weighted: bool,
     source = Source(place.device, dtype)
     operands = gram_operands(source, batched, shape)
     weights = source.normal(shape[0]) if weighted else None
-    norms, *grads = _ops.OVERLOADS[GRAM, place.backend](*operands, weights, True)
+    norms, *grads = OPERATORS[GRAM].overloads[place.backend](*operands, weights, True)
     left, inner, outer, gram = wide = [wide_leaf(t) for t in operands]
     scaled = outer[:, :, None] * left * inner[:, None, :]
     expected = (scaled * (scaled @ gram)).sum((1, 2))
     expected_grads = torch.autograd.grad(expected, wide, torch.ones_like(expected) if weights is None else weights.double())
-    alone, *nothing = _ops.OVERLOADS[GRAM, place.backend](*operands, weights, False)
+    alone, *nothing = OPERATORS[GRAM].overloads[place.backend](*operands, weights, False)
     for actual, oracle in ((norms, expected.detach()), (alone, expected.detach()), *zip(grads, expected_grads, strict=True)):
         assert_close(actual, oracle, dtype, magnitude=float(shape[0]))
     assert all(t.numel() == 0 for t in nothing)
@@ -420,7 +420,7 @@ def test_norms_of_operands_in_any_layout(place):
     operands = gram_operands(source, True, (5, 6, 7))
     weights = source.normal(1).expand(5)
     strided = [t.mT.contiguous().mT for t in operands]
-    results = [_ops.OVERLOADS[GRAM, place.backend](*t, w, True) for t, w in ((operands, weights.contiguous()), (strided, weights))]
+    results = [OPERATORS[GRAM].overloads[place.backend](*t, w, True) for t, w in ((operands, weights.contiguous()), (strided, weights))]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -429,7 +429,7 @@ def test_norms_of_operands_in_any_layout(place):
 def test_norms_of_a_sample_with_nan(place):
     left, inner, outer, gram = gram_operands(Source(place.device), False, (5, 6, 7))
     inner[2, 3] = torch.nan
-    norms, *_ = _ops.OVERLOADS[GRAM, place.backend](left, inner, outer, gram, None, True)
+    norms, *_ = OPERATORS[GRAM].overloads[place.backend](left, inner, outer, gram, None, True)
     assert norms.isnan().tolist() == [False, False, True, False, False]
 
 
@@ -440,7 +440,7 @@ def test_norms_do_not_depend_on_the_threads(place, shape):
     results = []
     for count in (1, 2, 3):
         with threads(count):
-            results.append(_ops.OVERLOADS[GRAM, place.backend](*operands, None, True))
+            results.append(OPERATORS[GRAM].overloads[place.backend](*operands, None, True))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 

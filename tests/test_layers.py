@@ -13,21 +13,22 @@ ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports only parts of a lower rank, and itself.
 RANKS = {
     "_pytree": 0,
-    "_ops": 0,
-    "_backend": 1,
-    "functional": 2,
-    "info": 2,
-    "nn": 3,
-    "models": 4,
-    "compat": 4,
-    "metrics": 4,
-    "training": 5,
-    "__main__": 6,
+    "ops": 0,
+    "_load": 1,
+    "_backend": 2,
+    "functional": 3,
+    "info": 3,
+    "nn": 4,
+    "models": 5,
+    "compat": 5,
+    "metrics": 5,
+    "training": 6,
+    "__main__": 7,
 }
-# These hand themselves to the operators: they know _ops and each other, and only _load knows them.
+# These hand themselves to the operators: they know ops and each other, and only _load loads them.
 IMPLEMENTATIONS = ("fallback", "reference", "kernels", "_C")
 # What puts the package together.
-ASSEMBLY = ("__init__", "_checkout", "_load")
+ASSEMBLY = ("__init__", "_checkout")
 
 FILES = sorted([*(ROOT / "fastvae").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
@@ -61,11 +62,10 @@ def test_imports_run_one_way(path):
     if part in ASSEMBLY:
         assert imported <= {*RANKS, *IMPLEMENTATIONS, *ASSEMBLY}
     elif part in IMPLEMENTATIONS:
-        assert imported <= {"_ops", *IMPLEMENTATIONS}
+        assert imported <= {"ops", *IMPLEMENTATIONS}
     else:
-        # The definitions in reference serve anyone above the backends; info tells what was loaded.
+        # The definitions in reference serve anyone above the backends.
         beside = {"reference"} if RANKS[part] >= RANKS["functional"] else set()
-        beside |= {"_load"} if part == "info" else set()
         assert imported <= RANKS.keys() | beside
         assert all(RANKS[name] < RANKS[part] for name in imported - beside)
 
@@ -102,6 +102,7 @@ WITHOUT_SUFFIX = ("codebook", "latent")
 @pytest.mark.parametrize(
     "layer",
     [
+        "fastvae/ops/{}.py",
         "fastvae/reference/{}.py",
         "csrc/common/{}_formulas.h",
         "csrc/cpu/{}_kernels.h",

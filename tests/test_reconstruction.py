@@ -30,8 +30,10 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 import fastvae
 from fastvae import _backend
 from fastvae import functional as FV
-from fastvae._ops import LIKELIHOODS, OVERLOADS, REDUCTIONS
 from fastvae.functional.reconstruction import MAX_SHARED_LOGVAR
+from fastvae.ops import OPERATORS
+from fastvae.ops._results import REDUCTIONS
+from fastvae.ops.reconstruction import LIKELIHOODS
 from fastvae.reference import reconstruction as reference
 
 OPERATOR = "reconstruction_forward"
@@ -424,9 +426,9 @@ def check_written_over(device: str, backend: str, likelihood: str) -> None:
         operands, numbers = (input, target, None, None, logvar), (LIKELIHOODS[likelihood], REDUCTIONS["mean"])
         for incoming in (2.0, 0.7, math.nan):
             grad_output = torch.tensor(incoming, device=device)
-            _, *written = OVERLOADS["reconstruction_forward", backend](*operands, *numbers, 2.0, True)
-            OVERLOADS["reconstruction_backward_", backend](*written, grad_output, 2.0, *operands, *numbers)
-            grad_input, _, grad_logvar = OVERLOADS["reconstruction_backward", backend](grad_output, *operands, *numbers, False)
+            _, *written = OPERATORS["reconstruction_forward"].overloads[backend](*operands, *numbers, 2.0, True)
+            OPERATORS["reconstruction_backward_"].overloads[backend](*written, grad_output, 2.0, *operands, *numbers)
+            grad_input, _, grad_logvar = OPERATORS["reconstruction_backward"].overloads[backend](grad_output, *operands, *numbers, False)
             torch.testing.assert_close(written, [grad_input, grad_logvar], equal_nan=True)
 
 

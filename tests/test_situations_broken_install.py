@@ -235,4 +235,4 @@ def test_backend_that_the_environment_forces_raises_the_error_of_the_import(inst
 
 
 def test_nothing_that_is_installed_here_is_broken():
-    assert _backend.ERRORS == {}
+    assert [backend.error for backend in _backend.BACKENDS.values()] == [None] * len(_backend.BACKENDS)

@@ -30,9 +30,13 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fastvae._ops import ACTIVATIONS, LIKELIHOODS, NORM_ACTIVATIONS, REDUCTIONS  # noqa: E402
+from fastvae import ops  # noqa: E402
 from fastvae.kernels import _device, codebook, group_norm, jacobian, latent, reconstruction  # noqa: E402
 from fastvae.kernels._launch import Machine  # noqa: E402
+from fastvae.ops._results import REDUCTIONS  # noqa: E402
+from fastvae.ops.group_norm import NORM_ACTIVATIONS  # noqa: E402
+from fastvae.ops.jacobian import ACTIVATIONS  # noqa: E402
+from fastvae.ops.reconstruction import LIKELIHOODS  # noqa: E402
 
 TABLE = ROOT / "benchmarks" / "results" / "triton" / "offline.csv"
 
@@ -77,7 +81,9 @@ def latent_forward(reduction="batchmean", free_bits=0.0, noise="seed", samples=N
         eps = empty(*draws, dtype=dtype) if noise == "eps" else None
         seed = empty(dtype=torch.int64) if noise == "seed" else None
         limits = -30.0, 20.0
-        return latent._forward(mu, logvar, *priors, eps, seed, samples, kl, REDUCTIONS[reduction], free_bits, *limits, False)
+        return latent._forward(
+            ops.latent.forward.arguments(mu, logvar, *priors, eps, seed, samples, kl, REDUCTIONS[reduction], free_bits, *limits, False)
+        )
 
     return call
 
@@ -93,7 +99,9 @@ def latent_backward(reduction="batchmean", active=False, noise="seed", samples=N
         seed = empty(dtype=torch.int64) if noise == "seed" else None
         mask = empty(shape[1] if active else 0, dtype=torch.bool)
         limits = -30.0, 20.0
-        return latent._backward(grad_z, grad_kl, mu, logvar, *priors, eps, seed, mask, samples, REDUCTIONS[reduction], *limits)
+        return latent._backward(
+            ops.latent.backward.arguments(grad_z, grad_kl, mu, logvar, *priors, eps, seed, mask, samples, REDUCTIONS[reduction], *limits)
+        )
 
     return call
 
@@ -113,7 +121,9 @@ def _reduced(dtype, reduction):
 def loss_forward(likelihood, reduction="mean", target=None, grad=True, weight=None, pos_weight=None, logvar=None, batch=BATCH):
     def call(dtype):
         input, targets, *shared = _loss_operands(dtype, target, weight, pos_weight, logvar, batch)
-        return reconstruction._forward(input, targets, *shared, LIKELIHOODS[likelihood], REDUCTIONS[reduction], 1.0, grad)
+        return reconstruction._forward(
+            ops.reconstruction.forward.arguments(input, targets, *shared, LIKELIHOODS[likelihood], REDUCTIONS[reduction], 1.0, grad)
+        )
 
     return call
 
@@ -122,7 +132,7 @@ def loss_backward(likelihood, reduction="mean", target=None, target_gradient=Fal
     def call(dtype):
         operands = _loss_operands(dtype, target, None, None, logvar, BATCH)
         numbers = LIKELIHOODS[likelihood], REDUCTIONS[reduction], target_gradient
-        return reconstruction._backward(_reduced(dtype, reduction), *operands, *numbers)
+        return reconstruction._backward(ops.reconstruction.backward.arguments(_reduced(dtype, reduction), *operands, *numbers))
 
     return call
 
@@ -137,11 +147,15 @@ def _loss_operands(dtype, target, weight, pos_weight, logvar, batch):
 def loss_backward_(dtype):
     operands = _loss_operands(dtype, None, None, None, None, BATCH)
     numbers = LIKELIHOODS["bce_with_logits"], REDUCTIONS["mean"]
-    return reconstruction._backward_(empty(BATCH, FEATURES, dtype=dtype), empty(0, dtype=dtype), empty(), 1.0, *operands, *numbers)
+    return reconstruction._backward_(
+        ops.reconstruction.backward_.arguments(
+            empty(BATCH, FEATURES, dtype=dtype), empty(0, dtype=dtype), empty(), 1.0, *operands, *numbers
+        )
+    )
 
 
 def rescale_(dtype):
-    return reconstruction._rescale_(empty(BATCH, FEATURES, dtype=dtype), empty(), 1.0)
+    return reconstruction._rescale_(ops.reconstruction.rescale_.arguments(empty(BATCH, FEATURES, dtype=dtype), empty(), 1.0))
 
 
 def penalty_forward(reduction="batchmean", grads=False, sizes=(BATCH, FEATURES, FEATURES)):
@@ -149,7 +163,9 @@ def penalty_forward(reduction="batchmean", grads=False, sizes=(BATCH, FEATURES, 
 
     def call(dtype):
         hidden, weight = empty(*sizes[:2], dtype=dtype), empty(*sizes[1:], dtype=dtype)
-        return jacobian._forward(hidden, weight, ACTIVATIONS["sigmoid"], 0.0, REDUCTIONS[reduction], 1.0, grads, grads)
+        return jacobian._forward(
+            ops.jacobian.forward.arguments(hidden, weight, ACTIVATIONS["sigmoid"].number, 0.0, REDUCTIONS[reduction], 1.0, grads, grads)
+        )
 
     return call
 
@@ -157,8 +173,10 @@ def penalty_forward(reduction="batchmean", grads=False, sizes=(BATCH, FEATURES, 
 def penalty_backward(reduction="batchmean", activation="sigmoid", weight_gradient=True):
     def call(dtype):
         hidden, weight, norms = empty(*FULL, dtype=dtype), empty(FEATURES, FEATURES, dtype=dtype), empty(FEATURES)
-        numbers = ACTIVATIONS[activation], 1.0, REDUCTIONS[reduction]
-        return jacobian._backward(_reduced(dtype, reduction), hidden, weight, norms, *numbers, True, weight_gradient)
+        numbers = ACTIVATIONS[activation].number, 1.0, REDUCTIONS[reduction]
+        return jacobian._backward(
+            ops.jacobian.backward.arguments(_reduced(dtype, reduction), hidden, weight, norms, *numbers, True, weight_gradient)
+        )
 
     return call
 
@@ -170,8 +188,8 @@ def gram(reduce=False, batched=False, with_grad=True):
         left = empty(*(BATCH, 64, 256) if batched else (64, 256))
         inner, outer, product = empty(BATCH, 256), empty(BATCH, 64), empty(BATCH * 64, 256)
         if reduce:
-            return jacobian._gram_reduce(left, inner, outer, product, with_grad)
-        return jacobian._gram_scale(left, inner, outer)
+            return jacobian._gram_reduce(ops.jacobian.gram_reduce.arguments(left, inner, outer, product, with_grad))
+        return jacobian._gram_scale(ops.jacobian.gram_scale.arguments(left, inner, outer))
 
     return call
 
@@ -183,7 +201,9 @@ PIECES, WHOLE, FLAT, GROUPS = (16, 256, 64, 64), (256, 512, 8, 16), (256, 65536)
 def normalise(shape=PIECES, last=False, activation="silu", affine=True):
     def call(dtype):
         parameters = _parameters(shape, dtype, affine)
-        return group_norm._forward(_image(shape, dtype, last), GROUPS, *parameters, 1e-5, NORM_ACTIVATIONS[activation])
+        return group_norm._forward(
+            ops.group_norm.forward.arguments(_image(shape, dtype, last), GROUPS, *parameters, 1e-5, NORM_ACTIVATIONS[activation])
+        )
 
     return call
 
@@ -192,7 +212,11 @@ def normalise_backward(shape=PIECES, last=False, activation="silu", affine=True)
     def call(dtype):
         images = _image(shape, dtype, last), _image(shape, dtype, last)
         statistics = [empty(shape[0], GROUPS, dtype=torch.float64)] * 2
-        return group_norm._backward(*images, *statistics, *_parameters(shape, dtype, affine), GROUPS, NORM_ACTIVATIONS[activation])
+        return group_norm._backward(
+            ops.group_norm.backward.arguments(
+                *images, *statistics, *_parameters(shape, dtype, affine), GROUPS, NORM_ACTIVATIONS[activation]
+            )
+        )
 
     return call
 
@@ -211,14 +235,16 @@ VECTORS, CODES = 1 << 16, 1024
 
 def nearest_code(dim, vectors=VECTORS, codes=CODES):
     def call(dtype):
-        return codebook._nearest(empty(1, vectors, dim, dtype=dtype), empty(1, codes, dim), False)
+        return codebook._nearest(ops.codebook.nearest.arguments(empty(1, vectors, dim, dtype=dtype), empty(1, codes, dim), False))
 
     return call
 
 
 def quantize(reduction="mean", dim=64):
     def call(dtype):
-        return codebook._quantize(empty(1, VECTORS, dim, dtype=dtype), empty(1, CODES, dim), 64, REDUCTIONS[reduction], 1.25)
+        return codebook._quantize(
+            ops.codebook.quantize.arguments(empty(1, VECTORS, dim, dtype=dtype), empty(1, CODES, dim), 64, REDUCTIONS[reduction], 1.25)
+        )
 
     return call
 
@@ -227,7 +253,9 @@ def quantize_backward(reduction="mean", rotation=False, dim=64):
     def call(dtype):
         x, codes, indices = empty(1, VECTORS, dim, dtype=dtype), empty(1, CODES, dim), empty(1, VECTORS, dtype=torch.int64)
         grad_loss = empty(*{"none": x.shape, "sample": (64,)}.get(reduction, ()), dtype=dtype if reduction == "none" else torch.float32)
-        return codebook._backward(x, grad_loss, x, codes, indices, 64, REDUCTIONS[reduction], 1.0, 0.25, rotation, True)
+        return codebook._backward(
+            ops.codebook.quantize_backward.arguments(x, grad_loss, x, codes, indices, 64, REDUCTIONS[reduction], 1.0, 0.25, rotation, True)
+        )
 
     return call
 
@@ -235,8 +263,10 @@ def quantize_backward(reduction="mean", rotation=False, dim=64):
 def moving_averages(dtype):
     """From the vectors on; the state is float32 in any case."""
     codes = empty(1, CODES, 64)
-    counts, sums = codebook._sums(empty(1, VECTORS, 64, dtype=dtype), empty(1, VECTORS, dtype=torch.int64), CODES)
-    return codebook._ema_(codes, empty(1, CODES), codes, counts, sums, 0.99, 1e-5)
+    counts, sums = codebook._sums(
+        ops.codebook.sums.arguments(empty(1, VECTORS, 64, dtype=dtype), empty(1, VECTORS, dtype=torch.int64), CODES)
+    )
+    return codebook._ema_(ops.codebook.ema_.arguments(codes, empty(1, CODES), codes, counts, sums, 0.99, 1e-5))
 
 
 ALL, BRIEF, ONE = tuple(DTYPES), ("float32", "bfloat16"), ("sm_90",)

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastvae._ops import REDUCTIONS, accumulation_dtype
 from fastvae.fallback import _device
-from fastvae.reference._reduce import reduction_scale
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduction_scale
 
 # Four float32 temporaries of so many elements are 1 MiB, about the second-level cache of a core. It is twice the least that torch gives a
 # thread, and so large that the launches of its operations, a microsecond or two each, do not count.

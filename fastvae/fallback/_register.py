@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 import torch
 
+from fastvae.ops._operator import Operator
 
-def implements(operator: str) -> Callable:
+
+def implements(operator: Operator) -> Callable:
     """Decorates the implementation of ``operator``, for every device that torch has."""
 
     def register(function):
         # Autograd does not look into an operator, but make_fx does, and then refuses `out=`.
-        torch.library.impl(f"fastvae::{operator}.fallback", "CompositeExplicitAutograd", torch.no_grad()(function))
+        operator.implement("fallback")(torch.no_grad()(function))
         return function
 
     return register

@@ -10,12 +10,11 @@ import os
 import torch
 from torch import Tensor
 
-from fastvae import _ops
-from fastvae._ops import REDUCTIONS, accumulation_dtype
 from fastvae.fallback import _device
 from fastvae.fallback._blocks import block_elements
 from fastvae.fallback._register import implements
-from fastvae.reference._reduce import reduction_scale
+from fastvae.ops import codebook as ops
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype, widest_dtype
 
 # Scores of a chunk of rows, in blocks: a matrix product is faster with more rows than elementwise operations ask for.
 _BLOCKS_OF_SCORES = 8
@@ -97,7 +96,7 @@ class _Search:
     def decide(self, x: Tensor) -> Tensor:
         """The nearest codes of a few rows by float64, or by float32 on a device that has no other."""
         if self.precise is None:
-            self.precise = _Products(self.codes, _ops.widest_dtype(x.device))
+            self.precise = _Products(self.codes, widest_dtype(x.device))
         rows = x.to(self.precise.dtype)
         scores = self.precise.scores(rows)
         limit = scores.amin(1).add_(self.precise.bound(rows))
@@ -143,18 +142,20 @@ def _lookup(codebook: Tensor, indices: Tensor) -> Tensor:
     return codebook.reshape(-1, dim).index_select(0, (indices + first).view(-1)).view(heads, -1, dim)
 
 
-@implements("codebook_nearest")
-def codebook_nearest(x, codebook, with_distance):
+@implements(ops.nearest)
+def codebook_nearest(arguments: ops.NearestArguments) -> ops.NearestResults:
+    x, codebook = arguments.x, arguments.codebook
     _check_finite(codebook)
     indices, dtype = nearest(x, codebook), accumulation_dtype(x.dtype)
-    if not with_distance:
-        return indices, x.new_empty((0,), dtype=dtype)
-    wide = _ops.widest_dtype(x.device)
-    return indices, (x.to(wide) - _lookup(codebook, indices).to(wide)).square_().sum(-1).to(dtype)
+    if not arguments.with_distance:
+        return ops.NearestResults(indices, x.new_empty((0,), dtype=dtype))
+    wide = widest_dtype(x.device)
+    return ops.NearestResults(indices, (x.to(wide) - _lookup(codebook, indices).to(wide)).square_().sum(-1).to(dtype))
 
 
-@implements("codebook_quantize")
-def codebook_quantize(x, codebook, batch, reduction, loss_weight):
+@implements(ops.quantize)
+def codebook_quantize(arguments: ops.QuantizeArguments) -> ops.QuantizeResults:
+    x, codebook, batch, reduction, loss_weight = arguments
     _check_finite(codebook)
     indices, dtype = nearest(x, codebook), accumulation_dtype(x.dtype)
     codes = _lookup(codebook, indices)
@@ -164,34 +165,31 @@ def codebook_quantize(x, codebook, batch, reduction, loss_weight):
     elif reduction == REDUCTIONS["sample"]:
         loss = errors.reshape(batch, -1).sum(1).mul_(loss_weight) if errors.numel() else errors.new_zeros((batch,))
     else:
-        loss = errors.sum().mul_(loss_weight * _scale(x.shape, batch, reduction))
-    return codes.to(x.dtype), indices, loss
+        loss = errors.sum().mul_(loss_weight * ops.loss_scale(x.shape, batch, reduction))
+    return ops.QuantizeResults(codes.to(x.dtype), indices, loss)
 
 
-def _scale(shape: torch.Size, batch: int, reduction: int) -> float:
-    return reduction_scale(shape if reduction == REDUCTIONS["mean"] else torch.Size((batch,)), reduction)
-
-
-@implements("codebook_quantize_backward")
-def codebook_quantize_backward(
-    grad_quantized, grad_loss, x, codebook, indices, batch, reduction, codebook_cost, commitment_cost, rotation, with_codebook
-):
+@implements(ops.quantize_backward)
+def codebook_quantize_backward(arguments: ops.QuantizeBackwardArguments) -> ops.QuantizeBackwardResults:
+    x, codebook, grad_loss = arguments.x, arguments.codebook, arguments.grad_loss
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
-    codes = _lookup(codebook, indices).to(dtype)
-    incoming = None if grad_quantized is None else grad_quantized.to(dtype)
-    if rotation and incoming is not None:
+    codes = _lookup(codebook, arguments.indices).to(dtype)
+    incoming = None if arguments.grad_quantized is None else arguments.grad_quantized.to(dtype)
+    if arguments.rotation and incoming is not None:
         incoming = _rotate_back(incoming, wide, codes)
-    grad_codebook = codebook.new_zeros(codebook.shape if with_codebook else (0,))
+    grad_codebook = arguments.allocate().grad_codebook.zero_()
     if grad_loss is None:
         grad_x = torch.zeros_like(wide) if incoming is None else incoming
-        return _fresh(grad_x, x, grad_quantized), grad_codebook
-    pull = torch.sub(wide, codes, out=codes).mul_(_loss_weights(grad_loss.to(dtype), x.shape, batch, reduction))
-    if with_codebook:
-        sums = _sums_by_code(pull, indices, codebook.shape[1])
-        grad_codebook = sums.mul_(-codebook_cost).to(codebook.dtype)
-    grad_x = pull.mul_(commitment_cost) if incoming is None else torch.add(incoming, pull, alpha=commitment_cost, out=pull)
-    return _fresh(grad_x, x, grad_quantized), grad_codebook
+        return ops.QuantizeBackwardResults(_fresh(grad_x, x, arguments.grad_quantized), grad_codebook)
+    weights = _loss_weights(grad_loss.to(dtype), x.shape, arguments.batch, arguments.reduction)
+    pull = torch.sub(wide, codes, out=codes).mul_(weights)
+    if arguments.with_codebook:
+        sums = _sums_by_code(pull, arguments.indices, codebook.shape[1])
+        grad_codebook = sums.mul_(-arguments.codebook_cost).to(codebook.dtype)
+    cost = arguments.commitment_cost
+    grad_x = pull.mul_(cost) if incoming is None else torch.add(incoming, pull, alpha=cost, out=pull)
+    return ops.QuantizeBackwardResults(_fresh(grad_x, x, arguments.grad_quantized), grad_codebook)
 
 
 def _fresh(gradient: Tensor, like: Tensor, incoming: Tensor | None) -> Tensor:
@@ -206,7 +204,7 @@ def _loss_weights(grad_loss: Tensor, shape: torch.Size, batch: int, reduction: i
         return grad_loss * 2.0
     if reduction == REDUCTIONS["sample"]:
         return grad_loss.mul(2.0).repeat_interleave(shape[1] // max(batch, 1)).view(1, -1, 1)
-    return grad_loss * (2.0 * _scale(shape, batch, reduction))
+    return grad_loss * (2.0 * ops.loss_scale(shape, batch, reduction))
 
 
 def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
@@ -227,18 +225,20 @@ def _sums_by_code(rows: Tensor, bins: Tensor, count: int) -> Tensor:
     return sums.scatter_add_(1, bins.unsqueeze(2).expand(rows.shape), rows)
 
 
-@implements("codebook_sums")
-def codebook_sums(x, indices, codes):
+@implements(ops.sums)
+def codebook_sums(arguments: ops.SumsArguments) -> ops.SumsResults:
+    x, indices, codes = arguments
     # One bin more, for the rows that are left out.
     bins = torch.where((indices < 0) | ~torch.isfinite(x).all(-1), codes, indices)
     counts = torch.zeros((x.shape[0], codes + 1), dtype=torch.int64, device=x.device)
     counts.scatter_add_(1, bins, torch.ones_like(bins))
     sums = _sums_by_code(x.to(accumulation_dtype(x.dtype)), bins, codes + 1)
-    return counts[:, :codes].contiguous(), sums[:, :codes].contiguous()
+    return ops.SumsResults(counts[:, :codes].contiguous(), sums[:, :codes].contiguous())
 
 
-@implements("codebook_ema_")
-def codebook_ema_(codebook, ema_count, ema_sum, counts, sums, decay, eps):
+@implements(ops.ema_)
+def codebook_ema_(arguments: ops.EmaArguments) -> None:
+    codebook, ema_count, ema_sum, counts, sums, decay, eps = arguments
     ema_count.mul_(decay).add_(counts.to(ema_count.dtype), alpha=1.0 - decay)
     ema_sum.mul_(decay).add_(sums.to(ema_sum.dtype), alpha=1.0 - decay)
     total = ema_count.sum(-1, keepdim=True)

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae._ops import NORM_ACTIVATIONS, accumulation_dtype, channels_are_last, empty_in_layout, widest_dtype
 from fastvae.fallback import _device
 from fastvae.fallback._blocks import Block, block_elements, blocks, written
 from fastvae.fallback._register import implements
+from fastvae.ops import group_norm as ops
+from fastvae.ops._results import accumulation_dtype, channels_are_last, empty_in_layout
+from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
 # The largest mean, in standard deviations, whose elements are used as they are: they lose two of float32's 24 bits at most.
 _LARGEST_MEAN = 4.0
@@ -111,20 +113,23 @@ def _write_activated(result: Tensor, values: Tensor, activation: int) -> None:
         result.copy_(F.silu(values, inplace=True))
 
 
-@implements("group_norm_forward")
-def group_norm_forward(input, num_groups, weight, bias, eps, activation):
-    layout, dtype = _Layout(input, num_groups), accumulation_dtype(input.dtype)
-    output = empty_in_layout(input)
-    mean, rstd = (input.new_zeros((input.shape[0], num_groups), dtype=widest_dtype(input.device)) for _ in range(2))
-    elements, results = layout.matrices(input), layout.matrices(output)
-    parameters = [None if p is None else p.to(dtype) for p in (weight, bias)]
+@implements(ops.forward)
+def group_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    input, eps, activation = arguments.input, arguments.eps, arguments.activation
+    layout, dtype = _Layout(input, arguments.num_groups), accumulation_dtype(input.dtype)
+    output, mean, rstd = results = arguments.allocate()
+    if not input.numel():
+        mean.zero_()
+        rstd.zero_()
+    elements, outputs = layout.matrices(input), layout.matrices(output)
+    parameters = [None if p is None else p.to(dtype) for p in (arguments.weight, arguments.bias)]
     if layout.is_native:
-        _normalise_natively(layout, elements, results, mean, rstd, parameters, eps, activation)
+        _normalise_natively(layout, elements, outputs, mean, rstd, parameters, eps, activation)
     if not layout.is_native or not _is_small(mean, rstd):
         for block in layout.blocks():
             tables = mean[block], rstd[block]
-            _normalise(layout, layout.pieces(elements, block), layout.pieces(results, block), *tables, block, parameters, eps, activation)
-    return output, mean, rstd
+            _normalise(layout, layout.pieces(elements, block), layout.pieces(outputs, block), *tables, block, parameters, eps, activation)
+    return results
 
 
 def _normalise_natively(layout: _Layout, elements, results, mean, rstd, parameters, eps: float, activation: int) -> None:
@@ -166,26 +171,28 @@ def _write_statistics(layout: _Layout, pieces, dtype: torch.dtype, center: Tenso
     return rest
 
 
-@implements("group_norm_backward")
-def group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation):
-    backward = _Backward(input, mean, rstd, weight, bias, num_groups, activation)
+@implements(ops.backward)
+def group_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    input, backward = arguments.input, _Backward(arguments)
     grad_input = empty_in_layout(input)
-    matrices = [backward.layout.matrices(t) for t in (input, grad_output, grad_input)]
+    matrices = [backward.layout.matrices(t) for t in (input, arguments.grad_output, grad_input)]
     for block in backward.layout.blocks():
         pieces = (backward.layout.pieces(t, block) for t in matrices)
         if backward.layout.is_native:
             backward.natively(block, *pieces)
         else:
             backward.by_formulas(block, *pieces)
-    parameters = ((weight, backward.grad_weight), (bias, backward.grad_bias))
-    return grad_input, *(input.new_empty((0,)) if p is None else gradient.to(p.dtype) for p, gradient in parameters)
+    parameters = ((arguments.weight, backward.grad_weight), (arguments.bias, backward.grad_bias))
+    grads = (input.new_empty((0,)) if p is None else gradient.to(p.dtype) for p, gradient in parameters)
+    return ops.BackwardResults(grad_input, *grads)
 
 
 class _Backward:
     """The backward pass: each way writes the gradient of a block's elements and adds to those of weight and bias."""
 
-    def __init__(self, input: Tensor, mean: Tensor, rstd: Tensor, weight, bias, num_groups: int, activation: int):
-        self.layout, self.dtype = _Layout(input, num_groups), accumulation_dtype(input.dtype)
+    def __init__(self, arguments: ops.BackwardArguments):
+        input, mean, rstd, weight, bias = arguments[1:6]
+        self.layout, self.dtype = _Layout(input, arguments.num_groups), accumulation_dtype(input.dtype)
         # Without what its dtype holds of a large mean an element keeps its digits.
         center = None if _is_small(mean, rstd) else mean.to(self.dtype)
         self.center = None if center is None else self.layout.by_channel(center)
@@ -193,7 +200,7 @@ class _Backward:
         self.weight = input.new_ones(input.shape[1], dtype=self.dtype) if weight is None else weight.to(self.dtype)
         self.scale, self.shift = self.layout.affine(self.mean, self.rstd, self.weight, None if bias is None else bias.to(self.dtype))
         self.grad_weight, self.grad_bias = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
-        self.with_silu = activation == NORM_ACTIVATIONS["silu"]
+        self.with_silu = arguments.activation == NORM_ACTIVATIONS["silu"]
 
     def deviations(self, piece: Tensor, channels: Block) -> Tensor:
         return self.layout.subtract(_widen(piece, self.dtype), None if self.center is None else self.center[channels])

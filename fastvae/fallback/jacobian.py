@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from fastvae._ops import ACTIVATIONS, accumulation_dtype
 from fastvae.fallback._blocks import Reduced, blocks, gradient_matrix, take
 from fastvae.fallback._register import implements
-from fastvae.reference._reduce import reduction_scale
-from fastvae.reference.jacobian import derivatives, gram_in_chunks
-
-_NAMES = {number: name for name, number in ACTIVATIONS.items()}
+from fastvae.ops import jacobian as ops
+from fastvae.ops._gram_chunks import gram_in_chunks
+from fastvae.ops._results import accumulation_dtype, empty_if, reduction_scale
+from fastvae.reference.jacobian import derivatives
 
 
 def _squared_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,12 +24,12 @@ def _squared_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
 class _Gradients:
     """Fills the gradients block by block; ``scale`` is a number or a matrix that broadcasts to ``hidden``."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, norms: Tensor, scale: float | Tensor, with_hidden: bool, with_weight: bool):
-        self.norms, self.scale, self.source = norms, scale, weight
-        self.hidden = hidden.new_empty(hidden.shape if with_hidden else (0,))
-        self.weight = weight.new_empty(weight.shape if with_weight else (0,))
+    def __init__(self, arguments: ops.ForwardArguments | ops.BackwardArguments, norms: Tensor, scale: float | Tensor):
+        self.norms, self.scale, self.source = norms, scale, arguments.weight
+        self.hidden = empty_if(arguments.with_grad_hidden, arguments.hidden)
+        self.weight = empty_if(arguments.with_grad_weight, arguments.weight)
         # The sums of the scaled squared slopes over the batch.
-        self.columns = norms.new_zeros(norms.shape) if with_weight else None
+        self.columns = norms.new_zeros(norms.shape) if arguments.with_grad_weight else None
 
     def write(self, block, slope: Tensor, change: Tensor, squares: Tensor) -> None:
         scale = self.scale if isinstance(self.scale, float) else take(self.scale, block)
@@ -39,54 +38,55 @@ class _Gradients:
         if self.columns is not None:
             self.columns[block[1]].add_((squares * scale).sum(0))
 
-    def results(self) -> tuple[Tensor, Tensor]:
+    def results(self) -> ops.BackwardResults:
         if self.columns is not None and self.weight.numel():
             twice = self.columns.mul_(2.0).unsqueeze(1)
             for rows, _ in blocks(self.weight.shape[0], 1, self.weight.device, self.weight.shape[1]):
                 self.weight[rows].copy_(twice[rows] * self.source[rows])
-        return self.hidden, self.weight
+        return ops.BackwardResults(self.hidden, self.weight)
 
 
-@implements("jacobian_forward")
-def jacobian_forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight):
+@implements(ops.forward)
+def jacobian_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    hidden, reduction = arguments.hidden, arguments.reduction
     dtype = accumulation_dtype(hidden.dtype)
-    norms, reduced = _squared_norms(weight, dtype), Reduced(hidden, reduction)
-    scale = grad_scale * reduction_scale(hidden.shape, reduction)
-    gradients = _Gradients(hidden, weight, norms, scale, with_grad_hidden, with_grad_weight)
+    norms, reduced = _squared_norms(arguments.weight, dtype), Reduced(hidden, reduction)
+    gradients = _Gradients(arguments, norms, arguments.grad_scale * reduction_scale(hidden.shape, reduction))
     for block in blocks(*hidden.shape, hidden.device):
-        slope, change = derivatives(take(hidden, block).to(dtype), _NAMES[activation], alpha)
+        slope, change = derivatives(take(hidden, block).to(dtype), ops.ACTIVATION_NAMES[arguments.activation], arguments.alpha)
         squares = slope.square()
         reduced.add(block, squares * norms[block[1]])
         gradients.write(block, slope, change, squares)
-    return reduced.result(), norms, *gradients.results()
+    return ops.ForwardResults(reduced.result(), norms, *gradients.results())
 
 
-@implements("jacobian_backward")
-def jacobian_backward(grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight):
-    dtype = squared_norms.dtype
-    scale = gradient_matrix(grad_output, hidden.shape, reduction, dtype)
-    gradients = _Gradients(hidden, weight, squared_norms, scale, with_grad_hidden, with_grad_weight)
+@implements(ops.backward)
+def jacobian_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    hidden, norms = arguments.hidden, arguments.squared_norms
+    gradients = _Gradients(arguments, norms, gradient_matrix(arguments.grad_output, hidden.shape, arguments.reduction, norms.dtype))
     for block in blocks(*hidden.shape, hidden.device):
-        slope, change = derivatives(take(hidden, block).to(dtype), _NAMES[activation], alpha)
+        slope, change = derivatives(take(hidden, block).to(norms.dtype), ops.ACTIVATION_NAMES[arguments.activation], arguments.alpha)
         gradients.write(block, slope, change, slope.square())
     return gradients.results()
 
 
-@implements("jacobian_gram_scale")
-def jacobian_gram_scale(left, inner, outer):
+@implements(ops.gram_scale)
+def jacobian_gram_scale(arguments: ops.GramScaleArguments) -> Tensor:
+    left, inner, outer = arguments
     return torch.mul(outer.unsqueeze(2), left).mul_(inner.unsqueeze(1)).flatten(0, 1)
 
 
-@implements("jacobian_gram_reduce")
-def jacobian_gram_reduce(left, inner, outer, product, with_grad):
+@implements(ops.gram_reduce)
+def jacobian_gram_reduce(arguments: ops.GramReduceArguments) -> ops.GramReduceResults:
+    left, inner, outer, product, with_grad = arguments
     product = product.view(*outer.shape, inner.shape[1])
     with_left = product * left
     dots = torch.bmm(with_left, inner.unsqueeze(2)).squeeze(2)
     if not with_grad:
-        return dots, inner.new_empty((0,)), left.new_empty((0,))
+        return ops.GramReduceResults(dots, inner.new_empty((0,)), left.new_empty((0,)))
     grad_inner = torch.bmm(outer.unsqueeze(1), with_left).squeeze(1)
     grad_left = torch.mul(product, inner.unsqueeze(1), out=with_left).mul_(outer.unsqueeze(2))
-    return dots, grad_inner, grad_left if left.ndim == 3 else grad_left.sum(0)
+    return ops.GramReduceResults(dots, grad_inner, grad_left if left.ndim == 3 else grad_left.sum(0))
 
 
-jacobian_gram = implements("jacobian_gram")(gram_in_chunks("fallback"))
+implements(ops.gram)(gram_in_chunks("fallback"))

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae._ops import accumulation_dtype
 from fastvae.fallback import _device
 from fastvae.fallback._blocks import Reduced, block_elements, blocks, gradient_matrix, matrix_shape, take, written
 from fastvae.fallback._register import implements
+from fastvae.ops import latent as ops
+from fastvae.ops._results import accumulation_dtype
 from fastvae.reference._reduce import reduce_elements
 from fastvae.reference.latent import LANES, TILE
 
@@ -147,23 +148,20 @@ def _free_bits(elements: Tensor, like: Tensor, reduction: int, free_bits: float)
     return reduce_elements(torch.where(active, elements, free_bits), reduction, like.dtype), active
 
 
-@implements("latent_forward")
-def latent_forward(
-    mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise
-):
-    dtype, size = accumulation_dtype(mu.dtype), matrix_shape(mu.shape)
-    noise, z, kept = eps, mu.new_empty((0,)), mu.new_empty((0,), dtype=dtype)
-    if eps is not None or seed is not None:
-        z = mu.new_empty(mu.shape if num_samples is None else (num_samples, *mu.shape))
-        noise = normal(seed, z.shape, dtype) if eps is None else eps
-    if keep_noise:
-        kept = noise if eps is None else eps.to(dtype, copy=True)
-    samples, noises = (None if t is None or not t.numel() else t.reshape(-1, *size) for t in (z, noise))
-    matrices = [None if t is None else t.reshape(size) for t in (mu, logvar, prior_mu, prior_logvar)]
-    reduced = Reduced(mu, reduction) if with_kl and not free_bits > 0 else None
-    elements = mu.new_empty(size, dtype=dtype) if with_kl and free_bits > 0 else None
+@implements(ops.forward)
+def latent_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    mu, dtype, size = arguments.mu, accumulation_dtype(arguments.mu.dtype), matrix_shape(arguments.mu.shape)
+    results, noise = arguments.allocate(), arguments.eps
+    if arguments.seed is not None:
+        noise = normal(arguments.seed, results.z.shape, dtype)
+    samples = results.z.reshape(-1, *size) if arguments.draws and results.z.numel() else None
+    noises = None if samples is None else noise.reshape(samples.shape)
+    with_free_bits = results.active.numel() > 0
+    reduced = Reduced(mu, arguments.reduction) if arguments.with_kl and not with_free_bits else None
+    elements = mu.new_empty(size, dtype=dtype) if with_free_bits else None
+    matrices = [None if t is None else t.reshape(size) for t in arguments.posterior]
     for block in blocks(*size, mu.device):
-        wide_mu, wide_logvar, *prior = _widen(matrices, block, dtype, (clamp_min, clamp_max))
+        wide_mu, wide_logvar, *prior = _widen(matrices, block, dtype, arguments.limits)
         if samples is not None:
             sigma = torch.mul(wide_logvar, 0.5).exp_()
             with written(_take_samples(samples, block), dtype) as drawn:
@@ -172,12 +170,12 @@ def latent_forward(
             reduced.add(block, _kl_elements(wide_mu, wide_logvar, *prior))
         elif elements is not None:
             take(elements, block).copy_(_kl_elements(wide_mu, wide_logvar, *prior))
-    kl, active = mu.new_empty((0,), dtype=dtype), mu.new_empty((0,), dtype=torch.bool)
     if reduced is not None:
-        kl = reduced.result()
+        results = results._replace(kl=reduced.result())
     elif elements is not None:
-        kl, active = _free_bits(elements, mu, reduction, free_bits)
-    return z, kl, active, kept
+        kl, active = _free_bits(elements, mu, arguments.reduction, arguments.free_bits)
+        results = results._replace(kl=kl, active=active)
+    return results._replace(noise=noise) if arguments.keep_noise else results
 
 
 def _take_samples(samples: Tensor, block) -> Tensor:
@@ -191,17 +189,18 @@ def _widen(matrices, block, dtype, limits):
     return [_clamp(t, limits) if t is not None and i % 2 else t for i, t in enumerate(wide)]
 
 
-@implements("latent_backward")
-def latent_backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max):
-    dtype, size, limits = accumulation_dtype(mu.dtype), matrix_shape(mu.shape), (clamp_min, clamp_max)
-    matrices = [None if t is None else t.reshape(size) for t in (mu, logvar, prior_mu, prior_logvar)]
-    outputs = [mu.new_empty(mu.shape if i < 2 or prior_mu is not None else (0,)) for i in range(4)]
+@implements(ops.backward)
+def latent_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    mu, grad_z, limits = arguments.mu, arguments.grad_z, arguments.limits
+    dtype, size = accumulation_dtype(mu.dtype), matrix_shape(mu.shape)
+    matrices = [None if t is None else t.reshape(size) for t in arguments.posterior]
+    results = arguments.allocate()
     incoming = noises = weights = None
     if grad_z is not None:
-        noise = eps if eps is not None else normal(seed, grad_z.shape, dtype)
-        incoming, noises = (t.reshape(num_samples or 1, *size) for t in (grad_z, noise))
-    if grad_kl is not None:
-        weights = _kl_weights(grad_kl, mu.shape, active, reduction, dtype)
+        noise = arguments.eps if arguments.eps is not None else normal(arguments.seed, grad_z.shape, dtype)
+        incoming, noises = (t.reshape(arguments.num_samples or 1, *size) for t in (grad_z, noise))
+    if arguments.grad_kl is not None:
+        weights = _kl_weights(arguments.grad_kl, mu.shape, arguments.active, arguments.reduction, dtype)
     for block in blocks(*size, mu.device):
         wide = _widen(matrices, block, dtype, limits)
         grads: list[Tensor | None] = [None] * 4
@@ -209,10 +208,10 @@ def latent_backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, se
             grads[:2] = _sample_gradients(*(_take_samples(t, block).to(dtype) for t in (incoming, noises)), wide[1])
         if weights is not None:
             _add_weighted(grads, _kl_gradients(*wide), take(weights, block))
-        for i, (output, gradient) in enumerate(zip(outputs, grads, strict=True)):
-            if output.numel():
-                _write(take(output.view(size), block), gradient, take(matrices[i], block), limits if i % 2 else None)
-    return tuple(outputs)
+        for i, (result, gradient) in enumerate(zip(results, grads, strict=True)):
+            if result.numel():
+                _write(take(result.view(size), block), gradient, take(matrices[i], block), limits if i % 2 else None)
+    return results
 
 
 def _kl_weights(grad_kl: Tensor, shape: torch.Size, active: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:

@@ -6,17 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae._ops import LIKELIHOODS, accumulation_dtype
 from fastvae.fallback._blocks import Block, Reduced, blocks, gradient_matrix, matrix_shape, shared_matrix, take, written
 from fastvae.fallback._register import implements
-from fastvae.reference._reduce import reduction_scale
+from fastvae.ops import reconstruction as ops
+from fastvae.ops._results import accumulation_dtype, empty_if, empty_like, reduction_scale
+from fastvae.ops.reconstruction import LIKELIHOODS
 
 _LOG_2PI = math.log(2.0 * math.pi)
 _BCE_LOGITS, _BCE, _MSE = (LIKELIHOODS[name] for name in ("bce_with_logits", "bce", "mse"))
 
 
-class _Arguments:
-    """The arguments of a loss as matrices (samples, elements of a sample), in which those that are shared are broadcast."""
+class _Matrices:
+    """The operands of a loss as matrices (samples, elements of a sample), in which those that are shared are broadcast."""
 
     def __init__(self, input, target, weight, pos_weight, logvar):
         self.dtype, self.size = accumulation_dtype(input.dtype), matrix_shape(input.shape)
@@ -97,17 +98,16 @@ def _logvar_gradients(input: Tensor, target: Tensor, logvar: Tensor) -> Tensor:
 class _Gradients:
     """Fills the gradients of a loss block by block; ``scale`` is a number or a matrix that broadcasts."""
 
-    def __init__(self, arguments: _Arguments, input, target, logvar, scale: float | Tensor, likelihood: int, with_target: bool):
-        self.arguments, self.scale, self.likelihood = arguments, scale, likelihood
-        self.input = input.new_empty(input.shape)
-        self.target = target.new_empty(target.shape if with_target else (0,))
-        self.logvar = logvar
+    def __init__(self, matrices: _Matrices, operands, scale: float | Tensor, likelihood: int, with_target: bool):
+        self.matrices, self.scale, self.likelihood = matrices, scale, likelihood
+        input, target, _, _, self.logvar = operands
+        self.input, self.target = empty_like(input), empty_if(with_target, target)
         # Blocks add to the gradient of a shared argument, so it is rounded to its dtype at the end.
-        self.shared = None if logvar is None else torch.zeros_like(arguments.shared[2], memory_format=torch.contiguous_format)
+        self.shared = None if self.logvar is None else torch.zeros_like(matrices.shared[2], memory_format=torch.contiguous_format)
 
     def write(self, block: Block, values: list[Tensor | None]) -> None:
         scale = self.scale if isinstance(self.scale, float) else take(self.scale, block)
-        size, dtype = self.arguments.size, self.arguments.dtype
+        size, dtype = self.matrices.size, self.matrices.dtype
         for output, fill in ((self.input, _write_input_gradients), (self.target, _write_target_gradients)):
             if output.numel():
                 with written(take(output.view(size), block), dtype) as gradients:
@@ -116,10 +116,10 @@ class _Gradients:
             part = take(self.shared, block)
             part.add_(_logvar_gradients(values[0], values[1], values[4]).mul_(scale).sum_to_size(part.shape))
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+    def results(self) -> ops.BackwardResults:
         if self.shared is None:
-            return self.input, self.target, self.input.new_empty((0,))
-        return self.input, self.target, _sum_shared(self.shared, self.logvar, self.input.shape)
+            return ops.BackwardResults(self.input, self.target, self.input.new_empty((0,)))
+        return ops.BackwardResults(self.input, self.target, _sum_shared(self.shared, self.logvar, self.input.shape))
 
 
 def _sum_shared(gradient: Tensor, value: Tensor, shape: torch.Size) -> Tensor:
@@ -130,42 +130,45 @@ def _sum_shared(gradient: Tensor, value: Tensor, shape: torch.Size) -> Tensor:
     return gradient.sum_to_size(value.shape).to(value.dtype).contiguous()
 
 
-@implements("reconstruction_forward")
-def reconstruction_forward(input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad):
-    arguments = _Arguments(input, target, weight, pos_weight, logvar)
-    reduced, scale = Reduced(input, reduction), grad_scale * reduction_scale(input.shape, reduction)
-    gradients = _Gradients(arguments, input, target, logvar, scale, likelihood, False) if with_grad else None
-    for block in arguments.blocks():
-        values = arguments.at(block)
+@implements(ops.forward)
+def reconstruction_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    input, likelihood = arguments.input, arguments.likelihood
+    matrices, reduced = _Matrices(*arguments.operands), Reduced(input, arguments.reduction)
+    scale = arguments.grad_scale * reduction_scale(input.shape, arguments.reduction)
+    gradients = _Gradients(matrices, arguments.operands, scale, likelihood, with_target=False) if arguments.with_grad else None
+    for block in matrices.blocks():
+        values = matrices.at(block)
         reduced.add(block, _losses(*values, likelihood))
         if gradients is not None:
             gradients.write(block, values)
     if gradients is None:
-        return reduced.result(), input.new_empty((0,)), input.new_empty((0,))
-    grad_input, _, grad_logvar = gradients.results()
-    return reduced.result(), grad_input, grad_logvar
+        return ops.ForwardResults(reduced.result(), input.new_empty((0,)), input.new_empty((0,)))
+    grads = gradients.results()
+    return ops.ForwardResults(reduced.result(), grads.grad_input, grads.grad_logvar)
 
 
-@implements("reconstruction_backward")
-def reconstruction_backward(grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, with_target):
-    arguments = _Arguments(input, target, weight, pos_weight, logvar)
-    scale = gradient_matrix(grad_output, input.shape, reduction, arguments.dtype)
-    gradients = _Gradients(arguments, input, target, logvar, scale, likelihood, with_target)
-    for block in arguments.blocks():
-        gradients.write(block, arguments.at(block))
+@implements(ops.backward)
+def reconstruction_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    return _gradients(arguments, arguments.with_target)
+
+
+def _gradients(arguments: ops.BackwardArguments | ops.BackwardInPlaceArguments, with_target: bool) -> ops.BackwardResults:
+    matrices = _Matrices(*arguments.operands)
+    scale = gradient_matrix(arguments.grad_output, arguments.input.shape, arguments.reduction, matrices.dtype)
+    gradients = _Gradients(matrices, arguments.operands, scale, arguments.likelihood, with_target)
+    for block in matrices.blocks():
+        gradients.write(block, matrices.at(block))
     return gradients.results()
 
 
-@implements("reconstruction_backward_")
-def reconstruction_backward_(
-    grad_input, grad_logvar, grad_output, expected, input, target, weight, pos_weight, logvar, likelihood, reduction
-):
+@implements(ops.backward_)
+def reconstruction_backward_(arguments: ops.BackwardInPlaceArguments) -> None:
     # Where grad_output is what was expected, the gradients are computed again all the same: nothing here may wait for the device.
-    gradients = reconstruction_backward(grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, False)
-    grad_input.copy_(gradients[0])
-    grad_logvar.copy_(gradients[2])
+    grads = _gradients(arguments, with_target=False)
+    arguments.grad_input.copy_(grads.grad_input)
+    arguments.grad_logvar.copy_(grads.grad_logvar)
 
 
-@implements("reconstruction_rescale_")
-def reconstruction_rescale_(grad, grad_output, expected):
-    grad.mul_(grad_output / expected)
+@implements(ops.rescale_)
+def reconstruction_rescale_(arguments: ops.RescaleArguments) -> None:
+    arguments.grad.mul_(arguments.grad_output / arguments.expected)

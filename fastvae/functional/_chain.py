@@ -7,21 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastvae._ops import accumulation_dtype
 from fastvae.functional._modules import call_obstacle, describe, is_exactly, read_obstacle
-from fastvae.reference.jacobian import DEFAULT_ALPHAS, FROM_PREACTIVATION, derivative
+from fastvae.ops._results import accumulation_dtype
+from fastvae.ops.jacobian import ACTIVATIONS
+from fastvae.reference.jacobian import derivative
 
-# The operators' activation and the attribute that holds its parameter.
-_ACTIVATIONS = {
-    nn.Sigmoid: ("sigmoid", None),
-    nn.Tanh: ("tanh", None),
-    nn.ReLU: ("relu", None),
-    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
-    nn.ELU: ("elu", "alpha"),
-    nn.Softplus: ("softplus", "beta"),
-    nn.SiLU: ("silu", None),
-    nn.GELU: ("gelu", None),
-}
 _DROPOUTS = (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -117,11 +107,9 @@ def _in_the_way(name: str, module: nn.Module, reason: str) -> str:
 
 def activation_of(module: nn.Module) -> tuple[str, float] | None:
     """The operators' name of an activation and its parameter."""
-    for kind, (name, attribute) in _ACTIVATIONS.items():
-        if is_exactly(module, kind):
-            if name == "gelu" and module.approximate == "tanh":
-                name = "gelu_tanh"
-            return name, getattr(module, attribute) if attribute else DEFAULT_ALPHAS.get(name, 0.0)
+    for name, activation in ACTIVATIONS.items():
+        if is_exactly(module, activation.module) and all(getattr(module, key) == value for key, value in activation.settings):
+            return name, getattr(module, activation.parameter) if activation.parameter else 0.0
     return None
 
 
@@ -149,7 +137,7 @@ def _walk(layers: list[Affine], value: Tensor):
             activation, alpha = activation_of(follower)
             before = value
             value = follower(value.clone() if getattr(follower, "inplace", False) else value)
-            hidden = before if activation in FROM_PREACTIVATION else value
+            hidden = before if ACTIVATIONS[activation].from_preactivation else value
         # Without an activation any tensor of the shape serves; without a batch-norm after it, the hidden value is the layer's output.
         yield Link(weight, hidden, activation, alpha), value
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvae._backend import FLOATS
-from fastvae._ops import REDUCTIONS
+from fastvae.ops._results import REDUCTIONS
 
 
 def check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:

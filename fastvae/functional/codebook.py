@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from fastvae import _backend
-from fastvae._ops import OVERLOADS
 from fastvae._pytree import exportable
-from fastvae.functional._autograd import apply, first_derivative_only
+from fastvae.functional._call import apply
 from fastvae.functional._checks import check_choice, check_device, check_like, check_nonnegative, check_reduction, check_shape, check_tensor
-from fastvae.reference import codebook as reference
+from fastvae.ops import codebook as ops
 
 GRADIENTS = ("straight_through", "rotation")
 
@@ -23,34 +22,6 @@ class VQ(NamedTuple):
     quantized: Tensor
     indices: Tensor
     loss: Tensor
-
-
-class _VectorQuantize(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, codebook, batch, reduction, codebook_cost, commitment_cost, rotation, backend):
-        return OVERLOADS["codebook_quantize", backend](x, codebook, batch, reduction, codebook_cost + commitment_cost)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, codebook, *ctx.arguments, ctx.backend = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, codebook, output[1])
-
-    @staticmethod
-    @first_derivative_only("fastvae.reference.codebook")
-    def backward(ctx, grad_quantized, _, grad_loss):
-        with_codebook = ctx.needs_input_grad[1]
-        grad_x, grad_codebook = OVERLOADS["codebook_quantize_backward", ctx.backend](
-            grad_quantized, grad_loss, *ctx.saved_tensors, *ctx.arguments, with_codebook
-        )
-        return grad_x, grad_codebook if with_codebook else None, *(None,) * 6
-
-    @staticmethod
-    def in_plain_torch(x, codebook, batch, reduction, codebook_cost, commitment_cost, rotation, backend):
-        return reference.quantize_batch(x, codebook, batch, reduction, codebook_cost, commitment_cost, rotation)
 
 
 def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -77,7 +48,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) ->
     """
     rows, codes = _flatten(x, codebook)
     backend = _backend.resolve("codebook_nearest", x.device, torch.promote_types(x.dtype, codebook.dtype))
-    indices, distance = OVERLOADS["codebook_nearest", backend](rows.detach(), codes.detach(), return_distance)
+    indices, distance = ops.nearest.overloads[backend](rows.detach(), codes.detach(), return_distance)
     indices = indices.view(x.shape[:-1])
     return (indices, distance.view(x.shape[:-1])) if return_distance else indices
 
@@ -125,7 +96,8 @@ def vector_quantize(
         raise ValueError(f"reduction: got {reduction!r} with several heads, takes 'none', 'sum' or 'mean'")
     batch = x.shape[0] if x.ndim > 1 else 1
     backend = _backend.resolve("codebook_quantize", x.device, torch.promote_types(x.dtype, codebook.dtype))
-    quantized, indices, loss = apply(_VectorQuantize, rows, codes, batch, number, *costs, gradient == "rotation", backend)
+    arguments = rows, codes, batch, number, *costs, gradient == "rotation"
+    quantized, indices, loss = apply(ops.VectorQuantize, arguments, backend)
     return VQ(quantized.view(x.shape), indices.view(x.shape[:-1]), loss.view(x.shape) if reduction == "none" else loss)
 
 
@@ -173,7 +145,7 @@ def codebook_sums(x: Tensor, indices: Tensor, codebook: Tensor) -> tuple[Tensor,
     check_device("indices", indices, "x", x)
     check_shape("indices", indices, x.shape[:-1], "the shape of x without its last dimension")
     backend = _backend.resolve("codebook_sums", x.device, x.dtype)
-    counts, sums = OVERLOADS["codebook_sums", backend](rows.detach(), indices.reshape(rows.shape[:2]), codes.shape[1])
+    counts, sums = ops.sums.overloads[backend](rows.detach(), indices.reshape(rows.shape[:2]), codes.shape[1])
     return counts.view(codebook.shape[:-1]), sums.view(codebook.shape)
 
 
@@ -194,7 +166,7 @@ def codebook_ema_step_(
     # Operators see (heads, codes, dim), contiguous; a view writes through.
     written = [t.contiguous() for t in state]
     heads = [t if codebook.ndim == 3 else t[None] for t in (*written, counts, sums)]
-    OVERLOADS["codebook_ema_", backend](*heads, float(decay), float(eps))
+    ops.ema_.overloads[backend](*heads, float(decay), float(eps))
     for tensor, copy in zip(state, written, strict=True):
         if copy is not tensor:
             tensor.copy_(copy)

@@ -6,44 +6,9 @@ import torch
 from torch import Tensor
 
 from fastvae import _backend
-from fastvae._ops import NORM_ACTIVATIONS, OVERLOADS
-from fastvae.functional._autograd import apply, first_derivative_only
+from fastvae.functional._call import apply
 from fastvae.functional._checks import check_choice, check_device, check_shape, check_tensor
-from fastvae.reference import group_norm as reference
-
-_ACTIVATION_NAMES = {number: name for name, number in NORM_ACTIVATIONS.items()}
-
-
-class _GroupNorm(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(input, num_groups, weight, bias, eps, activation, backend):
-        return OVERLOADS["group_norm_forward", backend](input, num_groups, weight, bias, eps, activation)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, ctx.num_groups, weight, bias, _, ctx.activation, ctx.backend = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, mean, rstd, weight, bias)
-
-    @staticmethod
-    @first_derivative_only("fastvae.reference.group_norm")
-    def backward(ctx, grad_output, *_):
-        if grad_output is None:
-            return (None,) * 7
-        input, mean, rstd, weight, bias = ctx.saved_tensors
-        grad_input, grad_weight, grad_bias = OVERLOADS["group_norm_backward", ctx.backend](
-            grad_output, input, mean, rstd, weight, bias, ctx.num_groups, ctx.activation
-        )
-        grads = None if weight is None else grad_weight, None if bias is None else grad_bias
-        return grad_input, None, *grads, None, None, None
-
-    @staticmethod
-    def in_plain_torch(input, num_groups, weight, bias, eps, activation, backend):
-        return (reference.group_norm_silu(input, num_groups, weight, bias, eps, _ACTIVATION_NAMES[activation]),)
+from fastvae.ops.group_norm import NORM_ACTIVATIONS, ForwardArguments, GroupNorm
 
 
 def group_norm_silu(
@@ -89,8 +54,8 @@ def group_norm_silu(
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps!r}, takes a finite number >= 0")
     check_choice("activation", activation, NORM_ACTIVATIONS)
-    backend = _backend.resolve("group_norm_forward", input.device, input.dtype, input.numel())
-    return apply(_GroupNorm, input, num_groups, weight, bias, float(eps), NORM_ACTIVATIONS[activation], backend)[0]
+    arguments = ForwardArguments(input, num_groups, weight, bias, float(eps), NORM_ACTIVATIONS[activation])
+    return apply(GroupNorm, arguments, _backend.resolve("group_norm_forward", input.device, input.dtype))[0]
 
 
 def _check_parameter(name: str, value, input: Tensor) -> None:

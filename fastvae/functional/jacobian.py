@@ -10,61 +10,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvae import _backend
-from fastvae._ops import ACTIVATIONS, OVERLOADS, REDUCTIONS, accumulation_dtype
 from fastvae._pytree import exportable
 from fastvae.functional import _chain
-from fastvae.functional._autograd import (
-    apply,
-    first_derivative_only,
-    may_use_written,
-    scale_written,
-    transformed,
-    without_autocast,
-    writes_gradient,
-)
+from fastvae.functional._call import apply, writes_gradient
 from fastvae.functional._checks import check_choice, check_device, check_reduction, check_scale, check_tensor
-from fastvae.reference import jacobian as reference
-from fastvae.reference._reduce import reduction_scale
-from fastvae.reference.jacobian import DEFAULT_ALPHAS
+from fastvae.ops import jacobian as ops
+from fastvae.ops._autograd import transformed, without_autocast
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduction_scale
+from fastvae.ops.jacobian import ACTIVATIONS
 
 METHODS = ("auto", "closed_form", "gram", "projection", "autograd")
 NORM_REDUCTIONS = ("batchmean", "sum", "sample")
-
-
-class _ContractivePenalty(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight, backend):
-        return OVERLOADS["jacobian_forward", backend](
-            hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        hidden, weight, ctx.activation, ctx.alpha, ctx.reduction, ctx.grad_scale, *with_grads, ctx.backend = inputs
-        _, squared_norms, grad_hidden, grad_weight = output
-        ctx.mark_non_differentiable(squared_norms, grad_hidden, grad_weight)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, squared_norms, grad_hidden, grad_weight)
-        ctx.written = any(with_grads)
-
-    @staticmethod
-    @first_derivative_only("fastvae.reference.jacobian")
-    def backward(ctx, grad_output, *_):
-        if grad_output is None:
-            return (None,) * 9
-        hidden, weight, squared_norms, *written = ctx.saved_tensors
-        grads = scale_written(written, grad_output, ctx.grad_scale) if ctx.written and may_use_written(grad_output) else None
-        if grads is None:
-            grads = OVERLOADS["jacobian_backward", ctx.backend](
-                grad_output, hidden, weight, squared_norms, ctx.activation, ctx.alpha, ctx.reduction, *ctx.needs_input_grad[:2]
-            )
-        return *(grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
-
-    @staticmethod
-    def in_plain_torch(hidden, weight, activation, alpha, reduction, *_):
-        return (reference.penalty(hidden, weight, activation, alpha, reduction),)
 
 
 def contractive_penalty(
@@ -104,12 +60,10 @@ def contractive_penalty(
     """
     check_choice("activation", activation, ACTIVATIONS)
     _check_layer(hidden, weight)
-    number, scale = check_reduction(reduction), check_scale(grad_scale)
-    backend = _backend.resolve("jacobian_forward", hidden.device, hidden.dtype, hidden.numel())
+    number, scale, alpha = check_reduction(reduction), check_scale(grad_scale), _check_alpha(activation, alpha)
     with_grads = _written_gradients(hidden, weight, reduction, scale)
-    return apply(
-        _ContractivePenalty, hidden, weight, ACTIVATIONS[activation], _check_alpha(activation, alpha), number, scale, *with_grads, backend
-    )[0]
+    arguments = ops.ForwardArguments(hidden, weight, ACTIVATIONS[activation].number, alpha, number, scale, *with_grads)
+    return apply(ops.ContractivePenalty, arguments, _backend.resolve("jacobian_forward", hidden.device, hidden.dtype))[0]
 
 
 def _written_gradients(hidden, weight, reduction, grad_scale) -> tuple[bool, bool]:
@@ -133,60 +87,19 @@ def _check_layer(hidden, weight) -> None:
 
 def _check_alpha(activation, alpha) -> float:
     if alpha is None:
-        return DEFAULT_ALPHAS.get(activation, 0.0)
-    if activation not in DEFAULT_ALPHAS:
+        return ACTIVATIONS[activation].alpha
+    if not ACTIVATIONS[activation].has_parameter:
         raise ValueError(f"alpha: got {alpha!r}, takes None: {activation!r} has no parameter")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"alpha: got {alpha!r}, takes a finite number")
     return float(alpha)
 
 
-class _GramPenalty(torch.autograd.Function):
-    """sum_j of |(S V W)_j|^2 for S V = ``outer left inner`` of each sample and a matrix W = ``lower`` that all samples share."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(left, inner, outer, lower, reduction, with_grad, backend):
-        norms, *grads = OVERLOADS["jacobian_gram", backend](left, inner, outer, lower @ lower.T, None, with_grad)
-        if reduction != REDUCTIONS["sample"]:
-            norms = norms.sum() * reduction_scale(outer.shape[:1], reduction)
-        return norms, *grads
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.reduction, ctx.written, ctx.backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:])
-
-    @staticmethod
-    @first_derivative_only("fastvae.reference.jacobian")
-    def backward(ctx, grad_output, *_):
-        if grad_output is None:
-            return (None,) * 7
-        left, inner, outer, lower, *grads = ctx.saved_tensors
-        factor = grad_output * reduction_scale(outer.shape[:1], ctx.reduction)
-        # As in the forward pass: autocast would round the products.
-        with without_autocast(left.device):
-            if ctx.written:
-                grads = [grad * factor for grad in grads]
-            else:
-                weights = factor.expand(outer.shape[0])
-                _, *grads = OVERLOADS["jacobian_gram", ctx.backend](left, inner, outer, lower @ lower.T, weights, True)
-            *grads, grad_gram = grads
-            return *grads, 2.0 * grad_gram @ lower, None, None, None
-
-    @staticmethod
-    def in_plain_torch(left, inner, outer, lower, reduction, *_):
-        return (reference.gram_norms(left, inner, outer, lower, reduction),)
-
-
 def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, reduction: str) -> Tensor:
     tensors = left, inner, outer, lower
     with_grad = reduction != "sample" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    backend = _backend.resolve("jacobian_gram", left.device, left.dtype, outer.numel() * inner.shape[1])
-    return apply(_GramPenalty, *tensors, REDUCTIONS[reduction], with_grad, backend)[0]
+    backend = _backend.resolve("jacobian_gram", left.device, left.dtype)
+    return apply(ops.GramPenalty, (*tensors, REDUCTIONS[reduction], with_grad), backend)[0]
 
 
 @exportable
@@ -343,7 +256,7 @@ def _in_chunks(make: Callable[[], Callable[[Tensor], tuple[Tensor, Tensor]]], x:
 
 def _closed_form(layers, x, reduction) -> tuple[Tensor, Tensor]:
     (link,), code = _chain.encode_chain(layers, x)
-    alpha = link.alpha if link.activation in DEFAULT_ALPHAS else None
+    alpha = link.alpha if ACTIVATIONS[link.activation].has_parameter else None
     return contractive_penalty(link.hidden, link.weight, link.activation, reduction, alpha=alpha), code
 
 

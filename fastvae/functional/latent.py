@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvae import _backend
-from fastvae._ops import OVERLOADS, accumulation_dtype
-from fastvae.functional._autograd import apply, first_derivative_only
+from fastvae.functional._call import apply
 from fastvae.functional._checks import (
     check_device,
     check_expands,
@@ -17,60 +16,9 @@ from fastvae.functional._checks import (
     check_shape,
     check_tensor,
 )
-from fastvae.reference import latent as reference
+from fastvae.ops.latent import ForwardArguments, ReparameterizeKL
 
 LOGVAR_CLAMP = (-30.0, 20.0)
-
-
-class _ReparameterizeKL(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise, backend
-    ):
-        return OVERLOADS["latent_forward", backend](
-            mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, eps, seed, num_samples, with_kl, reduction, _, clamp_min, clamp_max, keep_noise, backend = inputs
-        z, kl, active, noise = output
-        ctx.set_materialize_grads(False)
-        absent = () if with_kl else (kl,)
-        absent += (z,) if eps is None and seed is None else ()
-        ctx.mark_non_differentiable(active, noise, *absent)
-        ctx.save_for_backward(*tensors, noise if keep_noise else eps, None if keep_noise else seed, active)
-        ctx.arguments = num_samples, reduction, clamp_min, clamp_max
-        ctx.with_kl = with_kl
-        ctx.backend = backend
-
-    @staticmethod
-    @first_derivative_only("fastvae.reference.latent")
-    def backward(ctx, grad_z, grad_kl, *_):
-        mu, logvar, prior_mu, prior_logvar, eps, seed, active = ctx.saved_tensors
-        # What the forward pass did not give has no gradient, though torch.compile brings zeros for it.
-        grad_z = None if eps is None and seed is None else grad_z
-        grad_kl = grad_kl if ctx.with_kl else None
-        grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar = OVERLOADS["latent_backward", ctx.backend](
-            grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, *ctx.arguments
-        )
-        has_prior = prior_mu is not None
-        prior_grads = (grad_prior_mu, grad_prior_logvar) if has_prior else (None, None)
-        grad_eps = _eps_gradient(grad_z, mu, logvar, ctx.arguments) if ctx.needs_input_grad[4] and grad_z is not None else None
-        return grad_mu, grad_logvar, *prior_grads, grad_eps, *(None,) * 9
-
-    @staticmethod
-    def in_plain_torch(*args):
-        return reference.latent_forward(*args[:-1])
-
-
-def _eps_gradient(grad_z, mu, logvar, arguments):
-    """Rarely needed (the noise is a function of something that learns), so plain PyTorch."""
-    *_, clamp_min, clamp_max = arguments
-    wide = accumulation_dtype(mu.dtype)
-    return (grad_z.to(wide) * torch.exp(0.5 * logvar.to(wide).clamp(clamp_min, clamp_max))).to(mu.dtype)
 
 
 def reparameterize(
@@ -103,12 +51,7 @@ def reparameterize(
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it.
     """
-    check_posterior("mu", mu, "logvar", logvar)
-    options = 0, 0.0, *_check_clamp(logvar_clamp)
-    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
-    eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)
-    keep_noise = _keeps_noise(backend, seed, mu, logvar)
-    return apply(_ReparameterizeKL, mu, logvar, None, None, eps, seed, num_samples, False, *options, keep_noise, backend)[0]
+    return _sample(mu, logvar, None, None, num_samples, eps, generator, seed, logvar_clamp, with_kl=False)[0]
 
 
 def kl_normal(
@@ -145,9 +88,23 @@ def kl_normal(
     """
     check_posterior("mu", mu, "logvar", logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
-    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
-    options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
-    return apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, None, None, None, True, *options, False, backend)[1]
+    clamp_min, clamp_max = _check_clamp(logvar_clamp)
+    arguments = ForwardArguments(
+        mu,
+        logvar,
+        prior_mu,
+        prior_logvar,
+        eps=None,
+        seed=None,
+        num_samples=None,
+        with_kl=True,
+        reduction=check_reduction(reduction),
+        free_bits=check_nonnegative("free_bits", free_bits),
+        clamp_min=clamp_min,
+        clamp_max=clamp_max,
+        keep_noise=False,
+    )
+    return apply(ReparameterizeKL, arguments, _backend.resolve("latent_forward", mu.device, mu.dtype))[1]
 
 
 def reparameterize_kl(
@@ -169,15 +126,36 @@ def reparameterize_kl(
     On a GPU the noise is not stored: the backward pass draws it again from the seed. Arguments, results and errors are those of the two
     functions.
     """
+    kl = {"with_kl": True, "reduction": reduction, "free_bits": free_bits}
+    z, kl, *_ = _sample(mu, logvar, prior_mu, prior_logvar, num_samples, eps, generator, seed, logvar_clamp, **kl)
+    return z, kl
+
+
+def _sample(
+    mu, logvar, prior_mu, prior_logvar, num_samples, eps, generator, seed, logvar_clamp, *, with_kl, reduction="none", free_bits=0.0
+):
     check_posterior("mu", mu, "logvar", logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
-    options = check_reduction(reduction), check_nonnegative("free_bits", free_bits), *_check_clamp(logvar_clamp)
-    backend = _backend.resolve("latent_forward", mu.device, mu.dtype, mu.numel())
+    reduction, free_bits = check_reduction(reduction), check_nonnegative("free_bits", free_bits)
+    clamp_min, clamp_max = _check_clamp(logvar_clamp)
+    backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
     eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)
-    keep_noise = _keeps_noise(backend, seed, mu, logvar)
-    noise = eps, seed, num_samples
-    z, kl, *_ = apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, *noise, True, *options, keep_noise, backend)
-    return z, kl
+    arguments = ForwardArguments(
+        mu,
+        logvar,
+        prior_mu,
+        prior_logvar,
+        eps,
+        seed,
+        num_samples,
+        with_kl,
+        reduction,
+        free_bits,
+        clamp_min,
+        clamp_max,
+        keep_noise=_keeps_noise(backend, seed, mu, logvar),
+    )
+    return apply(ReparameterizeKL, arguments, backend)
 
 
 def _check_prior(mu, prior_mu, prior_logvar):
@@ -245,7 +223,7 @@ def _seed_tensor(seed, device):
 def _keeps_noise(backend, seed, mu, logvar):
     """Whether drawn noise is stored for the backward pass. On a CPU drawing it again costs five times as much as storing it."""
     differentiated = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
-    return differentiated and seed is not None and backend in _backend.KEEPS_NOISE
+    return differentiated and seed is not None and _backend.BACKENDS[backend].keeps_noise
 
 
 def _check_clamp(limits):

@@ -9,9 +9,8 @@ from torch._subclasses import FakeTensor
 
 from fastvae import _backend
 from fastvae._backend import FLOATS
-from fastvae._ops import LIKELIHOODS, OVERLOADS
 from fastvae._pytree import exportable
-from fastvae.functional._autograd import apply, first_derivative_only, may_use_written, scale_written, writes_gradient
+from fastvae.functional._call import apply, writes_gradient
 from fastvae.functional._checks import (
     check_choice,
     check_device,
@@ -24,72 +23,11 @@ from fastvae.functional._checks import (
     check_tensor,
 )
 from fastvae.functional.latent import kl_normal
+from fastvae.ops.reconstruction import LIKELIHOODS, ForwardArguments, Reconstruction
 from fastvae.reference import reconstruction as reference
 
 # A gradient of log sigma^2 shared by at most so many values is summed in the kernel; a longer one in two steps.
 MAX_SHARED_LOGVAR = 4096
-
-
-class _Reconstruction(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad, backend):
-        return OVERLOADS["reconstruction_forward", backend](
-            input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.likelihood, ctx.reduction, ctx.grad_scale, ctx.with_grad, ctx.backend = inputs
-        _, grad_input, grad_logvar = output
-        ctx.mark_non_differentiable(grad_input, grad_logvar)
-        ctx.set_materialize_grads(False)
-        # The inputs too: a backward pass over a retained graph starts from them.
-        ctx.save_for_backward(*tensors, grad_input, grad_logvar)
-
-    @staticmethod
-    @first_derivative_only("fastvae.reference.reconstruction")
-    def backward(ctx, grad_output, *_):
-        if grad_output is None:
-            return (None,) * 10
-        *tensors, grad_input, grad_logvar = ctx.saved_tensors
-        written = None
-        if ctx.with_grad and may_use_written(grad_output):
-            written = _use_written(ctx, grad_output, tensors, grad_input, grad_logvar)
-        if written is not None:
-            grad_target, (grad_input, grad_logvar) = None, written
-        else:
-            grad_input, grad_target, grad_logvar = OVERLOADS["reconstruction_backward", ctx.backend](
-                grad_output, *tensors, ctx.likelihood, ctx.reduction, ctx.needs_input_grad[1]
-            )
-        grad_target = grad_target if ctx.needs_input_grad[1] else None
-        grad_logvar = None if tensors[4] is None else grad_logvar
-        return grad_input, grad_target, None, None, grad_logvar, *(None,) * 5
-
-    @staticmethod
-    def in_plain_torch(input, target, weight, pos_weight, logvar, likelihood, reduction, *_):
-        return (reference.loss(input, target, weight, pos_weight, logvar, likelihood, reduction),)
-
-
-def _use_written(ctx, grad_output, tensors, grad_input, grad_logvar) -> list[Tensor] | None:
-    """The gradients that the forward pass wrote, brought to ``grad_output``; None where they have to be computed again.
-
-    On another device than the CPU the kernels compare ``grad_output`` with what it was expected to be, as nothing may wait for it, and
-    return early where the two agree.
-    """
-    written = [grad_input, grad_logvar]
-    if grad_input.device.type == "cpu":
-        return scale_written(written, grad_output, ctx.grad_scale)
-    # Aliases that autograd's version check does not see.
-    aliases = [gradient.data for gradient in written]
-    if any(alias.element_size() == 2 for alias in aliases):
-        # Scaling would round them twice.
-        OVERLOADS["reconstruction_backward_", ctx.backend](*aliases, grad_output, ctx.grad_scale, *tensors, ctx.likelihood, ctx.reduction)
-    else:
-        for alias in aliases:
-            OVERLOADS["reconstruction_rescale_", ctx.backend](alias, grad_output, ctx.grad_scale)
-    return written
 
 
 def binary_cross_entropy_with_logits(
@@ -314,14 +252,16 @@ def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad
             _check_shared(name, value, input)
     if target.dtype != input.dtype:
         input = _promote(input, target, reduction)
-    options = check_reduction(reduction), check_scale(grad_scale), _writes_gradient(input, target, logvar, reduction, grad_scale)
-    backend = _backend.resolve("reconstruction_forward", input.device, input.dtype, input.numel())
+    number, scale = check_reduction(reduction), check_scale(grad_scale)
+    with_grad = _writes_gradient(input, target, logvar, reduction, scale)
     order = None if input.is_contiguous() else _memory_order(input, reduction)
-    shared = [_share(value, input.shape, order) for value in (weight, pos_weight)]
+    weight, pos_weight = (_share(value, input.shape, order) for value in (weight, pos_weight))
     logvar = _share(logvar, input.shape, order, MAX_SHARED_LOGVAR)
     if order is not None:
         input, target = input.permute(order), target.permute(order)
-    loss = apply(_Reconstruction, input, target, *shared, logvar, LIKELIHOODS[likelihood], *options, backend)[0]
+    backend = _backend.resolve("reconstruction_forward", input.device, input.dtype)
+    arguments = ForwardArguments(input, target, weight, pos_weight, logvar, LIKELIHOODS[likelihood], number, scale, with_grad)
+    loss = apply(Reconstruction, arguments, backend)[0]
     if order is not None and reduction == "none":
         return loss.permute([order.index(d) for d in range(len(order))])
     return loss

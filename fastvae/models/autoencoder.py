@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
-from fastvae._ops import accumulation_dtype
 from fastvae._pytree import exportable
 from fastvae.functional._checks import check_choice, check_nonnegative
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.nn.corruption import GaussianNoise
+from fastvae.ops._results import accumulation_dtype
 
 LOSSES = {"mse": FV.mse_loss, "bce_with_logits": FV.binary_cross_entropy_with_logits, "bce": FV.binary_cross_entropy}
 ACTIVATIONS = {

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.functional._autograd import graph_is_retained
+from fastvae.ops._autograd import graph_is_retained
 
 # Each pending pass holds a copy of the codebook. A loop in training mode under torch.no_grad(), without backward passes, leaves so many.
 MAX_PENDING = 16

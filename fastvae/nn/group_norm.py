@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
-from fastvae._ops import NORM_ACTIVATIONS
 from fastvae.functional._checks import check_choice
 from fastvae.functional._modules import describe, swap_obstacle
+from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
 
 class GroupNormSiLU(nn.GroupNorm):

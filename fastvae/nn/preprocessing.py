@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvae._ops import accumulation_dtype
+from fastvae.ops._results import accumulation_dtype
 
 
 class _AffineScaler(nn.Module):

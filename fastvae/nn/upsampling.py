@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvae._ops import channels_are_last
 from fastvae.functional._modules import describe, swap_obstacle
+from fastvae.ops._results import channels_are_last
 
 
 def _by_parity(weight: Tensor, dim: int) -> Tensor:

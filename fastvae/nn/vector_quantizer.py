@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae._pytree import exportable
-from fastvae.functional._autograd import transformed
 from fastvae.functional._checks import check_choice, check_nonnegative
 from fastvae.functional.codebook import GRADIENTS, codebook_ema_step_, codebook_sums
 from fastvae.nn import _processes
 from fastvae.nn._recompute import PendingPasses, fingerprint, is_recomputing, keep_out_of_checkpoints, may_be_recomputed, with_value
+from fastvae.ops._autograd import transformed
 
 UPDATES = ("ema", "gradient")
 

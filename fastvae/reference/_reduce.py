@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastvae._ops import REDUCTIONS, accumulation_dtype, reduced_shape
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduced_count, reduced_shape, reduction_scale
 
 
 def reduce_elements(elements: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
@@ -13,21 +13,7 @@ def reduce_elements(elements: Tensor, reduction: int, dtype: torch.dtype) -> Ten
     if reduction == REDUCTIONS["sample"]:
         return elements.sum(tuple(range(1, elements.ndim))) if elements.ndim > 1 else elements.clone()
     # By an integer: in forward mode torch gives the product of a 0-dim tensor and a Python float a tangent in float64.
-    return elements.sum() / _count(elements.shape, reduction)
-
-
-def reduction_scale(shape: torch.Size, reduction: int) -> float:
-    """What the sum over all elements is multiplied with."""
-    return 1.0 / _count(shape, reduction)
-
-
-def _count(shape: torch.Size, reduction: int) -> int:
-    """How many the sum over all elements is a mean of. An empty batch has the loss 0, not the NaN of 0 / 0."""
-    if reduction == REDUCTIONS["mean"]:
-        return max(shape.numel(), 1)
-    if reduction == REDUCTIONS["batchmean"]:
-        return max(shape[0] if len(shape) else 1, 1)
-    return 1
+    return elements.sum() / reduced_count(elements.shape, reduction)
 
 
 def expand_gradient(grad_output: Tensor, shape: torch.Size, reduction: int) -> Tensor:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from fastvae._ops import REDUCTIONS, accumulation_dtype
-from fastvae.reference._reduce import reduction_scale
+from fastvae.ops import codebook as ops
+from fastvae.ops._autograd import in_plain_torch
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype
 
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -39,6 +40,11 @@ def quantize(
     """:func:`fastvae.functional.vector_quantize` for ``x`` (heads, rows, dim), differentiable by autograd."""
     costs = codebook_cost, commitment_cost
     return quantize_batch(x, codebook, x.shape[1], REDUCTIONS[reduction], *costs, gradient == "rotation")
+
+
+@in_plain_torch(ops.VectorQuantize)
+def _quantize_in_plain_torch(inputs: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    return quantize_batch(*inputs)
 
 
 def quantize_batch(
@@ -84,11 +90,7 @@ def _reduce(errors: Tensor, batch: int, reduction: int, dtype: torch.dtype) -> T
         return errors.to(dtype)
     if reduction == REDUCTIONS["sample"]:
         return errors.reshape(batch, -1).sum(1) if errors.numel() else errors.new_zeros((batch,))
-    return errors.sum() * _scale(errors.shape, batch, reduction)
-
-
-def _scale(shape: torch.Size, batch: int, reduction: int) -> float:
-    return reduction_scale(shape if reduction == REDUCTIONS["mean"] else torch.Size((batch,)), reduction)
+    return errors.sum() * ops.loss_scale(errors.shape, batch, reduction)
 
 
 def _check_finite(codebook: Tensor) -> None:
@@ -96,41 +98,42 @@ def _check_finite(codebook: Tensor) -> None:
         raise ValueError("codebook: got NaN or infinite values, takes finite ones")
 
 
-@torch.library.impl("fastvae::codebook_nearest.reference", "CompositeExplicitAutograd")
-def _codebook_nearest(x, codebook, with_distance):
+@ops.nearest.implement("reference")
+def _codebook_nearest(arguments: ops.NearestArguments) -> ops.NearestResults:
+    x, codebook = arguments.x, arguments.codebook
     _check_finite(codebook)
     indices, dtype = nearest(x, codebook), accumulation_dtype(x.dtype)
-    if not with_distance:
-        return indices, x.new_empty((0,), dtype=dtype)
-    return indices, ((x.double() - lookup(codebook, indices).double()) ** 2).sum(-1).to(dtype)
+    if not arguments.with_distance:
+        return ops.NearestResults(indices, x.new_empty((0,), dtype=dtype))
+    return ops.NearestResults(indices, ((x.double() - lookup(codebook, indices).double()) ** 2).sum(-1).to(dtype))
 
 
-@torch.library.impl("fastvae::codebook_quantize.reference", "CompositeExplicitAutograd")
-def _codebook_quantize(x, codebook, batch, reduction, loss_weight):
+@ops.quantize.implement("reference")
+def _codebook_quantize(arguments: ops.QuantizeArguments) -> ops.QuantizeResults:
+    x, codebook = arguments.x, arguments.codebook
     _check_finite(codebook)
     indices, dtype = nearest(x, codebook), accumulation_dtype(x.dtype)
     codes = lookup(codebook, indices).to(dtype)
-    errors = loss_weight * (x.to(dtype) - codes) ** 2
-    return codes.to(x.dtype), indices, _reduce(errors, batch, reduction, x.dtype)
+    errors = arguments.loss_weight * (x.to(dtype) - codes) ** 2
+    return ops.QuantizeResults(codes.to(x.dtype), indices, _reduce(errors, arguments.batch, arguments.reduction, x.dtype))
 
 
-@torch.library.impl("fastvae::codebook_quantize_backward.reference", "CompositeExplicitAutograd")
-def _codebook_quantize_backward(
-    grad_quantized, grad_loss, x, codebook, indices, batch, reduction, codebook_cost, commitment_cost, rotation, with_codebook
-):
+@ops.quantize_backward.implement("reference")
+def _codebook_quantize_backward(arguments: ops.QuantizeBackwardArguments) -> ops.QuantizeBackwardResults:
+    x, codebook, indices = arguments.x, arguments.codebook, arguments.indices
     dtype = accumulation_dtype(x.dtype)
     wide, codes = x.to(dtype), lookup(codebook, indices).to(dtype)
-    grad_x, grad_codebook = torch.zeros_like(wide), torch.zeros(codebook.shape if with_codebook else (0,), dtype=dtype, device=x.device)
-    if grad_quantized is not None:
-        incoming = grad_quantized.to(dtype)
-        grad_x = grad_x + (_rotate_back(incoming, wide, codes) if rotation else incoming)
-    if grad_loss is not None:
-        weight = _expand(grad_loss.to(dtype), x.shape, batch, reduction)
+    grad_x, grad_codebook = torch.zeros_like(wide), torch.zeros_like(arguments.allocate().grad_codebook, dtype=dtype)
+    if arguments.grad_quantized is not None:
+        incoming = arguments.grad_quantized.to(dtype)
+        grad_x = grad_x + (_rotate_back(incoming, wide, codes) if arguments.rotation else incoming)
+    if arguments.grad_loss is not None:
+        weight = _expand(arguments.grad_loss.to(dtype), x.shape, arguments.batch, arguments.reduction)
         pull = 2.0 * weight * (wide - codes)
-        grad_x = grad_x + commitment_cost * pull
-        if with_codebook:
-            grad_codebook.scatter_add_(1, indices[..., None].expand(x.shape), -codebook_cost * pull)
-    return grad_x.to(x.dtype).contiguous(), grad_codebook.to(codebook.dtype)
+        grad_x = grad_x + arguments.commitment_cost * pull
+        if arguments.with_codebook:
+            grad_codebook.scatter_add_(1, indices[..., None].expand(x.shape), -arguments.codebook_cost * pull)
+    return ops.QuantizeBackwardResults(grad_x.to(x.dtype).contiguous(), grad_codebook.to(codebook.dtype))
 
 
 def _expand(grad_loss: Tensor, shape: torch.Size, batch: int, reduction: int) -> Tensor:
@@ -139,22 +142,24 @@ def _expand(grad_loss: Tensor, shape: torch.Size, batch: int, reduction: int) ->
     if reduction == REDUCTIONS["sample"]:
         rows = shape[1] // max(batch, 1)
         return grad_loss.repeat_interleave(rows).view(1, -1, 1)
-    return grad_loss * _scale(shape, batch, reduction)
+    return grad_loss * ops.loss_scale(shape, batch, reduction)
 
 
-@torch.library.impl("fastvae::codebook_sums.reference", "CompositeExplicitAutograd")
-def _codebook_sums(x, indices, codes):
+@ops.sums.implement("reference")
+def _codebook_sums(arguments: ops.SumsArguments) -> ops.SumsResults:
+    x, indices, codes = arguments
     # One bin more, for the rows that are left out.
     bins = torch.where((indices < 0) | ~torch.isfinite(x).all(-1), codes, indices)
     counts = torch.zeros((x.shape[0], codes + 1), dtype=torch.int64, device=x.device)
     counts.scatter_add_(1, bins, torch.ones_like(bins))
     sums = torch.zeros((x.shape[0], codes + 1, x.shape[2]), dtype=accumulation_dtype(x.dtype), device=x.device)
     sums.scatter_add_(1, bins[..., None].expand(x.shape), x.to(sums.dtype))
-    return counts[:, :codes].contiguous(), sums[:, :codes].contiguous()
+    return ops.SumsResults(counts[:, :codes].contiguous(), sums[:, :codes].contiguous())
 
 
-@torch.library.impl("fastvae::codebook_ema_.reference", "CompositeExplicitAutograd")
-def _codebook_ema_(codebook, ema_count, ema_sum, counts, sums, decay, eps):
+@ops.ema_.implement("reference")
+def _codebook_ema_(arguments: ops.EmaArguments) -> None:
+    codebook, ema_count, ema_sum, counts, sums, decay, eps = arguments
     ema_count.mul_(decay).add_(counts.to(ema_count.dtype), alpha=1.0 - decay)
     ema_sum.mul_(decay).add_(sums.to(ema_sum.dtype), alpha=1.0 - decay)
     total = ema_count.sum(-1, keepdim=True)

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastvae._ops import NORM_ACTIVATIONS, accumulation_dtype, channels_are_last
+from fastvae.ops import group_norm as ops
+from fastvae.ops._autograd import in_plain_torch
+from fastvae.ops._results import accumulation_dtype, channels_are_last
+from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
 
 def _groups(input: Tensor, num_groups: int) -> Tensor:
@@ -42,28 +45,29 @@ def _in_layout(values: Tensor, like: Tensor) -> Tensor:
 
 def group_norm_silu(input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu") -> Tensor:
     """:func:`fastvae.functional.group_norm_silu`, differentiable any number of times."""
-    wide = input.to(accumulation_dtype(input.dtype))
-    normal = _normalise(wide, *_statistics(_groups(wide, num_groups), eps))
-    affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
-    return _in_layout(torch.nn.functional.silu(affine) if activation == "silu" else affine, input)
+    return group_norm_forward(ops.ForwardArguments(input, num_groups, weight, bias, eps, NORM_ACTIVATIONS[activation])).output
 
 
-@torch.library.impl("fastvae::group_norm_forward.reference", "CompositeExplicitAutograd")
-def _group_norm_forward(input, num_groups, weight, bias, eps, activation):
+@in_plain_torch(ops.GroupNorm)
+@ops.forward.implement("reference")
+def group_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    """The operator, differentiable any number of times in either mode where it is called as this function."""
+    input, weight, bias = arguments.input, arguments.weight, arguments.bias
     wide = input.to(accumulation_dtype(input.dtype))
-    mean, rstd = _statistics(_groups(wide, num_groups), eps)
+    mean, rstd = _statistics(_groups(wide, arguments.num_groups), arguments.eps)
     normal = _normalise(wide, mean, rstd)
     affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
-    output = torch.nn.functional.silu(affine) if activation == NORM_ACTIVATIONS["silu"] else affine
-    return _in_layout(output, input), mean, rstd
+    output = torch.nn.functional.silu(affine) if arguments.activation == NORM_ACTIVATIONS["silu"] else affine
+    return ops.ForwardResults(_in_layout(output, input), mean, rstd)
 
 
-@torch.library.impl("fastvae::group_norm_backward.reference", "CompositeExplicitAutograd")
-def _group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation):
-    wide, grad = (t.to(accumulation_dtype(input.dtype)) for t in (input, grad_output))
-    normal = _normalise(wide, mean, rstd)
+@ops.backward.implement("reference")
+def _group_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    input, rstd, weight, bias, num_groups = arguments.input, arguments.rstd, arguments.weight, arguments.bias, arguments.num_groups
+    wide, grad = (t.to(accumulation_dtype(input.dtype)) for t in (input, arguments.grad_output))
+    normal = _normalise(wide, arguments.mean, rstd)
     scale = _per_channel(weight, normal, 1.0)
-    if activation == NORM_ACTIVATIONS["silu"]:
+    if arguments.activation == NORM_ACTIVATIONS["silu"]:
         affine = normal * scale + _per_channel(bias, normal, 0.0)
         sigmoid = torch.sigmoid(affine)
         grad = grad * sigmoid * (1.0 + affine * (1.0 - sigmoid))
@@ -77,4 +81,4 @@ def _group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_group
     mean_grad = scaled.sum(2, keepdim=True) / count
     projection = (scaled * standard).sum(2, keepdim=True) / count
     grad_input = (scaled - mean_grad - standard * projection) * rstd.to(wide.dtype).unsqueeze(2)
-    return _in_layout(grad_input.view(input.shape), input), grad_weight, grad_bias
+    return ops.BackwardResults(_in_layout(grad_input.view(input.shape), input), grad_weight, grad_bias)

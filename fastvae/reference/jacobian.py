@@ -2,23 +2,16 @@
 tests."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastvae._ops import ACTIVATIONS, OVERLOADS, REDUCTIONS, accumulation_dtype
+from fastvae.ops import jacobian as ops
+from fastvae.ops._autograd import in_plain_torch
+from fastvae.ops._gram_chunks import gram_in_chunks
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype
+from fastvae.ops.jacobian import ACTIVATION_NAMES, ACTIVATIONS
 from fastvae.reference._reduce import expand_gradient, reduce_elements
-
-_NAMES = {number: name for name, number in ACTIVATIONS.items()}
-# What `alpha` is where nobody gives one; the activations that are not here have no parameter.
-DEFAULT_ALPHAS = {"leaky_relu": 0.01, "elu": 1.0, "softplus": 1.0}
-# Whose derivative takes the pre-activation: the output does not determine it.
-FROM_PREACTIVATION = ("silu", "gelu", "gelu_tanh")
-
-# Elements of a scaled matrix: few enough that memory does not grow with the batch, enough that what each chunk costs beside its products
-# does not count.
-GRAM_ELEMENTS = 1 << 21
 
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
@@ -26,7 +19,7 @@ _CUBIC = 0.044715
 
 
 def derivative(hidden: Tensor, activation: str, alpha: float) -> Tensor:
-    """The activation's derivative from its output (from its input for those in ``FROM_PREACTIVATION``), itself differentiable."""
+    """The activation's derivative from its output (from its input where that determines it alone: ``Activation.from_preactivation``), itself differentiable."""
     return derivatives(hidden, activation, alpha)[0]
 
 
@@ -67,42 +60,60 @@ def _ones(h: Tensor) -> Tensor:
 
 def contractive_penalty(hidden, weight, activation="sigmoid", reduction="batchmean", *, alpha: float | None = None) -> Tensor:
     """:func:`fastvae.functional.contractive_penalty`, differentiable any number of times."""
-    alpha = DEFAULT_ALPHAS.get(activation, 0.0) if alpha is None else alpha
-    return penalty(hidden, weight, ACTIVATIONS[activation], alpha, REDUCTIONS[reduction])
+    alpha = ACTIVATIONS[activation].alpha if alpha is None else alpha
+    return penalty(hidden, weight, ACTIVATIONS[activation].number, alpha, REDUCTIONS[reduction])
 
 
 def penalty(hidden, weight, activation: int, alpha: float, reduction: int) -> Tensor:
     """The operator's penalty, differentiable any number of times in either mode."""
     dtype = accumulation_dtype(hidden.dtype)
-    slopes = derivative(hidden.to(dtype), _NAMES[activation], alpha)
+    slopes = derivative(hidden.to(dtype), ACTIVATION_NAMES[activation], alpha)
     return reduce_elements(slopes.square() * weight.to(dtype).square().sum(1), reduction, hidden.dtype)
 
 
-def _gradients(weights, hidden, weight, norms, activation, alpha, with_grad_hidden, with_grad_weight):
-    slope, change = derivatives(hidden.to(norms.dtype), _NAMES[activation], alpha)
-    grad_hidden, grad_weight = hidden.new_empty((0,)), weight.new_empty((0,))
-    if with_grad_hidden:
-        grad_hidden = (weights * norms * 2.0 * slope * change).to(hidden.dtype).contiguous()
-    if with_grad_weight:
+@in_plain_torch(ops.ContractivePenalty)
+def _penalty_in_plain_torch(arguments: ops.ForwardArguments) -> tuple[Tensor]:
+    hidden, weight, activation, alpha, reduction, *_ = arguments
+    return (penalty(hidden, weight, activation, alpha, reduction),)
+
+
+def _gradients(weights, norms, arguments: ops.ForwardArguments | ops.BackwardArguments) -> ops.BackwardResults:
+    """The gradients of the penalties of hidden's elements, each times its element of ``weights``."""
+    grads = arguments.allocate()
+    hidden, weight = arguments.hidden, arguments.weight
+    slope, change = derivatives(hidden.to(norms.dtype), ACTIVATION_NAMES[arguments.activation], arguments.alpha)
+    if arguments.with_grad_hidden:
+        grads.grad_hidden.copy_(weights * norms * 2.0 * slope * change)
+    if arguments.with_grad_weight:
         columns = (weights * slope.square()).sum(0)
-        grad_weight = (2.0 * columns.unsqueeze(1) * weight.to(norms.dtype)).to(weight.dtype).contiguous()
-    return grad_hidden, grad_weight
+        grads.grad_weight.copy_(2.0 * columns.unsqueeze(1) * weight.to(norms.dtype))
+    return ops.BackwardResults(grads.grad_hidden, grads.grad_weight)
 
 
-@torch.library.impl("fastvae::jacobian_forward.reference", "CompositeExplicitAutograd")
-def _jacobian_forward(hidden, weight, activation, alpha, reduction, grad_scale, with_grad_hidden, with_grad_weight):
+@ops.forward.implement("reference")
+def _jacobian_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    hidden, weight, reduction = arguments.hidden, arguments.weight, arguments.reduction
     dtype = accumulation_dtype(hidden.dtype)
     norms = weight.to(dtype).square().sum(1)
-    elements = derivative(hidden.to(dtype), _NAMES[activation], alpha).square() * norms
-    weights = expand_gradient(norms.new_full((), grad_scale), hidden.shape, reduction) if with_grad_hidden or with_grad_weight else None
-    grads = _gradients(weights, hidden, weight, norms, activation, alpha, with_grad_hidden, with_grad_weight)
-    return reduce_elements(elements, reduction, hidden.dtype), norms, *grads
+    elements = derivative(hidden.to(dtype), ACTIVATION_NAMES[arguments.activation], arguments.alpha).square() * norms
+    weights = expand_gradient(norms.new_full((), arguments.grad_scale), hidden.shape, reduction) if _is_scalar(reduction) else None
+    return ops.ForwardResults(reduce_elements(elements, reduction, hidden.dtype), norms, *_gradients(weights, norms, arguments))
 
 
-@torch.library.impl("fastvae::jacobian_backward.reference", "CompositeExplicitAutograd")
-def _jacobian_backward(grad_output, hidden, weight, squared_norms, activation, alpha, reduction, with_grad_hidden, with_grad_weight):
-    weights = expand_gradient(grad_output, hidden.shape, reduction)
-    return _gradients(weights, hidden, weight, squared_norms, activation, alpha, with_grad_hidden, with_grad_weight)
+def _is_scalar(reduction: int) -> bool:
+    return reduction not in (REDUCTIONS["none"], REDUCTIONS["sample"])
+
+
+@ops.backward.implement("reference")
+def _jacobian_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    weights = expand_gradient(arguments.grad_output, arguments.hidden.shape, arguments.reduction)
+    return _gradients(weights, arguments.squared_norms, arguments)
+
+
+@in_plain_torch(ops.GramPenalty)
+def _gram_in_plain_torch(inputs: tuple) -> tuple[Tensor]:
+    left, inner, outer, lower, reduction, _ = inputs
+    return (gram_norms(left, inner, outer, lower, reduction),)
 
 
 def gram_norms(left, inner, outer, lower, reduction: int) -> Tensor:
@@ -111,67 +122,22 @@ def gram_norms(left, inner, outer, lower, reduction: int) -> Tensor:
     return reduce_elements(((scaled @ (lower @ lower.T)) * scaled).sum((1, 2)), reduction, outer.dtype)
 
 
-@torch.library.impl("fastvae::jacobian_gram_scale.reference", "CompositeExplicitAutograd")
-def _jacobian_gram_scale(left, inner, outer):
+@ops.gram_scale.implement("reference")
+def _jacobian_gram_scale(arguments: ops.GramScaleArguments) -> Tensor:
+    left, inner, outer = arguments
     return (outer.unsqueeze(2) * left * inner.unsqueeze(1)).flatten(0, 1)
 
 
-@torch.library.impl("fastvae::jacobian_gram_reduce.reference", "CompositeExplicitAutograd")
-def _jacobian_gram_reduce(left, inner, outer, product, with_grad):
+@ops.gram_reduce.implement("reference")
+def _jacobian_gram_reduce(arguments: ops.GramReduceArguments) -> ops.GramReduceResults:
+    left, inner, outer, product, with_grad = arguments
     product = product.view(*outer.shape, inner.shape[1])
     dots = (left * inner.unsqueeze(1) * product).sum(2)
     if not with_grad:
-        return dots, inner.new_empty((0,)), left.new_empty((0,))
+        return ops.GramReduceResults(dots, inner.new_empty((0,)), left.new_empty((0,)))
     weighted = outer.unsqueeze(2) * product
     grad_left = weighted * inner.unsqueeze(1)
-    return dots, (left * weighted).sum(1), grad_left if left.ndim == 3 else grad_left.sum(0)
+    return ops.GramReduceResults(dots, (left * weighted).sum(1), grad_left if left.ndim == 3 else grad_left.sum(0))
 
 
-def gram_in_chunks(backend: str) -> Callable:
-    """``jacobian_gram`` by torch's products between the backend's two epilogues, some samples at a time, which bounds the memory."""
-    scale, reduce = OVERLOADS["jacobian_gram_scale", backend], OVERLOADS["jacobian_gram_reduce", backend]
-
-    def gram_norms(left, inner, outer, gram, weights, with_grad):
-        rows, columns = outer.shape[1], inner.shape[1]
-        count = max(GRAM_ELEMENTS // max(rows * columns, 1), 1)
-        parts, grad_gram = [], torch.zeros_like(gram) if with_grad else gram.new_empty((0,))
-        for start in range(0, outer.shape[0], count):
-            chunk = slice(start, start + count)
-            lefts, inners, outers = left[chunk] if left.ndim == 3 else left, inner[chunk], outer[chunk]
-            scaled = scale(lefts, inners, outers)
-            weighted_outers, weighted = outers, scaled
-            if weights is not None:
-                weighted_outers = outers * weights[chunk].unsqueeze(1)
-                weighted = scaled * weights[chunk].repeat_interleave(rows).unsqueeze(1)
-            parts.append(reduce(lefts, inners, weighted_outers, scaled @ gram, with_grad))
-            if with_grad:
-                _add_symmetric_product(grad_gram, scaled, weighted)
-        if not parts:
-            return outer.sum(1), *(torch.zeros_like(t) if with_grad else t.new_empty((0,)) for t in (left, inner, outer)), grad_gram
-        dots, inners, lefts = zip(*parts, strict=True)
-        dots = torch.cat(dots)
-        norms = (outer * dots).sum(1)
-        if not with_grad:
-            return norms, *(gram.new_empty((0,)) for _ in range(4))
-        grad_left = torch.cat(lefts) if left.ndim == 3 else sum(lefts[1:], lefts[0])
-        grad_outer = 2 * dots if weights is None else 2 * dots * weights.unsqueeze(1)
-        return norms, 2 * grad_left, 2 * torch.cat(inners), grad_outer, _mirrored(grad_gram)
-
-    return gram_norms
-
-
-def _add_symmetric_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds ``a.T @ b``, which is symmetric, to ``total``, but for the lower left quarter."""
-    half = a.shape[1] // 2
-    total[:half].addmm_(a[:, :half].T, b)
-    total[half:, half:].addmm_(a[:, half:].T, b[:, half:])
-
-
-def _mirrored(total: Tensor) -> Tensor:
-    """Writes the lower left quarter of a symmetric matrix."""
-    half = total.shape[1] // 2
-    total[half:, :half].copy_(total[:half, half:].T)
-    return total
-
-
-torch.library.impl("fastvae::jacobian_gram.reference", "CompositeExplicitAutograd", gram_in_chunks("reference"))
+ops.gram.implement("reference")(gram_in_chunks("reference"))

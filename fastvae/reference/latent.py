@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastvae._ops import REDUCTIONS, accumulation_dtype
+from fastvae.ops import latent as ops
+from fastvae.ops._autograd import in_plain_torch
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype
 from fastvae.reference._reduce import expand_gradient, reduce_elements
 
 _MASK = 0xFFFFFFFF
@@ -129,49 +131,45 @@ def reparameterize_kl(mu, logvar, prior_mu=None, prior_logvar=None, *, eps: Tens
     return z, kl_normal(mu, logvar, prior_mu, prior_logvar, logvar_clamp=logvar_clamp, **kl)
 
 
-def latent_forward(
-    mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise
-):
+@in_plain_torch(ops.ReparameterizeKL)
+@ops.forward.implement("reference")
+def latent_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     """The operator, differentiable any number of times in either mode where it is called as this function."""
-    wide_mu, wide_logvar, *prior = _prepare((mu, logvar, prior_mu, prior_logvar), (clamp_min, clamp_max))
-    z, kl, active, kept = mu.new_empty((0,)), wide_mu.new_empty((0,)), mu.new_empty((0,), dtype=torch.bool), wide_mu.new_empty((0,))
-    if eps is not None or seed is not None:
-        shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
-        noise = eps.to(wide_mu.dtype) if eps is not None else normal(seed, shape, wide_mu.dtype)
+    mu, dtype = arguments.mu, accumulation_dtype(arguments.mu.dtype)
+    wide_mu, wide_logvar, *prior = _prepare(arguments.posterior, arguments.limits)
+    z, kl, active, noise = mu.new_empty((0,)), mu.new_empty((0,), dtype=dtype), mu.new_empty((0,), dtype=torch.bool), None
+    if arguments.draws:
+        shape = mu.shape if arguments.num_samples is None else (arguments.num_samples, *mu.shape)
+        noise = normal(arguments.seed, shape, dtype) if arguments.eps is None else arguments.eps.to(dtype)
         z = (wide_mu + torch.exp(0.5 * wide_logvar) * noise).to(mu.dtype)
-        kept = noise.clone() if keep_noise else kept
-    if with_kl:
-        kl, active = _reduce_kl(kl_elements(wide_mu, wide_logvar, *prior), reduction, free_bits, mu.dtype)
-    return z, kl, active, kept
+    if arguments.with_kl:
+        kl, active = _reduce_kl(kl_elements(wide_mu, wide_logvar, *prior), arguments.reduction, arguments.free_bits, mu.dtype)
+    return ops.ForwardResults(z, kl, active, noise.clone() if arguments.keep_noise else mu.new_empty((0,), dtype=dtype))
 
 
-torch.library.impl("fastvae::latent_forward.reference", "CompositeExplicitAutograd", latent_forward)
-
-
-@torch.library.impl("fastvae::latent_backward.reference", "CompositeExplicitAutograd")
-def _latent_backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, eps, seed, active, num_samples, reduction, clamp_min, clamp_max):
-    tensors = (mu, logvar, prior_mu, prior_logvar)
-    wide_mu, wide_logvar, *prior = _prepare(tensors, (clamp_min, clamp_max))
-    grads = [torch.zeros_like(wide_mu), torch.zeros_like(wide_mu), None, None]
-    if prior_mu is not None:
-        grads[2:] = [torch.zeros_like(wide_mu), torch.zeros_like(wide_mu)]
+@ops.backward.implement("reference")
+def _latent_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    mu, grad_z, posterior = arguments.mu, arguments.grad_z, arguments.posterior
+    wide_mu, wide_logvar, *prior = _prepare(posterior, arguments.limits)
+    grads = [None if t is None else torch.zeros_like(wide_mu) for t in posterior]
     if grad_z is not None:
-        noise = eps if eps is not None else normal(seed, grad_z.shape, wide_mu.dtype)
+        noise = arguments.eps if arguments.eps is not None else normal(arguments.seed, grad_z.shape, wide_mu.dtype)
         sigma = torch.exp(0.5 * wide_logvar)
-        wide_grad = grad_z.to(wide_mu.dtype)
-        samples = (wide_grad, wide_grad * noise) if num_samples is None else (wide_grad.sum(0), (wide_grad * noise).sum(0))
-        grads[0] = grads[0] + samples[0]
-        grads[1] = grads[1] + 0.5 * sigma * samples[1]
-    if grad_kl is not None:
-        weight = expand_gradient(grad_kl, mu.shape, reduction)
+        grad_mu = grad_z.to(wide_mu.dtype)
+        grad_sigma = grad_mu * noise
+        if arguments.num_samples is not None:
+            grad_mu, grad_sigma = grad_mu.sum(0), grad_sigma.sum(0)
+        grads[:2] = [grads[0] + grad_mu, grads[1] + 0.5 * sigma * grad_sigma]
+    if arguments.grad_kl is not None:
+        weight, active = expand_gradient(arguments.grad_kl, mu.shape, arguments.reduction), arguments.active
         weight = torch.where(active, weight, 0.0) if active.numel() else weight
         for i, gradient in enumerate(_kl_gradients(wide_mu, wide_logvar, *prior)):
             grads[i] = grads[i] + weight * gradient
     for i in (1, 3):
-        if tensors[i] is not None:
-            outside = (tensors[i] < clamp_min) | (tensors[i] > clamp_max)
+        if posterior[i] is not None:
+            outside = (posterior[i] < arguments.clamp_min) | (posterior[i] > arguments.clamp_max)
             grads[i] = torch.where(outside, 0.0, grads[i])
-    return tuple(mu.new_empty((0,)) if g is None else g.to(mu.dtype).contiguous() for g in grads)
+    return ops.BackwardResults(*(mu.new_empty((0,)) if g is None else g.to(mu.dtype).contiguous() for g in grads))
 
 
 def _kl_gradients(mu, logvar, prior_mu, prior_logvar):

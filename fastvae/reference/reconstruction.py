@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae._ops import LIKELIHOODS, REDUCTIONS, accumulation_dtype
+from fastvae.ops import reconstruction as ops
+from fastvae.ops._autograd import in_plain_torch
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype
+from fastvae.ops.reconstruction import LIKELIHOODS
 from fastvae.reference._reduce import expand_gradient, reduce_elements
 
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -92,9 +95,9 @@ def gaussian_nll(input, target, logvar, reduction="batchmean") -> Tensor:
     return loss(input, target, None, None, logvar, LIKELIHOODS["gaussian"], REDUCTIONS[reduction])
 
 
-def _widen(input, *others):
-    dtype = accumulation_dtype(input.dtype)
-    return [_wide(t, dtype) for t in (input, *others)]
+def _widen(operands) -> list[Tensor | None]:
+    dtype = accumulation_dtype(operands[0].dtype)
+    return [_wide(t, dtype) for t in operands]
 
 
 def _sum_to(gradient: Tensor, like: Tensor) -> Tensor:
@@ -102,42 +105,46 @@ def _sum_to(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.sum_to_size(like.shape).to(like.dtype).contiguous()
 
 
-def _gradients(grad_elements, input, target, weight, pos_weight, logvar, likelihood, with_target):
-    arguments = _widen(input, target, weight, pos_weight, logvar)
-    grads = [None if g is None else g * grad_elements for g in loss_gradients(*arguments, likelihood=likelihood)]
+def _gradients(grad_elements: Tensor, operands, likelihood: int, with_target: bool) -> ops.BackwardResults:
+    input, target, *_, logvar = operands
+    grads = [None if g is None else g * grad_elements for g in loss_gradients(*_widen(operands), likelihood=likelihood)]
     grad_target = grads[1].to(target.dtype).contiguous() if with_target else target.new_empty((0,))
     grad_logvar = input.new_empty((0,)) if logvar is None else _sum_to(grads[2].expand(input.shape), logvar)
-    return grads[0].to(input.dtype).contiguous(), grad_target, grad_logvar
+    return ops.BackwardResults(grads[0].to(input.dtype).contiguous(), grad_target, grad_logvar)
 
 
-@torch.library.impl("fastvae::reconstruction_forward.reference", "CompositeExplicitAutograd")
-def _reconstruction_forward(input, target, weight, pos_weight, logvar, likelihood, reduction, grad_scale, with_grad):
-    arguments = _widen(input, target, weight, pos_weight, logvar)
-    reduced = reduce_elements(loss_elements(*arguments, likelihood=likelihood), reduction, input.dtype)
-    if not with_grad:
-        return reduced, input.new_empty((0,)), input.new_empty((0,))
-    scale = torch.full((), grad_scale, dtype=accumulation_dtype(input.dtype), device=input.device)
-    spread = expand_gradient(scale, input.shape, reduction)
-    grad_input, _, grad_logvar = _gradients(spread, input, target, weight, pos_weight, logvar, likelihood, False)
-    return reduced, grad_input, grad_logvar
+@in_plain_torch(ops.Reconstruction)
+def _in_plain_torch(arguments: ops.ForwardArguments) -> tuple[Tensor]:
+    return (loss(*arguments.operands, arguments.likelihood, arguments.reduction),)
 
 
-@torch.library.impl("fastvae::reconstruction_backward.reference", "CompositeExplicitAutograd")
-def _reconstruction_backward(grad_output, input, target, weight, pos_weight, logvar, likelihood, reduction, with_target):
-    spread = expand_gradient(grad_output, input.shape, reduction)
-    return _gradients(spread, input, target, weight, pos_weight, logvar, likelihood, with_target)
+@ops.forward.implement("reference")
+def _reconstruction_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    input = arguments.input
+    losses = loss_elements(*_widen(arguments.operands), likelihood=arguments.likelihood)
+    reduced = reduce_elements(losses, arguments.reduction, input.dtype)
+    if not arguments.with_grad:
+        return ops.ForwardResults(reduced, input.new_empty((0,)), input.new_empty((0,)))
+    scale = torch.full((), arguments.grad_scale, dtype=accumulation_dtype(input.dtype), device=input.device)
+    grad_elements = expand_gradient(scale, input.shape, arguments.reduction)
+    grads = _gradients(grad_elements, arguments.operands, arguments.likelihood, with_target=False)
+    return ops.ForwardResults(reduced, grads.grad_input, grads.grad_logvar)
 
 
-@torch.library.impl("fastvae::reconstruction_rescale_.reference", "CompositeExplicitAutograd")
-def _reconstruction_rescale_(grad, grad_output, expected):
-    grad.mul_(grad_output / expected)
+@ops.backward.implement("reference")
+def _reconstruction_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
+    grad_elements = expand_gradient(arguments.grad_output, arguments.input.shape, arguments.reduction)
+    return _gradients(grad_elements, arguments.operands, arguments.likelihood, arguments.with_target)
 
 
-@torch.library.impl("fastvae::reconstruction_backward_.reference", "CompositeExplicitAutograd")
-def _reconstruction_backward_(
-    grad_input, grad_logvar, grad_output, expected, input, target, weight, pos_weight, logvar, likelihood, reduction
-):
-    spread = expand_gradient(grad_output, input.shape, reduction)
-    grads = _gradients(spread, input, target, weight, pos_weight, logvar, likelihood, False)
-    grad_input.copy_(grads[0])
-    grad_logvar.copy_(grads[2])
+@ops.rescale_.implement("reference")
+def _reconstruction_rescale_(arguments: ops.RescaleArguments) -> None:
+    arguments.grad.mul_(arguments.grad_output / arguments.expected)
+
+
+@ops.backward_.implement("reference")
+def _reconstruction_backward_(arguments: ops.BackwardInPlaceArguments) -> None:
+    grad_elements = expand_gradient(arguments.grad_output, arguments.input.shape, arguments.reduction)
+    grads = _gradients(grad_elements, arguments.operands, arguments.likelihood, with_target=False)
+    arguments.grad_input.copy_(grads.grad_input)
+    arguments.grad_logvar.copy_(grads.grad_logvar)

@@ -12,7 +12,8 @@ from test_codebook import DATA, GRADIENTS, assert_nearest
 
 import fastvae
 from fastvae import functional as FV
-from fastvae._ops import OVERLOADS, REDUCTIONS
+from fastvae.ops import OPERATORS
+from fastvae.ops._results import REDUCTIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMULATED = Place("cpu", "cuda")
@@ -78,7 +79,7 @@ def test_float64_codes_that_float32_cannot_tell_apart():
     """The public functions leave them to the reference, the operator takes them."""
 
     def nearest(x, codebook):
-        return OVERLOADS["codebook_nearest", "cuda"](x[None], codebook[None], False)[0][0]
+        return OPERATORS["codebook_nearest"].overloads["cuda"](x[None], codebook[None], False)[0][0]
 
     with pytest.raises(fastvae.BackendError, match=r"cannot serve codebook_nearest on cpu with torch\.float64"):
         FV.vq_nearest(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.float64))
@@ -186,7 +187,7 @@ def test_losses_and_gradients_of_expanded_and_strided_gradients():
         (source.normal(1).expand(4), "sample"),
     ):
         arguments = (None, grad_loss, x, codebook, indices, 4, REDUCTIONS[reduction], 0.7, 0.3, False, True)
-        results = [OVERLOADS["codebook_quantize_backward", backend](*arguments) for backend in ("cuda", "reference")]
+        results = [OPERATORS["codebook_quantize_backward"].overloads[backend](*arguments) for backend in ("cuda", "reference")]
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs)
 
@@ -226,9 +227,9 @@ def test_sums_are_those_of_the_rows_in_their_order(dtype, dim):
     x = source.normal(2, 700, dim)
     indices = torch.where(torch.arange(700) % 3 > 0, 4, torch.arange(700) % 11 - 1).repeat(2, 1)
     indices[1, ::7] = 40
-    counts, sums = OVERLOADS["codebook_sums", "cuda"](x, indices, 12)
+    counts, sums = OPERATORS["codebook_sums"].overloads["cuda"](x, indices, 12)
     kept = torch.where(indices < 12, indices, -1)
-    oracle = OVERLOADS["codebook_sums", "reference"](x.double(), kept, 12)
+    oracle = OPERATORS["codebook_sums"].overloads["reference"](x.double(), kept, 12)
     assert torch.equal(counts, oracle[0])
     assert (counts[0, 10:] == 0).all()
     torch.testing.assert_close(sums.double(), oracle[1], rtol=1e-6, atol=1e-6)
@@ -238,7 +239,7 @@ def test_rows_are_added_in_their_order():
     """1e17 + 1 is 1e17 in float64, so the sum tells the order."""
     x = torch.tensor([1.0, 1e17, 2.0, -1e17, 3.0] * 12, dtype=torch.float32).view(1, 60, 1)
     indices = torch.where(torch.arange(60) % 4 == 3, 1, 0)[None]
-    _, sums = OVERLOADS["codebook_sums", "cuda"](x, indices, 2)
+    _, sums = OPERATORS["codebook_sums"].overloads["cuda"](x, indices, 2)
     for code in (0, 1):
         assert sums[0, code].item() == sum(x[indices == code].flatten().tolist())
 
@@ -247,8 +248,8 @@ def test_float64_sums_move_a_float32_codebook():
     state = [torch.randn(1, 4, 3), torch.rand(1, 4), torch.randn(1, 4, 3)]
     other = [t.clone() for t in state]
     arguments = torch.tensor([[3, 0, 1, 2]]), torch.randn(1, 4, 3, dtype=torch.float64), 0.9, 1e-5
-    OVERLOADS["codebook_ema_", "cuda"](*state, *arguments)
-    OVERLOADS["codebook_ema_", "reference"](*other, *arguments)
+    OPERATORS["codebook_ema_"].overloads["cuda"](*state, *arguments)
+    OPERATORS["codebook_ema_"].overloads["reference"](*other, *arguments)
     for ours, theirs in zip(state, other, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

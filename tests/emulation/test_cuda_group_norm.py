@@ -10,7 +10,7 @@ from _helpers import LAYOUTS, Place, Source, leaf
 from test_group_norm import Case, arrange, check
 
 from fastvae import functional as FV
-from fastvae._ops import NORM_ACTIVATIONS
+from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMULATED = Place("cpu", "cuda")

@@ -10,8 +10,9 @@ from test_jacobian import Case, check, each_activation
 
 import fastvae
 from fastvae import functional as FV
-from fastvae._ops import OVERLOADS, REDUCTIONS
 from fastvae.functional import _chain
+from fastvae.ops import OPERATORS
+from fastvae.ops._results import REDUCTIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMULATED = Place("cpu", "cuda")
@@ -98,7 +99,7 @@ def test_epilogues_of_operands_that_are_not_aligned(place):
     tensors = shifted(6, 8, seed=0), shifted(5, 8, seed=1), shifted(5, 6, seed=2), shifted(30, 8, seed=3)
     for op, arguments in (("scale", tensors[:3]), ("reduce", (*tensors, True))):
         aligned = [t.clone() if isinstance(t, torch.Tensor) else t for t in arguments]
-        actual, expected = (OVERLOADS[f"jacobian_gram_{op}", place.backend](*t) for t in (arguments, aligned))
+        actual, expected = (OPERATORS[f"jacobian_gram_{op}"].overloads[place.backend](*t) for t in (arguments, aligned))
         for a, b in zip(actual, expected, strict=True):
             assert torch.equal(a, b)
 
@@ -121,7 +122,9 @@ def test_the_norm_of_an_mlp(place, sizes, monkeypatch):
 def test_rows_over_chunks_of_several_steps(place):
     source = Source(place.device)
     weight, hidden = source.normal(3, 1_450_000), source.uniform(1, 3)
-    penalty, norms, *_ = OVERLOADS["jacobian_forward", place.backend](hidden, weight, 1, 0.0, REDUCTIONS["sum"], 1.0, False, False)
+    penalty, norms, *_ = OPERATORS["jacobian_forward"].overloads[place.backend](
+        hidden, weight, 1, 0.0, REDUCTIONS["sum"], 1.0, False, False
+    )
     exact, slopes = weight.double().square().sum(1), (hidden * (1 - hidden)).double().square()
     torch.testing.assert_close(norms.double(), exact, rtol=2e-6, atol=0)
     torch.testing.assert_close(penalty.double(), (slopes @ exact).squeeze(0), rtol=2e-6, atol=0)

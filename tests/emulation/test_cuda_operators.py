@@ -10,7 +10,9 @@ from test_reconstruction import check_written_over
 import fastvae
 from fastvae import _backend
 from fastvae import functional as FV
-from fastvae._ops import LIKELIHOODS, OVERLOADS, REDUCTIONS, operators
+from fastvae.ops import OPERATORS
+from fastvae.ops._results import REDUCTIONS
+from fastvae.ops.reconstruction import LIKELIHOODS
 
 TOLERANCES = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-5},
@@ -41,7 +43,7 @@ def assert_same(function, *inputs):
 
 
 def test_the_emulated_backend_has_every_operator():
-    assert [op for op in operators() if "cuda" not in _backend._served[op, "cpu"]] == []
+    assert [op for op in OPERATORS if "cuda" not in _backend._served[op, "cpu"]] == []
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -99,7 +101,7 @@ def test_memory_that_is_not_aligned():
 
 def test_noise_is_kept_where_it_is_asked_for():
     arguments = (random(40, 33), random(40, 33, seed=1), None, None, None, torch.tensor(4), 3, True, 2, 0.0, -30.0, 20.0, True)
-    actual, expected = (OVERLOADS["latent_forward", backend](*arguments)[3] for backend in ("cuda", "reference"))
+    actual, expected = (OPERATORS["latent_forward"].overloads[backend](*arguments)[3] for backend in ("cuda", "reference"))
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
 
 
@@ -145,7 +147,7 @@ def test_rescaling(incoming):
     grad, number = random(4099), torch.tensor(incoming)
     for expected in (1.0, 2.0):
         rescaled = grad.clone()
-        OVERLOADS["reconstruction_rescale_", "cuda"](rescaled, number, expected)
+        OPERATORS["reconstruction_rescale_"].overloads["cuda"](rescaled, number, expected)
         torch.testing.assert_close(rescaled, grad * (number / expected))
 
 

@@ -8,9 +8,9 @@ from test_codebook import DATA, assert_nearest, check_quantize, random
 
 import fastvae
 from fastvae import functional as FV
-from fastvae._ops import REDUCTIONS
 from fastvae.functional.codebook import GRADIENTS
 from fastvae.kernels import _device, _launch, _nearest
+from fastvae.ops._results import REDUCTIONS
 
 PLACE = Place("cpu", "triton")
 OTHER_BACKENDS = [place.backend for place in places("codebook_quantize") if place.backend != "triton"]

@@ -8,8 +8,10 @@ from test_jacobian import SCALAR_REDUCTIONS, Case, check, each_activation, hidde
 
 import fastvae
 from fastvae import functional as FV
-from fastvae._ops import ACTIVATIONS, OVERLOADS, REDUCTIONS
 from fastvae.kernels import _device, _launch, jacobian
+from fastvae.ops import OPERATORS
+from fastvae.ops._results import REDUCTIONS
+from fastvae.ops.jacobian import ACTIVATIONS
 
 OTHER_BACKENDS = [place.backend for place in places("jacobian_forward") if place.backend != "triton"]
 HERE = Place("cpu", "triton")
@@ -84,10 +86,10 @@ def test_every_backend(backend, activation):
 def test_either_pass_gives_the_gradients(sizes, reduction, wanted):
     """The forward pass for a gradient of ``grad_scale``, the backward pass for the one that comes in."""
     hidden, weight = operands("tanh", *sizes)
-    numbers = ACTIVATIONS["tanh"], 0.0, REDUCTIONS[reduction]
-    penalty, norms, *written = OVERLOADS["jacobian_forward", "triton"](hidden, weight, *numbers, -0.25, *wanted)
-    plain, plain_norms, *none = OVERLOADS["jacobian_forward", "triton"](hidden, weight, *numbers, 1.0, False, False)
-    grads = OVERLOADS["jacobian_backward", "triton"](torch.tensor(-0.25), hidden, weight, norms, *numbers, *wanted)
+    numbers = ACTIVATIONS["tanh"].number, 0.0, REDUCTIONS[reduction]
+    penalty, norms, *written = OPERATORS["jacobian_forward"].overloads["triton"](hidden, weight, *numbers, -0.25, *wanted)
+    plain, plain_norms, *none = OPERATORS["jacobian_forward"].overloads["triton"](hidden, weight, *numbers, 1.0, False, False)
+    grads = OPERATORS["jacobian_backward"].overloads["triton"](torch.tensor(-0.25), hidden, weight, norms, *numbers, *wanted)
     assert torch.equal(penalty, plain)
     assert torch.equal(norms, plain_norms)
     assert [t.shape for t in none] == [(0,), (0,)]
@@ -107,11 +109,11 @@ def test_what_is_launched(monkeypatch):
 
     def launches(op, *arguments):
         launched.clear()
-        OVERLOADS[f"jacobian_{op}", "triton"](*arguments)
+        OPERATORS[f"jacobian_{op}"].overloads["triton"](*arguments)
         return launched
 
     hidden, weight = operands()
-    norms, numbers = weight.square().sum(1), (ACTIVATIONS["sigmoid"], 0.0)
+    norms, numbers = weight.square().sum(1), (ACTIVATIONS["sigmoid"].number, 0.0)
     for name, number in REDUCTIONS.items():
         scalar = name in SCALAR_REDUCTIONS
         expected = ["units", "weight"] if scalar else ["weight", "penalty"]
@@ -159,10 +161,12 @@ def gram_operands(batched, shape):
 def test_epilogues_of_both_backends(batched, shape):
     left, inner, outer, product = gram_operands(batched, shape)
     for with_grad in (True, False):
-        results = [OVERLOADS["jacobian_gram_reduce", name](left, inner, outer, product, with_grad) for name in ("triton", "reference")]
+        results = [
+            OPERATORS["jacobian_gram_reduce"].overloads[name](left, inner, outer, product, with_grad) for name in ("triton", "reference")
+        ]
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    results = [OVERLOADS["jacobian_gram_scale", name](left, inner, outer) for name in ("triton", "reference")]
+    results = [OPERATORS["jacobian_gram_scale"].overloads[name](left, inner, outer) for name in ("triton", "reference")]
     torch.testing.assert_close(*results, rtol=1e-6, atol=0)
 
 
@@ -229,7 +233,7 @@ def test_compiles_without_a_graph_break(backend, reduction):
 def test_operators_fit_their_schema_and_fake():
     checked = set()
     for op, arguments in test_jacobian.samples(Source("cpu")):
-        torch.library.opcheck(OVERLOADS[op, "triton"], arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(OPERATORS[op].overloads["triton"], arguments, test_utils=("test_schema", "test_faketensor"))
         checked.add(op)
     assert checked == {"jacobian_forward", "jacobian_backward", "jacobian_gram", "jacobian_gram_scale", "jacobian_gram_reduce"}
 

@@ -9,8 +9,8 @@ from test_latent import Case, check, check_a_kl_is_never_negative, check_near_th
 
 import fastvae
 from fastvae import functional as FV
-from fastvae._ops import REDUCTIONS
 from fastvae.kernels import _device, _launch, latent
+from fastvae.ops._results import REDUCTIONS
 from fastvae.reference.latent import normal
 
 OPERATOR = "latent_forward"

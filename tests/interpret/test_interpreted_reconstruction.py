@@ -11,8 +11,9 @@ from test_reconstruction import FORMS, SCALAR_REDUCTIONS, Case, check, check_wri
 
 import fastvae
 from fastvae import functional as FV
-from fastvae._ops import LIKELIHOODS, REDUCTIONS
 from fastvae.kernels import _device, _launch
+from fastvae.ops._results import REDUCTIONS
+from fastvae.ops.reconstruction import LIKELIHOODS
 
 OTHER_BACKENDS = [place.backend for place in places("reconstruction_forward") if place.backend != "triton"]
 HALVES = torch.bfloat16, torch.float16

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastvae import _backend
-
 
 class _RefuseSecondDerivative(torch.autograd.Function):
     """Passes gradients through and raises where somebody differentiates them again."""
@@ -108,35 +106,11 @@ def scale_written(written: list[Tensor], grad_output: Tensor, expected: float) -
     return [gradient.data.mul_(factor) for gradient in written]
 
 
-def writes_gradient(learners: list[Tensor], reduction: str, grad_scale: float) -> bool:
-    """Whether the forward pass is to write the gradients of ``learners``: some are wanted, one number will scale them, and nothing looks at
-    the call, which would have to compute them again.
+def in_plain_torch(function: type[torch.autograd.Function]):
+    """Decorates the definition of ``function`` in plain PyTorch, which torch differentiates in either mode and as often as one likes."""
 
-    A float16 gradient that waits for its loss scale underflows, so it is written only where ``grad_scale`` names the scale.
-    """
-    if not learners or reduction not in ("batchmean", "sum", "mean") or not torch.is_grad_enabled() or transformed():
-        return False
-    return grad_scale != 1.0 or all(t.dtype != torch.float16 for t in learners)
+    def register(definition):
+        function.in_plain_torch = staticmethod(definition)
+        return definition
 
-
-def apply(function: type[torch.autograd.Function], *args):
-    """``function.apply(*args)`` at half its cost.
-
-    ``args`` are complete and positional, so binding them to the signature, which takes 30 us, is left out.
-
-    ``function.in_plain_torch`` is what torch differentiates in either mode and as often as one likes. It is taken where no Function serves:
-    in forward mode, as torch.compile refuses a Function with a rule for that; and inside torch.func inside torch.compile, which may trace
-    ``forward`` and ignore ``backward`` (torch 2.13: the gradient of what the transformation hands in is 0, without an error).
-    """
-    if torch.compiler.is_compiling():
-        return _apply_plain(function, *args) if torch._C._are_functorch_transforms_active() else function.apply(*args)
-    if forward_ad._current_level >= 0:
-        return _apply_plain(function, *args)
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
-
-
-def _apply_plain(function, *args):
-    _backend.check_plain_torch()
-    return function.in_plain_torch(*args)
+    return register

@@ -1,0 +1,42 @@
+"""How a function calls its ``torch.autograd.Function``."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastvae import _backend
+from fastvae.ops._autograd import transformed
+
+
+def writes_gradient(learners: list[Tensor], reduction: str, grad_scale: float) -> bool:
+    """Whether the forward pass is to write the gradients of ``learners``: some are wanted, one number will scale them, and nothing looks at
+    the call, which would have to compute them again.
+
+    A float16 gradient that waits for its loss scale underflows, so it is written only where ``grad_scale`` names the scale.
+    """
+    if not learners or reduction not in ("batchmean", "sum", "mean") or not torch.is_grad_enabled() or transformed():
+        return False
+    return grad_scale != 1.0 or all(t.dtype != torch.float16 for t in learners)
+
+
+def apply(function: type[torch.autograd.Function], arguments: tuple, backend: str):
+    """``function.apply(*arguments, backend)`` at half its cost.
+
+    The arguments are complete and positional, so binding them to the signature, which takes 30 us, is left out.
+
+    ``function.in_plain_torch`` is taken where no Function serves: in forward mode, as torch.compile refuses a Function with a rule for
+    that; and inside torch.func inside torch.compile, which may trace ``forward`` and ignore ``backward`` (torch 2.13: the gradient of what
+    the transformation hands in is 0, without an error).
+    """
+    if torch.compiler.is_compiling():
+        return _apply_plain(function, arguments) if torch._C._are_functorch_transforms_active() else function.apply(*arguments, backend)
+    if forward_ad._current_level >= 0:
+        return _apply_plain(function, arguments)
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments, backend)
+    return super(torch.autograd.Function, function).apply(*arguments, backend)
+
+
+def _apply_plain(function, arguments: tuple):
+    _backend.check_plain_torch()
+    return function.in_plain_torch(arguments)

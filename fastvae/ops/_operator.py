@@ -1,0 +1,90 @@
+"""How an operator is declared: once, by a named tuple of its arguments, from which its schema, its fake and its gradients follow.
+
+A backend is an overload. ``fastvae::latent_forward.cpp``, ``.cuda``, ``.triton``, ``.fallback`` and ``.reference`` share one schema and one
+fake; Python implements an overload by :meth:`Operator.implement`, C++ by ``STABLE_TORCH_LIBRARY_IMPL``.
+"""
+
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpp", "cuda", "triton", "fallback", "reference")
+
+# A number that may be symbolic under torch.compile with dynamic shapes.
+Size = Annotated[int, "SymInt"]
+# A tensor that the operator writes to.
+Written = Annotated[Tensor, "written"]
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Size: "SymInt",
+    Size | None: "SymInt?",
+    int: "int",
+    float: "float",
+    bool: "bool",
+}
+
+OPERATORS: dict[str, "Operator"] = {}
+
+
+class Operator:
+    """One operator: its arguments, and an overload for each backend.
+
+    Args:
+        name: of the operator in ``torch.ops.fastvae``.
+        arguments: a named tuple class with one field an argument. Its method ``allocate`` returns empty results in their shapes, dtypes and
+            layouts: a tensor, a named tuple of tensors, or ``None`` for an operator that only writes to its arguments. It is the fake of
+            every overload, and what implementations in Python allocate their results with.
+    """
+
+    def __init__(self, name: str, arguments: type):
+        self.name, self.arguments = name, arguments
+        self.overloads: dict[str, torch._ops.OpOverload] = {}
+        schema = _arguments_schema(arguments) + " -> " + _results_schema(arguments)
+        for backend in BACKENDS:
+            qualified = f"fastvae::{name}.{backend}"
+            torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(qualified, self._of_one_object(arguments.allocate))
+            self.overloads[backend] = getattr(getattr(torch.ops.fastvae, name), backend)
+        OPERATORS[name] = self
+
+    def implement(self, backend: str, dispatch_keys: str = "CompositeExplicitAutograd") -> Callable:
+        """Decorates a function of the arguments, as one object, that is the backend's implementation."""
+
+        def register(function):
+            torch.library.impl(f"fastvae::{self.name}.{backend}", dispatch_keys, self._of_one_object(function))
+            return function
+
+        return register
+
+    def gradients(self, **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What ``backward`` of an autograd.Function returns whose inputs are the arguments and the backend: None where there is none."""
+        return *(by_name.get(name) for name in self.arguments._fields), None
+
+    def _of_one_object(self, function: Callable) -> Callable:
+        arguments = self.arguments
+
+        def of_inputs(*inputs):
+            return function(arguments(*inputs))
+
+        return of_inputs
+
+
+def _arguments_schema(arguments: type) -> str:
+    hints = typing.get_type_hints(arguments, include_extras=True)
+    letters = iter("abcdef")
+    types = (f"Tensor({next(letters)}!)" if hint == Written else _SCHEMA_TYPES[hint] for hint in hints.values())
+    return "(" + ", ".join(f"{kind} {name}" for kind, name in zip(types, hints, strict=True)) + ")"
+
+
+def _results_schema(arguments: type) -> str:
+    results = typing.get_type_hints(arguments.allocate)["return"]
+    if results is Tensor:
+        return "Tensor"
+    if results is type(None):
+        return "()"
+    return "(" + ", ".join(f"Tensor {name}" for name in results._fields) + ")"

@@ -1,0 +1,95 @@
+"""Group normalisation and SiLU: the operators and their autograd.Function."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae.ops._autograd import first_derivative_only
+from fastvae.ops._operator import Operator, Size
+from fastvae.ops._results import empty_in_layout, empty_like, widest_dtype
+
+# Mirrored by csrc/common/group_norm_formulas.h and by the constexprs in kernels/.
+NORM_ACTIVATIONS = {"none": 0, "silu": 1}
+
+
+class ForwardResults(NamedTuple):
+    """``mean`` and ``rstd``, 1 / standard deviation, are those of each sample's groups, ``(batch, num_groups)``, in
+    :func:`widest_dtype`: float32 does not hold a large mean to within a small standard deviation."""
+
+    output: Tensor  # in the memory layout of input
+    mean: Tensor
+    rstd: Tensor
+
+
+class ForwardArguments(NamedTuple):
+    input: Tensor
+    num_groups: Size
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    activation: int
+
+    def allocate(self) -> ForwardResults:
+        shape, dtype = (self.input.shape[0], self.num_groups), widest_dtype(self.input.device)
+        mean, rstd = (self.input.new_empty(shape, dtype=dtype) for _ in range(2))
+        return ForwardResults(empty_in_layout(self.input), mean, rstd)
+
+
+class BackwardResults(NamedTuple):
+    """The gradient of an absent parameter has no elements."""
+
+    grad_input: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
+class BackwardArguments(NamedTuple):
+    grad_output: Tensor
+    input: Tensor
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    num_groups: Size
+    activation: int
+
+    def allocate(self) -> BackwardResults:
+        grads = (self.input.new_empty((0,)) if t is None else empty_like(t) for t in (self.weight, self.bias))
+        return BackwardResults(empty_in_layout(self.input), *grads)
+
+
+forward = Operator("group_norm_forward", ForwardArguments)
+backward = Operator("group_norm_backward", BackwardArguments)
+
+
+class GroupNorm(torch.autograd.Function):
+    """Takes the :class:`ForwardArguments` one by one, then the backend."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return forward.overloads[inputs[-1]](*inputs[:-1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, ctx.num_groups, weight, bias, _, ctx.activation, ctx.backend = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, mean, rstd, weight, bias)
+
+    @staticmethod
+    @first_derivative_only("fastvae.reference.group_norm")
+    def backward(ctx, grad_output, *_):
+        if grad_output is None:
+            return forward.gradients()
+        *_, weight, bias = saved = ctx.saved_tensors
+        results = backward.overloads[ctx.backend](grad_output, *saved, ctx.num_groups, ctx.activation)
+        grad_input, grad_weight, grad_bias = results
+        return forward.gradients(
+            input=grad_input,
+            weight=None if weight is None else grad_weight,
+            bias=None if bias is None else grad_bias,
+        )
