@@ -13,9 +13,10 @@ from fastvae.ops._results import REDUCTIONS, accumulation_dtype, empty_if, empty
 class Activation(NamedTuple):
     """An activation whose derivative the kernels know, and the module of torch that computes it.
 
-    ``number`` is mirrored by csrc/common/jacobian_formulas.h and by the constexprs in kernels/. ``parameter`` is the attribute of ``module``
-    that holds the activation's parameter, and ``alpha`` torch's default for it. ``settings`` are attributes that a module must have to be
-    this activation. Where the output does not determine the derivative, the kernels take the pre-activation (``from_preactivation``).
+    ``number`` is mirrored by csrc/common/jacobian_formulas.h and by the constexprs in kernels/. ``parameter`` is the attribute of
+    ``module`` that holds the activation's parameter, and ``alpha`` torch's default for it. ``settings`` are attributes that a module must
+    have to be this activation. Where the output does not determine the derivative, the kernels take the pre-activation
+    (``from_preactivation``).
     """
 
     number: int

@@ -19,7 +19,7 @@ _CUBIC = 0.044715
 
 
 def derivative(hidden: Tensor, activation: str, alpha: float) -> Tensor:
-    """The activation's derivative from its output (from its input where that determines it alone: ``Activation.from_preactivation``), itself differentiable."""
+    """The activation's derivative, itself differentiable: from its output, or from its input for those ``from_preactivation``."""
     return derivatives(hidden, activation, alpha)[0]
 
 
