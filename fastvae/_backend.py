@@ -17,7 +17,7 @@ GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Backend:
-    """What a set of implementations is written for; which operators it has is asked of the dispatcher.
+    """The facts about a set of implementations. The dispatcher knows which operators it has.
 
     ``load`` imports it and returns why it is missing, or None. ``missing`` is that reason; ``error`` the exception of a backend that is
     installed but broken, which serves nothing, even where a part of it got registered.
@@ -33,8 +33,8 @@ class Backend:
     error: Exception | None = None
 
 
-# In the order in which they are asked. On a GPU two may serve, which were not measured one against the other: C++ comes first because it
-# takes less time to launch. The reference is the oracle of the tests, chosen on no device: it serves where it is forced.
+# resolve() asks the backends in this order. On a GPU two may serve, which were not measured one against the other: C++ comes first because
+# it takes less time to launch. The reference is the oracle of the tests and is chosen on no device: it serves where it is forced.
 BACKENDS = {
     "cpp": Backend(_load.load_cpp, devices=("cpu",)),
     "cuda": Backend(_load.load_cuda, GPU_FLOATS, devices=("cuda",), keeps_noise=False),

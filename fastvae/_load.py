@@ -20,8 +20,8 @@ from fastvae.ops._gram_chunks import gram_in_chunks
 EXTENSION_PATHS = [Path(__file__).with_name(f"_C{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
-# What loading raises: ImportError and OSError the loader of shared libraries, SystemError and RuntimeError the start of a module and the
-# registration of operators, AttributeError and TypeError a Triton that lacks names or arguments.
+# The exceptions of a broken installation: the loader of shared libraries raises ImportError and OSError, the start of a module and the
+# registration of operators SystemError and RuntimeError, a Triton that lacks names or arguments AttributeError and TypeError.
 LOAD_ERRORS = (ImportError, OSError, SystemError, RuntimeError, AttributeError, TypeError)
 
 
@@ -103,7 +103,7 @@ def add_cuda(library: Path, key: str = "CUDA") -> None:
 
 
 def cuda_build() -> str:
-    """What the CUDA library was built with and for; where it is loaded."""
+    """The compiler and the architectures of the CUDA library, which has to be loaded."""
     describe = ctypes.CDLL(str(CUDA_LIBRARY)).fastvae_cuda_build
     describe.restype = ctypes.c_char_p
     return describe().decode()

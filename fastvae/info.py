@@ -1,4 +1,4 @@
-"""What is installed, and which backend serves what: ``python -m fastvae.info``."""
+"""The facts about this installation, and the backend that serves each operator: ``python -m fastvae.info``."""
 
 import importlib.metadata
 import os

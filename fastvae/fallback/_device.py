@@ -1,4 +1,4 @@
-"""What an implementation has to know of a device."""
+"""Properties of a device that decide how the implementations compute."""
 
 import torch
 

@@ -42,7 +42,7 @@ class _Products:
         self.half_norms = self.codes.square().sum(1).mul_(0.5)
         self.longest = self.half_norms.max().mul(2.0).sqrt()
         # Each of two scores is a sum of dim + 1 terms, added in any order, and the half norm among them is such a sum itself: rounding
-        # moves it by (dim + 2) eps / 2 of |x| |c| + |c|^2. What is more allows for the rounding of this bound.
+        # moves it by (dim + 2) eps / 2 of |x| |c| + |c|^2. The rest of the 8 allows for the rounding of this bound.
         dim, finfo = codes.shape[1], torch.finfo(dtype)
         rounded = (dim + 8) * finfo.eps
         self.rounding = rounded / (1.0 - rounded) + 2.0 * _operand_rounding(codes.device, dtype)
@@ -108,7 +108,7 @@ class _Search:
         return torch.where(torch.isfinite(rows).all(1), nearest, 0)
 
     def _first_of_its_kind(self) -> Tensor:
-        """Which codes have no equal before them: the others are never the answer, and a codebook may be full of them."""
+        """A mask of the codes that equal no earlier code. Later copies are never the answer, and a codebook may be full of them."""
         _, kind = torch.unique(self.codes.cpu(), dim=0, return_inverse=True)
         numbers = torch.arange(kind.shape[0], device="cpu")
         first = torch.full_like(numbers, kind.shape[0]).scatter_reduce_(0, kind, numbers, "amin")
@@ -123,7 +123,7 @@ class _Search:
         ]
         distances = torch.cat(distances)
         shortest = distances.new_full(rows.shape[:1], torch.inf).scatter_reduce_(0, row, distances, "amin")
-        # Not an equation, which no NaN fulfils.
+        # The comparison is > and not ==, because a NaN would fulfil no equation and leave its row without a code.
         chosen = torch.where(distances > shortest[row], self.codes.shape[0], code)
         return torch.full_like(shortest, self.codes.shape[0], dtype=torch.int64).scatter_reduce_(0, row, chosen, "amin")
 

@@ -87,7 +87,7 @@ class _Layout:
         return elements if center is None else elements - self.spread(center)
 
     def native(self, elements: Tensor) -> tuple[int, int, int, int]:
-        """What torch's operators are told of a contiguous block: samples, channels, positions, groups."""
+        """The sizes of a contiguous block that torch's operators take: samples, channels, positions, groups."""
         samples, channels, positions = elements.shape
         return samples, channels, positions, channels // self.width
 

@@ -39,7 +39,7 @@ def normal(seed: Tensor, shape, dtype: torch.dtype = torch.float32) -> Tensor:
 def _round_keys(seed: Tensor) -> Tensor:
     """The two key words of each round, ``(rounds, 2, 1)``, in the order in which :func:`philox_words` holds its rows."""
     if _device.is_cpu(seed.device):
-        # The same in Python's integers, which saves a dozen launches.
+        # Python's integers compute the same, which saves a dozen launches.
         key = int(seed)
         words = [[(part + number * weyl) & _MASK for part, weyl in zip((key, key >> 32), _WEYL, strict=True)] for number in range(_ROUNDS)]
         keys = torch.tensor(words, dtype=torch.int64, device="cpu")
@@ -47,7 +47,7 @@ def _round_keys(seed: Tensor) -> Tensor:
         steps = torch.arange(_ROUNDS, dtype=torch.int64, device=seed.device)
         parts = (((seed >> shift) + weyl * steps).bitwise_and_(_MASK) for shift, weyl in zip((0, 32), _WEYL, strict=True))
         keys = torch.stack(tuple(parts), dim=1)
-    # After the first round and every second one from there on, row 0 holds word 2, which takes the second key word.
+    # Rounds 0, 2, 4, ... have word 2 in row 0, and word 2 takes the second key word.
     keys[::2] = keys[::2].flip(1)
     return keys.unsqueeze(2)
 
@@ -55,13 +55,13 @@ def _round_keys(seed: Tensor) -> Tensor:
 def _words(start: int, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Philox4x32-10 of ``count`` counters: the words (0, 2) and the words (1, 3) as the rows of two int64 tensors; the upper halves of
     words 1 and 3 hold anything."""
-    # What is multiplied, what is added, and room for the products.
+    # Three pairs of rows: the words that are multiplied, the words that are combined by exclusive or, and scratch room for the products.
     state = torch.zeros((3, 2, count), dtype=torch.int64, device=keys.device)
     multiplied, added, _ = rows = [pair.unbind() for pair in state.unbind()]
     torch.arange(start, start + count, out=multiplied[0])
     torch.bitwise_right_shift(multiplied[0], 32, out=added[0])
     multiplied[0].bitwise_and_(_MASK)
-    # Not torch.tensor, whose copy to an accelerator waits for it.
+    # torch.tensor would copy from the host, which waits for an accelerator.
     multipliers = torch.full((3, 1), _MULTIPLIERS[0], dtype=torch.int64, device=keys.device)
     multipliers[1].fill_(_MULTIPLIERS[1])
     last = _ROUNDS % 2
@@ -121,7 +121,7 @@ def excess_exp(x: Tensor) -> Tensor:
     With c the number nearest to x in an interval around 0 it is ``(exp(c) - 1 - c) + exp(c) (exp(x - c) - 1) - (x - c)``: the first term is
     the sum of a Taylor series, the others are exactly 0 inside the interval.
     """
-    # What the series leaves out is below the rounding; at the ends of the interval the other terms cancel 3 bits at most.
+    # The terms that the series leaves out are below its rounding error. At the ends of the interval the difference cancels at most 3 bits.
     last = 8 if x.dtype == torch.float32 else 16
     inside = x.clamp(-0.5, 0.5)
     outside = x - inside
@@ -215,7 +215,7 @@ def latent_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
 
 
 def _kl_weights(grad_kl: Tensor, shape: torch.Size, active: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
-    """What the gradient of each element's KL is multiplied with, as a matrix that broadcasts to the samples and their elements."""
+    """The gradient of the loss w.r.t. each element's KL, as a matrix that broadcasts to (samples, elements of a sample)."""
     weights = gradient_matrix(grad_kl, shape, reduction, dtype)
     return torch.where(active.reshape(1, -1), weights, 0.0) if active.numel() else weights
 

@@ -17,7 +17,7 @@ GRADIENTS = ("straight_through", "rotation")
 
 @exportable
 class VQ(NamedTuple):
-    """What vector quantization gives."""
+    """The results of vector quantization."""
 
     quantized: Tensor
     indices: Tensor

@@ -67,7 +67,8 @@ def contractive_penalty(
 
 
 def _written_gradients(hidden, weight, reduction, grad_scale) -> tuple[bool, bool]:
-    """Which gradients the forward pass writes: on the CPU alone, as looking at the incoming one would make another device wait."""
+    """Whether the forward pass writes the gradients of hidden and of weight. It does so on the CPU alone: the backward pass has to read the
+    incoming gradient, for which another device would wait."""
     learners = [t for t in (hidden, weight) if t.requires_grad]
     written = hidden.device.type == "cpu" and writes_gradient(learners, reduction, grad_scale)
     return written and hidden.requires_grad, written and weight.requires_grad
@@ -104,7 +105,7 @@ def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, red
 
 @exportable
 class JacobianMethod(NamedTuple):
-    """What :func:`jacobian_frobenius` does with an encoder, and why."""
+    """The method that :func:`jacobian_frobenius` takes for an encoder, and the reason."""
 
     method: str
     reason: str
@@ -184,7 +185,7 @@ def _norm_and_output(encoder, x, method, num_projections, generator, reduction, 
 
 
 def explain_jacobian_method(encoder: nn.Module, x: Tensor) -> JacobianMethod:
-    """Which method ``method="auto"`` of :func:`jacobian_frobenius` takes for an encoder and a batch, and why: ``(method, reason)``."""
+    """The method that :func:`jacobian_frobenius` takes with ``method="auto"`` for an encoder and a batch, and the reason."""
     _check_encoder(encoder, x)
     try:
         layers = _chain.read_chain(encoder, x.ndim)

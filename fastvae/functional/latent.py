@@ -216,7 +216,7 @@ def _draw_seed(device, generator):
 
 
 def _seed_tensor(seed, device):
-    # Not torch.tensor, whose copy to a GPU waits for it.
+    # torch.tensor would copy from the host, which waits for a GPU.
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

@@ -26,7 +26,8 @@ from fastvae.functional.latent import kl_normal
 from fastvae.ops.reconstruction import LIKELIHOODS, ForwardArguments, Reconstruction
 from fastvae.reference import reconstruction as reference
 
-# A gradient of log sigma^2 shared by at most so many values is summed in the kernel; a longer one in two steps.
+# The kernels sum the gradient of a shared log variance of at most so many values themselves. A longer one is expanded, and torch sums its
+# gradient.
 MAX_SHARED_LOGVAR = 4096
 
 
@@ -312,7 +313,7 @@ def _share(value: Tensor | None, shape: torch.Size, order: list[int] | None, lon
 
 def _is_one_run(sizes, shape) -> bool:
     """Whether the dimensions that are not broadcast stand side by side: element e then reads value (e // inner) % period."""
-    # As text: with dynamic shapes torch.compile then decides each comparison.
+    # The comparison is written as text because torch.compile with dynamic shapes then decides it one dimension at a time.
     read = "".join("x" if size != 1 else "." for size, full in zip(sizes, shape, strict=True) if full != 1)
     return "." not in read.strip(".")
 

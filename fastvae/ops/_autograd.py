@@ -1,4 +1,4 @@
-"""What every ``torch.autograd.Function`` of the package shares."""
+"""Helpers that the ``torch.autograd.Function`` of every family shares."""
 
 import contextlib
 import functools
@@ -102,7 +102,7 @@ def scale_written(written: list[Tensor], grad_output: Tensor, expected: float) -
         return written
     if any(gradient.element_size() == 2 for gradient in written):
         return None
-    # On an alias that autograd's version check does not see.
+    # An alias, because autograd's version check would see a write to the gradient itself.
     return [gradient.data.mul_(factor) for gradient in written]
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 BACKENDS = ("cpp", "cuda", "triton", "fallback", "reference")
 
-# A number that may be symbolic under torch.compile with dynamic shapes.
+# The type of a number that torch.compile may make symbolic where shapes are dynamic.
 Size = Annotated[int, "SymInt"]
-# A tensor that the operator writes to.
+# The type of a tensor that the operator writes to.
 Written = Annotated[Tensor, "written"]
 
 _SCHEMA_TYPES: dict[Any, str] = {
@@ -62,7 +62,7 @@ class Operator:
         return register
 
     def gradients(self, **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
-        """What ``backward`` of an autograd.Function returns whose inputs are the arguments and the backend: None where there is none."""
+        """The gradients of the inputs of an autograd.Function, which are the arguments and the backend; None for those that are not given."""
         return *(by_name.get(name) for name in self.arguments._fields), None
 
     def _of_one_object(self, function: Callable) -> Callable:

@@ -225,7 +225,7 @@ class GramPenalty(torch.autograd.Function):
             return (None,) * 7
         left, inner, outer, lower, *grads = ctx.saved_tensors
         factor = grad_output * reduction_scale(outer.shape[:1], ctx.reduction)
-        # As in the forward pass: autocast would round the products.
+        # Autocast would round the products, which the forward pass did not do either.
         with without_autocast(left.device):
             if ctx.written:
                 grads = [grad * factor for grad in grads]

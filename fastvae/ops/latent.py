@@ -60,7 +60,7 @@ class ForwardArguments(NamedTuple):
 
 
 class BackwardResults(NamedTuple):
-    """Those of the prior have no elements where there is none."""
+    """The gradients of the prior have no elements where there is no prior."""
 
     grad_mu: Tensor
     grad_logvar: Tensor
@@ -126,7 +126,7 @@ class ReparameterizeKL(torch.autograd.Function):
     @staticmethod
     @first_derivative_only("fastvae.reference.latent")
     def backward(ctx, grad_z, grad_kl, *_):
-        # What the forward pass did not give has no gradient, though torch.compile brings zeros for it.
+        # torch.compile brings zeros as the gradients of results that the forward pass left empty.
         grad_z, grad_kl = grad_z if ctx.draws else None, grad_kl if ctx.with_kl else None
         mu, logvar, prior_mu, *_ = saved = ctx.saved_tensors
         grads = BackwardResults(*backward.overloads[ctx.backend](grad_z, grad_kl, *saved, *ctx.options))

@@ -163,7 +163,7 @@ def _written_gradients(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor] 
     if grad_input.device.type == "cpu":
         scaled = scale_written([grad_input, grad_logvar], grad_output, ctx.grad_scale)
         return None if scaled is None else (scaled[0], None, scaled[1])
-    # Aliases that autograd's version check does not see.
+    # Aliases, because autograd's version check would see a write to the gradients themselves.
     aliases = grad_input.data, grad_logvar.data
     if any(alias.element_size() == 2 for alias in aliases):
         backward_.overloads[ctx.backend](*aliases, grad_output, ctx.grad_scale, *operands, ctx.likelihood, ctx.reduction)

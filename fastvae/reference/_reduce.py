@@ -12,7 +12,7 @@ def reduce_elements(elements: Tensor, reduction: int, dtype: torch.dtype) -> Ten
         return elements.to(dtype)
     if reduction == REDUCTIONS["sample"]:
         return elements.sum(tuple(range(1, elements.ndim))) if elements.ndim > 1 else elements.clone()
-    # By an integer: in forward mode torch gives the product of a 0-dim tensor and a Python float a tangent in float64.
+    # The divisor is an integer because in forward mode the product of a 0-dim tensor and a Python float gets a tangent in float64.
     return elements.sum() / reduced_count(elements.shape, reduction)
 
 
