@@ -62,7 +62,7 @@ class Operator:
         return register
 
     def gradients(self, **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of the inputs of an autograd.Function, which are the arguments and the backend; None for those that are not given."""
+        """The gradients of the inputs of an autograd.Function, which are the arguments and the backend; None for the others."""
         return *(by_name.get(name) for name in self.arguments._fields), None
 
     def _of_one_object(self, function: Callable) -> Callable:
