@@ -146,7 +146,7 @@ struct NormStatisticsGradient {
   double slope, intercept;
 };
 
-// From the sums over the group of weight * du and of weight * du * xhat; `elements` is the number of elements of the group.
+// Computes it from the sums of weight * du and of weight * du * xhat over a group of `elements` elements.
 FASTVAE_INLINE NormStatisticsGradient statistics_gradient_of(double mean, double centre, double rstd, double sum_wdu, double sum_wdu_xhat,
                                                              double elements) {
   double slope = -rstd * rstd * sum_wdu_xhat / elements;

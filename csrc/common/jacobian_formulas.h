@@ -17,7 +17,7 @@ struct SquaredSlope {
   T square, change;  // phi'^2, and the derivative of that with respect to h
 };
 
-// From slope = phi' and its derivative with respect to h.
+// Squares the slope phi', whose derivative with respect to h is `change`.
 template <class T>
 FASTVAE_INLINE SquaredSlope<T> squared(T slope, T change) {
   return {slope * slope, T(2) * slope * change};
