@@ -16,9 +16,9 @@ struct ReconstructionArguments {
   Likelihood likelihood;
 };
 
-// An operand that broadcasts to `shape`. The dimensions in which it is not broadcast have to be adjacent, which the public functions check.
+// An operand that broadcasts to `shape`.
 template <class T>
-BroadcastOperand operand_of(const Tensor& tensor, const std::vector<int64_t>& shape, int64_t numel, Copies& copies) {
+BroadcastOperand operand_of(const Tensor& tensor, const Sizes& shape, int64_t numel, Copies& copies) {
   DType dtype = dtype_of(tensor);
   bool is_readable = dtype == DType::float32 || dtype == kDTypeOf<T>;
   const Tensor& values = readable(is_readable ? tensor : torch::stable::to(tensor, ScalarType::Float), copies);
@@ -28,9 +28,7 @@ BroadcastOperand operand_of(const Tensor& tensor, const std::vector<int64_t>& sh
   operand.full = values.numel() == numel;
   operand.aligned = operand.full && (operand.is_float32 ? is_aligned(static_cast<const float*>(operand.data))
                                                         : is_aligned(static_cast<const T*>(operand.data)));
-  int64_t inner = 1;
-  for (int64_t d = static_cast<int64_t>(shape.size()) - 1; d >= 0 && values.size(d) == 1; --d) inner *= shape[d];
-  operand.inner = divider(inner);
+  operand.inner = divider(broadcast_inner(values, shape));
   operand.period = divider(values.numel());
   return operand;
 }
@@ -40,7 +38,7 @@ template <class T>
 ReconstructionParams<T> params_of(const ReconstructionArguments& a, Copies& copies) {
   copies.reserve(8);
   ReconstructionParams<T> p{};
-  std::vector<int64_t> shape = shape_of(a.input);
+  Sizes shape = shape_of(a.input);
   p.numel = a.input.numel();
   p.input = static_cast<const T*>(readable(a.input, copies).const_data_ptr());
   p.target = readable(a.target, copies).const_data_ptr();
@@ -99,9 +97,9 @@ using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 template <class T>
 ThreeTensors forward(const ReconstructionArguments& a, Reduction reduction, double grad_scale, bool with_grad) {
   Launch launch(a.input);
-  std::vector<int64_t> nothing = {0};
+  Sizes nothing = {0};
   ScalarType dtype = a.input.scalar_type();
-  Tensor loss = empty_reduced(launch, a.input, reduction);
+  Tensor loss = launch.empty_reduced(a.input, reduction);
   Tensor grad_input = launch.empty(with_grad ? shape_of(a.input) : nothing, dtype);
   bool with_logvar = with_grad && a.logvar;
   Tensor grad_logvar = with_logvar ? launch.empty(shape_of(*a.logvar), a.logvar->scalar_type()) : launch.empty(nothing, dtype);
@@ -148,7 +146,7 @@ void write_gradients(Launch& launch, const ReconstructionArguments& a, const Ten
 template <class T>
 ThreeTensors backward(const ReconstructionArguments& a, const Tensor& grad_output, Reduction reduction, bool with_target) {
   Launch launch(a.input);
-  std::vector<int64_t> nothing = {0};
+  Sizes nothing = {0};
   ScalarType dtype = a.input.scalar_type();
   Tensor grad_input = launch.empty(shape_of(a.input), dtype);
   Tensor grad_target = launch.empty(with_target ? shape_of(a.target) : nothing, a.target.scalar_type());

@@ -59,7 +59,7 @@ struct ReconstructionParams {
 
 template <class T>
 __device__ __forceinline__ float operand_value(const BroadcastOperand& operand, int64_t index) {
-  return operand.is_float32 ? static_cast<const float*>(operand.data)[index] : widen(static_cast<const T*>(operand.data)[index]);
+  return operand.is_float32 ? static_cast<const float*>(operand.data)[index] : to_float(static_cast<const T*>(operand.data)[index]);
 }
 
 // Loads the values of the `count` elements of a vector, and 0 for those that do not exist.
@@ -108,7 +108,7 @@ __device__ __forceinline__ LossTerms<float> terms_of(float x, float t, float ext
 // grad_output of an element times the scale of the reduction.
 template <class T>
 __device__ __forceinline__ float scaled_grad_output(const ReconstructionParams<T>& p, int64_t element) {
-  if (p.grad_elements) return widen(p.grad_elements[element]) * p.scale;
+  if (p.grad_elements) return to_float(p.grad_elements[element]) * p.scale;
   if (!p.grad_rows) return p.scale;
   return p.grad_rows[p.grad_stride != 0 ? quotient(p.row, element) * p.grad_stride : 0] * p.scale;
 }
@@ -182,11 +182,11 @@ __device__ __forceinline__ float target_value(const void* from, DType dtype, int
     case DType::float32:
       return static_cast<const float*>(from)[element];
     case DType::bfloat16:
-      return widen(static_cast<const BFloat16*>(from)[element]);
+      return to_float(static_cast<const BFloat16*>(from)[element]);
     case DType::float16:
-      return widen(static_cast<const Half*>(from)[element]);
+      return to_float(static_cast<const Half*>(from)[element]);
     default:
-      return widen(static_cast<const uint8_t*>(from)[element]);
+      return to_float(static_cast<const uint8_t*>(from)[element]);
   }
 }
 
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
   if (is_done(p)) return;
   auto gradient = [&](int64_t element) {
     float logvar = operand_value<T>(p.extra, value_index(p.extra, element));
-    LossTerms<float> terms = Gaussian::terms(widen(p.input[element]), target_value(p.target, p.target_dtype, element), logvar);
+    LossTerms<float> terms = Gaussian::terms(to_float(p.input[element]), target_value(p.target, p.target_dtype, element), logvar);
     float factor = scaled_grad_output(p, element);
     if (p.weight.data) factor *= operand_value<T>(p.weight, p.weight.full ? element : value_index(p.weight, element));
     return terms.logvar * factor;
