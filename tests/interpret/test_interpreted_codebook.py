@@ -10,7 +10,7 @@ import fastvae
 from fastvae import functional as FV
 from fastvae._ops import REDUCTIONS
 from fastvae.functional.codebook import GRADIENTS
-from fastvae.kernels import _device, _launch, _nearest
+from fastvae.kernels import _codebook_search, _device, _launch
 
 PLACE = Place("cpu", "triton")
 OTHER_BACKENDS = [place.backend for place in places("codebook_quantize") if place.backend != "triton"]
@@ -112,7 +112,7 @@ class Rehashed:
 @pytest.mark.parametrize("dim", [5, 33])
 def test_equal_codes_that_their_hashes_do_not_show(monkeypatch, dim, hashes):
     """The second kernel gives the lowest; different codes of one hash stay different."""
-    monkeypatch.setattr(_nearest, "codebook_measure_kernel", Rehashed(_nearest.codebook_measure_kernel, hashes))
+    monkeypatch.setattr(_codebook_search, "codebook_measure_kernel", Rehashed(_codebook_search.codebook_measure_kernel, hashes))
     x, codebook = test_codebook.duplicated(Source("cpu"), 10, dim, 70)
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
