@@ -35,6 +35,7 @@ struct CodebookCall {
   CodebookSearch search;
 
   CodebookCall(const Tensor& x, const Tensor& codebook, const Tensor& indices) : kernels(selected_kernels()), search{} {
+    copies.reserve(2);
     search.x = codebook_rows_of(x, copies);
     search.codebook = codebook_rows_of(codebook, copies);
     search.heads = x.size(0);

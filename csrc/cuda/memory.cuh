@@ -26,7 +26,7 @@ constexpr DType kDTypeOf<BFloat16> = DType::bfloat16;
 template <>
 constexpr DType kDTypeOf<Half> = DType::float16;
 
-// Storage to float32.
+// Converts storage to float32.
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
@@ -34,7 +34,7 @@ __device__ __forceinline__ float to_float(double x) { return static_cast<float>(
 // A uint8 pixel stands for a value in [0, 1].
 __device__ __forceinline__ float to_float(uint8_t x) { return static_cast<float>(x) * (1.0f / 255.0f); }
 
-// float32 to storage, rounded to nearest even.
+// Converts float32 to storage, rounded to nearest even.
 template <class T>
 __device__ __forceinline__ T from_float(float x);
 template <>
