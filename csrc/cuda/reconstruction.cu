@@ -6,9 +6,6 @@
 namespace fastvae {
 namespace {
 
-// These are the numbers of LIKELIHOODS in fastvae/_ops.py.
-enum class Likelihood : int64_t { bce_with_logits = 0, bce = 1, mse = 2, gaussian = 3 };
-
 // The tensors that both operators take.
 struct ReconstructionArguments {
   const Tensor &input, &target;
