@@ -1,10 +1,11 @@
-// fastvae._C: what was built, which instruction set is in use, and a switch for tests. Loading it registers the C++ operators.
+// The Python module fastvae._C: facts of the build, the instruction set in use, and a switch for tests. Loading it registers the C++
+// operators.
 #include <pybind11/pybind11.h>
 
 #include <string>
 
 #include "common/philox.h"
-#include "cpu/codebook.h"
+#include "cpu/codebook_kernels.h"
 #include "cpu/isa.h"
 #include "cpu/poison.h"
 
@@ -63,13 +64,14 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ kernels of fastvae.";
-  m.def("instruction_sets", &fastvae::instruction_sets, "Those that were compiled and this processor has.");
-  m.def("instruction_set", [] { return fastvae::kIsaNames[static_cast<int>(fastvae::isa_in_use())]; }, "The one in use.");
-  m.def("set_instruction_set", &fastvae::set_instruction_set, py::arg("name"), "Chooses one for the whole process.");
-  m.def("last_instruction_set", &fastvae::last_instruction_set, py::arg("family"), "The compiled path that a family's last call took.");
+  m.def("instruction_sets", &fastvae::instruction_sets, "The instruction sets that were compiled and that this processor has.");
+  m.def("instruction_set", [] { return fastvae::kIsaNames[static_cast<int>(fastvae::isa_in_use())]; }, "The instruction set in use.");
+  m.def("set_instruction_set", &fastvae::set_instruction_set, py::arg("name"), "Selects an instruction set for the whole process.");
+  m.def("last_instruction_set", &fastvae::last_instruction_set, py::arg("family"),
+        "The instruction set that the last call of a family ran with.");
   m.def("philox4x32", &fastvae::philox4x32_words, py::arg("counter"), py::arg("key"), "One block of random words.");
   m.def("codebook_statistics", &fastvae::statistics_of_codebook, py::arg("reset") = false,
-        "Vectors searched by all calls so far, those decided in float64, and those that 16-bit integers left to float32.");
-  m.def("set_poison", &fastvae::set_poison, py::arg("on"), "Fills what operators allocate with NaN: for tests.");
+        "Rows that all calls so far searched, those decided in float64, and those screened again in float32.");
+  m.def("set_poison", &fastvae::set_poison, py::arg("on"), "Fills the tensors that operators allocate with NaN, for tests.");
   m.def("build_info", &fastvae::build_info, "Compiler, flags and the oldest torch that the library runs with.");
 }

@@ -1,4 +1,4 @@
-"""What the group norm kernels are made of: the partition of a tensor into blocks, and the device functions that forward and backward share.
+"""The partition of a tensor for the group norm kernels, and the device functions that their forward and backward passes share.
 
 Throughout, u = (x - mean) * rstd * weight + bias is the pre-activation, du the gradient with respect to it, and
 xhat = (x - mean) * rstd the normalised input.

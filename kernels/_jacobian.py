@@ -1,4 +1,4 @@
-"""What the Jacobian kernels are made of: the derivatives of activations, and loads of blocks of a matrix."""
+"""Device functions of the Jacobian kernels: the derivatives of activations, and loads of blocks of a matrix."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""How tensors of one shape are read without copying them: as rows that are contiguous in themselves, with a stride of each tensor's own."""
+"""Reads tensors of one shape without copies, as rows that are contiguous, where each tensor has its own stride from row to row."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def row_stride(tensor: Tensor, dim: int) -> int | None:
-    """How far apart the rows lie that the dimensions from ``dim`` on make up; None where they are not contiguous or not evenly apart."""
+    """The stride of the rows that the dimensions from ``dim`` on make up; None where they are not contiguous or their stride varies."""
     expected = 1
     for size, stride in zip(reversed(tensor.shape[dim:]), reversed(tensor.stride()[dim:]), strict=True):
         if size != 1 and stride != expected:
@@ -21,10 +21,11 @@ def row_stride(tensor: Tensor, dim: int) -> int | None:
 
 
 def shared_rows(tensors):
-    """``(tensors, inner, strides)``: all in rows of ``inner`` elements, as long as they go, or contiguous, where the others are None.
+    """``(tensors, inner, strides)``: the tensors, of which None stay None, with the longest rows of ``inner`` elements that all have. Where
+    all are contiguous, ``inner`` and the strides are None.
 
-    A slice of a dimension (``mu, logvar = h.chunk(2, 1)``) and an operand expanded over the batch stay where they are; what fits nothing
-    is copied.
+    Slices of a dimension (``mu, logvar = h.chunk(2, 1)``) and an operand that is expanded over the batch are not copied. Where the tensors
+    have no rows in common, those that are not contiguous are copied.
     """
     present = [t for t in tensors if t is not None]
     if all(t.is_contiguous() for t in present):
@@ -36,7 +37,8 @@ def shared_rows(tensors):
 
 
 def matrix_rows(tensors):
-    """``(tensors, strides, rows, columns)``: as matrices whose rows are the samples of a batch; what does not fit is copied."""
+    """``(tensors, strides, rows, columns)``: the tensors as matrices whose rows are the samples of a batch. A tensor that is none is
+    copied."""
     first = tensors[0]
     rows = first.shape[0] if first.ndim else 1
     tensors = tuple(t if t is None or row_stride(t, min(1, t.ndim)) is not None else t.contiguous() for t in tensors)
@@ -47,8 +49,8 @@ def matrix_rows(tensors):
 def shared_operand(value: Tensor | None, shape):
     """``(value, inner, period)`` for an operand that broadcasts to ``shape``: element e reads value ``(e // inner) % period``.
 
-    The dimensions in which it is not broadcast stand side by side (see fastvae/functional/reconstruction.py). ``inner`` is None where it
-    has a value for every element, ``period`` is None where it has one for all.
+    The dimensions in which it is not broadcast have to be adjacent, which the public functions check. ``inner`` is None where there is a
+    value for each element, ``period`` is None where there is one value for all.
     """
     if value is None:
         return None, None, None
@@ -57,5 +59,5 @@ def shared_operand(value: Tensor | None, shape):
     value = value.contiguous()
     if value.shape == shape:
         return value, None, None
-    own = [d for d, size in enumerate(value.shape) if size != 1]
-    return value, math.prod(shape[own[-1] + 1 :]), value.numel()
+    dims = [d for d, size in enumerate(value.shape) if size != 1]
+    return value, math.prod(shape[dims[-1] + 1 :]), value.numel()

@@ -1,4 +1,4 @@
-"""Branch-free scalar functions, cheaper than libdevice's where the argument's range or the accuracy wanted is known.
+"""Branch-free scalar functions. They are cheaper than those of libdevice, because the range of the argument or the accuracy is limited.
 
 The coefficients are minimax fits of the relative error.
 """
@@ -9,9 +9,9 @@ import triton.language as tl
 
 @triton.jit
 def log_positive(x):
-    """log(x) of a positive normal float32, relative error 3e-7 (also near 1)."""
+    """log(x) for a positive normal float32, with a relative error of 3e-7, near 1 too."""
     bits = x.to(tl.int32, bitcast=True)
-    # The mantissa in [2/3, 4/3).
+    # The exponent is chosen so that the mantissa 1 + f lies in [2/3, 4/3).
     exponent = (bits - 0x3F2AAAAB) >> 23
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     p = tl.fma(f, -0.153656945, 0.171111852)
@@ -26,7 +26,7 @@ def log_positive(x):
 
 @triton.jit
 def log1p_unit(x):
-    """log(1 + x) for x in [0, 1], relative error 2e-7."""
+    """log(1 + x) for x in [0, 1], with a relative error of 2e-7."""
     p = tl.fma(x, 0.00523269083, -0.0295052286)
     p = tl.fma(p, x, 0.0782259479)
     p = tl.fma(p, x, -0.136632457)
@@ -40,7 +40,8 @@ def log1p_unit(x):
 
 @triton.jit
 def sincos_turn(w):
-    """Sine and cosine of 2 pi w / 2^32 for a uint32 w, absolute error 2e-7; the quadrant is reduced in integers."""
+    """The sine and cosine of 2 pi w / 2^32 for a uint32 w, with an absolute error of 2e-7. The quadrant is split off in integer
+    arithmetic."""
     quadrant = (w + 0x20000000) >> 30
     remainder = (w - (quadrant << 30)).to(tl.int32, bitcast=True)
     x = remainder.to(tl.float32) * 1.46291807926715968e-9
@@ -58,7 +59,7 @@ def sincos_turn(w):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1, relative error 6e-7."""
+    """exp(x) - 1, with a relative error of 6e-7."""
     p = tl.fma(x, 0.00138888718, 0.00836977828)
     p = tl.fma(p, x, 0.0416671559)
     p = tl.fma(p, x, 0.166665003)
@@ -70,7 +71,7 @@ def expm1(x):
 
 @triton.jit
 def exponential(x):
-    """exp(x), exp(x) - 1 and exp(x) - 1 - x; the last two have a relative error of 6e-7 near 0 too, where the differences cancel."""
+    """exp(x), exp(x) - 1 and exp(x) - 1 - x. The last two have a relative error of 6e-7 near 0 too, where the differences would cancel."""
     p = tl.fma(x, 0.00019875691500, 0.0013981999507)
     p = tl.fma(p, x, 0.0083334519073)
     p = tl.fma(p, x, 0.041665795894)
@@ -84,7 +85,7 @@ def exponential(x):
 
 @triton.jit
 def logistic(x):
-    """1 / (1 + exp(-x)) and 1 / (1 + exp(x)), each without a difference."""
+    """1 / (1 + exp(-x)) and 1 / (1 + exp(x)). Neither is computed as 1 minus the other, which would cancel."""
     e = tl.exp(-tl.abs(x))
     r = 1.0 / (1.0 + e)
     return tl.where(x < 0, e * r, r), tl.where(x < 0, r, e * r)
@@ -92,7 +93,7 @@ def logistic(x):
 
 @triton.jit
 def standard_normal(x):
-    """Density and distribution function of the standard normal."""
+    """The density and the distribution function of the standard normal at x."""
     # exp(a^2) erfc(a) for a >= 0 is t times a polynomial in t = 1 / (1 + a / 2), here a = |x| / sqrt(2).
     t = 1.0 / tl.fma(tl.abs(x), 0.353553391, 1.0)
     p = tl.fma(t, -5.9069016e-2, 2.84575225e-1)

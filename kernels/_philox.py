@@ -1,4 +1,4 @@
-"""The package's noise: four normals a Philox counter, numbered as in fastvae/reference/latent.py."""
+"""The noise of the package, see docs/randomness.md: each Philox counter gives four normals, one in each stream of a noise tile."""
 
 import triton
 import triton.language as tl
@@ -12,9 +12,10 @@ STREAMS = tl.constexpr(NOISE_TILE // NOISE_LANES)
 
 @triton.jit
 def philox4x32(key, counter):
-    """Philox4x32-10 (Salmon et al. 2011): four words for each 64-bit counter, whose upper two words are 0.
+    """Philox4x32-10 (Salmon et al. 2011): four random words for each 64-bit counter; the upper two words of the counter are 0.
 
-    Not ``tl.randint4x``: a product here is one 64-bit multiplication where that has two of 32 bits, a third of its instructions.
+    ``tl.randint4x`` computes a product with two 32-bit multiplications. Here it is one 64-bit multiplication, which takes a third of the
+    instructions.
     """
     c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     c2 = tl.zeros_like(c0)
@@ -40,11 +41,11 @@ def box_muller(even, odd):
 
 @triton.jit
 def draw_words(key, first, zero, ALIGNED: tl.constexpr, TILES: tl.constexpr):
-    """The words of elements ``first + 512 r + l + 128 j`` for tiles r, lanes l and streams j, to be made normals by :func:`normal`.
+    """The random words for elements ``first + 512 r + l + 128 j`` of tiles r, lanes l and streams j, which :func:`normal` turns into noise.
 
-    ALIGNED says that ``first`` is a multiple of 512. Elsewhere, the four elements of a lane share its counter in the tile that ``first``
-    lies in and its counter in the next one, so two counters a lane suffice and nothing moves between threads; the streams are rotated.
-    ``zero`` gives the layout, see :func:`zero_laid_out_like`.
+    ALIGNED says that ``first`` is a multiple of 512. Otherwise the four elements of a lane belong to one counter of the noise tile that
+    contains ``first`` and to the same lane of the next tile, in rotated streams. So two counters a lane suffice, and no value moves between
+    threads. ``zero`` determines the layout, see :func:`zero_laid_out_like`.
     """
     tile = zero + first // TILE + tl.arange(0, TILES)[:, None]
     if ALIGNED:
@@ -58,6 +59,7 @@ def draw_words(key, first, zero, ALIGNED: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def normal(words, STREAM: tl.constexpr, ALIGNED: tl.constexpr):
+    """The noise of stream STREAM from the words of :func:`draw_words`."""
     if ALIGNED:
         pair = box_muller(words[STREAM // 2 * 2], words[STREAM // 2 * 2 + 1])
         return pair[STREAM % 2]
@@ -68,7 +70,7 @@ def normal(words, STREAM: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def rotated_normal(here, there, stream):
-    """The normal of stream ``stream % 4``, of the next tile from stream 4 on."""
+    """The normal of stream ``stream % 4``: of the words ``here`` for streams 0 to 3, of the next tile's words ``there`` from 4 on."""
     next_tile, second_pair = stream >= 4, (stream & 2) != 0
     even = tl.where(second_pair, tl.where(next_tile, there[2], here[2]), tl.where(next_tile, there[0], here[0]))
     odd = tl.where(second_pair, tl.where(next_tile, there[3], here[3]), tl.where(next_tile, there[1], here[1]))
@@ -78,9 +80,9 @@ def rotated_normal(here, there, stream):
 
 @triton.jit
 def zero_laid_out_like(x):
-    """Integer zeros that the compiler keeps in the layout of ``x`` until it sees, too late to change that, that they are zeros.
+    """int64 zeros in the layout of ``x``. The compiler finds out that they are zeros only after it has fixed the layouts.
 
-    Without them it lays counters out one a thread, as nothing tells it better, and moves every normal through shared memory to where the
-    loaded elements are.
+    Without them it would give counters a layout of its own choice, and move every normal through shared memory to the thread that has the
+    loaded element.
     """
     return ((x != x) & (x == x)).to(tl.int64)

@@ -1,4 +1,4 @@
-"""What the reconstruction kernels are made of: the formulas of the losses, and loads of their operands.
+"""Device functions of the reconstruction kernels: the formulas of the losses, and loads of their operands.
 
 Each formula returns the loss of an element and its gradients with respect to input, target and log variance.
 """

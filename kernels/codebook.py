@@ -1,7 +1,21 @@
-"""Vector quantization on a GPU: the codes of the nearest indices with the loss, the gradients, and the moving averages.
+"""Vector quantization on a GPU: the outputs of the indices, the sums over the rows of each code, and the moving averages.
 
-Sums over the rows of a code are taken in row order: the indices are sorted, stably, the rows of each code are cut into parts, programs sum
-a part each, and others the parts of a code.
+The search for the nearest codes and the gradients of x have files of their own.
+
+===========================  ========================  ===============================================  ==========================
+kernel                       grid                      reads                                            writes
+===========================  ========================  ===============================================  ==========================
+codebook_gather_kernel       (programs,)               x, codebook, indices                             quantized, errors, loss
+codebook_finite_rows_kernel  (programs,)               x, indices                                       finite_indices
+codebook_parts_kernel        (parts, heads)            x, codebook, grad_loss, the parts                partial
+codebook_sums_kernel         (blocks of codes, heads)  partial, first_parts                             sums
+codebook_counts_kernel       (heads,)                  counts                                           ema_count, totals
+codebook_ema_kernel          (blocks of codes, heads)  sums, totals, ema_count                          ema_sum, codebook
+===========================  ========================  ===============================================  ==========================
+
+The rows of a code are summed in their order: torch sorts the indices stably, the rows of each code are cut into parts, a program sums each
+part, and another kernel adds the parts of a code. Throughout, x is (heads, rows, dim), codebook (heads, codes, dim) and indices (heads,
+rows) int64; ``flat`` numbers the rows over the heads.
 """
 
 from typing import NamedTuple
@@ -12,14 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels import _device, _launch
-from fastvae.kernels._nearest import LARGEST_FLOAT, load_tile, nearest, rows_of
+from fastvae.kernels._codebook_gradient import codebook_backward_kernel, loss_gradient
+from fastvae.kernels._codebook_pack import MAX_FLOAT, load_tile
+from fastvae.kernels._codebook_search import nearest, rows_of
 from fastvae.kernels._reduce import is_last, sum_programs
 from fastvae.ops import codebook as ops
 from fastvae.ops._results import REDUCTIONS
-
-NONE, SAMPLE = tl.constexpr(REDUCTIONS["none"]), tl.constexpr(REDUCTIONS["sample"])
-# The smallest normal float32, below which a norm is not divided by.
-TINY = tl.constexpr(2.0**-126)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -27,8 +39,10 @@ def codebook_gather_kernel(
     x, codebook, indices, quantized, errors, loss, slots, ticket, x_head_stride, x_stride, code_head_stride, code_stride,
     heads, rows, dim, loss_weight, scale, ELEMENTWISE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The codes of the indices, and ``loss_weight`` times the squared errors: elementwise, or summed over each row into ``errors``, or over
-    all and times ``scale`` into ``loss``; what is None is not written. Grid: (programs,)."""
+    """Writes the codes of the indices and the squared errors: ``loss_weight`` times each into ``loss`` (heads, rows, dim) with ELEMENTWISE,
+    the sum over each row into ``errors`` (heads, rows), or ``scale`` times the sum over all into ``loss``, a scalar. Outputs that are None
+    are not requested. Grid: (programs,), which take blocks of rows in turn.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     blocks = tl.cdiv(rows, ROWS)
     total = tl.zeros([ROWS], tl.float32)
@@ -37,7 +51,7 @@ def codebook_gather_kernel(
         row = (block % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         flat = head * rows + row
         code = tl.load(indices + flat, mask=row < rows, other=0)
-        of_row = tl.zeros([ROWS], tl.float32)
+        row_sum = tl.zeros([ROWS], tl.float32)
         for first in range(0, dim, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             mask = (row < rows)[:, None] & (column < dim)[None, :]
@@ -49,103 +63,22 @@ def codebook_gather_kernel(
                 tl.store(quantized + at, codes, mask=mask)
             if ELEMENTWISE:
                 tl.store(loss + at, loss_weight * error, mask=mask)
-            of_row += tl.sum(error, axis=1)
+            row_sum += tl.sum(error, axis=1)
         if errors is not None:
-            tl.store(errors + flat, of_row, mask=row < rows)
-        total += of_row
+            tl.store(errors + flat, row_sum, mask=row < rows)
+        total += row_sum
     if slots is not None:
         tl.store(slots + program, tl.sum(total, axis=0))
         if is_last(ticket, programs):
             tl.store(loss, sum_programs(slots, programs) * scale)
 
 
-@triton.jit
-def loss_gradient(grad_loss, flat, at, mask, rows_per_sample, REDUCTION: tl.constexpr):
-    """The gradient that comes in for the loss of each element of some rows."""
-    if REDUCTION == NONE:
-        return tl.load(grad_loss + at, mask=mask, other=0.0).to(tl.float32)
-    elif REDUCTION == SAMPLE:
-        sample = flat // rows_per_sample
-        return tl.load(grad_loss + sample[:, None], mask=mask, other=0.0).to(tl.float32)
-    else:
-        return tl.load(grad_loss).to(tl.float32)
-
-
-@triton.jit
-def norms_of(base, own, row, code, x_stride, code_stride, inside, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    x_square, code_square = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    for first in range(0, dim, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        mask = inside[:, None] & (column < dim)[None, :]
-        values, codes = load_tile(base, row, x_stride, column, mask), load_tile(own, code, code_stride, column, mask)
-        x_square += tl.sum(values * values, axis=1)
-        code_square += tl.sum(codes * codes, axis=1)
-    return tl.maximum(tl.sqrt(x_square), TINY), tl.sqrt(code_square)
-
-
-@triton.jit
-def rotation_of(
-    grad, base, own, row, code, grad_stride, x_stride, code_stride, inside, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """What of x, of the code and of the gradient that comes in the gradient of x consists, per row: the transpose of the rotation and
-    scaling that take x to its code."""
-    x_norm, code_norm = norms_of(base, own, row, code, x_stride, code_stride, inside, dim, ROWS, COLUMNS)
-    x_factor, code_factor = 1.0 / x_norm, 1.0 / tl.maximum(code_norm, TINY)
-    square, along, along_code = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    for first in range(0, dim, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        mask = inside[:, None] & (column < dim)[None, :]
-        x_unit = load_tile(base, row, x_stride, column, mask) * x_factor[:, None]
-        code_unit = load_tile(own, code, code_stride, column, mask) * code_factor[:, None]
-        incoming = load_tile(grad, row, grad_stride, column, mask)
-        between = x_unit + code_unit
-        square += tl.sum(between * between, axis=1)
-        along += tl.sum(between * incoming, axis=1)
-        along_code += tl.sum(code_unit * incoming, axis=1)
-    between_norm = tl.maximum(tl.sqrt(square), TINY)
-    along = 2.0 * (along / between_norm) / between_norm
-    scale = code_norm / x_norm
-    return scale, x_factor * (2.0 * along_code - along), code_factor * -along
-
-
 @triton.jit(do_not_specialize=["rows"])
-def codebook_backward_kernel(
-    grad_quantized, grad_loss, x, codebook, indices, grad_x, grad_head_stride, grad_stride, x_head_stride, x_stride,
-    code_head_stride, code_stride, heads, rows, dim, rows_per_sample, factor,
-    REDUCTION: tl.constexpr, ROTATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The gradient of x: that of the codes, unchanged or turned, and ``factor`` times that of the loss. Grid: (programs,)."""
-    blocks = tl.cdiv(rows, ROWS)
-    for block in range(tl.program_id(0), heads * blocks, tl.num_programs(0)):
-        head = (block // blocks).to(tl.int64)
-        row = (block % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        flat, inside = head * rows + row, row < rows
-        code = tl.load(indices + flat, mask=inside, other=0)
-        base, own = x + head * x_head_stride, codebook + head * code_head_stride
-        if ROTATION:
-            scale, of_x, of_code = rotation_of(
-                grad_quantized + head * grad_head_stride, base, own, row, code, grad_stride, x_stride, code_stride, inside, dim,
-                ROWS, COLUMNS,
-            )  # fmt: skip
-        for first in range(0, dim, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            mask = inside[:, None] & (column < dim)[None, :]
-            at = flat[:, None] * dim + column[None, :]
-            gradient = tl.zeros([ROWS, COLUMNS], tl.float32)
-            values, codes = load_tile(base, row, x_stride, column, mask), load_tile(own, code, code_stride, column, mask)
-            if grad_quantized is not None:
-                gradient = load_tile(grad_quantized + head * grad_head_stride, row, grad_stride, column, mask)
-            if ROTATION:
-                gradient = scale[:, None] * (gradient + of_x[:, None] * values + of_code[:, None] * codes)
-            if grad_loss is not None:
-                incoming = loss_gradient(grad_loss, flat, at, mask, rows_per_sample, REDUCTION)
-                gradient += factor * incoming * (values - codes)
-            tl.store(grad_x + at, gradient, mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def codebook_finite_rows_kernel(x, indices, kept, x_head_stride, x_stride, heads, rows, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``kept`` is the index of each row as int32, -1 for a row that is not finite. Grid: (programs,)."""
+def codebook_finite_rows_kernel(
+    x, indices, finite_indices, x_head_stride, x_stride, heads, rows, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Writes the index of each row as int32, or -1 for a row that is not finite, to ``finite_indices`` (heads, rows). Grid: (programs,),
+    which take blocks of rows in turn."""
     blocks = tl.cdiv(rows, ROWS)
     for block in range(tl.program_id(0), heads * blocks, tl.num_programs(0)):
         head = (block // blocks).to(tl.int64)
@@ -155,9 +88,9 @@ def codebook_finite_rows_kernel(x, indices, kept, x_head_stride, x_stride, heads
         for first in range(0, dim, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             values = load_tile(x + head * x_head_stride, row, x_stride, column, inside[:, None] & (column < dim)[None, :])
-            finite = tl.minimum(finite, tl.min(tl.where(tl.abs(values) <= LARGEST_FLOAT, 1, 0), axis=1))
+            finite = tl.minimum(finite, tl.min(tl.where(tl.abs(values) <= MAX_FLOAT, 1, 0), axis=1))
         index = tl.load(indices + flat, mask=inside, other=-1).to(tl.int32)
-        tl.store(kept + flat, tl.where(finite == 1, index, -1), mask=inside)
+        tl.store(finite_indices + flat, tl.where(finite == 1, index, -1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "codes", "parts"])
@@ -165,7 +98,10 @@ def codebook_parts_kernel(
     x, codebook, grad_loss, order, starts, first_parts, owners, partial, x_head_stride, x_stride, code_head_stride, code_stride,
     rows, codes, dim, parts, rows_per_sample, REDUCTION: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The sum over a part of a code's rows of x, or, with a gradient of the loss, of that times code - x. Grid: (parts, heads)."""
+    """Sums x over the rows of each part or, where there is a grad_loss, grad_loss * (c - x). Grid: (parts, heads).
+
+    Pointers: order, starts, first_parts and owners as in :class:`_Parts`; partial (heads, parts, dim) float32.
+    """
     head, part = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     code = tl.load(owners + head * parts + part)
     if code < codes:
@@ -174,7 +110,7 @@ def codebook_parts_kernel(
         count = tl.minimum(tl.load(starts + slot + 1) - begin, LENGTH).to(tl.int32)
         order += head * rows + begin
         x += head * x_head_stride
-        own_code = codebook + head * code_head_stride + code * code_stride
+        code_pointer = codebook + head * code_head_stride + code * code_stride
         for first in range(0, dim, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -185,25 +121,28 @@ def codebook_parts_kernel(
                 values = load_tile(x, row, x_stride, column, mask)
                 if grad_loss is not None:
                     flat = head * rows + row
-                    own = tl.load(own_code + column, mask=column < dim, other=0.0).to(tl.float32)
-                    incoming = loss_gradient(grad_loss, flat, flat[:, None] * dim + column[None, :], mask, rows_per_sample, REDUCTION)
-                    values = tl.where(mask, incoming * (own[None, :] - values), 0.0)
+                    code_values = tl.load(code_pointer + column, mask=column < dim, other=0.0).to(tl.float32)
+                    weights = loss_gradient(grad_loss, flat, flat[:, None] * dim + column[None, :], mask, rows_per_sample, REDUCTION)
+                    values = tl.where(mask, weights * (code_values[None, :] - values), 0.0)
                 total += values
             tl.store(partial + (head * parts + part) * dim + column, tl.sum(total, axis=0), mask=column < dim)
 
 
 @triton.jit(do_not_specialize=["codes", "parts"])
 def codebook_sums_kernel(partial, first_parts, sums, codes, dim, parts, factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``factor`` times the sums of the parts of each code. Grid: (blocks of codes, heads)."""
+    """Adds the partial sums of the parts of each code and multiplies by ``factor``. Grid: (blocks of codes, heads).
+
+    Pointers: partial (heads, parts, dim) float32; first_parts (heads, codes + 1) int64; sums (heads, codes, dim).
+    """
     head = tl.program_id(1).to(tl.int64)
     code = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     begin = tl.load(first_parts + head * (codes + 1) + code, mask=code < codes, other=0)
     count = tl.load(first_parts + head * (codes + 1) + code + 1, mask=code < codes, other=0) - begin
-    most = tl.max(count, axis=0)
+    max_count = tl.max(count, axis=0)
     for first in range(0, dim, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for part in range(0, most):
+        for part in range(0, max_count):
             mask = (part < count)[:, None] & (column < dim)[None, :]
             total += load_tile(partial + head * parts * dim, begin + part, dim, column, mask)
         mask = (code < codes)[:, None] & (column < dim)[None, :]
@@ -212,7 +151,10 @@ def codebook_sums_kernel(partial, first_parts, sums, codes, dim, parts, factor, 
 
 @triton.jit(do_not_specialize=["codes"])
 def codebook_counts_kernel(ema_count, counts, totals, codes, decay, complement, BLOCK: tl.constexpr):
-    """The moving averages of the counts of a head, and their sum. Grid: (heads,)."""
+    """Updates the moving averages of the counts of a head, and writes their sum to ``totals``. Grid: (heads,).
+
+    Pointers: ema_count (heads, codes) float32; counts (heads, codes) int64; totals (heads,) float64. ``complement`` is 1 - decay.
+    """
     head = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, codes, BLOCK):
@@ -228,7 +170,11 @@ def codebook_counts_kernel(ema_count, counts, totals, codes, decay, complement, 
 def codebook_ema_kernel(
     codebook, ema_count, ema_sum, sums, totals, codes, dim, decay, complement, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """The moving averages of the sums, and the codes as their quotients by the smoothed counts. Grid: (blocks of codes, heads)."""
+    """Updates the moving averages of the sums, and the codes, which are their quotients by the smoothed counts. Grid: (blocks of codes,
+    heads).
+
+    Pointers: codebook, ema_sum and sums (heads, codes, dim); ema_count (heads, codes); totals (heads,) float64.
+    """
     head = tl.program_id(1).to(tl.int64)
     code = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = head * codes + code
@@ -241,13 +187,13 @@ def codebook_ema_kernel(
         column = first + tl.arange(0, COLUMNS)
         mask = (code < codes)[:, None] & (column < dim)[None, :]
         at = slot[:, None] * dim + column[None, :]
-        mean = tl.load(ema_sum + at, mask=mask, other=0.0) * decay + complement * tl.load(sums + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(ema_sum + at, mean, mask=mask)
-        tl.store(codebook + at, mean * inverse[:, None], mask=mask & used[:, None])
+        average = tl.load(ema_sum + at, mask=mask, other=0.0) * decay + complement * tl.load(sums + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(ema_sum + at, average, mask=mask)
+        tl.store(codebook + at, average * inverse[:, None], mask=mask & used[:, None])
 
 
 def _blocks(x: Tensor) -> tuple[dict, int]:
-    """The blocks of rows that kernels take, as options, and how many programs take them."""
+    """The options of a kernel over blocks of rows, and the number of programs that take the blocks in turn."""
     machine = _device.machine(x.device)
     config = _launch.row_blocks(x.shape[0], x.shape[1], x.shape[2], x.element_size(), machine)
     return {"ROWS": config.rows, "COLUMNS": config.columns, **_launch.OPTIONS}, config.programs
@@ -323,17 +269,18 @@ def _backward(arguments: ops.QuantizeBackwardArguments) -> ops.QuantizeBackwardR
 
 
 class _Parts(NamedTuple):
-    """The rows of each head in the order of their codes, and how the rows of a code are cut into parts."""
+    """The rows of each head, sorted by code, and the parts of at most PART_ROWS rows into which the rows of a code are cut; all int64."""
 
-    order: Tensor
-    starts: Tensor
-    first_parts: Tensor
-    owners: Tensor
+    order: Tensor  # (heads, rows): the rows, sorted by code
+    starts: Tensor  # (heads, codes + 1): the position of the first row of each code, and the end
+    first_parts: Tensor  # (heads, codes + 1): the number of the first part of each code, and the end
+    owners: Tensor  # (heads, parts): the code of each part, or ``codes`` where there is no such part
 
     @classmethod
     def of(cls, indices: Tensor, codes: int) -> "_Parts":
-        """Rows whose index (int32: 32 bits are sorted faster than 64) is negative, or not below ``codes``, have no part. Nothing here waits
-        for the device: there are at most so many parts as codes and full parts together."""
+        """Sorts ``indices`` (heads, rows) int32, because 32 bits are sorted faster than 64. Rows whose index is negative or not below
+        ``codes`` have no part. The number of parts is the largest possible one, the number of codes plus that of full parts, so that
+        nothing here waits for the device."""
         heads, rows = indices.shape
         number = torch.arange(codes + 1, dtype=torch.int32, device=indices.device).expand(heads, -1).contiguous()
         ordered, order = indices.sort(dim=1, stable=True)

@@ -1,7 +1,15 @@
 """Sampling and the Gaussian KL on a GPU.
 
-An element's number decides its noise, so programs take whole tiles of 512 elements, the unit in which the noise is numbered: four streams
-of 128 lanes that share their counters. Full tiles are read without masks, which keeps accesses at 16 bytes whatever the size.
+========================  ===================  ===============================================  =====================================
+kernel                    grid                 reads                                            writes
+========================  ===================  ===============================================  =====================================
+latent_forward_kernel     (samples, programs)  mu, logvar, prior, seed or eps                   z, noise, kl elementwise or its sum
+latent_rows_kernel        (groups, splits)     mu, logvar, prior, active                        kl of each sample of the batch
+latent_columns_kernel     (groups, splits)     mu, logvar, prior                                active, the sum of kl with free bits
+latent_backward_kernel    (programs,)          the same as forward, grad_z, grad_kl, active     the gradients
+========================  ===================  ===============================================  =====================================
+
+An element's number decides its noise, so the forward and the backward kernel handle whole noise tiles, see :mod:`fastvae.kernels._latent`.
 """
 
 import torch
@@ -10,154 +18,66 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels import _device, _launch
-from fastvae.kernels._index import at, common_gradient, divide, first_chunk, incoming_gradient, inside, locate, zero_outside
+from fastvae.kernels._index import common_gradient, divide, first_chunk, incoming_gradient, inside, zero_outside
+from fastvae.kernels._latent import (
+    add_sample,
+    clamp,
+    gradient_through_clamp,
+    kl_block,
+    kl_prior,
+    kl_prior_gradient,
+    kl_standard,
+    load_noise,
+    load_sample,
+    load_stream,
+    load_streams,
+    place_streams,
+    sample_start,
+    stream_noise,
+    stream_offsets,
+    variance_ratio,
+)
 from fastvae.kernels._layout import matrix_rows, shared_rows
-from fastvae.kernels._math import exponential
-from fastvae.kernels._philox import LANES, STREAMS, TILE, draw_words, normal, zero_laid_out_like
+from fastvae.kernels._philox import LANES, STREAMS, TILE
 from fastvae.kernels._reduce import is_last, store_row_sums, sum_programs, sum_slots
 from fastvae.ops import latent as ops
 from fastvae.ops._results import REDUCTIONS, reduction_scale
 
 
 @triton.jit
-def clamp(logvar, limits):
-    return tl.clamp(logvar.to(tl.float32), limits[0], limits[1], propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def variance_ratio(difference):
-    """The ratio of two variances from the difference d of their logarithms: its root, exp(d) - 1, and exp(d) - 1 - d, without the
-    cancellation of the differences near d = 0 (see csrc/common/latent.h)."""
-    root, excess, divergence = exponential(0.5 * difference)
-    square = excess * excess
-    return root, tl.fma(2.0, excess, square), tl.fma(2.0, divergence, square)
-
-
-@triton.jit
-def kl_standard(mu, divergence):
-    """KL(N(mu, exp(logvar)) || N(0, 1)) from the :func:`variance_ratio` of logvar."""
-    return 0.5 * tl.fma(mu, mu, divergence)
-
-
-@triton.jit
-def kl_prior(mu, logvar, prior_mu, prior_logvar):
-    """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar)))."""
-    delta, ratio = mu - prior_mu, variance_ratio(logvar - prior_logvar)
-    return 0.5 * tl.fma(delta * delta, tl.exp(-prior_logvar), ratio[2])
-
-
-@triton.jit
-def kl_prior_gradient(mu, logvar, prior_mu, prior_logvar):
-    """d KL / d (mu, logvar, prior_mu, prior_logvar)."""
-    delta, ratio = mu - prior_mu, variance_ratio(logvar - prior_logvar)
-    scaled = delta * tl.exp(-prior_logvar)
-    return scaled, 0.5 * ratio[1], -scaled, -0.5 * tl.fma(delta, scaled, ratio[1])
-
-
-@triton.jit
-def gradient_inside(gradient, logvar, limits):
-    """Outside its limits a log variance has no gradient."""
-    return tl.where((logvar < limits[0]) | (logvar > limits[1]), 0.0, gradient)
-
-
-@triton.jit
-def stream_offsets(j, TILES: tl.constexpr):
-    """The elements of stream ``j`` in a block of tiles."""
-    return tl.arange(0, TILES)[:, None] * TILE + (tl.arange(0, LANES)[None, :] + j * LANES)
-
-
-@triton.jit
-def place_stream(start, inner, j, TILES: tl.constexpr):
-    return locate(start, stream_offsets(j, TILES), inner, TILES * TILE)
-
-
-@triton.jit
-def place_streams(start, inner, TILES: tl.constexpr):
-    """Where the four streams' elements of the tiles from ``start`` lie, see :func:`locate`."""
-    return (
-        place_stream(start, inner, 0, TILES),
-        place_stream(start, inner, 1, TILES),
-        place_stream(start, inner, 2, TILES),
-        place_stream(start, inner, 3, TILES),
-    )
-
-
-@triton.jit
-def load_stream(pointer, place, stride, start, n, j, MASKED: tl.constexpr, TILES: tl.constexpr):
-    return tl.load(at(pointer, place[0], place[1], place[2], stride), mask=inside(stream_offsets(j, TILES), n - start, MASKED))
-
-
-@triton.jit
-def load_streams(pointer, places, stride, start, n, MASKED: tl.constexpr, TILES: tl.constexpr):
-    """All four streams at once, so that the loads are under way before the noise is drawn."""
-    return (
-        load_stream(pointer, places[0], stride, start, n, 0, MASKED, TILES),
-        load_stream(pointer, places[1], stride, start, n, 1, MASKED, TILES),
-        load_stream(pointer, places[2], stride, start, n, 2, MASKED, TILES),
-        load_stream(pointer, places[3], stride, start, n, 3, MASKED, TILES),
-    )
-
-
-@triton.jit
-def sample_starts(sample, n, ALIGNED: tl.constexpr):
-    """The first element of a sample in z, eps and the noise: a multiple of 512, with ALIGNED."""
-    start = tl.cast(sample, tl.int64) * n
-    if ALIGNED:
-        return tl.multiple_of(start, TILE)
-    else:
-        return start
-
-
-@triton.jit
-def noise_streams(key, eps, sample_start, start, n, like, MASKED: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr):
-    """What :func:`noise_stream` makes noise of: the words of the tiles, or, without a key, the noise that is given."""
-    if key is None:
-        return load_streams(eps + sample_start, place_streams(start, None, TILES), None, start, n, MASKED, TILES)
-    else:
-        return draw_words(key, sample_start + start, zero_laid_out_like(like), ALIGNED, TILES)
-
-
-@triton.jit
-def noise_stream(streams, key, j: tl.constexpr, ALIGNED: tl.constexpr):
-    if key is None:
-        return streams[j].to(tl.float32)
-    else:
-        return normal(streams, j, ALIGNED)
-
-
-@triton.jit
 def forward_tiles(
-    posterior, inner, strides, limits, source, outputs, kl, start, n, sample, MASKED: tl.constexpr, TOTAL: tl.constexpr,
+    operands, inner, strides, limits, noise_source, outputs, kl, start, n, sample, MASKED: tl.constexpr, TOTAL: tl.constexpr,
     ALIGNED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles from element ``start`` of one sample: writes z, the noise and, elementwise, the KL, or returns the KL's sum by lane."""
-    mu, logvar, prior_mu, prior_logvar = posterior
-    key, eps = source
-    z, kept = outputs
-    sample_start = sample_starts(sample, n, ALIGNED)
+    """Handles a block of one sample: writes z, the noise and, without TOTAL, the KL. With TOTAL it returns the sum of the KL for each
+    lane."""
+    mu, logvar, prior_mu, prior_logvar = operands
+    key, eps = noise_source
+    z, noise = outputs
+    first = sample_start(sample, n, ALIGNED)
     places = place_streams(start, inner, TILES)
-    xs = load_streams(mu, places, strides[0], start, n, MASKED, TILES)
-    ys = load_streams(logvar, places, strides[1], start, n, MASKED, TILES)
+    mus = load_streams(mu, places, strides[0], start, n, MASKED, TILES)
+    logvars = load_streams(logvar, places, strides[1], start, n, MASKED, TILES)
     if z is not None:
-        streams = noise_streams(key, eps, sample_start, start, n, xs[0], MASKED, ALIGNED, TILES)
+        loaded = load_noise(key, eps, first, start, n, mus[0], MASKED, ALIGNED, TILES)
     total = tl.zeros([TILES, LANES], tl.float32)
     for j in tl.static_range(STREAMS):
         offset = stream_offsets(j, TILES)
         mask = inside(offset, n - start, MASKED)
-        x, y = xs[j].to(tl.float32), clamp(ys[j], limits)
-        ratio = variance_ratio(y)
+        mu_j, logvar_j = mus[j].to(tl.float32), clamp(logvars[j], limits)
+        ratio = variance_ratio(logvar_j)
         if z is not None:
-            noise = noise_stream(streams, key, j, ALIGNED)
-            tl.store(z + sample_start + start + offset, tl.fma(ratio[0], noise, x), mask=mask)
-            if kept is not None:
-                tl.store(kept + sample_start + start + offset, noise, mask=mask)
+            noise_j = stream_noise(loaded, key, j, ALIGNED)
+            tl.store(z + first + start + offset, tl.fma(ratio[0], noise_j, mu_j), mask=mask)
+            if noise is not None:
+                tl.store(noise + first + start + offset, noise_j, mask=mask)
         if kl is not None:
             if prior_mu is None:
-                elements = kl_standard(x, ratio[2])
+                elements = kl_standard(mu_j, ratio[2])
             else:
-                p = load_stream(prior_mu, places[j], strides[2], start, n, j, MASKED, TILES).to(tl.float32)
-                q = clamp(load_stream(prior_logvar, places[j], strides[3], start, n, j, MASKED, TILES), limits)
-                elements = kl_prior(x, y, p, q)
+                prior_mu_j = load_stream(prior_mu, places[j], strides[2], start, n, j, MASKED, TILES).to(tl.float32)
+                prior_logvar_j = clamp(load_stream(prior_logvar, places[j], strides[3], start, n, j, MASKED, TILES), limits)
+                elements = kl_prior(mu_j, logvar_j, prior_mu_j, prior_logvar_j)
             if TOTAL:
                 total += zero_outside(elements, mask)
             elif sample == 0:
@@ -167,46 +87,34 @@ def forward_tiles(
 
 @triton.jit(do_not_specialize=["n"])
 def latent_forward_kernel(
-    mu, logvar, prior_mu, prior_logvar, eps, seed, z, kept, kl, slots, ticket,
+    mu, logvar, prior_mu, prior_logvar, eps, seed, z, noise, kl, slots, ticket,
     n, inner, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, clamp_min, clamp_max, scale,
     TOTAL: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """``z``, the noise (``kept``) and ``kl`` where they are not None, the last elementwise or, with TOTAL, summed.
+    """Samples z and computes the KL, which all samples share. Outputs that are None are not requested. Grid: (samples, programs).
 
-    Grid: (samples, programs).
+    Pointers: mu, logvar, prior_mu, prior_logvar (n,), with rows of ``inner`` elements that are ``..._stride`` apart, or contiguous where
+    those are None; eps and z (samples, n) of the dtype of mu; seed, an int64 scalar; noise (samples, n) float32; kl (n,) or with TOTAL a
+    float32 scalar; slots (programs,) float32.
     """
     BLOCK: tl.constexpr = TILES * TILE
     sample, program, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    posterior, strides = (mu, logvar, prior_mu, prior_logvar), (mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride)
-    limits, outputs = (clamp_min, clamp_max), (z, kept)
-    source = (seed, eps) if seed is None else (tl.load(seed), eps)
+    operands, strides = (mu, logvar, prior_mu, prior_logvar), (mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride)
+    limits, outputs = (clamp_min, clamp_max), (z, noise)
+    noise_source = (seed, eps) if seed is None else (tl.load(seed), eps)
     full = n // BLOCK
     total, last_total = tl.zeros([TILES, LANES], tl.float32), tl.zeros([1, LANES], tl.float32)
     for index in range(program, full, programs):
         start = tl.cast(index, tl.int64) * BLOCK
-        total += forward_tiles(posterior, inner, strides, limits, source, outputs, kl, start, n, sample, False, TOTAL, ALIGNED, TILES)
+        total += forward_tiles(operands, inner, strides, limits, noise_source, outputs, kl, start, n, sample, False, TOTAL, ALIGNED, TILES)
     for chunk in range(first_chunk(full, program, programs), tl.cdiv(n - full * BLOCK, TILE), programs):
         start = tl.cast(full, tl.int64) * BLOCK + tl.cast(chunk, tl.int64) * TILE
-        last_total += forward_tiles(posterior, inner, strides, limits, source, outputs, kl, start, n, sample, True, TOTAL, ALIGNED, 1)
+        last_total += forward_tiles(operands, inner, strides, limits, noise_source, outputs, kl, start, n, sample, True, TOTAL, ALIGNED, 1)
     if TOTAL:  # noqa: SIM102 (known when the kernel is compiled, unlike the sample)
         if sample == 0:
             tl.store(slots + program, tl.sum(total) + tl.sum(last_total))
             if is_last(ticket, programs):
                 tl.store(kl, sum_programs(slots, programs) * scale)
-
-
-@triton.jit
-def kl_block(posterior, strides, limits, row, column, mask):
-    """The KL of a block of a matrix, given its rows (int64) and columns; 0 outside."""
-    mu, logvar, prior_mu, prior_logvar = posterior
-    x = tl.load(mu + row * strides[0] + column, mask=mask).to(tl.float32)
-    y = clamp(tl.load(logvar + row * strides[1] + column, mask=mask), limits)
-    if prior_mu is None:
-        return tl.where(mask, kl_standard(x, variance_ratio(y)[2]), 0.0)
-    else:
-        p = tl.load(prior_mu + row * strides[2] + column, mask=mask).to(tl.float32)
-        q = clamp(tl.load(prior_logvar + row * strides[3] + column, mask=mask), limits)
-        return tl.where(mask, kl_prior(x, y, p, q), 0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -215,14 +123,19 @@ def latent_rows_kernel(
     rows, columns, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, clamp_min, clamp_max, free_bits,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The KL of each row; a column that is not ``active``, where that is not None, counts ``free_bits``. Grid: (groups, splits)."""
-    posterior, strides = (mu, logvar, prior_mu, prior_logvar), (mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride)
+    """Sums the KL of each row of a matrix (rows, columns), a sample of the batch. Where ``active`` is not None, the KL of a column that is
+    not active is ``free_bits``. Grid: (groups of rows, splits of the columns).
+
+    Pointers: mu, logvar, prior_mu, prior_logvar (rows, columns), rows ``..._stride`` apart; active (columns,) bool; kl (rows,) float32;
+    slots (splits, rows) float32.
+    """
+    operands, strides = (mu, logvar, prior_mu, prior_logvar), (mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride)
     row = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(tl.cast(tl.program_id(1), tl.int64) * COLUMNS, columns, tl.num_programs(1) * COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
-        elements = kl_block(posterior, strides, (clamp_min, clamp_max), row[:, None], column[None, :], mask)
+        elements = kl_block(operands, strides, (clamp_min, clamp_max), row[:, None], column[None, :], mask)
         if active is not None:
             above = tl.load(active + column, mask=column < columns, other=0) != 0
             elements = tl.where(above[None, :] | (mask == 0), elements, free_bits)
@@ -236,16 +149,20 @@ def latent_columns_kernel(
     rows, columns, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, clamp_min, clamp_max, free_bits, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Which columns have a mean KL above ``free_bits`` and, where ``kl`` is not None, the sum in which the others count ``free_bits`` an
-    element. Grid: (groups, splits)."""
-    posterior, strides = (mu, logvar, prior_mu, prior_logvar), (mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride)
+    """Decides whether the mean KL of each column of a matrix (rows, columns) is above ``free_bits``. Where ``kl`` is not None, it also sums
+    the KL, which is ``free_bits`` for each element of the other columns. Grid: (groups of columns, splits of the rows).
+
+    Pointers: mu, logvar, prior_mu, prior_logvar (rows, columns), rows ``..._stride`` apart; active (columns,) bool; kl, a float32 scalar;
+    slots (splits, columns) float32.
+    """
+    operands, strides = (mu, logvar, prior_mu, prior_logvar), (mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride)
     split, splits = tl.cast(tl.program_id(1), tl.int64), tl.num_programs(1)
     column = tl.cast(tl.program_id(0), tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(split * ROWS, rows, splits * ROWS):
         row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
-        total += kl_block(posterior, strides, (clamp_min, clamp_max), row[:, None], column[None, :], mask)
+        total += kl_block(operands, strides, (clamp_min, clamp_max), row[:, None], column[None, :], mask)
     tl.store(slots + split * columns + column, tl.sum(total, axis=0), mask=column < columns)
     if is_last(ticket, tl.num_programs(0) * splits):
         total_kl = tl.zeros([COLUMNS], tl.float32)
@@ -253,7 +170,7 @@ def latent_columns_kernel(
             every_column = first_column + tl.arange(0, COLUMNS)
             present = every_column < columns
             column_kl = sum_slots(slots, every_column, present, splits, columns, ROWS, COLUMNS)
-            # A NaN counts as above: it stays.
+            # The comparison is false for NaN, which free bits must not hide.
             above = (column_kl / rows <= free_bits) == 0
             tl.store(active + every_column, above, mask=present)
             total_kl += tl.where(present, tl.where(above, column_kl, free_bits * rows), 0.0)
@@ -262,33 +179,8 @@ def latent_columns_kernel(
 
 
 @triton.jit
-def z_gradients(grad_z, source, sample, start, n, MASKED: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr):
-    """The gradient of z, and what :func:`noise_stream` makes noise of, for one sample."""
-    sample_start = sample_starts(sample, n, ALIGNED)
-    gradients = load_streams(grad_z + sample_start, place_streams(start, None, TILES), None, start, n, MASKED, TILES)
-    key, eps = source
-    return gradients, noise_streams(key, eps, sample_start, start, n, gradients[0], MASKED, ALIGNED, TILES)
-
-
-@triton.jit
-def add_sample(sums, gradients, streams, key, ALIGNED: tl.constexpr):
-    """Adds one sample's gradients to the first four sums, and their products with the noise to the last four."""
-    g0, g1, g2, g3 = gradients[0].to(tl.float32), gradients[1].to(tl.float32), gradients[2].to(tl.float32), gradients[3].to(tl.float32)
-    return (
-        sums[0] + g0,
-        sums[1] + g1,
-        sums[2] + g2,
-        sums[3] + g3,
-        tl.fma(g0, noise_stream(streams, key, 0, ALIGNED), sums[4]),
-        tl.fma(g1, noise_stream(streams, key, 1, ALIGNED), sums[5]),
-        tl.fma(g2, noise_stream(streams, key, 2, ALIGNED), sums[6]),
-        tl.fma(g3, noise_stream(streams, key, 3, ALIGNED), sums[7]),
-    )
-
-
-@triton.jit
 def where_active(weight, active, start, offset, mask, per_sample, BOUND: tl.constexpr):
-    """``weight``, or 0 in the dimensions that free bits cover."""
+    """``weight``, or 0 for elements whose KL free bits replace."""
     if active is None:
         return weight
     else:
@@ -298,53 +190,55 @@ def where_active(weight, active, start, offset, mask, per_sample, BOUND: tl.cons
 
 @triton.jit
 def backward_tiles(
-    posterior, inner, strides, limits, source, grad_z, grad_kl, common, active, grads, start, n, samples, per_sample,
+    operands, inner, strides, limits, noise_source, grad_z, grad_kl, common, active, grads, start, n, samples, per_sample,
     MASKED: tl.constexpr, REDUCTION: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    mu, logvar, prior_mu, prior_logvar = posterior
+    """Writes the gradients of a block. With ``samples``, the part that flows through z is summed over them, in their order."""
+    mu, logvar, prior_mu, prior_logvar = operands
     grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar = grads
-    key = source[0]
+    key = noise_source[0]
     places = place_streams(start, inner, TILES)
-    ys = load_streams(logvar, places, strides[1], start, n, MASKED, TILES)
+    logvars = load_streams(logvar, places, strides[1], start, n, MASKED, TILES)
     if grad_z is not None:
         if samples is None:
-            gradients, streams = z_gradients(grad_z, source, 0, start, n, MASKED, ALIGNED, TILES)
+            gradients, loaded = load_sample(grad_z, noise_source, 0, start, n, MASKED, ALIGNED, TILES)
         else:
             zero = tl.zeros([TILES, LANES], tl.float32)
             sums = (zero, zero, zero, zero, zero, zero, zero, zero)
             for sample in range(0, samples):
-                gradients, streams = z_gradients(grad_z, source, sample, start, n, MASKED, ALIGNED, TILES)
-                sums = add_sample(sums, gradients, streams, key, ALIGNED)
+                gradients, loaded = load_sample(grad_z, noise_source, sample, start, n, MASKED, ALIGNED, TILES)
+                sums = add_sample(sums, gradients, loaded, key, ALIGNED)
     for j in tl.static_range(STREAMS):
         offset = stream_offsets(j, TILES)
         mask = inside(offset, n - start, MASKED)
-        raw = ys[j].to(tl.float32)
-        y = clamp(raw, limits)
-        ratio = variance_ratio(y)
-        to_mu, to_logvar = tl.zeros([TILES, LANES], tl.float32), tl.zeros([TILES, LANES], tl.float32)
+        logvar_j = logvars[j].to(tl.float32)
+        clamped = clamp(logvar_j, limits)
+        ratio = variance_ratio(clamped)
+        grad_mu_j, grad_logvar_j = tl.zeros([TILES, LANES], tl.float32), tl.zeros([TILES, LANES], tl.float32)
         if grad_z is not None:
             if samples is None:
-                to_mu = gradients[j].to(tl.float32)
-                to_logvar = 0.5 * ratio[0] * (to_mu * noise_stream(streams, key, j, ALIGNED))
+                grad_mu_j = gradients[j].to(tl.float32)
+                grad_logvar_j = 0.5 * ratio[0] * (grad_mu_j * stream_noise(loaded, key, j, ALIGNED))
             else:
-                to_mu, to_logvar = sums[j], 0.5 * ratio[0] * sums[4 + j]
+                grad_mu_j, grad_logvar_j = sums[j], 0.5 * ratio[0] * sums[4 + j]
         if grad_kl is not None:
             weight = incoming_gradient(grad_kl, start, offset, mask, per_sample, common, REDUCTION, TILES * TILE)
             weight = where_active(weight, active, start, offset, mask, per_sample, TILES * TILE)
-            x = load_stream(mu, places[j], strides[0], start, n, j, MASKED, TILES).to(tl.float32)
+            mu_j = load_stream(mu, places[j], strides[0], start, n, j, MASKED, TILES).to(tl.float32)
             if prior_mu is None:
-                to_mu = tl.fma(weight, x, to_mu)
-                to_logvar = tl.fma(0.5 * weight, ratio[1], to_logvar)
+                grad_mu_j = tl.fma(weight, mu_j, grad_mu_j)
+                grad_logvar_j = tl.fma(0.5 * weight, ratio[1], grad_logvar_j)
             else:
-                p = load_stream(prior_mu, places[j], strides[2], start, n, j, MASKED, TILES).to(tl.float32)
-                raw_q = load_stream(prior_logvar, places[j], strides[3], start, n, j, MASKED, TILES).to(tl.float32)
-                gradient = kl_prior_gradient(x, y, p, clamp(raw_q, limits))
-                to_mu = tl.fma(weight, gradient[0], to_mu)
-                to_logvar = tl.fma(weight, gradient[1], to_logvar)
+                prior_mu_j = load_stream(prior_mu, places[j], strides[2], start, n, j, MASKED, TILES).to(tl.float32)
+                prior_logvar_j = load_stream(prior_logvar, places[j], strides[3], start, n, j, MASKED, TILES).to(tl.float32)
+                gradient = kl_prior_gradient(mu_j, clamped, prior_mu_j, clamp(prior_logvar_j, limits))
+                grad_mu_j = tl.fma(weight, gradient[0], grad_mu_j)
+                grad_logvar_j = tl.fma(weight, gradient[1], grad_logvar_j)
                 tl.store(grad_prior_mu + start + offset, weight * gradient[2], mask=mask)
-                tl.store(grad_prior_logvar + start + offset, gradient_inside(weight * gradient[3], raw_q, limits), mask=mask)
-        tl.store(grad_mu + start + offset, to_mu, mask=mask)
-        tl.store(grad_logvar + start + offset, gradient_inside(to_logvar, raw, limits), mask=mask)
+                grad_prior_logvar_j = gradient_through_clamp(weight * gradient[3], prior_logvar_j, limits)
+                tl.store(grad_prior_logvar + start + offset, grad_prior_logvar_j, mask=mask)
+        tl.store(grad_mu + start + offset, grad_mu_j, mask=mask)
+        tl.store(grad_logvar + start + offset, gradient_through_clamp(grad_logvar_j, logvar_j, limits), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "samples"])
@@ -354,24 +248,30 @@ def latent_backward_kernel(
     n, samples, inner, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride, per_sample, clamp_min, clamp_max, scale,
     REDUCTION: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients from that of z, summed over ``samples`` where that is not None, and from that of the KL. Grid: (programs,)."""
+    """Computes the gradients from grad_z and grad_kl, either of which may be None. ``samples`` is None where there is one sample without a
+    dimension of its own. Grid: (programs,).
+
+    Pointers: grad_z and eps (samples, n); grad_kl, one value for each element, each sample of the batch of ``per_sample`` elements, or for
+    all, by REDUCTION; mu, logvar, prior_mu, prior_logvar as in forward; seed, an int64 scalar; active (per_sample,) bool; the gradients
+    (n,).
+    """
     BLOCK: tl.constexpr = TILES * TILE
     program, programs = tl.program_id(0), tl.num_programs(0)
-    posterior, strides = (mu, logvar, prior_mu, prior_logvar), (mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride)
+    operands, strides = (mu, logvar, prior_mu, prior_logvar), (mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride)
     limits, grads = (clamp_min, clamp_max), (grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar)
-    source = (seed, eps) if seed is None else (tl.load(seed), eps)
+    noise_source = (seed, eps) if seed is None else (tl.load(seed), eps)
     common = common_gradient(grad_kl, scale, REDUCTION)
     full = n // BLOCK
     for index in range(program, full, programs):
         start = tl.cast(index, tl.int64) * BLOCK
         backward_tiles(
-            posterior, inner, strides, limits, source, grad_z, grad_kl, common, active, grads, start, n, samples, per_sample,
+            operands, inner, strides, limits, noise_source, grad_z, grad_kl, common, active, grads, start, n, samples, per_sample,
             False, REDUCTION, ALIGNED, TILES,
         )  # fmt: skip
     for chunk in range(first_chunk(full, program, programs), tl.cdiv(n - full * BLOCK, TILE), programs):
         start = tl.cast(full, tl.int64) * BLOCK + tl.cast(chunk, tl.int64) * TILE
         backward_tiles(
-            posterior, inner, strides, limits, source, grad_z, grad_kl, common, active, grads, start, n, samples, per_sample,
+            operands, inner, strides, limits, noise_source, grad_z, grad_kl, common, active, grads, start, n, samples, per_sample,
             True, REDUCTION, ALIGNED, 1,
         )  # fmt: skip
 

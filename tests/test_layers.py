@@ -94,8 +94,6 @@ def test_includes_run_one_way(path):
 
 
 STEMS = sorted(p.stem for p in (ROOT / "fastvae" / "functional").glob("[!_]*.py"))
-# The headers of these families have no suffix yet.
-WITHOUT_SUFFIX = ("codebook", "latent")
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -115,7 +113,4 @@ WITHOUT_SUFFIX = ("codebook", "latent")
     ],
 )
 def test_a_family_has_one_name_everywhere(stem, layer):
-    path = layer.format(stem)
-    if stem in WITHOUT_SUFFIX:
-        path = re.sub(r"_\w+\.h$", ".h", path)
-    assert (ROOT / path).is_file()
+    assert (ROOT / layer.format(stem)).is_file()

@@ -50,7 +50,7 @@ def parse(log: str) -> list[Kernel]:
 
 
 def _demangle(names: list[str]) -> list[str]:
-    """``forward_kernel<float, true>``: the name alone, without namespaces and parameters."""
+    """``latent_forward_kernel<float, true>``: the name alone, without namespaces and parameters."""
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.split("\n")
     return [re.sub(r"\(.*", "", re.sub(r"fastvae::|scalar::|\(anonymous namespace\)::|^void ", "", name)) for name in plain[: len(names)]]
 

@@ -6,7 +6,7 @@
 
 namespace fastvae {
 
-// These are the numbers of NORM_ACTIVATIONS in fastvae/_ops.py.
+// These are the numbers of NORM_ACTIVATIONS in fastvae/ops/group_norm.py.
 enum class NormActivation : int64_t { none = 0, silu = 1 };
 
 inline namespace FASTVAE_ISA {
@@ -146,7 +146,7 @@ struct NormStatisticsGradient {
   double slope, intercept;
 };
 
-// From the sums over the group of weight * du and of weight * du * xhat; `elements` is the number of elements of the group.
+// Computes it from the sums of weight * du and of weight * du * xhat over a group of `elements` elements.
 FASTVAE_INLINE NormStatisticsGradient statistics_gradient_of(double mean, double centre, double rstd, double sum_wdu, double sum_wdu_xhat,
                                                              double elements) {
   double slope = -rstd * rstd * sum_wdu_xhat / elements;

@@ -7,7 +7,7 @@
 
 namespace fastvae {
 
-// These are the numbers of ACTIVATIONS in fastvae/_ops.py.
+// These are the numbers of ACTIVATIONS in fastvae/ops/jacobian.py.
 enum class Activation : int64_t { identity, sigmoid, tanh, relu, leaky_relu, elu, softplus, silu, gelu, gelu_tanh };
 
 inline namespace FASTVAE_ISA {
@@ -17,7 +17,7 @@ struct SquaredSlope {
   T square, change;  // phi'^2, and the derivative of that with respect to h
 };
 
-// From slope = phi' and its derivative with respect to h.
+// Squares the slope phi', whose derivative with respect to h is `change`.
 template <class T>
 FASTVAE_INLINE SquaredSlope<T> squared(T slope, T change) {
   return {slope * slope, T(2) * slope * change};

@@ -1,5 +1,5 @@
-// Branch-free exp, log, log1p and sincos that a compiler vectorises: ternaries instead of branches, NaN and infinities as in <cmath>.
-// The float polynomials are minimax fits with errors of one or two units in the last place.
+// Branch-free exp, log, log1p and sincos that a compiler vectorises: they select with ternaries instead of branches. NaN and infinities
+// give what <cmath> gives. The float polynomials are minimax fits with errors of one or two units in the last place.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ FASTVAE_INLINE uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// Without the instruction, fmaf would be a library call.
+// On a processor without the instruction, fmaf would be a library call.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__)
 FASTVAE_INLINE float fma(float a, float b, float c) { return fmaf(a, b, c); }
 #else
@@ -36,13 +36,14 @@ constexpr float kRound = 12582912.0f;
 
 FASTVAE_INLINE float round_even(float x) { return (x + kRound) - kRound; }
 
-// e^x, e^x - 1 and e^x - 1 - x; the last two keep their relative accuracy near 0, where the differences cancel.
+// value = e^x, minus_one = e^x - 1 and minus_line = e^x - 1 - x. The last two keep their relative accuracy near 0, where the differences
+// would cancel.
 template <class T>
 struct Exponential {
   T value, minus_one, minus_line;
 };
 
-// x = n ln 2 + r with |r| <= ln(2) / 2; the low bits of `rounded` hold n.
+// x = n ln 2 + r with |r| <= ln(2) / 2. The low bits of `rounded` are those of n.
 struct ReducedExponent {
   float rounded, n, r;
   float tail;  // (e^r - 1 - r) / r^2
@@ -50,7 +51,7 @@ struct ReducedExponent {
 
 FASTVAE_INLINE ReducedExponent reduce_exponent(float x) {
   float t = fma(x, 1.44269504f, kRound), n = t - kRound;
-  // ln 2 in two parts, the first exact in 10 bits.
+  // ln 2 is subtracted in two parts. The first has 10 bits, so that its product with n is exact.
   float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
   float tail = 1.9875691500e-4f;
   tail = fma(tail, r, 1.3981999507e-3f);
@@ -65,22 +66,24 @@ FASTVAE_INLINE Exponential<float> exponential(float x) {
   ReducedExponent e = reduce_exponent(x);
   float p = fma(fma(e.tail, e.r, 1.0f), e.r, 1.0f);
   float value = bits_to_float(float_to_bits(p) + (float_to_bits(e.rounded) << 23));
-  // Denormal results are 0. A NaN fails the second comparison and passes through the sum.
+  // Results that would be denormal are 0. A NaN fails the second comparison, and the sum keeps it.
   value = x < -87.3f ? 0.0f : value;
   value = x <= 88.72f ? value : x + INFINITY;
-  // With n = 0 nothing was reduced, r is x, and the polynomial has what the differences would lose.
+  // With n = 0 nothing was subtracted: r is x, and the polynomial has the digits that the differences would lose.
   float rest = e.tail * (e.r * e.r), difference = value - 1.0f;
   bool near = e.n == 0.0f;
   return {value, near ? e.r + rest : difference, near ? rest : difference - x};
 }
 
-// The same for |x| <= kExponentBound or NaN, where 2^n is a normal number: as cheap as e^x alone with its selections.
+// The same for |x| <= kExponentBound or NaN. Then 2^n is a normal number and no special case is left, which makes all three values as cheap
+// as e^x alone with its selections.
 constexpr float kExponentBound = 87.0f;
 
 FASTVAE_INLINE Exponential<float> bounded_exponential(float x) {
   ReducedExponent e = reduce_exponent(x);
   float scale = bits_to_float((float_to_bits(e.rounded) << 23) + 0x3f800000u);  // 2^n
-  // Explicitly fused: left to the compiler, e^x would have other bits where only it is needed than where the differences are too.
+  // The fused operations are explicit. Otherwise the compiler would fuse them differently where a caller needs e^x alone, and sampling
+  // would have other bits with the KL than without it.
   float square = e.r * e.r, rest = e.tail * square, above_one = fma(e.tail, square, e.r);
   float minus_one = fma(scale, above_one, scale - 1.0f);
   return {fma(scale, above_one, scale), minus_one, e.n == 0.0f ? rest : minus_one - x};
@@ -106,17 +109,17 @@ FASTVAE_INLINE Exponential<double> exponential(double x) {
 FASTVAE_INLINE Exponential<double> bounded_exponential(double x) { return exponential(x); }
 
 #if defined(__CUDA_ARCH__)
-// Two units in the last place, with one instruction of the special function unit.
+// This has an error of two units in the last place and takes one instruction of the special function unit.
 FASTVAE_INLINE float exp(float x) { return ::expf(x); }
 #else
 FASTVAE_INLINE float exp(float x) { return exponential(x).value; }
 #endif
 FASTVAE_INLINE double exp(double x) { return ::exp(x); }
 
-// For positive normal numbers.
+// The logarithm of a positive normal number.
 FASTVAE_INLINE float log_normal(float x) {
   uint32_t bits = float_to_bits(x);
-  // The mantissa in [2/3, 4/3).
+  // The exponent is chosen so that the mantissa 1 + f lies in [2/3, 4/3).
   int32_t exponent = static_cast<int32_t>(bits - 0x3f2aaaabu) >> 23;
   float f = bits_to_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
   float p = 7.0376836292e-2f;
@@ -143,7 +146,7 @@ FASTVAE_INLINE float log(float x) {
 }
 FASTVAE_INLINE double log(double x) { return ::log(x); }
 
-// log(1 + x) for x in [0, 1]: a polynomial for log(1 + x) / x, so that small x keep their relative accuracy.
+// log(1 + x) for x in [0, 1]. The polynomial is one for log(1 + x) / x, so that the result is accurate for small x too.
 FASTVAE_INLINE float log1p_unit(float x) {
   float p = 5.232694093e-3f;
   p = fma(p, x, -2.950523980e-2f);
@@ -158,8 +161,8 @@ FASTVAE_INLINE float log1p_unit(float x) {
 }
 FASTVAE_INLINE double log1p_unit(double x) { return ::log1p(x); }
 
-// On CUDA the correctly rounded root and quotient are subroutines; these are right to two units in the last place. Denormals count as 0,
-// and so does the reciprocal of a number above 2^126.
+// On CUDA the correctly rounded root and quotient are subroutines. These instructions have an error of up to two units in the last place,
+// take denormals as 0, and give 0 for the reciprocal of a number above 2^126.
 #if defined(__CUDA_ARCH__)
 FASTVAE_INLINE float sqrt(float x) {
   float root;
@@ -180,7 +183,7 @@ FASTVAE_INLINE double divide(double a, double b) { return a / b; }
 FASTVAE_INLINE float absolute(float x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
 FASTVAE_INLINE double absolute(double x) { return ::fabs(x); }
 
-// Sine and cosine of 2 pi w / 2^32; the quadrant is reduced in integers.
+// The sine and cosine of 2 pi w / 2^32. The quadrant is split off in integer arithmetic.
 FASTVAE_INLINE void sincos_turn(uint32_t w, float& sine, float& cosine) {
   uint32_t quadrant = (w + 0x20000000u) >> 30;
   int32_t remainder = static_cast<int32_t>(w - (quadrant << 30));

@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al. 2011) and Box-Muller. docs/randomness.md says which counter gives which normal.
+// The noise of the package: Philox4x32-10 (Salmon et al. 2011) and Box-Muller. docs/randomness.md says which counter gives which normal.
 #pragma once
 
 #include "math.h"
@@ -6,14 +6,14 @@
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 
-constexpr int kNoiseTile = 512;   // normals of a tile
-constexpr int kNoiseLanes = 128;  // counters of a tile: each gives four normals, whose numbers are 128 apart
+constexpr int kNoiseTile = 512;   // normals of a noise tile
+constexpr int kNoiseLanes = 128;  // counters of a noise tile; each gives four normals, one in each stream, whose numbers are 128 apart
 
 struct PhiloxWords {
   uint32_t w[4];
 };
 
-// The ten rounds for the counter (c0, c1, c2, c3) and the key (k0, k1).
+// The random words of the counter (c0, c1, c2, c3) and the key (k0, k1).
 FASTVAE_INLINE PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
   FASTVAE_UNROLL(10)
   for (int round = 0; round < 10; ++round) {

@@ -6,6 +6,10 @@
 #include "math.h"
 
 namespace fastvae {
+
+// These are the numbers of LIKELIHOODS in fastvae/ops/reconstruction.py.
+enum class Likelihood : int64_t { bce_with_logits = 0, bce = 1, mse = 2, gaussian = 3 };
+
 inline namespace FASTVAE_ISA {
 
 template <class T>

@@ -1,16 +1,17 @@
-// The codebook operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
-#include "codebook.h"
-
+// The codebook operators on the CPU. They allocate the results, share the work among threads, finish the sums, and choose the kernels of an
+// instruction set.
 #include <algorithm>
 #include <mutex>
 
+#include "codebook_kernels.h"
 #include "codebook_steps.h"
 #include "tensor.h"
 
 namespace fastvae {
 namespace {
 
-// Read once a call: another thread may choose another instruction set between two steps, and each has panels of its own size.
+// An operator calls this once, because another thread may select another instruction set between two steps, and the size of a panel depends
+// on the instruction set.
 const CodebookKernels& selected_kernels() { return FASTVAE_SELECT_VNNI_KERNELS(codebook); }
 
 constexpr auto parallel_for = [](int64_t begin, int64_t end, int64_t grain, const auto& f) {
@@ -27,34 +28,29 @@ void add_statistics(const CodebookSearchCounts& counts) {
   statistics.screened_again += counts.screened_again;
 }
 
-// (heads, rows, dim); a copy, which `keep` owns, where a row's elements do not lie side by side.
-CodebookRows rows_of(const Tensor& tensor, Tensor& keep) {
-  bool side_by_side = tensor.size(2) == 1 || tensor.stride(2) == 1;
-  keep = side_by_side ? tensor : torch::stable::contiguous(tensor);
-  return {keep.const_data_ptr(), dtype_of(keep), keep.stride(0), keep.stride(1)};
-}
-
-struct Codes {
-  Tensor x, codebook;  // what the search reads, kept alive
+// The search of an operator, whose optional outputs the operator adds before it calls run().
+struct CodebookCall {
+  Copies copies;
   const CodebookKernels& kernels;
   CodebookSearch search;
 
-  Codes(const Tensor& x_in, const Tensor& codebook_in, const Tensor& indices) : kernels(selected_kernels()), search{} {
-    search.x = rows_of(x_in, x);
-    search.codebook = rows_of(codebook_in, codebook);
-    search.heads = x_in.size(0);
-    search.rows = x_in.size(1);
-    search.dim = x_in.size(2);
-    search.codes = codebook_in.size(1);
-    search.wide = search.x.dtype == DType::float64 || search.codebook.dtype == DType::float64;
-    search.pairs = kernels.has_pairs && search.dim <= kLongestPairs;
+  CodebookCall(const Tensor& x, const Tensor& codebook, const Tensor& indices) : kernels(selected_kernels()), search{} {
+    copies.reserve(2);
+    search.x = codebook_rows_of(x, copies);
+    search.codebook = codebook_rows_of(codebook, copies);
+    search.heads = x.size(0);
+    search.rows = x.size(1);
+    search.dim = x.size(2);
+    search.codes = codebook.size(1);
+    search.is_double = search.x.dtype == DType::float64 || search.codebook.dtype == DType::float64;
+    search.with_pairs = kernels.has_pairs && search.dim <= kMaxPairDim;
     search.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   }
 
   void run() {
     if (search.heads == 0 || search.rows == 0) return;
     CodebookPacking packing(search, kernels);
-    Tensor memory = empty({packing.memory_size()}, ScalarType::Float);
+    Tensor memory = cpu.empty({packing.memory_size()}, ScalarType::Float);
     bool finite = packing.pack(static_cast<float*>(memory.mutable_data_ptr()), parallel_for);
     STD_TORCH_CHECK(finite, "codebook: got NaN or infinite values, takes finite ones");
     parallel_for(0, search_blocks(search, kernels), 1,
@@ -69,6 +65,7 @@ double sum(const double* values, int64_t count) {
   return total;
 }
 
+// Sets an element of a tensor of sums.
 void set(const Tensor& tensor, int64_t i, double value) {
   if (tensor.scalar_type() == ScalarType::Double)
     static_cast<double*>(tensor.mutable_data_ptr())[i] = value;
@@ -77,40 +74,38 @@ void set(const Tensor& tensor, int64_t i, double value) {
 }
 
 std::tuple<Tensor, Tensor> codebook_nearest(const Tensor& x, const Tensor& codebook, bool with_distance) {
-  std::vector<int64_t> shape{x.size(0), x.size(1)};
-  Tensor indices = empty(shape, ScalarType::Long);
-  Tensor distance = empty(with_distance ? shape : std::vector<int64_t>{0}, accumulation_dtype(x));
-  Codes codes(x, codebook, indices);
-  std::vector<double> errors(distance.numel());
-  if (with_distance) codes.search.errors = errors.data();
-  codes.run();
-  for (int64_t i = 0; i < distance.numel(); ++i) set(distance, i, errors[i]);
+  Sizes shape{x.size(0), x.size(1)};
+  Tensor indices = cpu.empty(shape, ScalarType::Long);
+  Tensor distance = cpu.empty(with_distance ? shape : Sizes{0}, accumulation_dtype(x));
+  CodebookCall call(x, codebook, indices);
+  std::vector<double> square_error(distance.numel());
+  if (with_distance) call.search.square_error = square_error.data();
+  call.run();
+  for (int64_t i = 0; i < distance.numel(); ++i) set(distance, i, square_error[i]);
   return {indices, distance};
 }
 
 std::tuple<Tensor, Tensor, Tensor> codebook_quantize(const Tensor& x, const Tensor& codebook, int64_t batch, int64_t reduction_number,
                                                      double loss_weight) {
   auto reduction = static_cast<Reduction>(reduction_number);
-  Tensor quantized = empty(shape_of(x), x.scalar_type());
-  Tensor indices = empty({x.size(0), x.size(1)}, ScalarType::Long);
+  Tensor quantized = cpu.empty(shape_of(x), x.scalar_type());
+  Tensor indices = cpu.empty({x.size(0), x.size(1)}, ScalarType::Long);
   bool elementwise = reduction == Reduction::none;
-  std::vector<int64_t> loss_shape = elementwise ? shape_of(x) : std::vector<int64_t>{};
-  if (reduction == Reduction::sample) loss_shape.push_back(batch);
-  Tensor loss = empty(loss_shape, elementwise ? x.scalar_type() : accumulation_dtype(x));
+  Tensor loss = cpu.empty_reduced(x, batch, reduction);
 
-  Codes codes(x, codebook, indices);
-  std::vector<double> errors(elementwise ? 0 : indices.numel());
-  codes.search.quantized = output_of(quantized);
-  codes.search.loss_weight = loss_weight;
+  CodebookCall call(x, codebook, indices);
+  std::vector<double> square_error(elementwise ? 0 : indices.numel());
+  call.search.quantized = output_of(quantized);
+  call.search.loss_weight = loss_weight;
   if (elementwise)
-    codes.search.loss = output_of(loss);
+    call.search.loss = output_of(loss);
   else
-    codes.search.errors = errors.data();
-  codes.run();
+    call.search.square_error = square_error.data();
+  call.run();
   if (elementwise) return {quantized, indices, loss};
   int64_t sums = loss.numel(), rows = sums > 0 ? indices.numel() / sums : 0;
   double scale = loss_weight * reduction_scale(reduction, batch, x.numel());
-  for (int64_t i = 0; i < sums; ++i) set(loss, i, scale * sum(errors.data() + i * rows, rows));
+  for (int64_t i = 0; i < sums; ++i) set(loss, i, scale * sum(square_error.data() + i * rows, rows));
   return {quantized, indices, loss};
 }
 
@@ -124,15 +119,15 @@ void fill_zero(const Tensor& tensor) { memset(tensor.mutable_data_ptr(), 0, tens
 // Whether elements [begin, end) of a tensor of sums are finite.
 bool are_finite(const Tensor& sums, int64_t begin, int64_t end) {
   const void* data = sums.const_data_ptr();
-  bool wide = sums.scalar_type() == ScalarType::Double;
+  bool is_double = sums.scalar_type() == ScalarType::Double;
   uint64_t bits = 0;
   for (int64_t i = begin; i < end; ++i)
-    bits |= not_finite_bit(wide ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i]);
+    bits |= not_finite_bit(is_double ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i]);
   return bits >> 63 == 0;
 }
 
-// The counts and sums of a head.
-void sum_head(const CodebookSegments& s, const int64_t* indices, const CodebookKernels& kernels, const Tensor& counts) {
+// Writes the counts and sums of a head.
+void sum_head(const CodebookSums& s, const int64_t* indices, const CodebookKernels& kernels, const Tensor& counts) {
   CodebookOrder sorted(indices, s.rows, s.num_codes);
   auto* head_counts = static_cast<int64_t*>(counts.mutable_data_ptr()) + s.head * s.num_codes;
   for (int64_t k = 0; k < s.num_codes; ++k) head_counts[k] = sorted.starts[k + 1] - sorted.starts[k];
@@ -141,24 +136,25 @@ void sum_head(const CodebookSegments& s, const int64_t* indices, const CodebookK
 
 std::tuple<Tensor, Tensor> codebook_sums(const Tensor& x, const Tensor& indices, int64_t codes) {
   int64_t heads = x.size(0), rows = x.size(1), dim = x.size(2), head_size = codes * dim;
-  Tensor counts = empty({heads, codes}, ScalarType::Long), sums = empty({heads, codes, dim}, accumulation_dtype(x));
+  Tensor counts = cpu.empty({heads, codes}, ScalarType::Long), sums = cpu.empty({heads, codes, dim}, accumulation_dtype(x));
   fill_zero(sums);
-  Tensor keep = x, dense_indices = dense(indices);
+  Copies copies;
+  Tensor dense_indices = dense(indices);
   const auto* index = static_cast<const int64_t*>(dense_indices.const_data_ptr());
   check_indices(index, heads * rows, codes);
   const CodebookKernels& kernels = selected_kernels();
-  CodebookSegments s{};
-  s.x = rows_of(x, keep);
+  CodebookSums s{};
+  s.x = codebook_rows_of(x, copies);
   s.rows = rows;
   s.dim = dim;
-  s.wide = s.x.dtype == DType::float64;
+  s.is_double = s.x.dtype == DType::float64;
   s.factor = 1.0;
   s.sums = output_of(sums);
   s.num_codes = codes;
   for (s.head = 0; s.head < heads; ++s.head) {
     sum_head(s, index + s.head * rows, kernels, counts);
     if (are_finite(sums, s.head * head_size, (s.head + 1) * head_size)) continue;
-    // A row that is not finite shows in its code's sum: only then are rows looked at one by one.
+    // A row that is not finite makes the sum of its code so too. Only then are rows checked one by one, and those left out.
     memset(static_cast<char*>(sums.mutable_data_ptr()) + s.head * head_size * sums.element_size(), 0, head_size * sums.element_size());
     sum_head(s, indices_of_finite_rows(s, index + s.head * rows, kernels).data(), kernels, counts);
   }
@@ -170,24 +166,26 @@ std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad
                                                       int64_t reduction_number, double codebook_cost, double commitment_cost, bool rotation,
                                                       bool with_codebook) {
   auto reduction = static_cast<Reduction>(reduction_number);
-  Tensor grad_x = empty(shape_of(x), x.scalar_type());
-  Tensor grad_codebook = empty(with_codebook ? shape_of(codebook) : std::vector<int64_t>{0}, codebook.scalar_type());
+  Tensor grad_x = cpu.empty(shape_of(x), x.scalar_type());
+  Tensor grad_codebook = cpu.empty(with_codebook ? shape_of(codebook) : Sizes{0}, codebook.scalar_type());
   if (with_codebook) fill_zero(grad_codebook);
   if (x.numel() == 0) return {grad_x, grad_codebook};
 
-  Tensor kept_x = x, kept_codebook = codebook, kept_quantized = x, kept_loss = x, dense_indices = dense(indices);
+  Copies copies;
+  copies.reserve(4);
+  Tensor dense_indices = dense(indices);
   double scale = 2.0 * reduction_scale(reduction, batch, x.numel());
   CodebookBackward b{};
-  b.x = rows_of(x, kept_x);
-  b.codebook = rows_of(codebook, kept_codebook);
-  if (grad_quantized) b.grad_quantized = rows_of(*grad_quantized, kept_quantized);
+  b.x = codebook_rows_of(x, copies);
+  b.codebook = codebook_rows_of(codebook, copies);
+  if (grad_quantized) b.grad_quantized = codebook_rows_of(*grad_quantized, copies);
   b.heads = x.size(0);
   b.rows = x.size(1);
   b.codes = codebook.size(1);
   b.dim = x.size(2);
-  b.wide = b.x.dtype == DType::float64 || b.codebook.dtype == DType::float64;
+  b.is_double = b.x.dtype == DType::float64 || b.codebook.dtype == DType::float64;
   b.indices = static_cast<const int64_t*>(dense_indices.const_data_ptr());
-  if (grad_loss) b.grad_loss = gradient_view(*grad_loss, reduction, x.numel(), batch, kept_loss);
+  if (grad_loss) b.grad_loss = gradient_view(*grad_loss, reduction, x.numel(), batch, copies);
   b.loss_factor = scale * commitment_cost;
   b.rotation = rotation;
   b.grad_x = output_of(grad_x);
@@ -196,12 +194,12 @@ std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad
   parallel_for(0, b.heads * b.rows, grain, [&](int64_t begin, int64_t end) { kernels.backward(b, begin, end); });
   if (!with_codebook || !grad_loss) return {grad_x, grad_codebook};
 
-  CodebookSegments s{};
+  CodebookSums s{};
   s.x = b.x;
   s.codebook = b.codebook;
   s.rows = b.rows;
   s.dim = b.dim;
-  s.wide = b.wide;
+  s.is_double = b.is_double;
   s.grad_loss = b.grad_loss;
   s.factor = scale * codebook_cost;
   s.sums = output_of(grad_codebook);
@@ -212,27 +210,28 @@ std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad
   return {grad_x, grad_codebook};
 }
 
+// Updates the moving averages (heads, codes) of the counts and (heads, codes, dim) of the sums, and the codes, which are their quotients.
 template <class T>
 void ema_step(Tensor& codebook, Tensor& ema_count, Tensor& ema_sum, const Tensor& counts, const Tensor& sums, double decay, double eps) {
   int64_t heads = codebook.size(0), codes = codebook.size(1), dim = codebook.size(2);
-  auto *code = static_cast<T*>(codebook.mutable_data_ptr()), *count = static_cast<T*>(ema_count.mutable_data_ptr()),
-       *mean = static_cast<T*>(ema_sum.mutable_data_ptr());
-  const auto* hits = static_cast<const int64_t*>(counts.const_data_ptr());
-  const void* added = sums.const_data_ptr();
-  bool wide_sums = sums.scalar_type() == ScalarType::Double;
+  auto *code = static_cast<T*>(codebook.mutable_data_ptr()), *average_count = static_cast<T*>(ema_count.mutable_data_ptr()),
+       *average_sum = static_cast<T*>(ema_sum.mutable_data_ptr());
+  const auto* new_counts = static_cast<const int64_t*>(counts.const_data_ptr());
+  const void* new_sums = sums.const_data_ptr();
+  bool sums_are_double = sums.scalar_type() == ScalarType::Double;
   for (int64_t head = 0; head < heads; ++head) {
     double total = 0.0;
     for (int64_t k = head * codes; k < (head + 1) * codes; ++k) {
-      count[k] = static_cast<T>(moving_average(count[k], static_cast<double>(hits[k]), decay));
-      total += count[k];
+      average_count[k] = static_cast<T>(moving_average(average_count[k], static_cast<double>(new_counts[k]), decay));
+      total += average_count[k];
     }
     for (int64_t k = head * codes; k < (head + 1) * codes; ++k) {
-      double smoothed = smoothed_count(count[k], total, codes, eps);
+      double smoothed = smoothed_count(average_count[k], total, codes, eps);
       double inverse = 1.0 / smoothed;
       for (int64_t i = k * dim; i < (k + 1) * dim; ++i) {
-        double sum = wide_sums ? static_cast<const double*>(added)[i] : static_cast<const float*>(added)[i];
-        mean[i] = static_cast<T>(moving_average(mean[i], sum, decay));
-        if (smoothed > 0.0) code[i] = static_cast<T>(mean[i] * inverse);
+        double sum = sums_are_double ? static_cast<const double*>(new_sums)[i] : static_cast<const float*>(new_sums)[i];
+        average_sum[i] = static_cast<T>(moving_average(average_sum[i], sum, decay));
+        if (smoothed > 0.0) code[i] = static_cast<T>(average_sum[i] * inverse);
       }
     }
   }

@@ -1,5 +1,6 @@
-// The steps of the codebook operators around their kernels: how codes are packed for a search, and rows sorted and summed by code. No
-// torch here, so that a program without it runs them too; parallel_for(begin, end, grain, f) calls f for parts of a range on threads.
+// The steps of the codebook operators around their kernels: packing the codes for a search, sorting rows by code, and summing them. No
+// torch here, so that the C++ tests run them without it. parallel_for(begin, end, grain, f) calls f for parts of a range on several
+// threads.
 #pragma once
 
 #include <algorithm>
@@ -7,31 +8,31 @@
 #include <cmath>
 #include <vector>
 
-#include "codebook.h"
+#include "codebook_kernels.h"
 
 namespace fastvae {
 
-constexpr int64_t kMeanCodes = 1024;
+constexpr int64_t kMeanCodes = 1024;  // about so many codes, evenly spaced, give the mean
 
-// All heads' codes in the form that a search reads.
+// The codes of all heads in the form that a search reads.
 class CodebookPacking {
  public:
   CodebookPacking(CodebookSearch& search, const CodebookKernels& kernels)
-      : search_(search), kernels_(kernels), panels_((search.codes + kernels.codes_per_panel - 1) / kernels.codes_per_panel) {
+      : search_(search), kernels_(kernels), panels_(ceil_div(search.codes, kernels.codes_per_panel)) {
     int64_t codes = panels_ * kernels.codes_per_panel, dim = search.dim;
-    int64_t padded = (dim + kRowAlignment - 1) / kRowAlignment * kRowAlignment, pairs = search.pairs ? (dim + 1) / 2 : 0;
+    int64_t padded = ceil_div(dim, kRowAlignment) * kRowAlignment, pairs = search.with_pairs ? ceil_div(dim, 2) : 0;
     sizes_ = {dim * 2, codes * padded, codes * dim, codes * pairs, codes, codes, codes};
-    for (int64_t& size : sizes_) size = (size + 15) / 16 * 16;
+    for (int64_t& size : sizes_) size = ceil_div(size, 16) * 16;
   }
 
-  // Floats of memory, aligned to 64 bytes, that the packed codes take.
+  // The size of the memory for the packed codes, in floats. It has to be aligned to 64 bytes.
   int64_t memory_size() const {
     int64_t total = 0;
     for (int64_t size : sizes_) total += size;
     return search_.heads * total;
   }
 
-  // Packs the codes and points the search to them; false where one is not finite.
+  // Packs the codes and points the search to them. Returns false where a code is not finite.
   template <class ParallelFor>
   bool pack(float* memory, const ParallelFor& parallel_for) {
     lay_out(memory);
@@ -71,38 +72,39 @@ class CodebookPacking {
       if (!kernels_.measure(search_, head, begin, end, norms.data(), hashes.data())) finite.store(false);
     });
     if (!finite.load()) return false;
-    double largest = *std::max_element(norms.begin(), norms.end());
-    int exponent = largest > 0.0 ? norm_exponent(largest) : 0;
-    // Both ends leave the factor itself a normal float, or double.
-    int limit = search_.wide ? 1000 : 120;
+    double max_norm = *std::max_element(norms.begin(), norms.end());
+    int exponent = max_norm > 0.0 ? norm_exponent(max_norm) : 0;
+    // With these limits the scale and its reciprocal are normal numbers of the arithmetic's type.
+    int limit = search_.is_double ? 1000 : 120;
     heads_[head].scale = power_of_two(std::clamp(-exponent, -limit, limit));
-    heads_[head].pairs = search_.pairs && exponent <= limit;
-    std::vector<bool> skipped = repeated(head, hashes);
-    parallel_for(0, panels_, 8, [&](int64_t begin, int64_t end) { kernels_.pack(search_, head, skipped, begin, end); });
+    heads_[head].has_pairs = search_.with_pairs && exponent <= limit;
+    std::vector<bool> repeated = repeated_codes(head, hashes);
+    parallel_for(0, panels_, 8, [&](int64_t begin, int64_t end) { kernels_.pack(search_, head, repeated, begin, end); });
     return true;
   }
 
-  // Any vector would do; one near to all codes makes their norms, and with them the errors, small. It is 0 where the differences from it
-  // could overflow, which takes float64 codes.
+  // Subtracting any vector from rows and codes leaves the distances as they are. A vector near all codes makes the norms small, and with
+  // them the rounding errors. Where differences from the mean could overflow, which only float64 codes can cause, it is 0.
   void set_mean(int64_t head) {
     int64_t dim = search_.dim, step = std::max<int64_t>(search_.codes / kMeanCodes, 1), count = 0;
     double* mean = heads_[head].mean;
     std::vector<double> code(dim);
     std::fill(mean, mean + dim, 0.0);
     for (int64_t k = 0; k < search_.codes; k += step, ++count) {
-      kernels_.convert(search_.codebook, head, k, dim, code.data());
+      kernels_.row_to_double(search_.codebook, head, k, dim, code.data());
       for (int64_t d = 0; d < dim; ++d) mean[d] += code[d];
     }
     for (int64_t d = 0; d < dim; ++d) {
       mean[d] /= static_cast<double>(count);
       if (!(std::fabs(mean[d]) < 0x1p900)) mean[d] = 0.0;
-      if (!search_.wide) mean[d] = static_cast<float>(mean[d]);
+      if (!search_.is_double) mean[d] = static_cast<float>(mean[d]);
     }
   }
 
-  // Which codes are equal to an earlier one, so that an untrained codebook of equal codes costs no more than another.
-  std::vector<bool> repeated(int64_t head, const std::vector<uint64_t>& hashes) {
-    int64_t slots = 16;
+  // Whether each code is equal to an earlier one. Such codes are left out of the search, because every row would have to decide between
+  // them exactly, which would make an untrained codebook of equal codes slow.
+  std::vector<bool> repeated_codes(int64_t head, const std::vector<uint64_t>& hashes) {
+    int64_t slots = 16;  // of a hash table with linear probing
     while (slots < 2 * search_.codes) slots *= 2;
     std::vector<int64_t> table(slots, -1);
     std::vector<bool> found(search_.codes);
@@ -111,8 +113,8 @@ class CodebookPacking {
       int64_t slot = static_cast<int64_t>(hashes[k]) & (slots - 1);
       for (; table[slot] >= 0 && !found[k]; slot = (slot + 1) & (slots - 1)) {
         if (hashes[table[slot]] != hashes[k]) continue;
-        kernels_.convert(search_.codebook, head, k, search_.dim, code.data());
-        kernels_.convert(search_.codebook, head, table[slot], search_.dim, other.data());
+        kernels_.row_to_double(search_.codebook, head, k, search_.dim, code.data());
+        kernels_.row_to_double(search_.codebook, head, table[slot], search_.dim, other.data());
         found[k] = code == other;
       }
       if (!found[k]) table[slot] = k;
@@ -127,14 +129,14 @@ class CodebookPacking {
   std::vector<PackedCodebook> heads_;
 };
 
-// Blocks of a search over all heads, of CodebookKernels::rows_per_block rows each.
+// The number of blocks of a search over all heads.
 inline int64_t search_blocks(const CodebookSearch& search, const CodebookKernels& kernels) {
-  return search.heads * ((search.rows + kernels.rows_per_block - 1) / kernels.rows_per_block);
+  return search.heads * ceil_div(search.rows, kernels.rows_per_block);
 }
 
-// Rows in the order of their codes, by counting; a negative index leaves its row out. The others are below the number of codes.
+// Counting sort of the rows of a head by code. A row with a negative index is left out; the other indices have to be below num_codes.
 struct CodebookOrder {
-  std::vector<int64_t> starts, order, codes;
+  std::vector<int64_t> starts, order, codes;  // see CodebookSums
 
   CodebookOrder(const int64_t* indices, int64_t rows, int64_t num_codes) : starts(num_codes + 1) {
     for (int64_t i = 0; i < rows; ++i)
@@ -152,18 +154,20 @@ struct CodebookOrder {
   }
 };
 
-// The sums over all rows of each code of a head, in row order; those of codes without rows are left as they are.
+// Writes the sum over the rows of each code of a head, added in the order of the rows. It leaves the sums of codes without rows as they
+// are.
 template <class ParallelFor>
-void sum_by_code(CodebookSegments s, const CodebookOrder& sorted, const CodebookKernels& kernels, const ParallelFor& parallel_for) {
+void sum_by_code(CodebookSums s, const CodebookOrder& sorted, const CodebookKernels& kernels, const ParallelFor& parallel_for) {
   s.order = sorted.order.data();
   s.codes = sorted.codes.data();
   s.starts = sorted.starts.data();
   s.count = static_cast<int64_t>(sorted.order.size());
-  int64_t pieces = (s.count + kPieceRows - 1) / kPieceRows;
+  int64_t pieces = ceil_div(s.count, kPieceRows);
   std::vector<double> partial(2 * pieces * s.dim);
   s.partial = partial.data();
-  parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) { kernels.sum_segments(s, begin, end); });
+  parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) { kernels.sum_pieces(s, begin, end); });
 
+  // Adds the partial sums of each code whose rows lie in several pieces.
   std::vector<double> total(s.dim);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     int64_t begin = piece * kPieceRows, end = std::min(begin + kPieceRows, s.count);
@@ -173,18 +177,18 @@ void sum_by_code(CodebookSegments s, const CodebookOrder& sorted, const Codebook
       if (s.starts[k] >= begin && s.starts[k + 1] <= end) continue;
       if (s.starts[k] >= begin) std::fill(total.begin(), total.end(), 0.0);
       for (int64_t d = 0; d < s.dim; ++d) total[d] += partial[(2 * piece + slot) * s.dim + d];
-      if (s.starts[k + 1] <= end) kernels.write(s.sums, (s.head * s.num_codes + k) * s.dim, s.dim, total.data());
+      if (s.starts[k + 1] <= end) kernels.from_double(s.sums, (s.head * s.num_codes + k) * s.dim, s.dim, total.data());
     }
   }
 }
 
-// The indices of a head's rows, -1 for a row with NaN or infinite values.
-inline std::vector<int64_t> indices_of_finite_rows(const CodebookSegments& s, const int64_t* indices, const CodebookKernels& kernels) {
-  std::vector<int64_t> kept(indices, indices + s.rows);
+// The indices of the rows of a head, -1 for a row that is not finite.
+inline std::vector<int64_t> indices_of_finite_rows(const CodebookSums& s, const int64_t* indices, const CodebookKernels& kernels) {
+  std::vector<int64_t> result(indices, indices + s.rows);
   std::vector<double> row(s.dim);
   for (int64_t i = 0; i < s.rows; ++i)
-    if (kept[i] >= 0 && !kernels.convert(s.x, s.head, i, s.dim, row.data())) kept[i] = -1;
-  return kept;
+    if (result[i] >= 0 && !kernels.row_to_double(s.x, s.head, i, s.dim, row.data())) result[i] = -1;
+  return result;
 }
 
 }  // namespace fastvae

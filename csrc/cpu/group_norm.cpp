@@ -17,7 +17,7 @@ const GroupNormKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(group
 
 Tensor empty_in_layout(const Tensor& like, bool channels_last) {
   Sizes shape = shape_of(like);
-  return empty_strided(shape, strides_in_layout(shape, channels_last), like.scalar_type());
+  return cpu.empty_strided(shape, strides_in_layout(shape, channels_last), like.scalar_type());
 }
 
 Tensor copy_in_layout(const Tensor& tensor, bool channels_last) {
@@ -129,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& input, int64
   GroupNormCall call(input, num_groups, weight, bias, activation);
   GroupNorm& p = call.p;
   Tensor output = empty_in_layout(input, call.sizes.channels_last);
-  Tensor mean = empty({call.sizes.batch, num_groups}, ScalarType::Double), rstd = empty({call.sizes.batch, num_groups}, ScalarType::Double);
+  Tensor mean = cpu.empty({call.sizes.batch, num_groups}, ScalarType::Double),
+         rstd = cpu.empty({call.sizes.batch, num_groups}, ScalarType::Double);
   auto* means = static_cast<double*>(mean.mutable_data_ptr());
   auto* rstds = static_cast<double*>(rstd.mutable_data_ptr());
 
@@ -158,8 +159,8 @@ void combine_gradient_sums(const NormRuns& runs, const double* slots, double* su
 // The gradient of a parameter as a tensor, empty where there is no parameter.
 Tensor parameter_gradient(const OptionalTensor& parameter, const Tensor& input, const std::vector<double>& values,
                           const GroupNormKernels& kernels) {
-  if (!parameter) return empty({0}, input.scalar_type());
-  Tensor grad = empty(shape_of(*parameter), parameter->scalar_type());
+  if (!parameter) return cpu.empty({0}, input.scalar_type());
+  Tensor grad = cpu.empty(shape_of(*parameter), parameter->scalar_type());
   if (!values.empty()) kernels.from_double(values.data(), static_cast<int64_t>(values.size()), output_of(grad));
   return grad;
 }

@@ -13,15 +13,10 @@ namespace {
 // on the instruction set.
 const JacobianKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(jacobian); }
 
-using Copies = std::vector<Tensor>;
-
 JacobianRows rows_of(const Tensor& tensor, Copies& copies) {
-  bool contiguous_rows = tensor.stride(1) == 1 || tensor.size(1) <= 1;
-  copies.push_back(contiguous_rows ? tensor : dense(tensor));
-  return {copies.back().const_data_ptr(), dtype_of(tensor), copies.back().stride(0)};
+  const Tensor& rows = with_contiguous_vectors(tensor, copies);
+  return {rows.const_data_ptr(), dtype_of(rows), rows.stride(0)};
 }
-
-Tensor empty_if(bool wanted, const Tensor& like) { return empty(wanted ? shape_of(like) : std::vector<int64_t>{0}, like.scalar_type()); }
 
 // Fills in what both passes read.
 ContractivePenalty penalty_of(const Tensor& hidden, const Tensor& weight, int64_t activation, double alpha, const Tensor& norms,
@@ -66,9 +61,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> jacobian_forward(const Tensor& hidden
                                                             int64_t reduction_number, double grad_scale, bool with_grad_hidden,
                                                             bool with_grad_weight) {
   auto reduction = static_cast<Reduction>(reduction_number);
-  Tensor penalty = empty_reduced(hidden, reduction);
-  Tensor norms = empty({weight.size(0)}, accumulation_dtype(hidden));
-  Tensor grad_hidden = empty_if(with_grad_hidden, hidden), grad_weight = empty_if(with_grad_weight, weight);
+  Tensor penalty = cpu.empty_reduced(hidden, reduction);
+  Tensor norms = cpu.empty({weight.size(0)}, accumulation_dtype(hidden));
+  Tensor grad_hidden = cpu.empty_if(with_grad_hidden, hidden), grad_weight = cpu.empty_if(with_grad_weight, weight);
 
   Copies copies;
   ContractivePenalty p = penalty_of(hidden, weight, activation, alpha, norms, copies);
@@ -98,7 +93,7 @@ std::tuple<Tensor, Tensor> jacobian_backward(const Tensor& grad_output, const Te
                                              const Tensor& squared_norms, int64_t activation, double alpha, int64_t reduction_number,
                                              bool with_grad_hidden, bool with_grad_weight) {
   auto reduction = static_cast<Reduction>(reduction_number);
-  Tensor grad_hidden = empty_if(with_grad_hidden, hidden), grad_weight = empty_if(with_grad_weight, weight);
+  Tensor grad_hidden = cpu.empty_if(with_grad_hidden, hidden), grad_weight = cpu.empty_if(with_grad_weight, weight);
 
   Copies copies;
   Tensor norms = dense(squared_norms), incoming = reduction == Reduction::sample ? dense(grad_output) : grad_output;
@@ -204,7 +199,7 @@ class GramForm {
   };
 
   bool shares_left() const { return whole.with_grad && !m.left_is_batched; }
-  Tensor buffer(const Sizes& shape) const { return empty(shape, gram.scalar_type()); }
+  Tensor buffer(const Sizes& shape) const { return cpu.empty(shape, gram.scalar_type()); }
   T* gram_of(int64_t part) const { return static_cast<T*>(grams.mutable_data_ptr()) + part * padded * padded; }
 
   void run_part(int64_t part, const Scratch& scratch) const {
@@ -272,9 +267,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> jacobian_gram(const Tensor& l
     STD_TORCH_CHECK(tensor.scalar_type() == left.scalar_type(), "fastvae: the operands of the Gram form have one dtype");
   Copies copies;
   ScaledMatrices m = matrices_of(left, inner, outer, copies);
-  Tensor norms = empty({m.batch}, outer.scalar_type());
-  Tensor grad_left = empty_if(with_grad, left), grad_inner = empty_if(with_grad, inner), grad_outer = empty_if(with_grad, outer),
-         grad_gram = empty_if(with_grad, gram);
+  Tensor norms = cpu.empty({m.batch}, outer.scalar_type());
+  Tensor grad_left = cpu.empty_if(with_grad, left), grad_inner = cpu.empty_if(with_grad, inner),
+         grad_outer = cpu.empty_if(with_grad, outer), grad_gram = cpu.empty_if(with_grad, gram);
   if (m.batch * m.rows * m.columns == 0) {
     for (Tensor* tensor : {&norms, &grad_left, &grad_inner, &grad_outer, &grad_gram}) torch::stable::zero_(*tensor);
     return {norms, grad_left, grad_inner, grad_outer, grad_gram};

@@ -1,37 +1,33 @@
-// The latent operators on the CPU: what they allocate, how they share the work, and which instruction set's kernels do it.
-#include "latent.h"
-
+// The latent operators on the CPU. They allocate the results, share the items among threads, finish the sums, and choose the kernels of an
+// instruction set.
+#include "latent_kernels.h"
 #include "tensor.h"
 
 namespace fastvae {
 namespace {
 
-// Read once a call: another thread may choose another instruction set meanwhile.
+// An operator calls this once, because another thread may select another instruction set between two calls.
 const LatentKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(latent); }
 
-struct Arguments {
+// The arguments that both operators share.
+struct LatentArguments {
   const Tensor &mu, &logvar;
   const OptionalTensor &prior_mu, &prior_logvar, &eps, &seed;
   std::optional<int64_t> num_samples;
   double clamp_min, clamp_max;
 };
 
-// Copies of tensors whose layout no kernel reads, alive as long as the views.
-using Copies = std::vector<Tensor>;
-
-View rows(const Tensor& tensor, Copies& copies) { return row_view(tensor, copies.emplace_back(tensor)); }
-
-void fill_inputs(LatentInputs& in, const Arguments& a, Copies& copies) {
+// Fills in what both passes read.
+void fill_inputs(LatentInputs& in, const LatentArguments& a, Copies& copies) {
   copies.reserve(8);
-  in.mu = rows(a.mu, copies);
-  in.logvar = rows(a.logvar, copies);
+  in.mu = row_view(a.mu, copies);
+  in.logvar = row_view(a.logvar, copies);
   if (a.prior_mu) {
-    in.prior_mu = rows(*a.prior_mu, copies);
-    in.prior_logvar = rows(*a.prior_logvar, copies);
+    in.prior_mu = row_view(*a.prior_mu, copies);
+    in.prior_logvar = row_view(*a.prior_logvar, copies);
   }
   if (a.eps) {
-    copies.push_back(dense(*a.eps));
-    in.eps = contiguous_view(copies.back());
+    in.eps = dense_view(*a.eps, copies);
   } else if (a.seed) {
     uint64_t seed = static_cast<uint64_t>(*static_cast<const int64_t*>(a.seed->const_data_ptr()));
     in.key[0] = static_cast<uint32_t>(seed);
@@ -41,9 +37,10 @@ void fill_inputs(LatentInputs& in, const Arguments& a, Copies& copies) {
   in.samples = a.num_samples.value_or(1);
   in.clamp_min = a.clamp_min;
   in.clamp_max = a.clamp_max;
-  in.wide = a.mu.scalar_type() == ScalarType::Double;
+  in.is_double = a.mu.scalar_type() == ScalarType::Double;
 }
 
+// The view of `active`, which has one value for each dimension, expanded over the batch to `numel` elements.
 View active_view(const Tensor& active, int64_t numel) {
   View view = contiguous_view(active);
   if (active.numel() < numel) {
@@ -53,31 +50,28 @@ View active_view(const Tensor& active, int64_t numel) {
   return view;
 }
 
-// Which dimensions have a mean KL over the batch above the free bits.
+// Whether the mean KL of each dimension over the batch is above the free bits: the shape of mu without its batch dimension.
 Tensor active_dimensions(const LatentInputs& in, const Tensor& mu, double free_bits, const LatentKernels& kernels) {
-  std::vector<int64_t> shape = shape_of(mu);
+  Sizes shape = shape_of(mu);
   if (!shape.empty()) shape.erase(shape.begin());
-  Tensor active = empty(shape, ScalarType::Bool);
+  Tensor active = cpu.empty(shape, ScalarType::Bool);
   int64_t batch = batch_of(mu), inner = active.numel();
   if (inner == 0) return active;
-  constexpr int64_t kDimensions = 512;
-  int64_t groups = (inner + kDimensions - 1) / kDimensions;
-  int64_t block = kItemElements / (inner < kDimensions ? inner : kDimensions);
-  int64_t blocks = (batch + block - 1) / block;
+  constexpr int64_t kDimensions = 512;  // of one call of the kernel
+  int64_t groups = ceil_div(inner, kDimensions), block = kItemElements / min64(inner, kDimensions), blocks = ceil_div(batch, block);
   std::vector<double> sums(blocks * inner);
   torch::stable::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int64_t row = i / groups * block, dimension = i % groups * kDimensions;
-      int64_t count = inner - dimension < kDimensions ? inner - dimension : kDimensions;
-      int64_t row_end = row + block < batch ? row + block : batch;
-      kernels.dimension_sums(in, inner, row, row_end, dimension, count, &sums[i / groups * inner + dimension]);
+      kernels.dimension_sums(in, inner, row, min64(row + block, batch), dimension, min64(inner - dimension, kDimensions),
+                             &sums[i / groups * inner + dimension]);
     }
   });
   bool* out = static_cast<bool*>(active.mutable_data_ptr());
   for (int64_t d = 0; d < inner; ++d) {
     double total = 0.0;
     for (int64_t b = 0; b < blocks; ++b) total += sums[b * inner + d];
-    out[d] = !(total / static_cast<double>(batch) <= free_bits);  // a NaN stays
+    out[d] = !(total / static_cast<double>(batch) <= free_bits);  // true for NaN, which free bits must not hide
   }
   return active;
 }
@@ -89,21 +83,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_forward(const Tensor& mu, cons
                                                           bool keep_noise) {
   auto reduction = static_cast<Reduction>(reduction_number);
   bool draws = eps.has_value() || seed.has_value();
-  std::vector<int64_t> z_shape = shape_of(mu);
+  Sizes z_shape = shape_of(mu);
   if (num_samples) z_shape.insert(z_shape.begin(), *num_samples);
-  Tensor z = empty(draws ? z_shape : std::vector<int64_t>{0}, mu.scalar_type());
-  Tensor noise = empty(draws && keep_noise ? z_shape : std::vector<int64_t>{0}, accumulation_dtype(mu));
-  Tensor kl = with_kl ? empty_reduced(mu, reduction) : empty({0}, accumulation_dtype(mu));
+  Tensor z = cpu.empty(draws ? z_shape : Sizes{0}, mu.scalar_type());
+  Tensor noise = cpu.empty(draws && keep_noise ? z_shape : Sizes{0}, accumulation_dtype(mu));
+  Tensor kl = with_kl ? cpu.empty_reduced(mu, reduction) : cpu.empty({0}, accumulation_dtype(mu));
 
   const LatentKernels& kernels = selected_kernels();
   Copies copies;
   LatentForward p{{}, partition_of(mu, reduction), {}, {}, {}, nullptr, free_bits};
   fill_inputs(p, {mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, clamp_min, clamp_max}, copies);
   bool masked = with_kl && free_bits > 0.0;
-  Tensor active = masked ? active_dimensions(p, mu, free_bits, kernels) : empty({0}, ScalarType::Bool);
+  Tensor active = masked ? active_dimensions(p, mu, free_bits, kernels) : cpu.empty({0}, ScalarType::Bool);
   if (masked && active.numel() > 0) p.active = active_view(active, p.numel);
   if (draws) p.z = output_of(z);
-  if (draws && keep_noise) p.kept_eps = output_of(noise);
+  if (draws && keep_noise) p.noise = output_of(noise);
   std::vector<double> slots;
   if (with_kl && reduction == Reduction::none) p.kl = output_of(kl);
   if (with_kl && reduction != Reduction::none) {
@@ -122,20 +116,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_backward(const OptionalTensor&
                                                            std::optional<int64_t> num_samples, int64_t reduction_number, double clamp_min,
                                                            double clamp_max) {
   auto reduction = static_cast<Reduction>(reduction_number);
-  std::vector<int64_t> shape = shape_of(mu), prior_shape = prior_mu ? shape : std::vector<int64_t>{0};
-  Tensor grad_mu = empty(shape, mu.scalar_type()), grad_logvar = empty(shape, mu.scalar_type());
-  Tensor grad_prior_mu = empty(prior_shape, mu.scalar_type()), grad_prior_logvar = empty(prior_shape, mu.scalar_type());
+  Sizes shape = shape_of(mu), prior_shape = prior_mu ? shape : Sizes{0};
+  Tensor grad_mu = cpu.empty(shape, mu.scalar_type()), grad_logvar = cpu.empty(shape, mu.scalar_type());
+  Tensor grad_prior_mu = cpu.empty(prior_shape, mu.scalar_type()), grad_prior_logvar = cpu.empty(prior_shape, mu.scalar_type());
 
   Copies copies;
   LatentBackward p{{}, Partition(1, mu.numel()), {}, {}, 0.0, {}, {}, {}, {}};
   fill_inputs(p, {mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, clamp_min, clamp_max}, copies);
   if (active.numel() > 0) p.active = active_view(active, p.numel);
   if (grad_z) {
-    copies.push_back(dense(*grad_z));
-    p.grad_z = contiguous_view(copies.back());
+    p.grad_z = dense_view(*grad_z, copies);
   }
   if (grad_kl) {
-    p.grad_kl = gradient_view(*grad_kl, reduction, p.numel, batch_of(mu), copies.emplace_back(*grad_kl));
+    p.grad_kl = gradient_view(*grad_kl, reduction, p.numel, batch_of(mu), copies);
     p.grad_kl_scale = reduction_scale(reduction, batch_of(mu), p.numel);
   }
   p.grad_mu = output_of(grad_mu);

@@ -1,31 +1,32 @@
-// How elements are shared among threads and summed: by sizes alone, so that results do not depend on the number of threads.
+// The partition of elements among threads and the order of their partial sums. Both depend on sizes alone, so that results do not depend on
+// the number of threads.
 #pragma once
 
-#include <cstdint>
+#include "../common/integers.h"
 
 namespace fastvae {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kItemElements = 16384;  // about 10 us of work; a multiple of kTile, the elements that a kernel handles at a time
 
-constexpr int64_t kItemElements = 16384;  // about 10 us of work; a multiple of the kernels' tile
-
-// (rows, inner) elements in row-major order, cut into items of about kItemElements: a piece of one row, or several whole rows. Item i
-// sums each of its rows into a slot of its own; a row's slots are adjacent, slots_per_row of them.
+// The partition of (rows, inner) elements in row-major order into items of about kItemElements, each a piece of one long row or several
+// short rows. An item, which is what one thread takes at a time, adds each of its rows to a slot that no other item writes. The slots of a
+// row, slots_per_row of them, are adjacent.
 struct Partition {
   int64_t rows, inner;
   int64_t slots_per_row, rows_per_item;
 
   Partition(int64_t rows, int64_t inner) : rows(rows), inner(inner) {
-    slots_per_row = inner > kItemElements ? (inner + kItemElements - 1) / kItemElements : 1;
+    slots_per_row = inner > kItemElements ? ceil_div(inner, kItemElements) : 1;
     rows_per_item = inner > 0 && inner < kItemElements ? kItemElements / inner : 1;
   }
 
   int64_t items() const {
     if (rows == 0 || inner == 0) return 0;
-    return slots_per_row > 1 ? rows * slots_per_row : (rows + rows_per_item - 1) / rows_per_item;
+    return slots_per_row > 1 ? rows * slots_per_row : ceil_div(rows, rows_per_item);
   }
   int64_t slots() const { return rows * slots_per_row; }
 
+  // The elements [begin, end) of an item.
   int64_t begin(int64_t item) const {
     return slots_per_row > 1 ? (item / slots_per_row) * inner + (item % slots_per_row) * kItemElements : item * rows_per_item * inner;
   }
@@ -34,6 +35,7 @@ struct Partition {
     int64_t item_end = begin(item) + (slots_per_row > 1 ? kItemElements : rows_per_item * inner);
     return item_end < row_end ? item_end : row_end;
   }
+  // The slot to which an item adds an element.
   int64_t slot(int64_t item, int64_t element) const { return slots_per_row > 1 ? item : element / inner; }
 };
 

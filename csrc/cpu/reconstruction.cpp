@@ -16,26 +16,15 @@ struct ReconstructionArguments {
   int64_t likelihood;
 };
 
-using Copies = std::vector<Tensor>;
-
-View dense_view(const Tensor& tensor, Copies& copies) {
-  copies.push_back(dense(tensor));
-  return contiguous_view(copies.back());
-}
-
-View broadcast(const Tensor& tensor, const std::vector<int64_t>& shape, Copies& copies) {
-  return broadcast_view(tensor, shape, copies.emplace_back(tensor));
-}
-
 // Fills in what both passes read.
 Reconstruction problem_of(const ReconstructionArguments& a, const Partition& partition, Copies& copies) {
   Reconstruction p{static_cast<Likelihood>(a.likelihood), {}, {}, {}, {}, partition, false, {}, nullptr, {}, 1.0, {}, {}, {}, nullptr};
-  std::vector<int64_t> shape = shape_of(a.input);
+  Sizes shape = shape_of(a.input);
   p.input = dense_view(a.input, copies);
   p.target = dense_view(a.target, copies);
-  if (a.weight) p.weight = broadcast(*a.weight, shape, copies);
-  if (a.pos_weight) p.extra = broadcast(*a.pos_weight, shape, copies);
-  if (a.logvar) p.extra = broadcast(*a.logvar, shape, copies);
+  if (a.weight) p.weight = broadcast_view(*a.weight, shape, copies);
+  if (a.pos_weight) p.extra = broadcast_view(*a.pos_weight, shape, copies);
+  if (a.logvar) p.extra = broadcast_view(*a.logvar, shape, copies);
   p.is_double = a.input.scalar_type() == ScalarType::Double;
   return p;
 }
@@ -83,9 +72,9 @@ std::tuple<Tensor, Tensor, Tensor> reconstruction_forward(const Tensor& input, c
                                                           const OptionalTensor& pos_weight, const OptionalTensor& logvar,
                                                           int64_t likelihood, int64_t reduction_number, double grad_scale, bool with_grad) {
   auto reduction = static_cast<Reduction>(reduction_number);
-  Tensor loss = empty_reduced(input, reduction);
-  Tensor grad_input = with_grad ? empty(shape_of(input), input.scalar_type()) : empty({0}, input.scalar_type());
-  Tensor grad_logvar = with_grad && logvar ? empty(shape_of(*logvar), logvar->scalar_type()) : empty({0}, input.scalar_type());
+  Tensor loss = cpu.empty_reduced(input, reduction);
+  Tensor grad_input = with_grad ? cpu.empty(shape_of(input), input.scalar_type()) : cpu.empty({0}, input.scalar_type());
+  Tensor grad_logvar = with_grad && logvar ? cpu.empty(shape_of(*logvar), logvar->scalar_type()) : cpu.empty({0}, input.scalar_type());
 
   Copies copies;
   copies.reserve(4);
@@ -115,14 +104,14 @@ std::tuple<Tensor, Tensor, Tensor> reconstruction_backward(const Tensor& grad_ou
                                                            const OptionalTensor& logvar, int64_t likelihood, int64_t reduction_number,
                                                            bool with_target) {
   auto reduction = static_cast<Reduction>(reduction_number);
-  Tensor grad_input = empty(shape_of(input), input.scalar_type());
-  Tensor grad_target = empty(with_target ? shape_of(target) : std::vector<int64_t>{0}, target.scalar_type());
-  Tensor grad_logvar = logvar ? empty(shape_of(*logvar), logvar->scalar_type()) : empty({0}, input.scalar_type());
+  Tensor grad_input = cpu.empty(shape_of(input), input.scalar_type());
+  Tensor grad_target = cpu.empty(with_target ? shape_of(target) : Sizes{0}, target.scalar_type());
+  Tensor grad_logvar = logvar ? cpu.empty(shape_of(*logvar), logvar->scalar_type()) : cpu.empty({0}, input.scalar_type());
 
   Copies copies;
   copies.reserve(5);
   Reconstruction p = problem_of({input, target, weight, pos_weight, logvar, likelihood}, Partition(1, input.numel()), copies);
-  p.grad_output = gradient_view(grad_output, reduction, input.numel(), batch_of(input), copies.emplace_back(grad_output));
+  p.grad_output = gradient_view(grad_output, reduction, input.numel(), batch_of(input), copies);
   p.grad_scale = reduction_scale(reduction, batch_of(input), input.numel());
   p.grad_input = output_of(grad_input);
   if (with_target) p.grad_target = output_of(grad_target);

@@ -2,14 +2,12 @@
 // once per instruction set and know nothing of torch.
 #pragma once
 
+#include "../common/reconstruction_formulas.h"
 #include "isa.h"
 #include "partition.h"
 #include "view.h"
 
 namespace fastvae {
-
-// These are the numbers of LIKELIHOODS in fastvae/_ops.py.
-enum class Likelihood : int64_t { bce_with_logits = 0, bce = 1, mse = 2, gaussian = 3 };
 
 // A loss over the elements of `input`, to whose shape all views are broadcast. Outputs that are not requested are nullptr.
 struct Reconstruction {

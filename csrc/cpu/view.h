@@ -1,4 +1,4 @@
-// How kernels see tensors: no torch here, so that these headers can be compiled once per instruction set.
+// The view of a tensor that the CPU kernels read. No torch here, because this header is compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,9 @@
 
 namespace fastvae {
 
-// Element e of the logical tensor, row-major, lies at data[(e / inner % period) * outer_stride + (e % inner) * inner_stride]. That covers
-// contiguous tensors, rows with a stride (a slice of the last dimension), and operands that are broadcast over a run of dimensions.
+// Element e of the tensor in row-major order is data[(e / inner % period) * outer_stride + (e % inner) * inner_stride]. This describes
+// contiguous tensors, rows with a stride (a slice of the last dimension), and operands that are broadcast over a run of dimensions. Strides
+// are in elements.
 struct View {
   const void* data = nullptr;
   DType dtype = DType::float32;

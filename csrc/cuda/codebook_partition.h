@@ -1,36 +1,38 @@
-// How the search for the nearest codes and the sort of rows by code are cut: arithmetic on sizes alone, tested without a GPU.
+// This file decides how the search for the nearest codes and the sort of rows by code are cut into blocks. Everything is arithmetic on
+// sizes alone, so that tests need no GPU.
 #pragma once
 
 #include "partition.h"
 
 namespace fastvae {
 
-constexpr int kTileRows = 128, kTileCodes = 64;  // scores that a block holds at once
-constexpr int kTileDepth = 8;                    // dimensions that lie in shared memory at once
-constexpr int kShortRows = 2;                    // rows of a thread, each held whole where it has at most kShortDim elements
-constexpr int kShortDim = 16;
-constexpr int kShortCodes = 256;  // that lie in shared memory at once
+constexpr int kTileRows = 128, kTileCodes = 64;  // the tile of scores that a block keeps in registers: 64 for each thread
+constexpr int kTileDepth = 8;                    // dimensions whose operands are in shared memory at a time
+// Rows of up to kShortDim elements have a kernel in which a thread keeps kShortRows whole rows in registers.
+constexpr int kShortDim = 16, kShortRows = 2;
+constexpr int kShortCodes = 256;  // codes that are in shared memory at a time: 16 KiB at 16 dimensions
 
-// Blocks of one wave of a search; where rows do not give as many, the codes are shared out too.
+// About one wave of an H200, whose 132 multiprocessors each run three or four blocks of a screen at a time. Where the rows give fewer
+// blocks, the codes of each tile are split among several.
 constexpr int64_t kScreenBlocks = 512;
-static_assert(kScreenBlocks <= kMaxColumnBlocks, "each tile of rows whose codes are shared out has a ticket");
-constexpr int64_t kRecheckBlocks = 528;
-constexpr int64_t kMeanCodes = 128;
+static_assert(kScreenBlocks <= kMaxColumnBlocks, "each tile of rows whose codes are split has a ticket counter");
+constexpr int64_t kRecheckBlocks = 528;  // four for each of the 132 multiprocessors of an H200
+constexpr int64_t kMeanCodes = 128;      // about so many codes, evenly spaced, give the mean
 
 inline bool has_short_rows(int64_t dim) { return dim <= kShortDim; }
 
-// Of the short kernel: 4, 8 or 16.
+// The padded dim of the short kernel: 4, 8 or 16.
 inline int short_dim(int64_t dim) { return dim <= 4 ? 4 : dim <= 8 ? 8 : kShortDim; }
 
-// One head's codes in memory: panels of codes side by side, (panel, padded dim, code in panel).
-struct CodeLayout {
+// The layout of the packed codes of one head: (panel, padded dim, code in panel).
+struct CodebookLayout {
   int64_t codes, dim, padded_codes, padded_dim;
-  int panel_codes;
-  uint32_t slots;  // of the hash table, a power of two
+  int panel_codes;  // codes of a panel
+  uint32_t slots;   // entries of the hash table, a power of two that is at least twice the number of codes
 };
 
-inline CodeLayout code_layout(int64_t codes, int64_t dim) {
-  CodeLayout layout{codes, dim, ceil_div(codes, kTileCodes) * kTileCodes, ceil_div(dim, kTileDepth) * kTileDepth, kTileCodes, 16};
+inline CodebookLayout codebook_layout(int64_t codes, int64_t dim) {
+  CodebookLayout layout{codes, dim, ceil_div(codes, kTileCodes) * kTileCodes, ceil_div(dim, kTileDepth) * kTileDepth, kTileCodes, 16};
   if (has_short_rows(dim)) {
     layout.padded_dim = short_dim(dim);
     layout.panel_codes = 1;
@@ -39,19 +41,20 @@ inline CodeLayout code_layout(int64_t codes, int64_t dim) {
   return layout;
 }
 
-FASTVAE_INLINE int64_t code_element(const CodeLayout& layout, int64_t code, int64_t d) {
+// The offset of element d of a code.
+FASTVAE_INLINE int64_t code_element(const CodebookLayout& layout, int64_t code, int64_t d) {
   int64_t panel = code / layout.panel_codes;
   return (panel * layout.padded_dim + d) * layout.panel_codes + (code - panel * layout.panel_codes);
 }
 
-// Block (t, s) takes the rows of tile t, which counts over the heads, and the codes of split s.
-struct ScreenGrid {
+// The grid (tiles, splits) of a screen. Block (t, s) handles the rows of tile t, numbered over the heads, and the codes of split s.
+struct CodebookScreenGrid {
   int64_t tile_rows, tiles_per_head, tiles;
   int64_t splits, codes_per_split;
 };
 
-inline ScreenGrid screen_grid(int64_t heads, int64_t rows, const CodeLayout& layout) {
-  ScreenGrid grid{};
+inline CodebookScreenGrid screen_grid(int64_t heads, int64_t rows, const CodebookLayout& layout) {
+  CodebookScreenGrid grid{};
   grid.tile_rows = has_short_rows(layout.dim) ? kThreads * kShortRows : kTileRows;
   grid.tiles_per_head = ceil_div(rows, grid.tile_rows);
   grid.tiles = heads * grid.tiles_per_head;
@@ -62,56 +65,60 @@ inline ScreenGrid screen_grid(int64_t heads, int64_t rows, const CodeLayout& lay
   return grid;
 }
 
-// A row's two smallest scores, each less the bound of its error, and the code of the smallest.
-struct Best {
-  float least, second;
+// The two smallest of a row's scores, each less the bound of its error, and the code of the smallest.
+struct TwoSmallest {
+  float smallest, second;
   int32_t code;
 };
 
-// With FLT_MAX for none.
-FASTVAE_INLINE Best no_best() { return {3.402823466e38f, 3.402823466e38f, 0}; }
+// Before any score both are FLT_MAX.
+FASTVAE_INLINE TwoSmallest no_scores() { return {3.402823466e38f, 3.402823466e38f, 0}; }
 
-FASTVAE_INLINE void keep_best(Best& best, float score, int32_t code) {
-  best.second = fminf(best.second, fmaxf(best.least, score));
-  best.code = score < best.least ? code : best.code;
-  best.least = fminf(best.least, score);
+FASTVAE_INLINE void insert_score(TwoSmallest& best, float score, int32_t code) {
+  best.second = fminf(best.second, fmaxf(best.smallest, score));
+  best.code = score < best.smallest ? code : best.code;
+  best.smallest = fminf(best.smallest, score);
 }
 
-FASTVAE_INLINE void merge_best(Best& best, const Best& other) {
-  best.second = fminf(fminf(best.second, other.second), fmaxf(best.least, other.least));
-  best.code = other.least < best.least ? other.code : best.code;
-  best.least = fminf(best.least, other.least);
+FASTVAE_INLINE void merge_smallest(TwoSmallest& best, const TwoSmallest& other) {
+  best.second = fminf(fminf(best.second, other.second), fmaxf(best.smallest, other.smallest));
+  best.code = other.smallest < best.smallest ? other.code : best.code;
+  best.smallest = fminf(best.smallest, other.smallest);
 }
 
-// Whether the code is the nearest for certain: `error` bounds that of its score.
-FASTVAE_INLINE bool is_separated(const Best& best, float error) { return best.second > best.least + 2.0f * error; }
+// Whether the code is certainly the nearest, where `error` bounds the error of its score: the upper bound of its score is below the lower
+// bounds of all others.
+FASTVAE_INLINE bool is_separated(const TwoSmallest& best, float error) { return best.second > best.smallest + 2.0f * error; }
 
-// Counting sort: a warp takes a part of a head's rows.
-constexpr int64_t kMostParts = 512;
-constexpr int64_t kLeastPartRows = 256;
+// In the counting sort a warp handles a part of the rows of a head. Each part has a count for each code, so there are not more than
+// kMaxSortParts, and none is so small that the counts outweigh the rows.
+constexpr int64_t kMaxSortParts = 512;
+constexpr int64_t kMinPartRows = 256;
 
-struct SortParts {
-  int64_t rows_per_part, parts;  // of one head
+struct CodebookSortParts {
+  int64_t rows_per_part, parts;  // parts of one head
 };
 
-inline SortParts sort_parts(int64_t rows) {
-  int64_t rows_per_part = ceil_div(max64(ceil_div(rows, kMostParts), kLeastPartRows), kWarp) * kWarp;
+inline CodebookSortParts sort_parts(int64_t rows) {
+  int64_t rows_per_part = ceil_div(max64(ceil_div(rows, kMaxSortParts), kMinPartRows), kWarp) * kWarp;
   return {rows_per_part, ceil_div(rows, rows_per_part)};
 }
 
-// The sorted rows are summed in pieces of kPieceRows. A code whose rows lie in one piece is summed there; of a code that crosses pieces
-// each leaves its part in a slot: slot 0 if the piece begins with the code, else 1.
+// The sorted rows of a head are summed in pieces of kPieceRows. A code whose rows lie in one piece is summed there. A code that crosses
+// pieces has a partial sum for each of them, in slot 0 of the piece if the piece begins with the code, otherwise in slot 1.
 constexpr int64_t kPieceRows = 64;
 
-// Threads that share a piece, one a dimension.
+// The number of threads that share a piece, a power of two: one for each dimension, or all of the block.
 inline int piece_group(int64_t dim) {
   int group = 1;
   while (group < kThreads && group < dim) group *= 2;
   return group;
 }
 
+// Whether the sorted positions [start, end) lie in several pieces.
 FASTVAE_INLINE bool crosses_pieces(int64_t start, int64_t end) { return start / kPieceRows != (end - 1) / kPieceRows; }
 
+// The slot, numbered over the pieces, for a code whose rows begin at `start`.
 FASTVAE_INLINE int64_t piece_slot(int64_t piece, int64_t start) { return 2 * piece + (start > piece * kPieceRows ? 1 : 0); }
 
 }  // namespace fastvae

@@ -1,33 +1,71 @@
 // Sums over the rows of each code: a stable counting sort of the rows by code, then sums in the order of the rows.
+//
+// kernel                        grid                        reads                       writes
+// codebook_finite_rows_kernel   (blocks of rows)            x, indices                  indices, -1 for rows that are not finite
+// codebook_count_kernel         (blocks of 4 parts)         indices                     counts of each part
+// codebook_part_offsets_kernel  (blocks of codes)           counts                      counts, totals, the counts of codes in starts
+// codebook_code_offsets_kernel  (heads)                     starts                      starts
+// codebook_sort_kernel          (blocks of 4 parts)         indices, counts, starts     order, sorted
+// codebook_sum_pieces_kernel    (blocks of pieces)          x, order, sorted, starts    sums, partial
+// codebook_join_pieces_kernel   (blocks of pieces)          partial, sorted, starts     sums
 #pragma once
 
-#include "codebook_search.cuh"
+#include "../common/codebook_formulas.h"
+#include "codebook_gradient.cuh"
+#include "codebook_partition.h"
 
 namespace fastvae {
+namespace {
 
-// A row's code below 0 or beyond the last one leaves it out.
-struct SortParams {
-  const int64_t* indices;  // (heads, rows)
-  int64_t heads, rows, codes;
-  SortParts parts;
-  unsigned* counts;  // (heads, parts, codes): the rows of a part on each code, then those of the parts before it
-  int64_t* starts;   // (heads, codes + 1): of each code in the sorted rows
-  int64_t* totals;   // (heads, codes): rows on each code; may be null
-  int64_t* order;    // (heads, rows): rows in the order of their codes
-  int32_t* sorted;   // (heads, rows): the code of each
+struct CodebookFiniteRowsParams {
+  CodebookView x;  // (heads, rows, dim)
+  Divider rows;
+  int64_t count, dim;               // count: rows of all heads
+  int width;                        // threads that share a row
+  const int64_t* indices;           // (heads, rows)
+  int64_t* indices_of_finite_rows;  // (heads, rows)
 };
 
-__device__ __forceinline__ int32_t code_of_row(const SortParams& p, int64_t head, int64_t row, int64_t end) {
+// Writes the index of each row, or -1 for a row that is not finite, which leaves the row out of the sums.
+__global__ void __launch_bounds__(kThreads) codebook_finite_rows_kernel(const __grid_constant__ CodebookFiniteRowsParams p) {
+  ThreadGroup group(p.width);
+  int64_t number = static_cast<int64_t>(blockIdx.x) * group.count + group.number;
+  int not_finite = 0;
+  if (number < p.count) {
+    int64_t head = quotient(p.rows, number), first = p.x.offset(head, number - head * p.rows.divisor);
+    for (int64_t d = group.member * kVector; d < p.dim; d += group.width * kVector) {
+      float x[kVector];
+      load(p.x, first + d, static_cast<int>(min64(p.dim - d, kVector)), p.x.aligned, x);
+      for (int k = 0; k < kVector; ++k) not_finite |= !is_finite(x[k]);
+    }
+  }
+  not_finite = warp_sum(not_finite, group.width);
+  if (group.member == 0 && number < p.count) p.indices_of_finite_rows[number] = not_finite == 0 ? p.indices[number] : -1;
+}
+
+struct CodebookSortParams {
+  const int64_t* indices;  // (heads, rows): a row whose code is below 0 or beyond the last one is left out
+  int64_t heads, rows, codes;
+  CodebookSortParts parts;
+  unsigned* counts;  // (heads, parts, codes): the rows of a part on each code, later those of the parts before it
+  int64_t* starts;   // (heads, codes + 1): the position of the first row of each code in the sorted rows, and the end
+  int64_t* totals;   // (heads, codes): the rows on each code; nullptr where they are not requested
+  int64_t* order;    // (heads, rows): the rows, sorted by code
+  int32_t* sorted;   // (heads, rows): the codes of the sorted rows
+};
+
+// The code of a row, or -1 where the row is left out or does not exist.
+__device__ __forceinline__ int32_t code_of_row(const CodebookSortParams& p, int64_t head, int64_t row, int64_t end) {
   int64_t code = row < end ? p.indices[head * p.rows + row] : -1;
   return code >= 0 && code < p.codes ? static_cast<int32_t>(code) : -1;
 }
 
-// A warp's part of a head's rows.
-struct PartPlace {
+// The part of the rows of a head that a warp handles.
+struct CodebookPart {
   int64_t head, part, begin, end;
   bool exists;
 
-  __device__ __forceinline__ explicit PartPlace(const SortParams& p) {
+  __device__ __forceinline__ explicit CodebookPart(const CodebookSortParams& p) {
     int64_t number = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
     head = number / p.parts.parts;
     part = number - head * p.parts.parts;
@@ -36,11 +74,14 @@ struct PartPlace {
     exists = head < p.heads;
   }
 
-  __device__ __forceinline__ unsigned* counts(const SortParams& p) const { return p.counts + (head * p.parts.parts + part) * p.codes; }
+  __device__ __forceinline__ unsigned* counts(const CodebookSortParams& p) const {
+    return p.counts + (head * p.parts.parts + part) * p.codes;
+  }
 };
 
-__global__ void __launch_bounds__(kThreads) count_codes_kernel(const __grid_constant__ SortParams p) {
-  PartPlace place(p);
+// Counts the rows of each part on each code. The order of the atomic additions does not matter, because they are of integers.
+__global__ void __launch_bounds__(kThreads) codebook_count_kernel(const __grid_constant__ CodebookSortParams p) {
+  CodebookPart place(p);
   if (!place.exists) return;
   for (int64_t row = place.begin + threadIdx.x % kWarp; row < place.end; row += kWarp) {
     int32_t code = code_of_row(p, place.head, row, place.end);
@@ -48,8 +89,8 @@ __global__ void __launch_bounds__(kThreads) count_codes_kernel(const __grid_cons
   }
 }
 
-// Of each code: counts of parts become counts of the parts before, and the code's count goes where its start will be.
-__global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_constant__ SortParams p) {
+// Replaces the counts of the parts by prefix sums over the parts, and stores the count of each code in `starts` for the next kernel.
+__global__ void __launch_bounds__(kThreads) codebook_part_offsets_kernel(const __grid_constant__ CodebookSortParams p) {
   int64_t number = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (number >= p.heads * p.codes) return;
   int64_t head = number / p.codes, code = number - head * p.codes;
@@ -65,8 +106,8 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_consta
   if (p.totals) p.totals[number] = total;
 }
 
-// Of each head: counts of codes become starts.
-__global__ void __launch_bounds__(kThreads) start_codes_kernel(const __grid_constant__ SortParams p) {
+// Replaces the counts of the codes in `starts` by prefix sums over the codes of a head. A thread handles a range of codes.
+__global__ void __launch_bounds__(kThreads) codebook_code_offsets_kernel(const __grid_constant__ CodebookSortParams p) {
   __shared__ int64_t shares[kThreads];
   int64_t* starts = p.starts + static_cast<int64_t>(blockIdx.x) * (p.codes + 1);
   int64_t share = ceil_div(p.codes, kThreads), begin = min64(threadIdx.x * share, p.codes), end = min64(begin + share, p.codes), total = 0;
@@ -83,8 +124,10 @@ __global__ void __launch_bounds__(kThreads) start_codes_kernel(const __grid_cons
   if (threadIdx.x == kThreads - 1) starts[p.codes] = next;
 }
 
-__global__ void __launch_bounds__(kThreads) sort_rows_kernel(const __grid_constant__ SortParams p) {
-  PartPlace place(p);
+// Writes the rows of each part to their sorted positions. The sort is stable: a warp handles 32 rows at a time, and each lane counts the
+// lanes before it that have the same code.
+__global__ void __launch_bounds__(kThreads) codebook_sort_kernel(const __grid_constant__ CodebookSortParams p) {
+  CodebookPart place(p);
   if (!place.exists) return;
   int lane = threadIdx.x % kWarp;
   const int64_t* starts = p.starts + place.head * (p.codes + 1);
@@ -105,42 +148,27 @@ __global__ void __launch_bounds__(kThreads) sort_rows_kernel(const __grid_consta
   }
 }
 
-// The gradient of a loss as a row meets it: elementwise, or one a sample (`stride` 0: one for all), times a factor.
 template <class T>
-struct LossGradient {
-  const T* elements = nullptr;
-  const float* samples = nullptr;
-  int64_t stride = 0;
-  Divider sample_rows{1, 0, 0};
-
-  __device__ __forceinline__ explicit operator bool() const { return elements != nullptr || samples != nullptr; }
+struct CodebookSumParams {
+  CodebookSortParams sort;
+  CodebookView x;         // (heads, rows, dim)
+  CodebookView codebook;  // (heads, codes, dim), where there is a gradient
+  CodebookLossGradient<T> gradient;
+  double factor;        // multiplies the sums
+  int64_t dim, pieces;  // pieces of a head
+  int width;            // threads that share a piece
+  double* partial;      // (heads, pieces, 2, dim)
+  Output sums;          // (heads, codes, dim)
 };
 
-template <class T>
-__device__ __forceinline__ float weight_of_row(const LossGradient<T>& gradient, int64_t row) {
-  return gradient.samples ? gradient.samples[quotient(gradient.sample_rows, row) * gradient.stride] : 0.0f;
-}
-
-template <class T>
-struct SegmentParams {
-  SortParams sort;
-  RowView x, codebook;  // the codebook where there is a gradient
-  LossGradient<T> gradient;
-  double factor;
-  int64_t dim, pieces;  // of a head
-  int width;
-  double* partial;  // (heads, pieces, 2, dim)
-  Output sums;      // (heads, codes, dim)
-};
-
-// The threads that share a piece of a head's sorted rows.
-struct PiecePlace {
+// The piece of the sorted rows of a head that a group of threads handles: positions [begin, end).
+struct CodebookPiece {
   int64_t head, piece, begin, end;
-  int member;
-  const int64_t* starts;
+  int member;             // this thread's number in its group
+  const int64_t* starts;  // (codes + 1,), those of the head
 
   template <class T>
-  __device__ __forceinline__ explicit PiecePlace(const SegmentParams<T>& p) : member(static_cast<int>(threadIdx.x) % p.width) {
+  __device__ __forceinline__ explicit CodebookPiece(const CodebookSumParams<T>& p) : member(static_cast<int>(threadIdx.x) % p.width) {
     int64_t number = static_cast<int64_t>(blockIdx.x) * (kThreads / p.width) + threadIdx.x / p.width;
     head = min64(number / p.pieces, p.sort.heads - 1);
     piece = number - head * p.pieces;
@@ -149,31 +177,33 @@ struct PiecePlace {
     end = piece < p.pieces ? min64(begin + kPieceRows, starts[p.sort.codes]) : begin;
   }
 
+  // The partial sum (dim,) in a slot of the head.
   template <class T>
-  __device__ __forceinline__ double* partial(const SegmentParams<T>& p, int64_t slot) const {
+  __device__ __forceinline__ double* partial(const CodebookSumParams<T>& p, int64_t slot) const {
     return p.partial + (head * p.pieces * 2 + slot) * p.dim;
   }
 };
 
-// What a row adds to element d of its code's sum: x, or with a gradient the negative of the loss's slope at x.
+// The term of a row in element d of the sum of its code: x, or with a gradient grad_loss * (c - x).
 template <class T, bool kGradient>
-__device__ __forceinline__ double term_of_row(const SegmentParams<T>& p, int64_t head, int64_t row, int64_t d, double code) {
-  double x = to_double(static_cast<const T*>(p.x.data)[row_offset(p.x, head, row) + d]);
+__device__ __forceinline__ double term_of_row(const CodebookSumParams<T>& p, int64_t head, int64_t row, int64_t d, double code) {
+  double x = to_double(static_cast<const T*>(p.x.data)[p.x.offset(head, row) + d]);
   if (!kGradient) return x;
   int64_t number = head * p.sort.rows + row;
-  float weight = p.gradient.elements ? widen(p.gradient.elements[number * p.dim + d]) : weight_of_row(p.gradient, number);
+  float weight = p.gradient.elements ? to_float(p.gradient.elements[number * p.dim + d]) : weight_of_row(p.gradient, number);
   return static_cast<double>(weight) * (code - x);
 }
 
+// Sums each piece, a thread one dimension at a time. Writes the sums of codes that lie in the piece, and partial sums of the others.
 template <class T, bool kGradient>
-__global__ void __launch_bounds__(kThreads) sum_pieces_kernel(const __grid_constant__ SegmentParams<T> p) {
-  PiecePlace place(p);
+__global__ void __launch_bounds__(kThreads) codebook_sum_pieces_kernel(const __grid_constant__ CodebookSumParams<T> p) {
+  CodebookPiece place(p);
   const int64_t* order = p.sort.order + place.head * p.sort.rows;
   const int32_t* sorted = p.sort.sorted + place.head * p.sort.rows;
   for (int64_t d = place.member; d < p.dim; d += p.width) {
     for (int64_t i = place.begin; i < place.end;) {
       int64_t code = sorted[i], start = place.starts[code], end = place.starts[code + 1], stop = min64(end, place.end);
-      double value = kGradient ? wide_element(p.codebook, row_offset(p.codebook, place.head, code) + d) : 0.0, total = 0.0;
+      double value = kGradient ? element_as_double(p.codebook, p.codebook.offset(place.head, code) + d) : 0.0, total = 0.0;
 #pragma unroll 4
       for (; i < stop; ++i) total += term_of_row<T, kGradient>(p, place.head, order[i], d, value);
       total *= p.factor;
@@ -185,10 +215,10 @@ __global__ void __launch_bounds__(kThreads) sum_pieces_kernel(const __grid_const
   }
 }
 
-// The piece in which a code that crosses pieces begins puts it together.
+// Adds the partial sums of each code that crosses pieces, in their order. The piece in which the code begins does it.
 template <class T>
-__global__ void __launch_bounds__(kThreads) join_pieces_kernel(const __grid_constant__ SegmentParams<T> p) {
-  PiecePlace place(p);
+__global__ void __launch_bounds__(kThreads) codebook_join_pieces_kernel(const __grid_constant__ CodebookSumParams<T> p) {
+  CodebookPiece place(p);
   if (place.begin >= place.end) return;
   int64_t code = p.sort.sorted[place.head * p.sort.rows + place.end - 1], start = place.starts[code], end = place.starts[code + 1];
   if (start < place.begin || !crosses_pieces(start, end)) return;
@@ -200,4 +230,5 @@ __global__ void __launch_bounds__(kThreads) join_pieces_kernel(const __grid_cons
   }
 }
 
+}  // namespace
 }  // namespace fastvae

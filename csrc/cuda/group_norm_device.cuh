@@ -22,9 +22,9 @@ __device__ __forceinline__ float value_of(const GroupNormParameter& parameter, i
     case DType::float32:
       return static_cast<const float*>(parameter.data)[channel];
     case DType::bfloat16:
-      return widen(static_cast<const BFloat16*>(parameter.data)[channel]);
+      return to_float(static_cast<const BFloat16*>(parameter.data)[channel]);
     default:
-      return widen(static_cast<const Half*>(parameter.data)[channel]);
+      return to_float(static_cast<const Half*>(parameter.data)[channel]);
   }
 }
 
@@ -125,7 +125,7 @@ __device__ __forceinline__ void load_vectors(const T* from, const GroupNormVecto
   }
 #pragma unroll
   for (int j = 0; j < kCount; ++j)
-    for (int k = 0; k < kVector; ++k) to[j][k] = widen(raw[j].v[k]);
+    for (int k = 0; k < kVector; ++k) to[j][k] = to_float(raw[j].v[k]);
 }
 
 template <int kCount, class T, bool kChannelsLast>

@@ -110,7 +110,7 @@ struct JacobianUnitsParams {
 
 template <class T>
 __device__ __forceinline__ float grad_output_at(const JacobianUnitsParams<T>& p, int64_t element, int64_t sample) {
-  if (p.grad_elements) return widen(p.grad_elements[element]);
+  if (p.grad_elements) return to_float(p.grad_elements[element]);
   return p.grad_samples ? p.grad_samples[sample * p.grad_stride] : 1.0f;
 }
 
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kThreads) jacobian_units_kernel(const __grid_c
     int64_t sample = quotient(p.units, element), unit = element - sample * p.units.divisor;
     float grad_output = grad_output_at(p, element, sample);
     SquaredSlope<float> slope;
-    with_activation(p.activation, [&](auto activation) { slope = activation.at(widen(p.hidden[element]), p.alpha); });
-    if (p.grad_hidden) p.grad_hidden[element] = narrow<T>(grad_output * (p.norms[unit] * static_cast<float>(p.scale)) * slope.change);
+    with_activation(p.activation, [&](auto activation) { slope = activation.at(to_float(p.hidden[element]), p.alpha); });
+    if (p.grad_hidden) p.grad_hidden[element] = from_float<T>(grad_output * (p.norms[unit] * static_cast<float>(p.scale)) * slope.change);
     return grad_output * slope.square;
   };
   auto finish = [&](int64_t unit, double total) {
@@ -238,7 +238,7 @@ using TwoTensors = std::tuple<Tensor, Tensor>;
 // where it is not nullptr.
 TwoTensors gradients(Launch& launch, const JacobianLayer& layer, const Tensor& norms, Reduction reduction, double scale,
                      const Tensor* grad_output, bool with_hidden, bool with_weight) {
-  Tensor grad_hidden = empty_if(launch, with_hidden, layer.hidden), grad_weight = empty_if(launch, with_weight, layer.weight);
+  Tensor grad_hidden = launch.empty_if(with_hidden, layer.hidden), grad_weight = launch.empty_if(with_weight, layer.weight);
   if (layer.units() == 0 || !(with_hidden || with_weight)) return {grad_hidden, grad_weight};
   Tensor factors = launch.empty({with_weight ? layer.units() : 0}, ScalarType::Float);
   dispatch(layer.hidden.scalar_type(), [&](auto type) {
@@ -274,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> jacobian_forward(const Tensor& hidden
   auto reduction = static_cast<Reduction>(reduction_number);
   JacobianLayer layer{hidden, weight, static_cast<Activation>(activation), alpha};
   Launch launch(hidden);
-  Tensor penalty = empty_reduced(launch, hidden, reduction), norms = launch.empty({weight.size(0)}, ScalarType::Float);
+  Tensor penalty = launch.empty_reduced(hidden, reduction), norms = launch.empty({weight.size(0)}, ScalarType::Float);
   launch_row_norms(launch, layer, norms);
   launch_penalty(launch, layer, norms, reduction, penalty);
   auto [grad_hidden, grad_weight] = gradients(launch, layer, norms, reduction, grad_scale, nullptr, with_grad_hidden, with_grad_weight);

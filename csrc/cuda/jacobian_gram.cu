@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> jacobian_gram_reduce(const Tensor& left, cons
                                                         bool with_grad) {
   Launch launch(left);
   Tensor dots = launch.empty(shape_of(outer), ScalarType::Float);
-  Tensor grad_inner = empty_if(launch, with_grad, inner), grad_left = empty_if(launch, with_grad, left);
+  Tensor grad_inner = launch.empty_if(with_grad, inner), grad_left = launch.empty_if(with_grad, left);
   Copies copies;
   copies.reserve(4);
   GramMatrices m = matrices_of(left, inner, outer, copies);

@@ -20,27 +20,23 @@ constexpr int kTickets = kMaxColumnBlocks;  // the sums of columns take one tick
 static_assert(kMaxColumnBlocks * kWarp <= kSlots && 2 * kMaxRowBlocks <= kSlots, "each kind of sum has its slots");
 
 // The workspace of a stream; launches on one stream follow each other, so they share it. Where no persistent workspace is available, this
-// allocates one, which `keep` then owns.
-Workspace workspace_of(int32_t device, cudaStream_t stream, Tensor* keep);
+// allocates one, which `owner` then owns.
+Workspace workspace_of(int32_t device, cudaStream_t stream, Tensor* owner);
 
 // Makes the device of a tensor the current one for as long as an operator runs, and launches on the current stream of that device.
-class Launch {
+class Launch : public Allocations<Launch> {
  public:
-  explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_), keep_(tensor) {
+  explicit Launch(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_), workspace_owner_(tensor) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) const {
-    return allocate(shape, dtype, aoti_torch_device_type_cuda(), device_);
   }
 
   Tensor empty_strided(const Sizes& shape, const Sizes& strides, ScalarType dtype) const {
     return allocate_strided(shape, strides, dtype, aoti_torch_device_type_cuda(), device_);
   }
 
-  Workspace workspace() { return workspace_of(device_, stream_, &keep_); }
+  Workspace workspace() { return workspace_of(device_, stream_, &workspace_owner_); }
 
   // Sets every byte of a contiguous tensor.
   void fill(const Tensor& tensor, int byte) const {
@@ -59,7 +55,7 @@ class Launch {
  private:
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
-  Tensor keep_;  // owns a workspace that is not persistent
+  Tensor workspace_owner_;  // owns the workspace where that is not persistent
   cudaStream_t stream_ = nullptr;
 };
 

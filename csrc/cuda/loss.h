@@ -1,8 +1,7 @@
-// The host code that the operators of all families share: dispatch on dtypes, operands as kernels read them, and the plan of a reduced
-// loss.
+// The host code that the CUDA operators of all families share, beside csrc/common/tensor.h: dispatch on dtypes, alignment, and the plan of
+// a reduced loss.
 #pragma once
 
-#include "../common/reduction.h"
 #include "launch.h"
 
 namespace fastvae {
@@ -33,35 +32,10 @@ bool is_aligned(const T* data) {
   return reinterpret_cast<uintptr_t>(data) % sizeof(Vector<T>) == 0;
 }
 
-// Owns the contiguous copies of tensors until their kernels are launched.
-using Copies = std::vector<Tensor>;
-
-// The tensor itself where it is contiguous, otherwise a contiguous copy. The reference stays valid only while `copies` does not grow beyond
-// its capacity.
-inline const Tensor& readable(const Tensor& tensor, Copies& copies) { return copies.emplace_back(dense(tensor)); }
-
+// The data of a tensor of T, or of its contiguous copy, which `copies` owns.
 template <class T>
 const T* data_of(const Tensor& tensor, Copies& copies) {
   return static_cast<const T*>(readable(tensor, copies).const_data_ptr());
-}
-
-// A tensor like `like`, or an empty one where it is not wanted.
-inline Tensor empty_if(const Launch& launch, bool wanted, const Tensor& like) {
-  return launch.empty(wanted ? shape_of(like) : Sizes{0}, like.scalar_type());
-}
-
-inline Output output_of(const Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor)}; }
-
-// The result of a loss over elements of the shape of `like`: that shape in its dtype, or (batch,) or a scalar in float32.
-inline Tensor empty_reduced(const Launch& launch, const Tensor& like, int64_t batch, Reduction reduction) {
-  if (reduction == Reduction::none) return launch.empty(shape_of(like), like.scalar_type());
-  std::vector<int64_t> shape;
-  if (reduction == Reduction::sample && like.dim() > 0) shape.push_back(batch);
-  return launch.empty(shape, ScalarType::Float);
-}
-
-inline Tensor empty_reduced(const Launch& launch, const Tensor& like, Reduction reduction) {
-  return empty_reduced(launch, like, batch_of(like), reduction);
 }
 
 // The partition of a launch into chunks and the reduction of its losses.

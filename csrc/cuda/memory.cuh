@@ -26,31 +26,31 @@ constexpr DType kDTypeOf<BFloat16> = DType::bfloat16;
 template <>
 constexpr DType kDTypeOf<Half> = DType::float16;
 
-// Storage to float32.
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
-__device__ __forceinline__ float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
-__device__ __forceinline__ float widen(double x) { return static_cast<float>(x); }
+// Converts storage to float32.
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float to_float(double x) { return static_cast<float>(x); }
 // A uint8 pixel stands for a value in [0, 1].
-__device__ __forceinline__ float widen(uint8_t x) { return static_cast<float>(x) * (1.0f / 255.0f); }
+__device__ __forceinline__ float to_float(uint8_t x) { return static_cast<float>(x) * (1.0f / 255.0f); }
 
-// float32 to storage, rounded to nearest even.
+// Converts float32 to storage, rounded to nearest even.
 template <class T>
-__device__ __forceinline__ T narrow(float x);
+__device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float narrow<float>(float x) {
+__device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
 template <>
-__device__ __forceinline__ BFloat16 narrow<BFloat16>(float x) {
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 template <>
-__device__ __forceinline__ Half narrow<Half>(float x) {
+__device__ __forceinline__ Half from_float<Half>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 }
 template <>
-__device__ __forceinline__ double narrow<double>(float x) {
+__device__ __forceinline__ double from_float<double>(float x) {
   return static_cast<double>(x);
 }
 
@@ -65,9 +65,9 @@ template <class T>
 __device__ __forceinline__ void load(const T* from, int count, bool vectorized, float (&to)[kVector]) {
   if (vectorized) {
     Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from);
-    for (int k = 0; k < kVector; ++k) to[k] = widen(vector.v[k]);
+    for (int k = 0; k < kVector; ++k) to[k] = to_float(vector.v[k]);
   } else {
-    for (int k = 0; k < kVector; ++k) to[k] = k < count ? widen(from[k]) : 0.0f;
+    for (int k = 0; k < kVector; ++k) to[k] = k < count ? to_float(from[k]) : 0.0f;
   }
 }
 
@@ -84,13 +84,13 @@ __device__ __forceinline__ void load_values(const From* from, int64_t first, int
     for (int j = 0; j < kRuns; ++j) raw[j] = *reinterpret_cast<const Vector<From>*>(from + first + j * kNoiseLanes);
 #pragma unroll
     for (int j = 0; j < kRuns; ++j)
-      for (int k = 0; k < kVector; ++k) to[j][k] = widen(raw[j].v[k]);
+      for (int k = 0; k < kVector; ++k) to[j][k] = to_float(raw[j].v[k]);
   } else {
 #pragma unroll
     for (int j = 0; j < kRuns; ++j)
       for (int k = 0; k < kVector; ++k) {
         int64_t element = first + j * kNoiseLanes + k;
-        to[j][k] = element < numel ? widen(from[element]) : 0.0f;
+        to[j][k] = element < numel ? to_float(from[element]) : 0.0f;
       }
   }
 }
@@ -100,11 +100,11 @@ template <class T>
 __device__ __forceinline__ void store(T* to, int count, bool vectorized, const float (&from)[kVector]) {
   if (vectorized) {
     Vector<T> vector;
-    for (int k = 0; k < kVector; ++k) vector.v[k] = narrow<T>(from[k]);
+    for (int k = 0; k < kVector; ++k) vector.v[k] = from_float<T>(from[k]);
     *reinterpret_cast<Vector<T>*>(to) = vector;
   } else {
     for (int k = 0; k < kVector; ++k)
-      if (k < count) to[k] = narrow<T>(from[k]);
+      if (k < count) to[k] = from_float<T>(from[k]);
   }
 }
 
@@ -130,10 +130,10 @@ __device__ __forceinline__ void store_one(const Output& to, int64_t index, doubl
       static_cast<float*>(to.data)[index] = static_cast<float>(value);
       return;
     case DType::bfloat16:
-      static_cast<BFloat16*>(to.data)[index] = narrow<BFloat16>(static_cast<float>(value));
+      static_cast<BFloat16*>(to.data)[index] = from_float<BFloat16>(static_cast<float>(value));
       return;
     case DType::float16:
-      static_cast<Half*>(to.data)[index] = narrow<Half>(static_cast<float>(value));
+      static_cast<Half*>(to.data)[index] = from_float<Half>(static_cast<float>(value));
       return;
     default:
       static_cast<double*>(to.data)[index] = value;

@@ -2,8 +2,7 @@
 // that a result depends neither on the run nor on the model of the GPU. The functions run on the host too, so that tests need no GPU.
 #pragma once
 
-#include <cstdint>
-
+#include "../common/integers.h"
 #include "../common/philox.h"
 
 namespace fastvae {
@@ -26,10 +25,6 @@ constexpr int64_t kMaxRowBlocks = 2048;
 constexpr int64_t kMaxColumnBlocks = 512;
 // The rescale kernel usually returns at once, because the incoming gradient is the expected one; a small grid makes that cheap.
 constexpr int64_t kMaxRescaleBlocks = 1024;
-
-FASTVAE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTVAE_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTVAE_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The number of elements in a vector that begins `rest` elements before the end: 0 to kVector.
 FASTVAE_INLINE int vector_count(int64_t rest) { return static_cast<int>(max64(min64(rest, kVector), 0)); }
@@ -136,10 +131,12 @@ FASTVAE_INLINE int64_t column_element(const ColumnSums& c, int64_t row, int64_t 
   return (outer * c.columns + column) * c.inner.divisor + (row - outer * c.inner.divisor);
 }
 
+constexpr int kMaxSampleWarps = 8;
+
 // The number of warps that share the samples of one noise tile, a power of two.
 inline int sample_warps(int64_t samples) {
   int warps = 1;
-  while (warps < 8 && warps < samples) warps *= 2;
+  while (warps < kMaxSampleWarps && warps < samples) warps *= 2;
   return warps;
 }
 

@@ -44,14 +44,14 @@ StreamWorkspace* persistent_workspace(int32_t device, cudaStream_t stream) {
 
 }  // namespace
 
-Workspace workspace_of(int32_t device, cudaStream_t stream, Tensor* keep) {
+Workspace workspace_of(int32_t device, cudaStream_t stream, Tensor* owner) {
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(stream, &capturing), "asking whether a graph is captured");
   // A captured graph may be replayed on any stream, beside other launches, so it gets a workspace of its own that the graph itself clears.
   StreamWorkspace* workspace = capturing == cudaStreamCaptureStatusNone ? persistent_workspace(device, stream) : nullptr;
   if (!workspace) {
-    *keep = allocate({sizeof(StreamWorkspace)}, ScalarType::Byte, aoti_torch_device_type_cuda(), device);
-    workspace = static_cast<StreamWorkspace*>(keep->mutable_data_ptr());
+    *owner = allocate_strided({sizeof(StreamWorkspace)}, {1}, ScalarType::Byte, aoti_torch_device_type_cuda(), device);
+    workspace = static_cast<StreamWorkspace*>(owner->mutable_data_ptr());
     check_cuda(cudaMemsetAsync(workspace->tickets, 0, sizeof workspace->tickets, stream), "clearing a workspace");
   }
   return {workspace->slots, workspace->tickets};

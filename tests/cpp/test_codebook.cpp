@@ -18,8 +18,8 @@ struct Problem {
   Sizes sizes;
   Array x, codebook, quantized, loss;
   std::vector<int64_t> indices;
-  std::vector<double> errors;
-  bool wide;
+  std::vector<double> square_error;
+  bool is_double;
 
   Problem(const Sizes& s, DType x_dtype, DType code_dtype, Source& source, Kind kind)
       : sizes(s),
@@ -28,8 +28,8 @@ struct Problem {
         quantized(x_dtype, x.count),
         loss(x_dtype, x.count),
         indices(s.heads * s.rows, -1),
-        errors(s.heads * s.rows, kNaN),
-        wide(x_dtype == DType::float64 || code_dtype == DType::float64) {
+        square_error(s.heads * s.rows, kNaN),
+        is_double(x_dtype == DType::float64 || code_dtype == DType::float64) {
     // Every third code is equal to an earlier one.
     for (int64_t k = 3; k < s.heads * s.codes; k += 3)
       for (int64_t d = 0; d < s.dim; ++d) codebook.set(k * s.dim + d, codebook.get((k / s.codes * s.codes) * s.dim + d));
@@ -43,13 +43,13 @@ struct Problem {
     search.rows = sizes.rows;
     search.codes = sizes.codes;
     search.dim = sizes.dim;
-    search.wide = wide;
-    search.pairs = kernels().has_pairs && sizes.dim <= kLongestPairs;
+    search.is_double = is_double;
+    search.with_pairs = kernels().has_pairs && sizes.dim <= kMaxPairDim;
     search.indices = indices.data();
     search.quantized = quantized.output();
     search.loss = loss.output();
     search.loss_weight = 0.5;
-    search.errors = errors.data();
+    search.square_error = square_error.data();
     return search;
   }
 
@@ -107,7 +107,7 @@ struct Problem {
       expect_near(quantized.get(row * sizes.dim + d), c, x.dtype, std::fabs(c), what, " quantized");
       expect_near(loss.get(row * sizes.dim + d), weight * error * error, x.dtype, error * error, what, " loss");
     }
-    expect_near(errors[row], total, wide ? DType::float64 : DType::float32, total, what, " errors");
+    expect_near(square_error[row], total, is_double ? DType::float64 : DType::float32, total, what, " square_error");
   }
 };
 
@@ -164,7 +164,7 @@ void check_backward(const Sizes& s, DType dtype, bool rotation) {
   b.rows = s.rows;
   b.codes = s.codes;
   b.dim = s.dim;
-  b.wide = p.wide;
+  b.is_double = p.is_double;
   b.indices = p.indices.data();
   b.grad_loss = grad_loss.view();
   b.grad_loss.inner = p.x.count;
@@ -188,11 +188,11 @@ void check_sums(const Sizes& s, DType dtype) {
   std::vector<int64_t> indices(s.heads * s.rows);
   for (int64_t& index : indices) index = static_cast<int64_t>(source.below(static_cast<uint64_t>(s.codes + 1))) - 1;
   x.set(0, kNaN);
-  CodebookSegments segments{};
+  CodebookSums segments{};
   segments.x = rows_of(x, s.rows, s.dim);
   segments.rows = s.rows;
   segments.dim = s.dim;
-  segments.wide = dtype == DType::float64;
+  segments.is_double = dtype == DType::float64;
   segments.factor = 1.0;
   segments.sums = sums.output();
   segments.num_codes = s.codes;

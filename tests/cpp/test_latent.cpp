@@ -1,5 +1,5 @@
 #include "../../csrc/common/philox.h"
-#include "../../csrc/cpu/latent.h"
+#include "../../csrc/cpu/latent_kernels.h"
 #include "check.h"
 
 namespace fastvae::testing {
@@ -8,7 +8,7 @@ namespace {
 const LatentKernels& kernels() { return FASTVAE_SELECT_KERNELS(latent); }
 
 // The package's normal `element` for a key, from the same words by Box and Muller in double precision.
-double noise(const uint32_t (&key)[2], int64_t element) {
+double expected_noise(const uint32_t (&key)[2], int64_t element) {
   int64_t tile = element / kNoiseTile, stream = element % kNoiseTile / kNoiseLanes, lane = element % kNoiseLanes;
   auto counter = static_cast<uint64_t>(tile * kNoiseLanes + lane);
   PhiloxWords words = philox4x32(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0, key[0], key[1]);
@@ -23,7 +23,7 @@ double limited(double logvar) { return std::fmin(std::fmax(logvar, -30.0), 20.0)
 struct Problem {
   int64_t rows, inner, samples;
   DType dtype;
-  Array mu, logvar, prior_mu, prior_logvar, eps, z, kl, kept;
+  Array mu, logvar, prior_mu, prior_logvar, eps, z, kl, noise;
   bool with_prior, draws;
 
   Problem(int64_t rows, int64_t inner, int64_t samples, DType dtype, bool with_prior, bool draws, Source& source, Kind kind)
@@ -38,7 +38,7 @@ struct Problem {
         eps(dtype, samples * rows * inner, source, kind),
         z(dtype, samples * rows * inner),
         kl(dtype, rows * inner),
-        kept(accumulation_dtype(dtype), samples * rows * inner),
+        noise(accumulation_dtype(dtype), samples * rows * inner),
         with_prior(with_prior),
         draws(draws) {}
 
@@ -56,7 +56,7 @@ struct Problem {
     in.samples = samples;
     in.clamp_min = -30.0;
     in.clamp_max = 20.0;
-    in.wide = dtype == DType::float64;
+    in.is_double = dtype == DType::float64;
   }
 
   double kl_of(int64_t i) const {
@@ -78,7 +78,7 @@ void check_forward(Problem& p, bool elementwise, bool by_row, Kind kind) {
   LatentForward f{{}, by_row ? Partition(p.rows, p.inner) : Partition(1, p.rows * p.inner), {}, {}, {}, nullptr, 0.0};
   p.fill(f);
   f.z = p.z.output();
-  if (p.draws) f.kept_eps = p.kept.output();
+  if (p.draws) f.noise = p.noise.output();
   std::vector<double> sums(f.partition.slots());
   if (elementwise)
     f.kl = p.kl.output();
@@ -94,10 +94,10 @@ void check_forward(Problem& p, bool elementwise, bool by_row, Kind kind) {
     if (elementwise) expect_near(p.kl.get(i), p.kl_of(i), p.dtype, p.size_of_kl(i), what, " kl");
     for (int64_t s = 0; s < p.samples; ++s) {
       int64_t element = s * p.rows * p.inner + i;
-      double e = p.draws ? noise(f.key, element) : p.eps.get(element), sigma = std::exp(0.5 * limited(p.logvar.get(i)));
+      double e = p.draws ? expected_noise(f.key, element) : p.eps.get(element), sigma = std::exp(0.5 * limited(p.logvar.get(i)));
       // Noise agrees to 2e-6, in float64 too.
       double size_of_z = std::fabs(p.mu.get(i)) + sigma * std::fabs(e);
-      if (p.draws) expect(std::fabs(p.kept.get(element) - e) < 2e-6, what, " noise");
+      if (p.draws) expect(std::fabs(p.noise.get(element) - e) < 2e-6, what, " noise");
       expect_near(p.z.get(element), p.mu.get(i) + sigma * e, p.draws && p.dtype == DType::float64 ? DType::float32 : p.dtype, size_of_z,
                   what, " z");
     }

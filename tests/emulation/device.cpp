@@ -124,8 +124,8 @@ EXPORT int64_t emulated_norm_visits(int64_t batch, int64_t channels, int64_t pos
 }
 
 EXPORT void emulated_screen_grid(int64_t heads, int64_t rows, int64_t codes, int64_t dim, int64_t* out) {
-  fastvae::CodeLayout layout = fastvae::code_layout(codes, dim);
-  fastvae::ScreenGrid grid = fastvae::screen_grid(heads, rows, layout);
+  fastvae::CodebookLayout layout = fastvae::codebook_layout(codes, dim);
+  fastvae::CodebookScreenGrid grid = fastvae::screen_grid(heads, rows, layout);
   out[0] = grid.tile_rows;
   out[1] = grid.tiles;
   out[2] = grid.splits;
@@ -134,18 +134,18 @@ EXPORT void emulated_screen_grid(int64_t heads, int64_t rows, int64_t codes, int
 }
 
 EXPORT void emulated_code_layout(int64_t codes, int64_t dim, int64_t* out) {
-  fastvae::CodeLayout layout = fastvae::code_layout(codes, dim);
+  fastvae::CodebookLayout layout = fastvae::codebook_layout(codes, dim);
   out[0] = layout.padded_codes;
   out[1] = layout.padded_dim;
   out[2] = layout.slots;
 }
 
 EXPORT void emulated_code_element(int64_t codes, int64_t dim, int64_t code, int64_t d, int64_t* out) {
-  out[0] = fastvae::code_element(fastvae::code_layout(codes, dim), code, d);
+  out[0] = fastvae::code_element(fastvae::codebook_layout(codes, dim), code, d);
 }
 
 EXPORT void emulated_sort_parts(int64_t rows, int64_t* out) {
-  fastvae::SortParts parts = fastvae::sort_parts(rows);
+  fastvae::CodebookSortParts parts = fastvae::sort_parts(rows);
   out[0] = parts.rows_per_part;
   out[1] = parts.parts;
 }
@@ -156,10 +156,10 @@ EXPORT void emulated_piece_slot(int64_t piece, int64_t start, int64_t* out) { ou
 
 // Finds the two smallest of `count` scores: those before `cut` and those from `cut` on are searched apart, and the results are merged.
 EXPORT void emulated_best(const float* scores, int64_t count, int64_t cut, float* out) {
-  fastvae::Best first = fastvae::no_best(), rest = fastvae::no_best();
-  for (int64_t i = 0; i < count; ++i) fastvae::keep_best(i < cut ? first : rest, scores[i], static_cast<int32_t>(i));
-  fastvae::merge_best(first, rest);
-  out[0] = first.least;
+  fastvae::TwoSmallest first = fastvae::no_scores(), rest = fastvae::no_scores();
+  for (int64_t i = 0; i < count; ++i) fastvae::insert_score(i < cut ? first : rest, scores[i], static_cast<int32_t>(i));
+  fastvae::merge_smallest(first, rest);
+  out[0] = first.smallest;
   out[1] = first.second;
   out[2] = static_cast<float>(first.code);
 }

@@ -9,7 +9,7 @@ from test_codebook import DATA, assert_nearest, check_quantize, random
 import fastvae
 from fastvae import functional as FV
 from fastvae.functional.codebook import GRADIENTS
-from fastvae.kernels import _device, _launch, _nearest
+from fastvae.kernels import _codebook_search, _device, _launch
 from fastvae.ops._results import REDUCTIONS
 
 PLACE = Place("cpu", "triton")
@@ -112,7 +112,7 @@ class Rehashed:
 @pytest.mark.parametrize("dim", [5, 33])
 def test_equal_codes_that_their_hashes_do_not_show(monkeypatch, dim, hashes):
     """The second kernel gives the lowest; different codes of one hash stay different."""
-    monkeypatch.setattr(_nearest, "codebook_measure_kernel", Rehashed(_nearest.codebook_measure_kernel, hashes))
+    monkeypatch.setattr(_codebook_search, "codebook_measure_kernel", Rehashed(_codebook_search.codebook_measure_kernel, hashes))
     x, codebook = test_codebook.duplicated(Source("cpu"), 10, dim, 70)
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 

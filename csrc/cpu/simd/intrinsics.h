@@ -1,4 +1,4 @@
-// The intrinsics of x86. At each use of one that leaves a register undefined on purpose GCC 12 warns, in its own header, of its value.
+// The intrinsics of x86. Some leave a register undefined on purpose, and at each use GCC 12 warns of that in its own header.
 #pragma once
 
 #if defined(__AVX2__)

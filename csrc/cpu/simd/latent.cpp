@@ -1,7 +1,12 @@
-// Sampling and the Gaussian KL, one instruction set a compilation: plain loops over tiles that the compiler vectorises.
-#include "../latent.h"
-
-#include "../../common/latent.h"
+// Kernels for sampling and the Gaussian KL. They are plain loops over tiles of up to kTile elements, which the compiler vectorises for each
+// instruction set.
+//
+// kernel           computes, for the items that it is given
+// forward          z, the noise, and the KL or its sums
+// backward         the gradients of mu, logvar and the prior, summed over the samples
+// dimension_sums   the KL of each dimension, summed over some rows
+#include "../../common/latent_formulas.h"
+#include "../latent_kernels.h"
 #include "philox_tile.h"
 #include "tiles.h"
 
@@ -9,9 +14,10 @@ namespace fastvae {
 inline namespace FASTVAE_ISA {
 namespace {
 
+// Draws the 512 normals of a noise tile, see docs/randomness.md.
 void normal_tile(const uint32_t* key, int64_t tile, float* __restrict out) {
   uint32_t words[4][kNoiseLanes];
-  // A tile's counters differ in the low word alone: it starts at a multiple of 128.
+  // The first counter is a multiple of 128, so the counters of a tile differ in the low word alone.
   uint64_t counter = static_cast<uint64_t>(tile) * kNoiseLanes;
   philox_tile(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), key[0], key[1], words);
   for (int pair = 0; pair < 4; pair += 2) {
@@ -22,7 +28,7 @@ void normal_tile(const uint32_t* key, int64_t tile, float* __restrict out) {
   }
 }
 
-// Normals [begin, begin + count), count <= kTile; they may lie in two tiles.
+// Draws the normals [begin, begin + count), count <= kTile, which may lie in two noise tiles.
 const float* draw(const uint32_t* key, int64_t begin, int64_t count, float (&buffer)[2 * kNoiseTile]) {
   int64_t tile = begin / kNoiseTile, offset = begin - tile * kNoiseTile;
   normal_tile(key, tile, buffer);
@@ -30,20 +36,22 @@ const float* draw(const uint32_t* key, int64_t begin, int64_t count, float (&buf
   return buffer + offset;
 }
 
-// Whether the limits keep log variances, and differences of two, within twice kExponentBound.
+// Whether the clamp keeps log variances within kExponentBound, and so differences of two of them within twice that. Then the exponentials
+// need no special cases.
 bool is_bounded(const LatentInputs& in) { return in.clamp_min >= -kExponentBound && in.clamp_max <= kExponentBound; }
 
+// The operands of a tile, in place or converted into a buffer, and what is computed from each log variance.
 template <class T>
-struct Tile {
-  T mu_buffer[kTile], logvar_buffer[kTile], prior_mu_buffer[kTile], prior_logvar_buffer[kTile], eps_buffer[kTile];
-  T sigma[kTile], excess[kTile], divergence[kTile];  // of the variance_ratio() of each log variance
-  float noise_buffer[2 * kNoiseTile];
-  const T *mu, *logvar, *prior_mu, *prior_logvar;  // log variances as they come, outside their limits too
-  T low, high;                                     // those limits
+struct LatentTile {
+  T mu_buffer[kTile], logvar_buffer[kTile], prior_mu_buffer[kTile], prior_logvar_buffer[kTile], noise_buffer[kTile];
+  T sigma[kTile], excess[kTile], divergence[kTile];  // the members of variance_ratio() for the clamped log variance
+  float drawn_buffer[2 * kNoiseTile];
+  const T *mu, *logvar, *prior_mu, *prior_logvar;  // log variances before the clamp
+  T clamp_min, clamp_max;
 
   void read(const LatentInputs& in, int64_t begin, int64_t count) {
-    low = static_cast<T>(in.clamp_min);
-    high = static_cast<T>(in.clamp_max);
+    clamp_min = static_cast<T>(in.clamp_min);
+    clamp_max = static_cast<T>(in.clamp_max);
     mu = load(in.mu, begin, count, mu_buffer);
     logvar = load(in.logvar, begin, count, logvar_buffer);
     if (in.prior_mu) {
@@ -55,39 +63,40 @@ struct Tile {
   template <bool kBounded>
   void compute_sigma(int64_t count) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) sigma[i] = variance_ratio<kBounded>(clamp(logvar[i], low, high)).root;
+    for (int64_t i = 0; i < count; ++i) sigma[i] = variance_ratio<kBounded>(clamp(logvar[i], clamp_min, clamp_max)).root;
   }
 
-  // Sigma, and what the KL against the standard normal needs.
+  // Computes sigma, and the divergence, which the KL against the standard normal needs.
   template <bool kBounded>
   void compute_divergence(int64_t count) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      VarianceRatio<T> ratio = variance_ratio<kBounded>(clamp(logvar[i], low, high));
+      VarianceRatio<T> ratio = variance_ratio<kBounded>(clamp(logvar[i], clamp_min, clamp_max));
       sigma[i] = ratio.root;
       divergence[i] = ratio.divergence;
     }
   }
 
-  // Sigma, and what the gradient of that KL needs.
+  // Computes sigma, and the excess, which the gradient of that KL needs.
   template <bool kBounded>
   void compute_excess(int64_t count) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      VarianceRatio<T> ratio = variance_ratio<kBounded>(clamp(logvar[i], low, high));
+      VarianceRatio<T> ratio = variance_ratio<kBounded>(clamp(logvar[i], clamp_min, clamp_max));
       sigma[i] = ratio.root;
       excess[i] = ratio.excess;
     }
   }
 
+  // The noise of elements [begin, begin + count) of all samples: the caller's, or drawn.
   const T* noise(const LatentInputs& in, int64_t begin, int64_t count) {
-    if (in.eps) return load(in.eps, begin, count, eps_buffer);
-    const float* drawn = draw(in.key, begin, count, noise_buffer);
+    if (in.eps) return load(in.eps, begin, count, noise_buffer);
+    const float* drawn = draw(in.key, begin, count, drawn_buffer);
     if constexpr (sizeof(T) == sizeof(float)) {
       return drawn;
     } else {
-      convert_run(drawn, count, eps_buffer);
-      return eps_buffer;
+      convert_run(drawn, count, noise_buffer);
+      return noise_buffer;
     }
   }
 
@@ -95,30 +104,33 @@ struct Tile {
   void kl(const LatentInputs& in, int64_t count, T* __restrict out) const {
     if (in.prior_mu) {
       for (int64_t i = 0; i < count; ++i)
-        out[i] = kl_prior<kBounded>(mu[i], clamp(logvar[i], low, high), prior_mu[i], clamp(prior_logvar[i], low, high));
+        out[i] =
+            kl_prior<kBounded>(mu[i], clamp(logvar[i], clamp_min, clamp_max), prior_mu[i], clamp(prior_logvar[i], clamp_min, clamp_max));
     } else {
       for (int64_t i = 0; i < count; ++i) out[i] = kl_standard(mu[i], divergence[i]);
     }
   }
 };
 
+// Writes z, and the noise where it is requested, of all samples of a tile.
 template <class T>
-void sample(const LatentForward& p, Tile<T>& tile, int64_t begin, int64_t count) {
+void sample(const LatentForward& p, LatentTile<T>& tile, int64_t begin, int64_t count) {
   T z_buffer[kTile];
   const T *mu = tile.mu, *sigma = tile.sigma;
   for (int64_t s = 0; s < p.samples; ++s) {
     int64_t first = s * p.numel + begin;
     T* z = destination(p.z, first, z_buffer);
-    const T* eps = tile.noise(p, first, count);
-    if (p.kept_eps) write(p.kept_eps, first, count, eps);
+    const T* noise = tile.noise(p, first, count);
+    if (p.noise) write(p.noise, first, count, noise);
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) z[i] = fma(sigma[i], eps[i], mu[i]);
+    for (int64_t i = 0; i < count; ++i) z[i] = fma(sigma[i], noise[i], mu[i]);
     store(p.z, first, count, z);
   }
 }
 
+// Writes the KL of a tile or adds it to the sums.
 template <bool kBounded, class T>
-void forward_kl(const LatentForward& p, const Tile<T>& tile, int64_t item, int64_t begin, int64_t count) {
+void forward_kl(const LatentForward& p, const LatentTile<T>& tile, int64_t item, int64_t begin, int64_t count) {
   T kl_buffer[kTile], active_buffer[kTile];
   T* kl = p.kl ? destination(p.kl, begin, kl_buffer) : kl_buffer;
   tile.template kl<kBounded>(p, count, kl);
@@ -131,20 +143,20 @@ void forward_kl(const LatentForward& p, const Tile<T>& tile, int64_t item, int64
   if (p.sums) accumulate(p.partition, item, begin, count, kl, p.sums);
 }
 
-// The common case, one sample and the total KL against the standard normal, in one loop whose values stay in registers.
+// Forward for the common case, one sample and the total KL against the standard normal: one loop, whose values stay in registers.
 template <class T>
-void plain_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t begin, int64_t count) {
+void plain_forward(const LatentForward& p, LatentTile<T>& tile, int64_t item, int64_t begin, int64_t count) {
   T z_buffer[kTile];
   T* z = destination(p.z, begin, z_buffer);
-  // Memory is fetched while the random words are computed.
+  // The cache lines of z arrive while the random words are computed.
   prefetch_to_write(z, count);
-  const T *eps = tile.noise(p, begin, count), *mu = tile.mu, *logvar = tile.logvar;
-  if (p.kept_eps) write(p.kept_eps, begin, count, eps);
-  T low = tile.low, high = tile.high, total = 0;
+  const T *noise = tile.noise(p, begin, count), *mu = tile.mu, *logvar = tile.logvar;
+  if (p.noise) write(p.noise, begin, count, noise);
+  T clamp_min = tile.clamp_min, clamp_max = tile.clamp_max, total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < count; ++i) {
-    VarianceRatio<T> ratio = variance_ratio<true>(clamp(logvar[i], low, high));
-    z[i] = fma(ratio.root, eps[i], mu[i]);
+    VarianceRatio<T> ratio = variance_ratio<true>(clamp(logvar[i], clamp_min, clamp_max));
+    z[i] = fma(ratio.root, noise[i], mu[i]);
     total += kl_standard(mu[i], ratio.divergence);
   }
   store(p.z, begin, count, z);
@@ -152,7 +164,7 @@ void plain_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t 
 }
 
 template <bool kBounded, class T>
-void general_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_t begin, int64_t count) {
+void general_forward(const LatentForward& p, LatentTile<T>& tile, int64_t item, int64_t begin, int64_t count) {
   if ((p.kl || p.sums) && !p.prior_mu)
     tile.template compute_divergence<kBounded>(count);
   else if (p.z)
@@ -163,9 +175,9 @@ void general_forward(const LatentForward& p, Tile<T>& tile, int64_t item, int64_
 
 template <class T>
 void forward_items(const LatentForward& p, int64_t begin_item, int64_t end_item) {
-  Tile<T> tile;
-  bool row_per_slot = p.partition.slots_per_row > 1 || p.partition.rows == 1;
-  bool bounded = is_bounded(p), plain = bounded && p.z && p.samples == 1 && p.sums && row_per_slot && !p.prior_mu && !p.active;
+  LatentTile<T> tile;
+  bool one_slot_per_item = p.partition.slots_per_row > 1 || p.partition.rows == 1;
+  bool bounded = is_bounded(p), plain = bounded && p.z && p.samples == 1 && p.sums && one_slot_per_item && !p.prior_mu && !p.active;
   for_each_tile(p.partition, begin_item, end_item, [&](int64_t item, int64_t begin, int64_t count) {
     tile.read(p, begin, count);
     if (plain) return plain_forward(p, tile, item, begin, count);
@@ -173,33 +185,34 @@ void forward_items(const LatentForward& p, int64_t begin_item, int64_t end_item)
   });
 }
 
+// The gradients of a tile.
 template <class T>
-struct Gradients {
+struct LatentGradients {
   T mu[kTile], logvar[kTile], prior_mu[kTile], prior_logvar[kTile];
 };
 
-// The gradients that come through z.
+// Adds the part of the gradients of mu and logvar that flows through z, summed over the samples in their order.
 template <class T>
-void backward_z(const LatentBackward& p, Tile<T>& tile, int64_t begin, int64_t count, Gradients<T>& grads) {
+void backward_z(const LatentBackward& p, LatentTile<T>& tile, int64_t begin, int64_t count, LatentGradients<T>& grads) {
   T grad_buffer[kTile];
   for (int64_t s = 0; s < p.samples; ++s) {
     int64_t first = s * p.numel + begin;
-    const T* eps = tile.noise(p, first, count);
+    const T* noise = tile.noise(p, first, count);
     const T* grad = load(p.grad_z, first, count, grad_buffer);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       grads.mu[i] += grad[i];
-      grads.logvar[i] = fma(T(0.5) * tile.sigma[i] * grad[i], eps[i], grads.logvar[i]);
+      grads.logvar[i] = fma(T(0.5) * tile.sigma[i] * grad[i], noise[i], grads.logvar[i]);
     }
   }
 }
 
-// The incoming gradient of each element's KL.
+// The gradient with respect to the KL of each element: grad_kl times its scale, and 0 where free bits replace the KL.
 template <class T>
 const T* kl_weights(const LatentBackward& p, int64_t begin, int64_t count, T* weights) {
-  const T* incoming = load(p.grad_kl, begin, count, weights);
+  const T* grad_kl = load(p.grad_kl, begin, count, weights);
   T active_buffer[kTile], scale = static_cast<T>(p.grad_kl_scale);
-  for (int64_t i = 0; i < count; ++i) weights[i] = incoming[i] * scale;
+  for (int64_t i = 0; i < count; ++i) weights[i] = grad_kl[i] * scale;
   if (p.active) {
     const T* active = load(p.active, begin, count, active_buffer);
     for (int64_t i = 0; i < count; ++i) weights[i] = active[i] != T(0) ? weights[i] : T(0);
@@ -207,9 +220,9 @@ const T* kl_weights(const LatentBackward& p, int64_t begin, int64_t count, T* we
   return weights;
 }
 
-// Adds the gradients of the KL.
+// Adds the part of the gradients that flows through the KL.
 template <bool kBounded, class T>
-void backward_kl(const LatentBackward& p, const Tile<T>& tile, int64_t begin, int64_t count, Gradients<T>& grads) {
+void backward_kl(const LatentBackward& p, const LatentTile<T>& tile, int64_t begin, int64_t count, LatentGradients<T>& grads) {
   T weight_buffer[kTile];
   const T* weight = kl_weights(p, begin, count, weight_buffer);
   const T *mu = tile.mu, *logvar = tile.logvar;
@@ -223,8 +236,8 @@ void backward_kl(const LatentBackward& p, const Tile<T>& tile, int64_t begin, in
   }
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    T q = clamp(logvar[i], tile.low, tile.high), prior = clamp(tile.prior_logvar[i], tile.low, tile.high);
-    KLGradient<T> gradient = kl_prior_gradient<kBounded>(mu[i], q, tile.prior_mu[i], prior);
+    T posterior = clamp(logvar[i], tile.clamp_min, tile.clamp_max), prior = clamp(tile.prior_logvar[i], tile.clamp_min, tile.clamp_max);
+    KLGradient<T> gradient = kl_prior_gradient<kBounded>(mu[i], posterior, tile.prior_mu[i], prior);
     grads.mu[i] = fma(weight[i], gradient.mu, grads.mu[i]);
     grads.logvar[i] = fma(weight[i], gradient.logvar, grads.logvar[i]);
     grads.prior_mu[i] = weight[i] * gradient.prior_mu;
@@ -232,52 +245,53 @@ void backward_kl(const LatentBackward& p, const Tile<T>& tile, int64_t begin, in
   }
 }
 
-// A gradient of a log variance: 0 where that lies outside its limits.
+// Writes the gradient of a log variance through its clamp.
 template <class T>
-void write_inside(const Tile<T>& tile, const Output& output, int64_t begin, int64_t count, const T* logvar, const T* gradient) {
+void write_through_clamp(const LatentTile<T>& tile, const Output& output, int64_t begin, int64_t count, const T* logvar,
+                         const T* gradient) {
   T buffer[kTile];
   T* to = destination(output, begin, buffer);
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = gradient_inside(gradient[i], logvar[i], tile.low, tile.high);
+  for (int64_t i = 0; i < count; ++i) to[i] = gradient_through_clamp(gradient[i], logvar[i], tile.clamp_min, tile.clamp_max);
   store(output, begin, count, to);
 }
 
-// The common case, one sample and one weight for the KL against the standard normal, in one loop whose values stay in registers.
+// Backward for the common case, one sample and one weight for the KL against the standard normal: one loop, whose values stay in registers.
 template <class T>
-void plain_backward(const LatentBackward& p, Tile<T>& tile, T weight, int64_t begin, int64_t count) {
-  Gradients<T> buffers;
-  T grad_buffer[kTile], low = tile.low, high = tile.high;
-  const T *eps = tile.noise(p, begin, count), *grad = load(p.grad_z, begin, count, grad_buffer), *mu = tile.mu, *logvar = tile.logvar;
+void plain_backward(const LatentBackward& p, LatentTile<T>& tile, T weight, int64_t begin, int64_t count) {
+  LatentGradients<T> buffers;
+  T grad_buffer[kTile], clamp_min = tile.clamp_min, clamp_max = tile.clamp_max;
+  const T *noise = tile.noise(p, begin, count), *grad = load(p.grad_z, begin, count, grad_buffer), *mu = tile.mu, *logvar = tile.logvar;
   T *grad_mu = destination(p.grad_mu, begin, buffers.mu), *grad_logvar = destination(p.grad_logvar, begin, buffers.logvar);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    VarianceRatio<T> ratio = variance_ratio<true>(clamp(logvar[i], low, high));
-    T gradient = T(0.5) * fma(grad[i] * ratio.root, eps[i], weight * ratio.excess);
+    VarianceRatio<T> ratio = variance_ratio<true>(clamp(logvar[i], clamp_min, clamp_max));
+    T gradient = T(0.5) * fma(grad[i] * ratio.root, noise[i], weight * ratio.excess);
     grad_mu[i] = fma(weight, mu[i], grad[i]);
-    grad_logvar[i] = gradient_inside(gradient, logvar[i], low, high);
+    grad_logvar[i] = gradient_through_clamp(gradient, logvar[i], clamp_min, clamp_max);
   }
   store(p.grad_mu, begin, count, grad_mu);
   store(p.grad_logvar, begin, count, grad_logvar);
 }
 
 template <bool kBounded, class T>
-void general_backward(const LatentBackward& p, Tile<T>& tile, Gradients<T>& grads, int64_t begin, int64_t count) {
+void general_backward(const LatentBackward& p, LatentTile<T>& tile, LatentGradients<T>& grads, int64_t begin, int64_t count) {
   p.grad_kl && !p.prior_mu ? tile.template compute_excess<kBounded>(count) : tile.template compute_sigma<kBounded>(count);
   memset(&grads, 0, sizeof grads);
   if (p.grad_z) backward_z(p, tile, begin, count, grads);
   if (p.grad_kl) backward_kl<kBounded>(p, tile, begin, count, grads);
   write(p.grad_mu, begin, count, grads.mu);
-  write_inside(tile, p.grad_logvar, begin, count, tile.logvar, grads.logvar);
+  write_through_clamp(tile, p.grad_logvar, begin, count, tile.logvar, grads.logvar);
   if (p.prior_mu) {
     write(p.grad_prior_mu, begin, count, grads.prior_mu);
-    write_inside(tile, p.grad_prior_logvar, begin, count, tile.prior_logvar, grads.prior_logvar);
+    write_through_clamp(tile, p.grad_prior_logvar, begin, count, tile.prior_logvar, grads.prior_logvar);
   }
 }
 
 template <class T>
 void backward_items(const LatentBackward& p, int64_t begin_item, int64_t end_item) {
-  Tile<T> tile;
-  Gradients<T> grads;
+  LatentTile<T> tile;
+  LatentGradients<T> grads;
   bool one_weight = p.grad_kl && p.grad_kl.inner_stride == 0 && p.grad_kl.period == 1 && !p.active;
   bool bounded = is_bounded(p), plain = bounded && p.grad_z && p.samples == 1 && one_weight && !p.prior_mu;
   T weight = 0;
@@ -292,7 +306,7 @@ void backward_items(const LatentBackward& p, int64_t begin_item, int64_t end_ite
 template <bool kBounded, class T>
 void sum_dimensions(const LatentInputs& p, int64_t inner, int64_t begin_row, int64_t end_row, int64_t dimension, int64_t count,
                     double* sums) {
-  Tile<T> tile;
+  LatentTile<T> tile;
   T kl[kTile];
   for (int64_t i = 0; i < count; ++i) sums[i] = 0.0;
   for (int64_t row = begin_row; row < end_row; ++row) {
@@ -305,17 +319,17 @@ void sum_dimensions(const LatentInputs& p, int64_t inner, int64_t begin_row, int
 
 void forward(const LatentForward& p, int64_t begin_item, int64_t end_item) {
   record_run(Family::latent, kIsaName);
-  p.wide ? forward_items<double>(p, begin_item, end_item) : forward_items<float>(p, begin_item, end_item);
+  p.is_double ? forward_items<double>(p, begin_item, end_item) : forward_items<float>(p, begin_item, end_item);
 }
 
 void backward(const LatentBackward& p, int64_t begin_item, int64_t end_item) {
   record_run(Family::latent, kIsaName);
-  p.wide ? backward_items<double>(p, begin_item, end_item) : backward_items<float>(p, begin_item, end_item);
+  p.is_double ? backward_items<double>(p, begin_item, end_item) : backward_items<float>(p, begin_item, end_item);
 }
 
 void dimension_sums(const LatentInputs& p, int64_t inner, int64_t begin_row, int64_t end_row, int64_t dimension, int64_t count,
                     double* sums) {
-  auto sum = p.wide ? sum_dimensions<false, double> : is_bounded(p) ? sum_dimensions<true, float> : sum_dimensions<false, float>;
+  auto sum = p.is_double ? sum_dimensions<false, double> : is_bounded(p) ? sum_dimensions<true, float> : sum_dimensions<false, float>;
   sum(p, inner, begin_row, end_row, dimension, count, sums);
 }
 

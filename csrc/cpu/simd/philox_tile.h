@@ -1,5 +1,5 @@
-// The random words of a noise tile. A compiler turns Philox's 32 x 32 -> 64 bit products into the slow 64 x 64 bit instruction, or into
-// shuffles; on x86 the right instruction is named here instead: 2.5 times as fast with AVX512, 2 times with AVX2.
+// The random words of a noise tile. Compilers turn Philox's 32 x 32 -> 64 bit products into the slow 64 x 64 bit instruction, or into
+// shuffles. On x86 the intrinsic of the right instruction makes this 2.5 times as fast with AVX512 and twice as fast with AVX2.
 #pragma once
 
 #include "../../common/philox.h"
@@ -10,8 +10,8 @@ inline namespace FASTVAE_ISA {
 
 #if defined(__AVX2__)
 
-// 32-bit numbers in the low halves of 64-bit lanes; the high halves hold whatever is left there, and no instruction reads them. high()
-// shuffles: a shift would wait for the port that multiplies.
+// 32-bit numbers in the low halves of 64-bit lanes. The high halves are undefined, and no instruction here reads them. high() shuffles,
+// because a shift would compete for the execution port of the multiplications.
 #if defined(__AVX512F__)
 struct Lanes {
   static constexpr int count = 8;
@@ -41,10 +41,11 @@ struct Lanes {
 };
 #endif
 
+// Writes the four words of the counters (low + lane, high, 0, 0) and the key (k0, k1) for each lane of a tile; words is (4, kNoiseLanes).
 static void philox_tile(uint32_t low, uint32_t high, uint32_t k0, uint32_t k1, uint32_t (*words)[kNoiseLanes]) {
   const Lanes m0 = Lanes::broadcast(0xD2511F53u), m1 = Lanes::broadcast(0xCD9E8D57u);
   for (int lane = 0; lane < kNoiseLanes; lane += Lanes::count) {
-    // The first round with the zero words left out; after it, c0 is one number for all lanes.
+    // The first round, in which two words of the counter are 0. After it c0 is the same number in all lanes.
     Lanes p0 = Lanes::multiply(Lanes::iota(low + lane), m0), p1, zero = Lanes::broadcast(0);
     Lanes c0 = Lanes::broadcast(high ^ k0), c1 = zero, c2 = Lanes::exclusive_or(Lanes::high(p0), zero, Lanes::broadcast(k1)), c3 = p0;
 #pragma GCC unroll 9

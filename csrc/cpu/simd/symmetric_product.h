@@ -1,5 +1,5 @@
-// The symmetric product a.T @ diag(w) @ a of a matrix whose rows are contiguous: only the panels of columns up to the diagonal's. A
-// library's product computes all of it, and adds in an order that depends on the number of threads.
+// The symmetric product a.T @ diag(w) @ a of a matrix whose rows are contiguous. It computes only the panels of columns up to that of the
+// diagonal. The product of a library would compute all of it, in an order of additions that depends on the number of threads.
 #pragma once
 
 #include <cstring>
@@ -22,11 +22,11 @@ template <class T>
 struct ProductVector {
   typedef T Type __attribute__((vector_size(kVectorBytes)));
   static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-  static constexpr int kPanel = kProductVectors * kLanes;  // columns
+  static constexpr int kPanel = kProductVectors * kLanes;  // columns of a panel
 };
 
-// out[i][j] += sum over d of a[d][i] b[d][j] for a tile that fills the registers; a and b are panels. The terms are added before they are
-// added to what was there, so that no sum is as long as the batch.
+// Computes out[i][j] += sum over d of a[d][i] * b[d][j] for a tile that fills the registers, where a and b are panels. The terms are summed
+// first and then added to `out`, so that no sum has as many terms as the batch has samples.
 template <class T>
 FASTVAE_INLINE void add_product_tile(const T* a, const T* b, int64_t depth, T* out, int64_t stride) {
   using Vector = typename ProductVector<T>::Type;
@@ -52,7 +52,7 @@ FASTVAE_INLINE void add_product_tile(const T* a, const T* b, int64_t depth, T* o
     }
 }
 
-// Rows of a, each times its weight, as panels (panel, row, column), the last filled up with zeros.
+// Packs the rows of a, each times its weight, as panels (panel, row, column in panel). The last panel is filled up with zeros.
 template <class T>
 void pack_panels(const T* a, int64_t rows, int64_t columns, const T* weights, int64_t rows_per_weight, int64_t first, T* panels) {
   constexpr int64_t panel = ProductVector<T>::kPanel;

@@ -1,4 +1,4 @@
-// The walk over a partition's tiles and the sums of its rows, for every family.
+// The loop over the tiles of a partition, and the sums of its rows, for the kernels of all families.
 #pragma once
 
 #include "../partition.h"
@@ -9,7 +9,8 @@ inline namespace FASTVAE_ISA {
 
 constexpr const char* kIsaName = FASTVAE_STRING(FASTVAE_ISA);
 
-// Calls f(item, begin, count) for the pieces of the items that end at tile boundaries.
+// Calls f(item, begin, count) for each piece of an item between multiples of kTile, so that a piece lies in one noise tile of the first
+// sample.
 template <class F>
 static void for_each_tile(const Partition& partition, int64_t begin_item, int64_t end_item, F f) {
   for (int64_t item = begin_item; item < end_item; ++item) {
@@ -23,7 +24,7 @@ static void for_each_tile(const Partition& partition, int64_t begin_item, int64_
   }
 }
 
-// Adds the values to the slots of their rows.
+// Adds the values of elements [begin, begin + count) to the slots of their rows.
 template <class T>
 static void accumulate(const Partition& partition, int64_t item, int64_t begin, int64_t count, const T* values, double* sums) {
   if (partition.slots_per_row > 1 || partition.rows == 1) {

@@ -1,4 +1,5 @@
-// The widest vectors of the instruction set, for the product of the search, with whose scores more is done than adding.
+// The widest vectors of the instruction set, for the inner loop of the search for nearest codes. Plain loops do not serve there, because
+// more is done with the scores than adding.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ inline namespace FASTVAE_ISA {
 
 #if defined(__AVX512F__)
 
-// In assembly: where gcc 12 widens a mask into the stack, it stores 16 bits of it and loads 32.
+// The instruction is in assembly, because GCC 12 widens a mask through the stack, where it stores 16 bits and loads 32.
 FASTVAE_INLINE uint32_t bits_of(__mmask16 mask) {
   uint32_t bits;
   __asm__("kmovw %1, %0" : "=r"(bits) : "k"(mask));
@@ -28,7 +29,7 @@ struct FloatVector {
   FASTVAE_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   FASTVAE_INLINE FloatVector min(FloatVector a, FloatVector b) { return {_mm512_min_ps(a.v, b.v)}; }
   FASTVAE_INLINE FloatVector max(FloatVector a, FloatVector b) { return {_mm512_max_ps(a.v, b.v)}; }
-  // yes where a < b, else no.
+  // `yes` where a < b, otherwise `no`.
   FASTVAE_INLINE FloatVector where_less(FloatVector a, FloatVector b, FloatVector yes, FloatVector no) {
     return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), yes.v)};
   }
@@ -69,7 +70,7 @@ struct FloatVector {
 
 #else
 
-// Every processor that gcc and clang know has vectors of 16 bytes.
+// Every processor that GCC and clang compile for has vectors of 16 bytes, or they emulate them.
 struct FloatVector {
   static constexpr int kLanes = 4;
   typedef float Lanes __attribute__((vector_size(16)));
@@ -89,9 +90,9 @@ struct FloatVector {
     return {a.v < b.v ? yes.v : no.v};
   }
   FASTVAE_INLINE float smallest(FloatVector a) {
-    float least = a.v[0];
-    for (int lane = 1; lane < kLanes; ++lane) least = a.v[lane] < least ? a.v[lane] : least;
-    return least;
+    float smallest = a.v[0];
+    for (int lane = 1; lane < kLanes; ++lane) smallest = a.v[lane] < smallest ? a.v[lane] : smallest;
+    return smallest;
   }
   FASTVAE_INLINE float sum(FloatVector a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
   FASTVAE_INLINE uint32_t at_most(FloatVector a, FloatVector b) {
@@ -105,7 +106,7 @@ struct FloatVector {
 
 #if defined(__AVX512VNNI__)
 
-// Pairs of 16-bit integers, whose products are added to 32-bit sums: twice the products of a float instruction.
+// Pairs of 16-bit integers, whose products are added to 32-bit sums. One instruction does twice the products of a float instruction.
 struct PairVector {
   static constexpr int kLanes = 16;
   __m512i v;
@@ -113,7 +114,7 @@ struct PairVector {
   FASTVAE_INLINE PairVector load(const int32_t* from) { return {_mm512_loadu_si512(from)}; }
   FASTVAE_INLINE PairVector broadcast(int32_t value) { return {_mm512_set1_epi32(value)}; }
   FASTVAE_INLINE void store(int32_t* to, PairVector a) { _mm512_storeu_si512(to, a.v); }
-  // In assembly: around the intrinsic gcc 12 copies each sum to the stack and back.
+  // The instruction is in assembly, because around the intrinsic GCC 12 copies each sum to the stack and back.
   FASTVAE_INLINE PairVector multiply_add(PairVector a, PairVector b, PairVector c) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(c.v) : "v"(a.v), "v"(b.v));
     return c;

@@ -1,4 +1,4 @@
-// Elementwise formulas of sampling and the Gaussian KL, with and without a learned prior.
+// Scalar formulas of sampling and of the Gaussian KL, with and without a learned prior. Log variances are clamped before they come here.
 #pragma once
 
 #include "math.h"
@@ -6,15 +6,16 @@
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 
-// The ratio of two variances from the difference d of their logarithms: its root e^(d / 2), e^d - 1, and e^d - 1 - d, which is twice the KL
-// of two Gaussians with one mean. Near d = 0 the differences would cancel: the KL of a posterior near its prior would be noise, negative
-// half of the time. With a = e^(d / 2) - 1 the two are a^2 + 2 a and a^2 + 2 (a - d / 2), a sum of two numbers that are never negative.
+// The ratio e^d of two variances from the difference d of their logarithms: root = e^(d / 2), excess = e^d - 1, and
+// divergence = e^d - 1 - d, which is twice the KL of two Gaussians with the same mean. Computed as written, the last two would cancel near
+// d = 0: the KL of a posterior near its prior would be rounding noise, negative half of the time. With a = e^(d / 2) - 1 they are a^2 + 2 a
+// and a^2 + 2 (a - d / 2), and both terms of the latter are never negative.
 template <class T>
 struct VarianceRatio {
   T root, excess, divergence;
 };
 
-// kBounded: the difference is at most twice kExponentBound.
+// kBounded promises that |difference| is at most twice kExponentBound, for which a cheaper exponential serves.
 template <bool kBounded = false, class T>
 FASTVAE_INLINE VarianceRatio<T> variance_ratio(T difference) {
   Exponential<T> half = kBounded ? bounded_exponential(T(0.5) * difference) : exponential(T(0.5) * difference);
@@ -22,7 +23,7 @@ FASTVAE_INLINE VarianceRatio<T> variance_ratio(T difference) {
   return {half.value, fma(T(2), half.minus_one, square), fma(T(2), half.minus_line, square)};
 }
 
-// KL(N(mu, e^logvar) || N(0, 1)) from the variance_ratio() of logvar.
+// KL(N(mu, e^logvar) || N(0, 1)), where `divergence` is that of variance_ratio(logvar).
 template <class T>
 FASTVAE_INLINE T kl_standard(T mu, T divergence) {
   return T(0.5) * fma(mu, mu, divergence);
@@ -35,6 +36,7 @@ FASTVAE_INLINE T kl_prior(T mu, T logvar, T prior_mu, T prior_logvar) {
   return T(0.5) * fma(delta * delta, exp(-prior_logvar), variance_ratio<kBounded>(logvar - prior_logvar).divergence);
 }
 
+// The gradients of one KL term with respect to its four arguments.
 template <class T>
 struct KLGradient {
   T mu, logvar, prior_mu, prior_logvar;
@@ -47,10 +49,10 @@ FASTVAE_INLINE KLGradient<T> kl_prior_gradient(T mu, T logvar, T prior_mu, T pri
   return {scaled, T(0.5) * excess, -scaled, T(-0.5) * fma(delta, scaled, excess)};
 }
 
-// Outside its limits a log variance has no gradient.
+// The gradient of a log variance through its clamp to [clamp_min, clamp_max]: 0 outside.
 template <class T>
-FASTVAE_INLINE T gradient_inside(T gradient, T logvar, T low, T high) {
-  return ((logvar < low) | (logvar > high)) ? T(0) : gradient;
+FASTVAE_INLINE T gradient_through_clamp(T gradient, T logvar, T clamp_min, T clamp_max) {
+  return ((logvar < clamp_min) | (logvar > clamp_max)) ? T(0) : gradient;
 }
 
 }  // namespace FASTVAE_ISA

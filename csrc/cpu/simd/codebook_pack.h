@@ -1,0 +1,87 @@
+// Packs the codes of a head for the search, see PackedCodebook.
+#pragma once
+
+#include <algorithm>
+
+#include "codebook_rows.h"
+#include "codebook_scores.h"
+
+namespace fastvae {
+inline namespace FASTVAE_ISA {
+namespace {
+
+// Writes the norms of codes [begin, end) minus their mean, and hashes of the codes. Returns false where an element is not finite.
+bool measure(const CodebookSearch& s, int64_t head, int64_t begin, int64_t end, double* norms, uint64_t* hashes) {
+  Buffer<double> code(s.dim);
+  const double* mean = s.packed[head].mean;
+  bool finite = true;
+  for (int64_t k = begin; k < end; ++k) {
+    finite = row_to_double(s.codebook, head, k, s.dim, code) && finite;
+    double square = 0.0;
+    uint64_t hash = 0;
+#pragma omp simd reduction(+ : square, hash)
+    for (int64_t d = 0; d < s.dim; ++d) {
+      double centred = code[d] - mean[d];
+      square += centred * centred;
+      hash += hash_of_element(code[d], d);
+    }
+    norms[k] = std::sqrt(square);
+    hashes[k] = hash ^ (hash >> 31);
+  }
+  return finite;
+}
+
+#if defined(__AVX512VNNI__)
+// Rounds code k to 16-bit integers and writes it, negated, to its column of the panel.
+void pack_pairs(const PackedCodebook& packed, const float* code, int64_t k, int64_t dim) {
+  int64_t pairs = ceil_div(dim, 2);
+  int32_t* column = packed.panel_pairs + k / kPanelCodes * pairs * kPanelCodes + k % kPanelCodes;
+  double square = 0.0;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    int32_t words[2] = {0, 0};
+    for (int64_t i = 0; i < 2 && 2 * pair + i < dim; ++i) {
+      float value = code[2 * pair + i] * kPairScale;
+      words[i] = static_cast<int32_t>(std::rint(value));
+      double error = static_cast<double>(value) - words[i];
+      square += error * error;
+    }
+    column[pair * kPanelCodes] =
+        static_cast<int32_t>((static_cast<uint32_t>(-words[0]) & 0xffffu) | (static_cast<uint32_t>(-words[1]) << 16));
+  }
+  // The factor covers the rounding of the norm, the second term that of the scaled code to float32.
+  packed.residual[k] = static_cast<float>(std::sqrt(square) * (1.0 + 1e-6) + packed.norm[k] * kPairScale * 0x1p-23);
+}
+#endif
+
+// Packs the codes of panels [begin_panel, end_panel).
+void pack(const CodebookSearch& s, int64_t head, const std::vector<bool>& repeated, int64_t begin_panel, int64_t end_panel) {
+  const PackedCodebook& packed = s.packed[head];
+  int64_t stride = padded_dim(s.dim);
+  Buffer<double> code(s.dim);
+  for (int64_t k = begin_panel * kPanelCodes; k < end_panel * kPanelCodes; ++k) {
+    bool used = k < s.codes && !repeated[k];
+    float* row = packed.rows + k * stride;
+    std::fill(row, row + stride, 0.0f);
+    double square = 0.0;
+    if (used) {
+      fastvae::convert(s.codebook.data, s.codebook.dtype, s.codebook.offset(head, k), s.dim, static_cast<double*>(code));
+#pragma omp simd reduction(+ : square)
+      for (int64_t d = 0; d < s.dim; ++d) {
+        double value = (code[d] - packed.mean[d]) * packed.scale;
+        row[d] = static_cast<float>(value);
+        square += value * value;
+      }
+    }
+    packed.half_norm[k] = used ? static_cast<float>(0.5 * square) : kNeverNearest;
+    packed.norm[k] = used ? static_cast<float>(std::sqrt(square) * (1.0 + 1e-6)) : 0.0f;
+    float* column = packed.panel_rows + k / kPanelCodes * s.dim * kPanelCodes + k % kPanelCodes;
+    for (int64_t d = 0; d < s.dim; ++d) column[d * kPanelCodes] = -row[d];
+#if defined(__AVX512VNNI__)
+    if (packed.has_pairs) pack_pairs(packed, row, k, s.dim);
+#endif
+  }
+}
+
+}  // namespace
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
