@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports only parts of a lower rank, and itself.
 RANKS = {
     "_pytree": 0,
+    "_types": 0,
     "_ops": 0,
+    "_outputs": 1,
     "_backend": 1,
     "functional": 2,
     "info": 2,
@@ -24,7 +26,7 @@ RANKS = {
     "training": 5,
     "__main__": 6,
 }
-# These hand themselves to the operators: they know _ops and each other, and only _load knows them.
+# These hand themselves to the operators: they know _ops, the names of options and of results, and each other; only _load knows them.
 IMPLEMENTATIONS = ("fallback", "reference", "kernels", "_C")
 # What puts the package together.
 ASSEMBLY = ("__init__", "_checkout", "_load")
@@ -61,7 +63,7 @@ def test_imports_run_one_way(path):
     if part in ASSEMBLY:
         assert imported <= {*RANKS, *IMPLEMENTATIONS, *ASSEMBLY}
     elif part in IMPLEMENTATIONS:
-        assert imported <= {"_ops", *IMPLEMENTATIONS}
+        assert imported <= {"_ops", "_outputs", "_types", *IMPLEMENTATIONS}
     else:
         # The definitions in reference serve anyone above the backends; info tells what was loaded.
         beside = {"reference"} if RANKS[part] >= RANKS["functional"] else set()

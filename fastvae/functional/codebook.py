@@ -1,28 +1,20 @@
 """Vector quantization: exact nearest codes, their gradients and losses, and the moving average of a codebook."""
 
 import math
-from typing import NamedTuple
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from fastvae import _backend
 from fastvae._ops import OVERLOADS
-from fastvae._pytree import exportable
+from fastvae._outputs import VQ
+from fastvae._types import QuantizerGradient, Reduction
 from fastvae.functional._autograd import apply, first_derivative_only
 from fastvae.functional._checks import check_choice, check_device, check_like, check_nonnegative, check_reduction, check_shape, check_tensor
 from fastvae.reference import codebook as reference
 
-GRADIENTS = ("straight_through", "rotation")
-
-
-@exportable
-class VQ(NamedTuple):
-    """What vector quantization gives."""
-
-    quantized: Tensor
-    indices: Tensor
-    loss: Tensor
+GRADIENTS = get_args(QuantizerGradient)
 
 
 class _VectorQuantize(torch.autograd.Function):
@@ -87,8 +79,8 @@ def vector_quantize(
     codebook: Tensor,
     *,
     commitment_cost: float = 0.25,
-    gradient: str = "straight_through",
-    reduction: str = "mean",
+    gradient: QuantizerGradient = "straight_through",
+    reduction: Reduction = "mean",
     codebook_cost: float = 1.0,
 ) -> VQ:
     r"""Replaces each vector with its nearest code, with a gradient and the losses of a VQ-VAE, in one pass.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastvae import _backend
 from fastvae._ops import NORM_ACTIVATIONS, OVERLOADS
+from fastvae._types import NormActivation
 from fastvae.functional._autograd import apply, first_derivative_only
 from fastvae.functional._checks import check_choice, check_device, check_shape, check_tensor
 from fastvae.reference import group_norm as reference
@@ -52,7 +53,7 @@ def group_norm_silu(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    activation: str = "silu",
+    activation: NormActivation = "silu",
 ) -> Tensor:
     r"""Group normalisation (Wu and He, *Group Normalization*, 2018) followed by SiLU, in one operator.
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvae import _backend
 from fastvae._ops import ACTIVATIONS, OVERLOADS, REDUCTIONS, accumulation_dtype
-from fastvae._pytree import exportable
+from fastvae._outputs import JacobianMethod
+from fastvae._types import Activation, BoundReduction, JacobianMethodName, Reduction
 from fastvae.functional import _chain
 from fastvae.functional._autograd import (
     apply,
@@ -27,8 +28,8 @@ from fastvae.reference import jacobian as reference
 from fastvae.reference._reduce import reduction_scale
 from fastvae.reference.jacobian import DEFAULT_ALPHAS
 
-METHODS = ("auto", "closed_form", "gram", "projection", "autograd")
-NORM_REDUCTIONS = ("batchmean", "sum", "sample")
+METHODS = get_args(JacobianMethodName)
+NORM_REDUCTIONS = get_args(BoundReduction)
 
 
 class _ContractivePenalty(torch.autograd.Function):
@@ -70,8 +71,8 @@ class _ContractivePenalty(torch.autograd.Function):
 def contractive_penalty(
     hidden: Tensor,
     weight: Tensor,
-    activation: str = "sigmoid",
-    reduction: str = "batchmean",
+    activation: Activation = "sigmoid",
+    reduction: Reduction = "batchmean",
     *,
     alpha: float | None = None,
     grad_scale: float = 1.0,
@@ -189,22 +190,14 @@ def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, red
     return apply(_GramPenalty, *tensors, REDUCTIONS[reduction], with_grad, backend)[0]
 
 
-@exportable
-class JacobianMethod(NamedTuple):
-    """What :func:`jacobian_frobenius` does with an encoder, and why."""
-
-    method: str
-    reason: str
-
-
 def jacobian_frobenius(
     encoder: nn.Module,
     x: Tensor,
     *,
-    method: str = "auto",
+    method: JacobianMethodName = "auto",
     num_projections: int = 1,
     generator: torch.Generator | None = None,
-    reduction: str = "batchmean",
+    reduction: BoundReduction = "batchmean",
     chunk_size: int | None = None,
     with_output: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -230,7 +223,7 @@ def jacobian_frobenius(
         x: the batch; float32, bfloat16, float16 or float64.
         method: see above.
         num_projections: n, for ``"projection"``.
-        generator: what directions are drawn from; by default torch's own.
+        generator: what directions are drawn from, on the CPU or on the device of ``x``; by default torch's own.
         reduction: ``"batchmean"``, ``"sum"``, or ``"sample"``, shape ``(batch,)``.
         chunk_size: at most so many samples at a time, which bounds the memory: the backward pass computes each chunk again (but for
             ``"autograd"``, where it bounds that of the forward pass alone), from the buffers that the forward pass began with, and leaves
@@ -469,7 +462,8 @@ class _Projection:
     def _draw(self, output) -> Tensor:
         if self.directions is None:
             shape = (self.count, output.shape[0], math.prod(output.shape[1:]))
-            normals = torch.randn(shape, dtype=accumulation_dtype(output.dtype), device=output.device, generator=self.generator)
+            device = output.device if self.generator is None else self.generator.device
+            normals = torch.randn(shape, dtype=accumulation_dtype(output.dtype), device=device, generator=self.generator).to(output.device)
             units = nn.functional.normalize(normals, dim=2)
             self.directions = units.to(output.dtype).view(self.count, *output.shape)
         return self.directions

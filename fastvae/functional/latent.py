@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastvae import _backend
 from fastvae._ops import OVERLOADS, accumulation_dtype
+from fastvae._types import Reduction
 from fastvae.functional._autograd import apply, first_derivative_only
 from fastvae.functional._checks import (
     check_device,
@@ -18,8 +19,7 @@ from fastvae.functional._checks import (
     check_tensor,
 )
 from fastvae.reference import latent as reference
-
-LOGVAR_CLAMP = (-30.0, 20.0)
+from fastvae.reference.latent import LOGVAR_CLAMP
 
 
 class _ReparameterizeKL(torch.autograd.Function):
@@ -117,7 +117,7 @@ def kl_normal(
     prior_mu: Tensor | None = None,
     prior_logvar: Tensor | None = None,
     *,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     free_bits: float = 0.0,
     logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
 ) -> Tensor:
@@ -157,7 +157,7 @@ def reparameterize_kl(
     prior_logvar: Tensor | None = None,
     *,
     num_samples: int | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     free_bits: float = 0.0,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,

@@ -1,7 +1,7 @@
 """Reconstruction losses whose gradient is written in the forward pass, and the ELBO."""
 
 import math
-from typing import NamedTuple
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch._subclasses import FakeTensor
 from fastvae import _backend
 from fastvae._backend import FLOATS
 from fastvae._ops import LIKELIHOODS, OVERLOADS
-from fastvae._pytree import exportable
+from fastvae._outputs import ELBO
+from fastvae._types import BoundReduction, Likelihood, Reduction
 from fastvae.functional._autograd import apply, first_derivative_only, may_use_written, scale_written, writes_gradient
 from fastvae.functional._checks import (
     check_choice,
@@ -96,7 +97,7 @@ def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     pos_weight: Tensor | None = None,
     *,
     grad_scale: float = 1.0,
@@ -136,7 +137,7 @@ def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     *,
     grad_scale: float = 1.0,
     validate: bool = False,
@@ -164,7 +165,7 @@ def binary_cross_entropy(
     return _loss("bce", input, target, weight, None, None, reduction, grad_scale)
 
 
-def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", *, grad_scale: float = 1.0) -> Tensor:
+def mse_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean", *, grad_scale: float = 1.0) -> Tensor:
     r"""Squared error :math:`(x - t)^2`; the arguments of :func:`torch.nn.functional.mse_loss`, and more reductions.
 
     Args:
@@ -183,7 +184,9 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", *, grad_sca
     return _loss("mse", input, target, None, None, None, reduction, grad_scale)
 
 
-def gaussian_nll(input: Tensor, target: Tensor, logvar: Tensor | float, reduction: str = "batchmean", *, grad_scale: float = 1.0) -> Tensor:
+def gaussian_nll(
+    input: Tensor, target: Tensor, logvar: Tensor | float, reduction: Reduction = "batchmean", *, grad_scale: float = 1.0
+) -> Tensor:
     r"""Negative log-likelihood of a Gaussian decoder, in nats, with its full constant.
 
     .. math:: \tfrac12 \left( \log 2\pi + \log\sigma^2 + \frac{(t - x)^2}{\sigma^2} \right)
@@ -191,8 +194,9 @@ def gaussian_nll(input: Tensor, target: Tensor, logvar: Tensor | float, reductio
     Args:
         input: the mean :math:`x`, any shape; float32, bfloat16, float16 or float64.
         target: :math:`t`, the shape of ``input``; a floating dtype, or uint8, which means value / 255.
-        logvar: :math:`\log\sigma^2`: a number, a tensor with one element, one value a channel (shape ``(input.shape[1],)``), or any shape
-            that broadcasts to ``input``. It receives a gradient.
+        logvar: :math:`\log\sigma^2`: a number, or a tensor that broadcasts to ``input`` by torch's rules, so its shape says what it is of:
+            ``()`` of all elements, ``(channels, 1, 1)`` of each channel of an image, ``(channels,)`` only where the channels are the last
+            dimension. It receives a gradient.
         reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`; the default is nats per sample.
 
     Returns:
@@ -206,18 +210,7 @@ def gaussian_nll(input: Tensor, target: Tensor, logvar: Tensor | float, reductio
     if isinstance(logvar, int | float):
         logvar = input.new_full((), logvar)
     check_tensor("logvar", logvar)
-    if logvar.ndim == 1 and input.ndim > 1 and logvar.shape[0] == input.shape[1]:
-        logvar = logvar.view(-1, *(1,) * (input.ndim - 2))
     return _loss("gaussian", input, target, None, None, logvar, reduction, grad_scale)
-
-
-@exportable
-class ELBO(NamedTuple):
-    """The negative evidence lower bound and its terms, in nats."""
-
-    loss: Tensor
-    reconstruction: Tensor
-    kl: Tensor
 
 
 _ELBO_LIKELIHOODS = {
@@ -233,11 +226,11 @@ def elbo_loss(
     mu: Tensor,
     logvar: Tensor,
     *,
-    likelihood: str = "bernoulli_logits",
+    likelihood: Likelihood = "bernoulli_logits",
     beta: float | Tensor = 1.0,
     free_bits: float = 0.0,
     capacity: float | Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: BoundReduction = "batchmean",
 ) -> ELBO:
     r"""The negative ELBO of a VAE with a standard normal prior: reconstruction :math:`+ \beta\, KL`.
 
@@ -256,23 +249,23 @@ def elbo_loss(
             against latents, so ``"mean"`` is not offered.
 
     Returns:
-        ``ELBO(loss, reconstruction, kl)``; ``kl`` is without ``beta`` and ``capacity``.
+        ``ELBO(loss, recon_loss, kl)``; ``kl`` is without ``beta`` and ``capacity``.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, naming it.
     """
     check_choice("likelihood", likelihood, _ELBO_LIKELIHOODS)
-    check_choice("reduction", reduction, ("batchmean", "sum", "sample"))
+    check_choice("reduction", reduction, get_args(BoundReduction))
     check_tensor("recon", recon)
     _check_target("target", target, "recon", recon)
     check_posterior("mu", mu, "logvar", logvar)
     check_nonnegative("free_bits", free_bits)
-    reconstruction = _ELBO_LIKELIHOODS[likelihood](recon, target, reduction=reduction)
+    recon_loss = _ELBO_LIKELIHOODS[likelihood](recon, target, reduction=reduction)
     kl = kl_normal(mu, logvar, reduction=reduction, free_bits=free_bits)
     penalty = kl
     if capacity is not None:
         penalty = (kl - (capacity * mu.shape[0] if reduction == "sum" else capacity)).abs()
-    return ELBO(reconstruction + beta * penalty, reconstruction, kl)
+    return ELBO(recon_loss + beta * penalty, recon_loss, kl)
 
 
 def vae_loss(x: Tensor, x_recon: Tensor, mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:

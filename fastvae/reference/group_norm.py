@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from fastvae._ops import NORM_ACTIVATIONS, accumulation_dtype, channels_are_last
+from fastvae._types import NormActivation
+from fastvae.reference._options import check_choice
 
 
 def _groups(input: Tensor, num_groups: int) -> Tensor:
@@ -40,8 +42,16 @@ def _in_layout(values: Tensor, like: Tensor) -> Tensor:
     return values.movedim(1, -1).contiguous().movedim(-1, 1) if channels_are_last(like) else values.contiguous()
 
 
-def group_norm_silu(input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu") -> Tensor:
+def group_norm_silu(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: NormActivation = "silu",
+) -> Tensor:
     """:func:`fastvae.functional.group_norm_silu`, differentiable any number of times."""
+    check_choice("activation", activation, NORM_ACTIVATIONS)
     wide = input.to(accumulation_dtype(input.dtype))
     normal = _normalise(wide, *_statistics(_groups(wide, num_groups), eps))
     affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)

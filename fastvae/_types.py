@@ -1,0 +1,19 @@
+"""The values that string options take, for signatures: a type checker refuses any other, and the checks at run time name them."""
+
+from typing import Literal
+
+Reduction = Literal["none", "sample", "batchmean", "sum", "mean"]
+# A mean over elements would weigh pixels against latents, and an evidence lower bound has no value for an element.
+BoundReduction = Literal["batchmean", "sum", "sample"]
+Likelihood = Literal["bernoulli_logits", "bernoulli", "gaussian"]
+ReconLoss = Literal["mse", "bce_with_logits", "bce"]
+SparsePenalty = Literal["kl", "l1"]
+NormActivation = Literal["silu", "none"]
+# Of layers whose derivative the contractive penalty knows.
+Activation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu", "gelu", "gelu_tanh"]
+# Of layers that the ready-made networks are made of.
+LayerActivation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "silu"]
+JacobianMethodName = Literal["auto", "closed_form", "gram", "projection", "autograd"]
+QuantizerGradient = Literal["straight_through", "rotation"]
+CodebookUpdate = Literal["ema", "gradient"]
+Precision = Literal["auto", "bfloat16", "float32"]
