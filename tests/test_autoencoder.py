@@ -102,7 +102,7 @@ def test_sparse_losses():
         kl = (rho * torch.log(rho / rho_hat) + (1 - rho) * torch.log((1 - rho) / (1 - rho_hat))).sum()
         expected = kl if penalty == "kl" else output.z.abs().sum(1).mean()
         torch.testing.assert_close(output.penalty, expected)
-        torch.testing.assert_close(output.loss, output.reconstruction + 0.2 * expected)
+        torch.testing.assert_close(output.loss, output.recon_loss + 0.2 * expected)
         torch.testing.assert_close(model.mean_activation(x), rho_hat)
 
 

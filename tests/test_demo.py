@@ -81,8 +81,8 @@ def test_run_writes_a_report(small_run):
     assert all(math.isfinite(number) for number in numbers(report))
     for model in report["models"].values():
         test = model["test"]
-        assert test.keys() == {"elbo", "reconstruction", "kl", "mse_per_pixel_mean_z", "mse_per_pixel_sampled_z"}
-        assert test["elbo"] == pytest.approx(-(test["reconstruction"] + test["kl"]), rel=1e-5)
+        assert test.keys() == {"elbo", "recon_loss", "kl", "mse_per_pixel_mean_z", "mse_per_pixel_sampled_z"}
+        assert test["elbo"] == pytest.approx(-(test["recon_loss"] + test["kl"]), rel=1e-5)
         assert 0 < test["mse_per_pixel_mean_z"] < 0.3
     for compared in ("ConvVAE, d = 20", "MLPVAE, d = 20"):
         comparison = report["models"][compared]["comparison"]

@@ -117,7 +117,7 @@ def test_loss_is_its_formula(likelihood, options):
     kl = latent.kl_normal(mu, logvar, free_bits=options.get("free_bits", 0.0))
     capacity = options.get("capacity")
     penalty = kl if capacity is None else abs(kl - capacity)
-    torch.testing.assert_close(output.reconstruction, sum(terms) / samples)
+    torch.testing.assert_close(output.recon_loss, sum(terms) / samples)
     torch.testing.assert_close(output.kl, kl)
     torch.testing.assert_close(output.loss, sum(terms) / samples + options.get("beta", 1.0) * penalty)
 
@@ -153,7 +153,7 @@ def test_learned_variance_is_trained_with_the_model():
     output = model(x, eps=eps)
     squared_error = (output.recon - x) ** 2
     density = 0.5 * (math.log(2 * math.pi) - 1.0 + squared_error * math.e)
-    torch.testing.assert_close(output.reconstruction, density.sum() / 6)
+    torch.testing.assert_close(output.recon_loss, density.sum() / 6)
     output.loss.backward()
     torch.testing.assert_close(model.likelihood.logvar.grad, 0.5 * (1.0 - squared_error * math.e).sum() / 6)
     assert "likelihood.logvar" in dict(model.named_parameters())
@@ -262,7 +262,7 @@ def test_checkpoint_keeps_the_schedules():
     resumed.load_state_dict(model.state_dict())
     x, eps = tiny_batch()
     output = resumed(x, eps=eps)
-    torch.testing.assert_close(output.loss, output.reconstruction + 0.25 * (output.kl - 2.0).abs())
+    torch.testing.assert_close(output.loss, output.recon_loss + 0.25 * (output.kl - 2.0).abs())
     assert torch.equal(output.loss, model(x, eps=eps).loss)
 
 

@@ -45,7 +45,7 @@ MODELS = {
     "VQVAE2": (lambda: models.VQVAE2(1, num_codes=8, dim=4, channels=8, hidden=4, blocks=1), lambda: (uniform(2, 1, 8, 8),)),
     "VectorQuantizer": (lambda: fnn.VectorQuantizer(8, 4), lambda: (uniform(5, 4),)),
     "ResidualVectorQuantizer": (lambda: fnn.ResidualVectorQuantizer(2, 8, 4), lambda: (uniform(5, 4),)),
-    "VAELoss": (lambda: fnn.VAELoss(beta=fnn.LinearSchedule(4)), lambda: (uniform(3, 5), uniform(3, 5), uniform(3, 2), uniform(3, 2))),
+    "ELBOLoss": (lambda: fnn.ELBOLoss(beta=fnn.LinearSchedule(4)), lambda: (uniform(3, 5), uniform(3, 5), uniform(3, 2), uniform(3, 2))),
 }
 
 

@@ -39,7 +39,7 @@ def test_a_residual_vae_answers_in_the_dtype_of_its_parameters(precision, dtype)
     output.loss.backward()
     images = [model.sample(2), model.reconstruct(x), model.reconstruct((255 * x).to(torch.uint8)), model.interpolate(x, x, 3), output.recon]
     assert all(image.dtype == dtype for image in images)
-    assert all(t.dtype == wide(dtype) for t in (output.loss, output.reconstruction, output.kl, output.mu, output.logvar, output.z))
+    assert all(t.dtype == wide(dtype) for t in (output.loss, output.recon_loss, output.kl, output.mu, output.logvar, output.z))
     assert all(p.grad.dtype == dtype for p in model.parameters())
 
 
@@ -78,7 +78,7 @@ def test_an_autoencoder_answers_in_the_dtype_of_its_parameters(make, dtype):
     x = Source("cpu", dtype).uniform(7, 1, 4, 4)
     output = model(x)
     assert output.recon.dtype == output.z.dtype == model.reconstruct(x).dtype == model.encode((255 * x).to(torch.uint8)).dtype == dtype
-    assert output.loss.dtype == output.reconstruction.dtype == output.penalty.dtype == model.anomaly_score(x).dtype == wide(dtype)
+    assert output.loss.dtype == output.recon_loss.dtype == output.penalty.dtype == model.anomaly_score(x).dtype == wide(dtype)
 
 
 def test_a_sparse_penalty_in_float64_is_not_rounded():

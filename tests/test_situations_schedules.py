@@ -7,7 +7,7 @@ import torch
 from torch import distributed, multiprocessing, nn
 
 from fastvae.models import MLPVAE
-from fastvae.nn import CapacitySchedule, CosineSchedule, CyclicalSchedule, KLPenalty, LinearSchedule, VAELoss
+from fastvae.nn import CapacitySchedule, CosineSchedule, CyclicalSchedule, ELBOLoss, KLPenalty, LinearSchedule
 
 
 def own_function(step: int) -> float:
@@ -73,7 +73,7 @@ def test_one_loss_for_several_steps(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES[:4], ids=str)
 def test_a_compiled_step_that_advances_its_schedule(schedule):
     torch.compiler.reset()
-    model, x = VAELoss(beta=schedule), torch.rand(4, 6)
+    model, x = ELBOLoss(beta=schedule), torch.rand(4, 6)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(recon, mu, logvar):
@@ -86,8 +86,8 @@ def test_a_compiled_step_that_advances_its_schedule(schedule):
     for _ in range(5):
         losses.append(step(*tensors))
         losses[-1].loss.backward()
-    for number, (loss, reconstruction, kl) in enumerate(losses):
-        torch.testing.assert_close(loss, reconstruction + schedule(number) * kl)
+    for number, (loss, recon_loss, kl) in enumerate(losses):
+        torch.testing.assert_close(loss, recon_loss + schedule(number) * kl)
     assert model.num_steps == 5
 
 

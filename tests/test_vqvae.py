@@ -39,7 +39,7 @@ def test_learns_8_bit_images(kind):
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        losses.append(output.reconstruction.item())
+        losses.append(output.recon_loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class AEOutput(NamedTuple):
     """
 
     loss: Tensor
-    reconstruction: Tensor
+    recon_loss: Tensor
     penalty: Tensor
     recon: Tensor
     z: Tensor
@@ -61,7 +61,20 @@ class AE(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.loss = loss
-        self.register_buffer("threshold", torch.tensor(math.nan))
+        self._set_threshold(torch.tensor(math.nan))
+
+    def _set_threshold(self, value: Tensor) -> None:
+        """NaN stands for none, which is not stored."""
+        self.register_buffer("threshold", value, persistent=not value.isnan())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict, strict: bool, *args: Any) -> None:
+        # Whether there is a threshold is a part of the state that is loaded.
+        stored = prefix + "threshold" in state_dict
+        if stored:
+            self.register_buffer("threshold", self.threshold, persistent=True)
+        elif strict:
+            self._set_threshold(torch.full_like(self.threshold, math.nan))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
 
     def encode(self, x: Tensor) -> Tensor:
         """The codes: features for what comes after."""
@@ -76,8 +89,8 @@ class AE(nn.Module):
         """The loss of a batch ``(batch, ...)``, floating or uint8, which means value / 255."""
         z, penalty, weight = self._encode_with_penalty(as_float(x, self.encoder))
         recon = self.decoder(z)
-        reconstruction = LOSSES[self.loss](recon, x, reduction="batchmean")
-        return AEOutput(reconstruction + weight * penalty, reconstruction, penalty, recon, z)
+        recon_loss = LOSSES[self.loss](recon, x, reduction="batchmean")
+        return AEOutput(recon_loss + weight * penalty, recon_loss, penalty, recon, z)
 
     def _encode_with_penalty(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """The codes of a scaled batch, the penalty per sample, and its weight."""
@@ -95,7 +108,8 @@ class AE(nn.Module):
         return FV.mse_loss(self.reconstruct(x), x, reduction="sample")
 
     def fit_threshold(self, batches: Tensor | Iterable[Tensor], quantile: float = 0.95) -> Tensor:
-        """Sets ``threshold``, a buffer, to a quantile of the scores of validation data that hold no anomalies, and gives a copy of it.
+        """Sets ``threshold``, a buffer, to a quantile of the scores of validation data that hold no anomalies, and gives a copy of it. From
+        then on the ``state_dict`` holds it.
 
         Args:
             batches: a batch, or several.
@@ -107,7 +121,7 @@ class AE(nn.Module):
         scores = torch.cat([self.anomaly_score(batch) for batch in batches])
         if scores.numel() == 0:
             raise ValueError("batches: got no samples, takes at least one")
-        self.threshold.copy_(torch.quantile(scores, quantile))
+        self._set_threshold(torch.quantile(scores, quantile).to(self.threshold))
         return self.threshold.clone()
 
     def is_anomaly(self, x: Tensor) -> Tensor:

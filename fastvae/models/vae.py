@@ -28,7 +28,7 @@ class VAEOutput(NamedTuple):
     """
 
     loss: Tensor
-    reconstruction: Tensor
+    recon_loss: Tensor
     kl: Tensor
     recon: Tensor
     z: Tensor
@@ -113,13 +113,13 @@ class VAE(nn.Module):
         mu, logvar = self.encode(x)
         z, kl = FV.reparameterize_kl(mu, logvar, num_samples=self.num_samples, free_bits=self.free_bits, eps=eps)
         recon = self._decode_samples(z, self.num_samples)
-        reconstruction = self._reconstruction(recon, x, self.num_samples, "batchmean")
-        return VAEOutput(reconstruction + self.kl_penalty(kl), reconstruction, kl, recon, z, mu, logvar)
+        recon_loss = self._recon_loss(recon, x, self.num_samples, "batchmean")
+        return VAEOutput(recon_loss + self.kl_penalty(kl), recon_loss, kl, recon, z, mu, logvar)
 
     def _decode_samples(self, z: Tensor, num_samples: int | None) -> Tensor:
         return self.decode(z) if num_samples is None else self.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
-    def _reconstruction(self, recon: Tensor, x: Tensor, num_samples: int | None, reduction: str) -> Tensor:
+    def _recon_loss(self, recon: Tensor, x: Tensor, num_samples: int | None, reduction: str) -> Tensor:
         if num_samples is None:
             return self.likelihood(recon, x, reduction=reduction)
         return self.likelihood(recon.flatten(0, 1), x.repeat(num_samples, *(1,) * (x.ndim - 1)), reduction=reduction)
@@ -156,7 +156,7 @@ class VAE(nn.Module):
         mu, logvar = self.encode(x)
         z, kl = FV.reparameterize_kl(mu, logvar, num_samples=num_samples, reduction="sample", generator=generator)
         recon = self._decode_samples(z, num_samples)
-        return self._reconstruction(recon, x, num_samples, "sample").view(num_samples, -1).mean(0) + kl
+        return self._recon_loss(recon, x, num_samples, "sample").view(num_samples, -1).mean(0) + kl
 
 
 class ConvVAE(VAE):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae._pytree import exportable
+from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.nn import VectorQuantizer
 
@@ -16,7 +17,7 @@ class VQVAEOutput(NamedTuple):
     """The loss, its terms and the tensors behind them; with two levels ``indices``, ``perplexity`` and ``usage`` hold (top, bottom)."""
 
     loss: Tensor
-    reconstruction: Tensor
+    recon_loss: Tensor
     vq_loss: Tensor
     recon: Tensor
     indices: Tensor | tuple[Tensor, Tensor]
@@ -105,16 +106,16 @@ class VQVAE(nn.Module):
 
     def forward(self, x: Tensor) -> VQVAEOutput:
         """The loss of a batch ``(batch, channels, ...)``, floating or uint8 (value / 255)."""
-        output = self.quantizer(self.encoder(_as_float(x)))
+        output = self.quantizer(self.encoder(as_float(x, self.encoder)))
         recon = self.decoder(output.quantized)
-        reconstruction = FV.mse_loss(recon, x) / self.data_variance
+        recon_loss = FV.mse_loss(recon, x) / self.data_variance
         vq_loss = output.loss
-        return VQVAEOutput(reconstruction + vq_loss, reconstruction, vq_loss, recon, output.indices, output.perplexity, output.usage)
+        return VQVAEOutput(recon_loss + vq_loss, recon_loss, vq_loss, recon, output.indices, output.perplexity, output.usage)
 
     @reading
     def encode(self, x: Tensor) -> Tensor:
         """The indices of a batch."""
-        return self.quantizer(self.encoder(_as_float(x))).indices
+        return self.quantizer(self.encoder(as_float(x, self.encoder))).indices
 
     @reading
     def decode(self, indices: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ class VQVAE2(nn.Module):
         self.data_variance = data_variance
 
     def _levels(self, x: Tensor):
-        bottom = self.encode_bottom(_as_float(x))
+        bottom = self.encode_bottom(as_float(x, self.encode_bottom))
         top = self.quantize_top(self.project_top(self.encode_top(bottom)))
         given = torch.cat([self.decode_top(top.quantized), bottom], dim=1)
         return top, self.quantize_bottom(self.project_bottom(given))
@@ -178,9 +179,9 @@ class VQVAE2(nn.Module):
         """The loss of a batch of images, floating or uint8 (value / 255)."""
         top, bottom = self._levels(x)
         recon = self._decode(top.quantized, bottom.quantized)
-        reconstruction, vq_loss = FV.mse_loss(recon, x) / self.data_variance, top.loss + bottom.loss
+        recon_loss, vq_loss = FV.mse_loss(recon, x) / self.data_variance, top.loss + bottom.loss
         pairs = ((getattr(top, name), getattr(bottom, name)) for name in ("indices", "perplexity", "usage"))
-        return VQVAEOutput(reconstruction + vq_loss, reconstruction, vq_loss, recon, *pairs)
+        return VQVAEOutput(recon_loss + vq_loss, recon_loss, vq_loss, recon, *pairs)
 
     @reading
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +198,3 @@ class VQVAE2(nn.Module):
     def reconstruct(self, x: Tensor) -> Tensor:
         """The decoded codes of a batch."""
         return self.forward(x).recon
-
-
-def _as_float(x: Tensor) -> Tensor:
-    return x.float() / 255 if x.dtype == torch.uint8 else x

@@ -90,7 +90,7 @@ def make_report(trainings: list[Training], loss_lines: dict, split: Split, seed:
             "split": f"each digit equally frequent, seed {SPLIT_SEED}",
         },
         "settings": {"seed": seed, "batch_size": size, "optimizer": "Adam", "learning_rate": LEARNING_RATE},
-        "test": "elbo = -(reconstruction + kl) in nats per sample, one sampled z an image; mse_per_pixel with the z that it names",
+        "test": "elbo = -(recon_loss + kl) in nats per sample, one sampled z an image; mse_per_pixel with the z that it names",
         "models": {training.name: describe_training(training, split, seed) for training in trainings},
         "loss_lines": {
             "what": f"forward and backward of a batch of {size} x 784 pixels with 20 latents, drawing the noise included",

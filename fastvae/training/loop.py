@@ -108,7 +108,7 @@ def evaluate(model: VAE, images: Tensor, seed: int) -> dict[str, float]:
     output = bound(model, x, seed)
     return {
         "elbo": -output.loss.item(),
-        "reconstruction": output.reconstruction.item(),
+        "recon_loss": output.recon_loss.item(),
         "kl": output.kl.item(),
         "mse_per_pixel_mean_z": F.mse_loss(model.reconstruct(x), x).item(),
         "mse_per_pixel_sampled_z": F.mse_loss(model.decode_mean(output.z), x).item(),
