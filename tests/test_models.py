@@ -7,11 +7,12 @@ import torch
 from _helpers import Source, each_place
 from torch import nn
 
-from fastvae.models import MLPVAE, VAE, ConvVAE, VAEOutput
+from fastvae.models import VAE, VAEOutput
 from fastvae.nn import CapacitySchedule, GaussianNLL, LinearSchedule
 from fastvae.reference import latent, reconstruction
 
 EACH_PLACE = each_place("reconstruction_forward")
+EACH_NETWORK = pytest.mark.parametrize("make", [VAE.conv, VAE.mlp], ids=["conv", "mlp"])
 
 
 def images(count=5, device="cpu"):
@@ -20,12 +21,16 @@ def images(count=5, device="cpu"):
 
 def tiny_vae(**options):
     torch.manual_seed(0)
-    return MLPVAE(data_shape=(1, 4, 4), hidden_dim=8, latent_dim=2, **options)
+    return VAE.mlp(data_shape=(1, 4, 4), hidden=(8,), latent_dim=2, **options)
 
 
 def tiny_batch(count=6):
     source = Source("cpu")
     return source.uniform(count, 1, 4, 4), source.normal(count, 2)
+
+
+def layers_of(module):
+    return [part for part in module.modules() if not list(part.children())]
 
 
 def describe(layer):
@@ -40,9 +45,9 @@ def describe(layer):
 
 
 def test_conv_vae_is_the_network_of_the_specification():
-    model = ConvVAE(latent_dim=20)
+    model = VAE.conv(latent_dim=20)
     pairs = (3, 3), (2, 2), (1, 1)
-    assert [describe(layer) for layer in model.encoder] == [
+    assert [describe(layer) for layer in layers_of(model.encoder)] == [
         ("Conv", 1, 32, *pairs),
         ("ReLU",),
         ("Conv", 32, 64, *pairs),
@@ -52,7 +57,7 @@ def test_conv_vae_is_the_network_of_the_specification():
         ("ReLU",),
         ("Linear", 256, 40),
     ]
-    assert [describe(layer) for layer in model.decoder] == [
+    assert [describe(layer) for layer in layers_of(model.decoder)] == [
         ("Linear", 20, 256),
         ("ReLU",),
         ("Linear", 256, 3136),
@@ -68,16 +73,16 @@ def test_conv_vae_is_the_network_of_the_specification():
 
 
 def test_mlp_vae_is_784_400_20():
-    layers = [*MLPVAE().encoder, *MLPVAE().decoder]
+    layers = layers_of(VAE.mlp())
     linear = [describe(layer)[1:] for layer in layers if isinstance(layer, nn.Linear)]
     assert linear == [(784, 400), (400, 40), (20, 400), (400, 784)]
-    assert MLPVAE(784)(torch.rand(3, 784)).recon.shape == (3, 784)
+    assert VAE.mlp(784)(torch.rand(3, 784)).recon.shape == (3, 784)
 
 
-@pytest.mark.parametrize("model_class", [ConvVAE, MLPVAE])
+@EACH_NETWORK
 @EACH_PLACE
-def test_shapes_and_gradients(place, model_class):
-    model, x = model_class(latent_dim=3).to(place.device), images(device=place.device)
+def test_shapes_and_gradients(place, make):
+    model, x = make(latent_dim=3).to(place.device), images(device=place.device)
     output = model(x)
     assert isinstance(output, VAEOutput)
     assert [tuple(t.shape) for t in output] == [(), (), (), (5, 1, 28, 28), (5, 3), (5, 3), (5, 3)]
@@ -129,10 +134,10 @@ def test_num_samples_are_the_first_dimension():
     assert output.recon.shape == (3, 6, 1, 4, 4)
 
 
-@pytest.mark.parametrize("model_class", [ConvVAE, MLPVAE])
+@EACH_NETWORK
 @EACH_PLACE
-def test_8_bit_images_are_their_values_over_255(place, model_class):
-    model, x = model_class(latent_dim=3).to(place.device), images(device=place.device)
+def test_8_bit_images_are_their_values_over_255(place, make):
+    model, x = make(latent_dim=3).to(place.device), images(device=place.device)
     eps = torch.randn(5, 3, device=place.device)
     from_bytes, from_floats = model(x, eps=eps), model(x.float() / 255, eps=eps)
     torch.testing.assert_close(from_bytes, from_floats, rtol=1e-6, atol=1e-5)
@@ -176,7 +181,7 @@ def test_an_encoder_that_cannot_be_split_is_named():
 
 def test_unknown_likelihood_is_named():
     with pytest.raises(ValueError, match=r"^likelihood: got 'poisson', takes one of"):
-        ConvVAE(likelihood="poisson")
+        VAE.conv(likelihood="poisson")
 
 
 def test_sampling_without_a_latent_shape_is_an_error():
@@ -288,11 +293,11 @@ def test_whole_loss_compiles_with_drawn_noise(options):
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("model_class", [ConvVAE, MLPVAE])
+@EACH_NETWORK
 @EACH_PLACE
-def test_autocast(place, model_class):
+def test_autocast(place, make):
     torch.manual_seed(0)
-    model, x = model_class(latent_dim=3).to(place.device), images(device=place.device)
+    model, x = make(latent_dim=3).to(place.device), images(device=place.device)
     eps = torch.randn(5, 3, device=place.device)
     with torch.autocast(place.device, torch.bfloat16):
         output = model(x, eps=eps)
@@ -304,7 +309,7 @@ def test_autocast(place, model_class):
 
 
 def test_bfloat16_model_takes_8_bit_images():
-    model = ConvVAE(latent_dim=3).to(torch.bfloat16)
+    model = VAE.conv(latent_dim=3).to(torch.bfloat16)
     output = model(images())
     assert output.recon.dtype == torch.bfloat16
     assert output.loss.isfinite()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
-from fastvae.models import MLPVAE
+from fastvae.models import VAE
 from fastvae.nn import CapacitySchedule, CosineSchedule, CyclicalSchedule, ELBOLoss, KLPenalty, LinearSchedule
 
 
@@ -252,7 +252,7 @@ def test_stepping_reads_no_value_from_the_device(schedule):
 
 def _rank(rank, port, path):
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = MLPVAE(4, 4, 2, beta=LinearSchedule(4), capacity=own_function)
+    model = VAE.mlp(4, (4,), 2, beta=LinearSchedule(4), capacity=own_function)
     if rank == 0:  # it alone has loaded a checkpoint
         model.kl_penalty.num_steps.fill_(3)
     parallel = nn.parallel.DistributedDataParallel(model)

@@ -12,7 +12,7 @@ SMALL = {"num_codes": 16, "dim": 8, "channels": 16, "hidden": 8}
 
 def make(kind, **options):
     torch.manual_seed(0)
-    return VQVAE.conv(3, **SMALL, **options) if kind == "vqvae" else VQVAE2(3, **SMALL, **options)
+    return VQVAE.conv(3, **SMALL, **options) if kind == "vqvae" else VQVAE2.conv(3, **SMALL, **options)
 
 
 @pytest.mark.parametrize("kind", ["vqvae", "vqvae2"])

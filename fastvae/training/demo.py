@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastvae import _backend, info
-from fastvae.models import MLPVAE, ConvVAE
+from fastvae.models import VAE
 from fastvae.training._extras import extra
 from fastvae.training.comparison import measure_loss_lines, measure_step_memory
 from fastvae.training.data import SPLIT_SEED, Split, mnist_subset
@@ -66,15 +66,15 @@ def demo(
 def make_trainings(epochs: int, seed: int) -> list[Training]:
     """Two models that are compared, and one with two latent dimensions for pictures."""
     kinds = [
-        (ConvVAE, 20, epochs, COMPARED_STEPS),
-        (MLPVAE, 20, epochs, COMPARED_STEPS),
-        (ConvVAE, 2, PLANE_EPOCHS * epochs, 0),
+        ("conv", VAE.conv, 20, epochs, COMPARED_STEPS),
+        ("MLP", VAE.mlp, 20, epochs, COMPARED_STEPS),
+        ("conv", VAE.conv, 2, PLANE_EPOCHS * epochs, 0),
     ]
     trainings = []
-    for model_class, latent_dim, passes, compared_steps in kinds:
+    for network, make, latent_dim, passes, compared_steps in kinds:
         torch.manual_seed(seed)
-        name = f"{model_class.__name__}, d = {latent_dim}"
-        trainings.append(Training(name, model_class(latent_dim=latent_dim), passes, compared_steps))
+        name = f"{network} VAE, d = {latent_dim}"
+        trainings.append(Training(name, make(latent_dim=latent_dim), passes, compared_steps))
     return trainings
 
 

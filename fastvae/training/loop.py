@@ -15,7 +15,7 @@ from fastvae.training._extras import extra
 from fastvae.training.comparison import Contender, compare, make_contenders, relative_differences
 from fastvae.training.data import Split
 
-# The settings of the tutorial whose network ConvVAE is.
+# The settings of the tutorial whose network VAE.conv is.
 BATCH_SIZE = 128
 LEARNING_RATE = 1e-3
 
