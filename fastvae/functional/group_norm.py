@@ -10,6 +10,7 @@ from fastvae._ops import NORM_ACTIVATIONS, OVERLOADS
 from fastvae._types import NormActivation
 from fastvae.functional._autograd import apply, first_derivative_only
 from fastvae.functional._checks import check_choice, check_device, check_shape, check_tensor
+from fastvae.functional._documentation import documented
 from fastvae.reference import group_norm as reference
 
 _ACTIVATION_NAMES = {number: name for name, number in NORM_ACTIVATIONS.items()}
@@ -47,6 +48,7 @@ class _GroupNorm(torch.autograd.Function):
         return (reference.group_norm_silu(input, num_groups, weight, bias, eps, _ACTIVATION_NAMES[activation]),)
 
 
+@documented
 def group_norm_silu(
     input: Tensor,
     num_groups: int,
@@ -76,7 +78,7 @@ def group_norm_silu(
         arithmetic are in float32 (float64 for float64), sums over more than some thousand elements in float64.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_tensor("input", input)
     if input.ndim < 2:

@@ -24,6 +24,7 @@ from fastvae.functional._autograd import (
     writes_gradient,
 )
 from fastvae.functional._checks import check_choice, check_device, check_reduction, check_scale, check_tensor
+from fastvae.functional._documentation import documented
 from fastvae.reference import jacobian as reference
 from fastvae.reference._reduce import reduction_scale
 from fastvae.reference.jacobian import DEFAULT_ALPHAS
@@ -68,6 +69,7 @@ class _ContractivePenalty(torch.autograd.Function):
         return (reference.penalty(hidden, weight, activation, alpha, reduction),)
 
 
+@documented
 def contractive_penalty(
     hidden: Tensor,
     weight: Tensor,
@@ -101,7 +103,7 @@ def contractive_penalty(
         The penalty; in the dtype of ``hidden`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_choice("activation", activation, ACTIVATIONS)
     _check_layer(hidden, weight)
@@ -190,6 +192,7 @@ def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, red
     return apply(_GramPenalty, *tensors, REDUCTIONS[reduction], with_grad, backend)[0]
 
 
+@documented
 def jacobian_frobenius(
     encoder: nn.Module,
     x: Tensor,

@@ -18,6 +18,7 @@ from fastvae.functional._checks import (
     check_shape,
     check_tensor,
 )
+from fastvae.functional._documentation import documented
 from fastvae.reference import latent as reference
 from fastvae.reference.latent import LOGVAR_CLAMP
 
@@ -73,6 +74,7 @@ def _eps_gradient(grad_z, mu, logvar, arguments):
     return (grad_z.to(wide) * torch.exp(0.5 * logvar.to(wide).clamp(clamp_min, clamp_max))).to(mu.dtype)
 
 
+@documented
 def reparameterize(
     mu: Tensor,
     logvar: Tensor,
@@ -90,18 +92,15 @@ def reparameterize(
     Args:
         mu: mean, any shape; float32, bfloat16, float16 or float64.
         logvar: log variance :math:`\log\sigma^2`, the shape and dtype of ``mu``.
-        num_samples: draws so many samples of each element; the result then has the shape ``(num_samples, *mu.shape)``.
-        eps: the noise, in the shape of the result; nothing is drawn then.
-        generator: the generator that the seed is drawn from, on the device of ``mu`` or on the CPU; by default torch's own, so
-            ``torch.manual_seed`` decides.
-        seed: an integer or a 0-dim int64 tensor on the device of ``mu``: the same seed gives the same noise on every backend and device.
-        logvar_clamp: limits of ``logvar``, outside which its gradient is 0; ``None`` for none.
+        $num_samples
+        $noise
+        $logvar_clamp
 
     Returns:
         ``z`` in the dtype of ``mu``. Arithmetic is in float32 (float64 for float64); the noise is drawn in float32.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_posterior("mu", mu, "logvar", logvar)
     options = 0, 0.0, *_check_clamp(logvar_clamp)
@@ -111,6 +110,7 @@ def reparameterize(
     return apply(_ReparameterizeKL, mu, logvar, None, None, eps, seed, num_samples, False, *options, keep_noise, backend)[0]
 
 
+@documented
 def kl_normal(
     mu: Tensor,
     logvar: Tensor,
@@ -126,22 +126,20 @@ def kl_normal(
     .. math:: \tfrac12 \sum_d \left( \log\tfrac{\sigma_p^2}{\sigma^2} + \frac{\sigma^2 + (\mu - \mu_p)^2}{\sigma_p^2} - 1 \right)
 
     Kingma and Welling (2014), appendix B. It is never negative, and accurate near the prior too. With ``free_bits`` :math:`\lambda` the
-    sum is :math:`\sum_d \max(\lambda, \mathrm{mean}_b\, KL_{bd})` (Kingma et al., *Improved Variational Inference with Inverse
-    Autoregressive Flow*, 2016): a dimension at or below :math:`\lambda` counts :math:`\lambda` for each sample and has no gradient.
+    sum is :math:`\sum_d \max(\lambda, \mathrm{mean}_b\, KL_{bd})`.
 
     Args:
-        mu, logvar: mean and log variance, ``(batch, ...)``; float32, bfloat16, float16 or float64.
-        prior_mu, prior_logvar: the other Gaussian (both or neither; the default is the standard normal), broadcast to ``mu``, of its dtype.
-        reduction: ``"none"`` elementwise, ``"sample"`` sum over all but the batch dimension, ``"batchmean"`` mean of those (nats per
-            sample), ``"sum"``, or ``"mean"`` over elements.
-        free_bits: :math:`\lambda` in nats a dimension.
-        logvar_clamp: limits of both log variances, outside which their gradients are 0; ``None`` for none.
+        $posterior
+        $prior
+        $reduction
+        $free_bits
+        $logvar_clamp
 
     Returns:
         The KL; in the dtype of ``mu`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_posterior("mu", mu, "logvar", logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
@@ -150,6 +148,7 @@ def kl_normal(
     return apply(_ReparameterizeKL, mu, logvar, prior_mu, prior_logvar, None, None, None, True, *options, False, backend)[1]
 
 
+@documented
 def reparameterize_kl(
     mu: Tensor,
     logvar: Tensor,
@@ -164,10 +163,25 @@ def reparameterize_kl(
     seed: Tensor | int | None = None,
     logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`reparameterize` and :func:`kl_normal` in one pass over ``mu`` and ``logvar``: ``(z, kl)``.
+    """:func:`reparameterize` and :func:`kl_normal` in one pass over ``mu`` and ``logvar``.
 
-    On a GPU the noise is not stored: the backward pass draws it again from the seed. Arguments, results and errors are those of the two
-    functions.
+    On a GPU the noise is not stored: the backward pass draws it again from the seed.
+
+    Args:
+        $posterior
+        $prior
+        $num_samples
+        $reduction
+        $free_bits
+        $noise
+        $logvar_clamp
+
+    Returns:
+        ``(z, kl)``: ``z`` in the dtype of ``mu``; the KL in the dtype of ``mu`` for ``"none"``, else in float32 (float64 for float64). The
+        KL of an empty batch is 0.
+
+    Raises:
+        $errors
     """
     check_posterior("mu", mu, "logvar", logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)

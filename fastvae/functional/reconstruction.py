@@ -24,6 +24,7 @@ from fastvae.functional._checks import (
     check_shape,
     check_tensor,
 )
+from fastvae.functional._documentation import documented
 from fastvae.functional.latent import kl_normal
 from fastvae.reference import reconstruction as reference
 
@@ -93,6 +94,7 @@ def _use_written(ctx, grad_output, tensors, grad_input, grad_logvar) -> list[Ten
     return written
 
 
+@documented
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -111,28 +113,25 @@ def binary_cross_entropy_with_logits(
 
     Args:
         input: logits :math:`x`, any shape; float32, bfloat16, float16 or float64.
-        target: :math:`t` in [0, 1], the shape of ``input``; a floating dtype, or uint8, which means value / 255. As in torch, a target
-            outside [0, 1] is not an error. Beside a float64 target the loss is computed in float64.
-        weight: :math:`w`, broadcast to ``input``; any real dtype, which does not change that of the loss.
-        reduction: ``"none"`` elementwise, ``"sample"`` sum over all but the batch dimension, ``"batchmean"`` mean of those (nats per
-            sample), ``"sum"``, or ``"mean"`` over elements.
+        $probability_target
+        $weight
+        $reduction
         pos_weight: :math:`p`, broadcast to ``input``.
-        grad_scale: the gradient that the backward pass is expected to bring in (a loss scale, or 1 / accumulation steps): the forward pass
-            writes so many times the gradient. The loss is not scaled, and the result is right whatever comes in.
+        $grad_scale
         validate: checks the target (a device synchronisation) and raises ``ValueError`` where one lies outside [0, 1]: for debugging.
 
     Returns:
-        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
-        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
+        $loss
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     if validate:
         check_unit_interval("target", target)
     return _loss("bce_with_logits", input, target, weight, pos_weight, None, reduction, grad_scale)
 
 
+@documented
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -149,15 +148,17 @@ def binary_cross_entropy(
 
     Args:
         input: probabilities :math:`x` in [0, 1], any shape; float32, bfloat16, float16 or float64.
-        target, weight, reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`.
+        $probability_target
+        $weight
+        $reduction
+        $grad_scale
         validate: checks ``input`` and ``target`` (a device synchronisation) and raises ``ValueError`` where one lies outside [0, 1].
 
     Returns:
-        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
-        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
+        $loss
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     if validate:
         check_unit_interval("input", input)
@@ -165,6 +166,7 @@ def binary_cross_entropy(
     return _loss("bce", input, target, weight, None, None, reduction, grad_scale)
 
 
+@documented
 def mse_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean", *, grad_scale: float = 1.0) -> Tensor:
     r"""Squared error :math:`(x - t)^2`; the arguments of :func:`torch.nn.functional.mse_loss`, and more reductions.
 
@@ -172,18 +174,19 @@ def mse_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean", *, gr
         input: :math:`x`, any shape; float32, bfloat16, float16 or float64.
         target: :math:`t`, the shape of ``input``; a floating dtype, uint8, which means value / 255, or as in torch another integer dtype,
             which means the number.
-        reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`.
+        $reduction
+        $grad_scale
 
     Returns:
-        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
-        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
+        $loss
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     return _loss("mse", input, target, None, None, None, reduction, grad_scale)
 
 
+@documented
 def gaussian_nll(
     input: Tensor, target: Tensor, logvar: Tensor | float, reduction: Reduction = "batchmean", *, grad_scale: float = 1.0
 ) -> Tensor:
@@ -194,17 +197,16 @@ def gaussian_nll(
     Args:
         input: the mean :math:`x`, any shape; float32, bfloat16, float16 or float64.
         target: :math:`t`, the shape of ``input``; a floating dtype, or uint8, which means value / 255.
-        logvar: :math:`\log\sigma^2`: a number, or a tensor that broadcasts to ``input`` by torch's rules, so its shape says what it is of:
-            ``()`` of all elements, ``(channels, 1, 1)`` of each channel of an image, ``(channels,)`` only where the channels are the last
-            dimension. It receives a gradient.
-        reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`; the default is nats per sample.
+        $logvar
+            It receives a gradient.
+        $reduction
+        $grad_scale
 
     Returns:
-        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
-        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
+        $loss
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_tensor("input", input)
     if isinstance(logvar, int | float):
@@ -220,6 +222,7 @@ _ELBO_LIKELIHOODS = {
 }
 
 
+@documented
 def elbo_loss(
     recon: Tensor,
     target: Tensor,
@@ -240,19 +243,18 @@ def elbo_loss(
     Args:
         recon: what the decoder gives, the shape of ``target``: logits, probabilities or means.
         target: the data; a floating dtype, or uint8, which means value / 255.
-        mu, logvar: the posterior, ``(batch, ...)``.
-        likelihood: ``"bernoulli_logits"``, ``"bernoulli"`` (probabilities), or ``"gaussian"`` (unit variance).
+        $posterior
+        $likelihood
         beta: weight of the KL (Higgins et al., *beta-VAE*, 2017).
-        free_bits: see :func:`kl_normal`.
+        $free_bits
         capacity: :math:`C` in nats per sample.
-        reduction: ``"batchmean"`` (nats per sample), ``"sum"``, or ``"sample"``, shape ``(batch,)``. Means over elements would weigh pixels
-            against latents, so ``"mean"`` is not offered.
+        $bound_reduction
 
     Returns:
         ``ELBO(loss, recon_loss, kl)``; ``kl`` is without ``beta`` and ``capacity``.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_choice("likelihood", likelihood, _ELBO_LIKELIHOODS)
     check_choice("reduction", reduction, get_args(BoundReduction))
@@ -268,16 +270,20 @@ def elbo_loss(
     return ELBO(recon_loss + beta * penalty, recon_loss, kl)
 
 
+@documented
 def vae_loss(x: Tensor, x_recon: Tensor, mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The loss function of a hundred tutorials: summed binary cross-entropy of probabilities plus summed KL.
 
     Args:
         x: data in [0, 1].
         x_recon: probabilities from a sigmoid, the shape of ``x``.
-        mu, log_var: the posterior, ``(batch, latent)``.
+        mu, log_var: mean and log variance of the posterior, ``(batch, latent)``.
 
     Returns:
         ``(loss, recon_loss, kl_loss)``, sums over the batch. :func:`elbo_loss` gives nats per sample and takes logits.
+
+    Raises:
+        $errors
     """
     check_tensor("x_recon", x_recon)
     _check_target("x", x, "x_recon", x_recon)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastvae import functional as FV
 from fastvae._types import BoundReduction, Likelihood, Reduction
 from fastvae.functional._checks import check_choice, check_nonnegative, check_reduction
+from fastvae.functional._documentation import documented
 from fastvae.nn.schedules import Schedule, ScheduledKL
 
 
@@ -21,12 +22,15 @@ class _Loss(nn.Module):
         return f"reduction={self.reduction!r}"
 
 
+@documented
 class BCEWithLogitsLoss(_Loss):
-    """:func:`fastvae.functional.binary_cross_entropy_with_logits` as a module; the arguments of :class:`torch.nn.BCEWithLogitsLoss`.
+    r""":func:`fastvae.functional.binary_cross_entropy_with_logits` as a module; the arguments of :class:`torch.nn.BCEWithLogitsLoss`.
 
     Args:
-        weight, pos_weight: broadcast to ``input``; buffers, as in torch.
-        reduction: ``"none"``, ``"sample"``, ``"batchmean"``, ``"sum"`` or ``"mean"``.
+        $weight
+            A buffer, as in torch.
+        $reduction
+        pos_weight: :math:`p`, broadcast to ``input``; a buffer, as in torch.
     """
 
     def __init__(self, weight: Tensor | None = None, reduction: Reduction = "mean", pos_weight: Tensor | None = None):
@@ -39,12 +43,14 @@ class BCEWithLogitsLoss(_Loss):
         return FV.binary_cross_entropy_with_logits(input, target, self.weight, reduction or self.reduction, self.pos_weight)
 
 
+@documented
 class BCELoss(_Loss):
     """:func:`fastvae.functional.binary_cross_entropy` as a module; the arguments of :class:`torch.nn.BCELoss`.
 
     Args:
-        weight: broadcast to ``input``; a buffer, as in torch.
-        reduction: ``"none"``, ``"sample"``, ``"batchmean"``, ``"sum"`` or ``"mean"``.
+        $weight
+            A buffer, as in torch.
+        $reduction
     """
 
     def __init__(self, weight: Tensor | None = None, reduction: Reduction = "mean"):
@@ -56,11 +62,12 @@ class BCELoss(_Loss):
         return FV.binary_cross_entropy(input, target, self.weight, reduction or self.reduction)
 
 
+@documented
 class MSELoss(_Loss):
     """:func:`fastvae.functional.mse_loss` as a module; the arguments of :class:`torch.nn.MSELoss`.
 
     Args:
-        reduction: ``"none"``, ``"sample"``, ``"batchmean"``, ``"sum"`` or ``"mean"``.
+        $reduction
     """
 
     def __init__(self, reduction: Reduction = "mean"):
@@ -71,15 +78,15 @@ class MSELoss(_Loss):
         return FV.mse_loss(input, target, reduction or self.reduction)
 
 
+@documented
 class GaussianNLL(_Loss):
     r""":func:`fastvae.functional.gaussian_nll` with a variance that is fixed, or learned with the decoder (Rybkin et al., *Simple and
     Effective VAE Training with Calibrated Decoders*, 2021).
 
     Args:
-        logvar: :math:`\log\sigma^2`: a number, or a tensor that broadcasts to the input by torch's rules: for images one value a channel
-            has the shape ``(channels, 1, 1)``.
+        $logvar
         learned: makes ``logvar`` a parameter that starts at the given value.
-        reduction: ``"none"``, ``"sample"``, ``"batchmean"`` (nats per sample), ``"sum"`` or ``"mean"``.
+        $reduction
     """
 
     def __init__(self, logvar: float | Tensor = 0.0, *, learned: bool = False, reduction: Reduction = "batchmean"):
@@ -114,6 +121,7 @@ class KLPenalty(ScheduledKL):
         return self.beta * (kl if capacity is None else (kl - capacity).abs())
 
 
+@documented
 class ELBOLoss(ScheduledKL):
     """:func:`fastvae.functional.elbo_loss` as a module whose ``beta`` and ``capacity`` may follow a schedule.
 
@@ -121,11 +129,11 @@ class ELBOLoss(ScheduledKL):
     ``state_dict``.
 
     Args:
-        likelihood: ``"bernoulli_logits"``, ``"bernoulli"`` (probabilities) or ``"gaussian"`` (unit variance).
+        $likelihood
         beta: weight of the KL, a number or a schedule.
-        free_bits: nats a dimension that are free, see :func:`fastvae.functional.kl_normal`.
+        $free_bits
         capacity: capacity of the KL in nats per sample, a number or a schedule; ``None`` for none.
-        reduction: ``"batchmean"`` (nats per sample), ``"sum"`` or ``"sample"``.
+        $bound_reduction
     """
 
     def __init__(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fastvae import functional as FV
 from fastvae._types import Reduction
 from fastvae.functional._checks import check_nonnegative, check_reduction
+from fastvae.functional._documentation import documented
 from fastvae.functional.latent import LOGVAR_CLAMP
 
 
@@ -31,6 +32,7 @@ class _Sampler(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
 
 
+@documented
 class Reparameterize(_Sampler):
     """A sample of the posterior: :func:`fastvae.functional.reparameterize` as a module.
 
@@ -38,9 +40,9 @@ class Reparameterize(_Sampler):
     evidence lower bound asks for samples in evaluation too: ``sample_in_eval=True``, or give the noise.
 
     Args:
-        num_samples: draws so many samples of each element; ``z`` then has the shape ``(num_samples, *mu.shape)``.
+        $num_samples
         sample_in_eval: samples in evaluation mode too.
-        logvar_clamp: limits of ``logvar``; ``None`` for none.
+        $logvar_clamp
     """
 
     def __init__(
@@ -68,17 +70,18 @@ class Reparameterize(_Sampler):
         return FV.reparameterize(mu, logvar, eps=eps, generator=generator, seed=seed, **options)
 
 
+@documented
 class ReparameterizeKL(_Sampler):
     """A sample of the posterior and its KL in one call: :func:`fastvae.functional.reparameterize_kl` as a module.
 
     In evaluation mode ``z`` is the mean, as in :class:`Reparameterize`; the KL is that of the posterior in any mode.
 
     Args:
-        num_samples: draws so many samples of each element; ``z`` then has the shape ``(num_samples, *mu.shape)``.
-        reduction: of the KL: ``"none"``, ``"sample"``, ``"batchmean"`` (nats per sample), ``"sum"`` or ``"mean"``.
-        free_bits: nats a dimension that are free, see :func:`fastvae.functional.kl_normal`.
+        $num_samples
+        $reduction
+        $free_bits
         sample_in_eval: samples in evaluation mode too.
-        logvar_clamp: limits of ``logvar``; ``None`` for none.
+        $logvar_clamp
     """
 
     options = ("num_samples", "reduction", "free_bits", "sample_in_eval", "logvar_clamp")

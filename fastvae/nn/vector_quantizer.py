@@ -12,6 +12,7 @@ from fastvae._pytree import exportable
 from fastvae._types import CodebookUpdate, QuantizerGradient
 from fastvae.functional._autograd import transformed
 from fastvae.functional._checks import check_choice, check_nonnegative
+from fastvae.functional._documentation import documented
 from fastvae.functional.codebook import codebook_ema_step_, codebook_sums
 from fastvae.nn import _processes
 from fastvae.nn._recompute import PendingPasses, fingerprint, is_recomputing, keep_out_of_checkpoints, may_be_recomputed, with_value
@@ -65,6 +66,7 @@ class _Seen(NamedTuple):
     statistics: tuple[Tensor, Tensor]
 
 
+@documented
 class VectorQuantizer(nn.Module):
     r"""Replaces vectors with the nearest of ``num_codes`` learned codes (van den Oord et al., *Neural Discrete Representation
     Learning*, 2017).
@@ -84,7 +86,7 @@ class VectorQuantizer(nn.Module):
         dim: length of the vectors; with several heads, of all heads together.
         update: ``"ema"`` or ``"gradient"``.
         commitment_cost: weight of the loss that pulls vectors to their codes.
-        gradient: ``"straight_through"`` or ``"rotation"``, see :func:`fastvae.functional.vector_quantize`.
+        $quantizer_gradient
         decay, eps: of the moving averages.
         revive_below: a code whose moving count of vectors falls below this is replaced with a vector of the batch, and its count and
             sum with it, so that it does not die again at once; 0 for never.
