@@ -108,14 +108,13 @@ class AE(nn.Module):
         """NaN stands for none, which is not stored."""
         self.register_buffer("threshold", value, persistent=not value.isnan())
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict, strict: bool, *args: Any) -> None:
-        # Whether there is a threshold is a part of the state that is loaded.
-        stored = prefix + "threshold" in state_dict
-        if stored:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "threshold" in state_dict:
             self.register_buffer("threshold", self.threshold, persistent=True)
-        elif strict:
+        elif any(name.startswith(prefix) for name in state_dict):
+            # The threshold of other weights.
             self._set_threshold(torch.full_like(self.threshold, math.nan))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def encode(self, x: Tensor) -> Tensor:
         """The codes: features for what comes after."""
