@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastvae.models import AE, DenoisingAE, SparseAE, conv_coders, mlp_coders
+from fastvae.models import AE, DenoisingAE, SparseAE
 from fastvae.training.data import mnist_subset
 
 OUT = Path(__file__).parent / "results" / "autoencoder_figures.json"
@@ -34,11 +34,11 @@ class Figure:
 
 
 FIGURES = {
-    "mlp, d = 2": Figure(lambda: AE(*mlp_coders(latent_dim=2)), 0.040),
-    "mlp, d = 32": Figure(lambda: AE(*mlp_coders()), 0.0125),
-    "denoising, sigma = 0.3": Figure(lambda: DenoisingAE(*mlp_coders()), 0.019),
-    "sparse, L1": Figure(lambda: SparseAE(*mlp_coders(), penalty="l1", weight=L1_WEIGHT), 0.013),
-    "convolutional, d = 32": Figure(lambda: AE(*conv_coders()), 0.0083),
+    "mlp, d = 2": Figure(lambda: AE.mlp(latent_dim=2), 0.040),
+    "mlp, d = 32": Figure(AE.mlp, 0.0125),
+    "denoising, sigma = 0.3": Figure(DenoisingAE.mlp, 0.019),
+    "sparse, L1": Figure(lambda: SparseAE.mlp(penalty="l1", weight=L1_WEIGHT), 0.013),
+    "convolutional, d = 32": Figure(AE.conv, 0.0083),
 }
 
 

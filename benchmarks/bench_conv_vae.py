@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.registry import Case, Inputs, Provider, Results, Unavailable
 from fastvae import functional as FV
 from fastvae.compat import patch_diffusers
-from fastvae.models import ResidualConvVAE
+from fastvae.models import ImageVAE
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 
 CHANNELS = (32, 64, 128)
@@ -65,7 +65,7 @@ class Residual:
     """The residual VAE."""
 
     def __init__(self, size, device, fused: bool):
-        model = ResidualConvVAE(size[1], CHANNELS, precision="float32").to(device)
+        model = ImageVAE.residual(size[1], CHANNELS, precision="float32").to(device)
         self.model = model if fused else with_plain_layers(model)
 
     def encode(self, x):

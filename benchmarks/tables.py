@@ -29,7 +29,7 @@ its inputs, with fastvae and with `{first}`."""
 EMULATED = """\
 This processor has no instructions for products of bfloat16 (`avx512_bf16`). PyTorch's convolutions then take longer in bfloat16 than in
 float32, and they are most of a step: `eager-fp32`, the same step in float32, is faster than fastvae's in bfloat16. Train in float32 on such
-a processor, as `ResidualConvVAE` does by itself."""
+a processor, as `ImageVAE` does by itself."""
 
 
 def describe_processor(row: Run) -> str:

@@ -19,7 +19,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from torch import Tensor
 from tqdm import tqdm
 
-from fastvae.models import AE, mlp_coders
+from fastvae.models import AE
 from fastvae.training.data import mnist_subset
 
 LATENT_DIM, VALIDATION = 8, 400
@@ -47,7 +47,7 @@ def score_with_one_digit_out(digit: int, epochs: int) -> Scores:
     split = mnist_subset()
     torch.manual_seed(0)
     normal = split.train_images[split.train_labels != digit] / 255
-    model = AE(*mlp_coders(latent_dim=LATENT_DIM))
+    model = AE.mlp(latent_dim=LATENT_DIM)
     train(model, normal[VALIDATION:], epochs, f"without {digit}")
     threshold = model.fit_threshold(normal[:VALIDATION], quantile=0.95).item()
     return Scores(model.anomaly_score(split.test_images / 255), split.test_labels == digit, threshold)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastvae import functional as FV
-from fastvae.models import AE, ContractiveAE, DenoisingAE, mlp_coders
+from fastvae.models import AE, ContractiveAE, DenoisingAE
 from fastvae.training.data import mnist_subset
 
 NOISE, CODE, LEARNING_RATE = 0.3, 256, 5e-3
@@ -26,15 +26,11 @@ LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def make_models() -> dict[str, AE]:
-    def coders():
+    def make(kind: type[AE], **options) -> AE:
         torch.manual_seed(0)
-        return mlp_coders(hidden=(), latent_dim=CODE, code="sigmoid")
+        return kind.mlp(hidden=(), latent_dim=CODE, code="sigmoid", **options)
 
-    return {
-        "plain": AE(*coders()),
-        "contractive": ContractiveAE(*coders(), weight=1.0),
-        "denoising": DenoisingAE(*coders()),
-    }
+    return {"plain": make(AE), "contractive": make(ContractiveAE, weight=1.0), "denoising": make(DenoisingAE)}
 
 
 def train(model: AE, images: Tensor, epochs: int, name: str) -> None:

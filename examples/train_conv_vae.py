@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from tqdm import tqdm
 
-from fastvae.models import ResidualConvVAE
+from fastvae.models import ImageVAE
 from fastvae.nn import GaussianNLL, LinearSchedule
 
 PATCH = 128
@@ -53,7 +53,7 @@ def crops(images: list[Tensor], count: int, generator: torch.Generator) -> Tenso
     return torch.stack(patches)
 
 
-def train(model: ResidualConvVAE, images: list[Tensor], minutes: float, batch: int, seed: int) -> list[float]:
+def train(model: ImageVAE, images: list[Tensor], minutes: float, batch: int, seed: int) -> list[float]:
     """The loss of every step, in nats per sample."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -72,7 +72,7 @@ def train(model: ResidualConvVAE, images: list[Tensor], minutes: float, batch: i
 
 
 @torch.no_grad()
-def mean_squared_error(model: ResidualConvVAE, patches: Tensor) -> float:
+def mean_squared_error(model: ImageVAE, patches: Tensor) -> float:
     return float((model.reconstruct(patches).float().clamp(0, 1) - patches / 255).square().mean())
 
 
@@ -80,7 +80,7 @@ def as_picture(patch: Tensor) -> np.ndarray:
     return patch.float().clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def draw_reconstructions(path: Path, model: ResidualConvVAE, patches: Tensor) -> None:
+def draw_reconstructions(path: Path, model: ImageVAE, patches: Tensor) -> None:
     figure, axes = plt.subplots(2, len(patches), figsize=(1.6 * len(patches), 3.4), layout="constrained")
     rows = {"held out": patches / 255, "reconstructed": model.reconstruct(patches)}
     for row, (title, pictures) in zip(axes, rows.items(), strict=True):
@@ -115,7 +115,7 @@ def main() -> None:
     # A Gaussian decoder with one learned variance, which starts at that of a rough reconstruction; the KL comes in over the first steps.
     # With as many groups as channels the norms would take each channel's mean away, and colours with it.
     likelihood = GaussianNLL(-4.0, learned=True)
-    model = ResidualConvVAE(groups=8, image_size=PATCH, likelihood=likelihood, beta=LinearSchedule(200))
+    model = ImageVAE.residual(groups=8, image_size=PATCH, likelihood=likelihood, beta=LinearSchedule(200))
     training, held_out = split(photographs())
     test = crops(held_out, 8, torch.Generator().manual_seed(1))
     before = mean_squared_error(model, test)

@@ -50,7 +50,7 @@ def train(images: Tensor, epochs: int, seed: int = 0) -> tuple[VQVAE, dict[str, 
         images.shape[1], num_codes=512, dim=64, channels=64, data_variance=variance, decay=0.9, kmeans_iters=5, revive_below=1.0
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    curves = {"reconstruction": [], "perplexity": [], "usage": []}
+    curves = {"recon_loss": [], "perplexity": [], "usage": []}
     for _ in tqdm(range(epochs), unit="epoch"):
         outputs = []
         for batch in torch.randperm(len(images)).split(BATCH):
@@ -58,7 +58,7 @@ def train(images: Tensor, epochs: int, seed: int = 0) -> tuple[VQVAE, dict[str, 
             optimizer.zero_grad()
             output.loss.backward()
             optimizer.step()
-            outputs.append(torch.stack([output.reconstruction.detach(), output.perplexity, output.usage]))
+            outputs.append(torch.stack([output.recon_loss.detach(), output.perplexity, output.usage]))
         for curve, value in zip(curves.values(), torch.stack(outputs).mean(0).tolist(), strict=True):
             curve.append(value)
     return model.eval(), curves

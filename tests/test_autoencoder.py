@@ -9,14 +9,18 @@ from _helpers import Source
 from torch import nn
 
 from fastvae import functional as FV
-from fastvae.models.autoencoder import AE, AEOutput, ContractiveAE, DenoisingAE, SparseAE, StackedAE, conv_coders, linear_coders, mlp_coders
+from fastvae.models import AE, AEOutput, ContractiveAE, DenoisingAE, SparseAE, StackedAE
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
 
 
-def tiny(output: str = "sigmoid", code: str = "sigmoid", hidden=()):
+def tiny(kind: type[AE] = AE, *, output: str = "sigmoid", code: str = "sigmoid", hidden=(), **options) -> AE:
     torch.manual_seed(0)
-    return mlp_coders((1, 4, 4), hidden, 5, output=output, code=code)
+    return kind.mlp((1, 4, 4), hidden, 5, output=output, code=code, **options)
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if not list(part.children())]
 
 
 def images(count: int = 7) -> torch.Tensor:
@@ -43,7 +47,7 @@ def check_output(model: AE, x: torch.Tensor) -> AEOutput:
 
 @pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "bce"])
 def test_loss_is_its_formula(loss):
-    model, x = AE(*tiny("identity" if loss == "bce_with_logits" else "sigmoid"), loss=loss), images()
+    model, x = tiny(output="identity" if loss == "bce_with_logits" else "sigmoid", recon_loss=loss), images()
     output = check_output(model, x)
     torch_loss = {"mse": F.mse_loss, "bce_with_logits": F.binary_cross_entropy_with_logits, "bce": F.binary_cross_entropy}[loss]
     torch.testing.assert_close(output.loss, torch_loss(output.recon, x, reduction="sum") / len(x))
@@ -55,7 +59,7 @@ def test_loss_is_its_formula(loss):
 
 
 def test_8_bit_images():
-    model, x = AE(*tiny()), Source("cpu").image(6, 1, 4, 4)
+    model, x = tiny(), Source("cpu").image(6, 1, 4, 4)
     scaled = x.float() / 255
     for ours, theirs in zip(model(x), model(scaled), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -65,7 +69,7 @@ def test_8_bit_images():
 @pytest.mark.parametrize("jacobian", [{}, {"method": "autograd"}, {"chunk_size": 3}], ids=str)
 @pytest.mark.parametrize("hidden", [(), (6,)], ids=["one layer", "two layers"])
 def test_contractive_loss(hidden, jacobian):
-    model, x = ContractiveAE(*tiny(hidden=hidden), weight=0.3, **jacobian), images()
+    model, x = tiny(ContractiveAE, hidden=hidden, weight=0.3, **jacobian), images()
     output = check_output(model, x)
     jacobians = torch.func.vmap(torch.func.jacrev(lambda s: model.encoder(s[None])[0]))(x)
     torch.testing.assert_close(output.penalty, jacobians.square().sum() / len(x))
@@ -75,11 +79,11 @@ def test_contractive_loss(hidden, jacobian):
 
 def test_a_contractive_convolutional_autoencoder_trains():
     torch.manual_seed(0)
-    model, x = ContractiveAE(*conv_coders(3), weight=0.1, num_projections=2), Source("cpu").uniform(4, 1, 28, 28)
+    model, x = ContractiveAE.conv(3, weight=0.1, num_projections=2), Source("cpu").uniform(4, 1, 28, 28)
     first = model(x)
     first.penalty.backward()
     assert first.penalty > 0
-    assert model.encoder[0].weight.grad.abs().sum() > 0
+    assert model.encoder[0][0].weight.grad.abs().sum() > 0
     train(model, x, 10, 1e-3)
     assert model(x).loss < first.loss
 
@@ -88,7 +92,7 @@ def test_a_contractive_penalty_contracts():
     x = images(60)
     norms = []
     for weight in (0.0, 3.0):
-        model = train(ContractiveAE(*tiny(), weight=weight), x, 150)
+        model = train(tiny(ContractiveAE, weight=weight), x, 150)
         norms.append(FV.jacobian_frobenius(model.encoder, x).item())
     assert norms[1] < 0.5 * norms[0]
 
@@ -96,19 +100,19 @@ def test_a_contractive_penalty_contracts():
 def test_sparse_losses():
     x, rho = images(), 0.1
     for penalty in ("kl", "l1"):
-        model = SparseAE(*tiny(), penalty=penalty, weight=0.2, rho=rho)
+        model = tiny(SparseAE, penalty=penalty, weight=0.2, rho=rho)
         output = check_output(model, x)
         rho_hat = output.z.mean(0)
         kl = (rho * torch.log(rho / rho_hat) + (1 - rho) * torch.log((1 - rho) / (1 - rho_hat))).sum()
         expected = kl if penalty == "kl" else output.z.abs().sum(1).mean()
         torch.testing.assert_close(output.penalty, expected)
-        torch.testing.assert_close(output.loss, output.reconstruction + 0.2 * expected)
+        torch.testing.assert_close(output.loss, output.recon_loss + 0.2 * expected)
         torch.testing.assert_close(model.mean_activation(x), rho_hat)
 
 
 @pytest.mark.parametrize("rho", [0.05, 0.5, 0.9])
 def test_near_rho_the_divergence_is_accurate_and_never_negative(rho):
-    model = SparseAE(*tiny(), penalty="kl", rho=rho)
+    model = tiny(SparseAE, penalty="kl", rho=rho)
     activations = (rho + torch.linspace(-0.3, 0.3, 401).pow(3) * min(rho, 1 - rho)).requires_grad_()
     divergences = torch.stack([model._divergence(a) for a in activations])
     wide, exact = activations.detach().double(), float(torch.tensor(rho))
@@ -124,7 +128,7 @@ def test_near_rho_the_divergence_is_accurate_and_never_negative(rho):
 
 def test_sparse_activations_approach_rho():
     x = images(100)
-    model = SparseAE(*tiny(), penalty="kl", weight=5.0, rho=0.1)
+    model = tiny(SparseAE, penalty="kl", weight=5.0, rho=0.1)
     assert (model.mean_activation(x) > 0.3).all()
     train(model, x, 400, 2e-2)
     torch.testing.assert_close(model.mean_activation(x), torch.full((5,), 0.1), rtol=0, atol=0.02)
@@ -133,7 +137,7 @@ def test_sparse_activations_approach_rho():
 def test_l1_makes_codes_small():
     x = images(60)
     sizes = [
-        train(SparseAE(*tiny(code="identity"), penalty="l1", weight=weight), x, 150).mean_activation(x).sum().item() for weight in (0, 0.5)
+        train(tiny(SparseAE, code="identity", penalty="l1", weight=weight), x, 150).mean_activation(x).sum().item() for weight in (0, 0.5)
     ]
     assert sizes[1] < 0.5 * sizes[0]
 
@@ -153,7 +157,7 @@ def test_a_linear_autoencoder_reaches_the_error_of_pca():
     pca = decomposition.PCA(8).fit(digits)
     least = ((pca.inverse_transform(pca.transform(digits)) - digits) ** 2).mean()
     torch.manual_seed(0)
-    model, x = AE(*linear_coders(64, 8)).double(), torch.from_numpy(digits)
+    model, x = AE.linear(64, 8).double(), torch.from_numpy(digits)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=600, history_size=30, line_search_fn="strong_wolfe")
 
     def closure():
@@ -171,7 +175,7 @@ def test_a_linear_autoencoder_reaches_the_error_of_pca():
 def test_denoising(corruption):
     """Encodes the corrupted input, is judged by the clean one, and comes nearer to it than the corrupted one is."""
     x = images(1).repeat(300, 1, 1, 1)
-    model = DenoisingAE(*tiny(), corruption=corruption)
+    model = tiny(DenoisingAE, corruption=corruption)
     torch.manual_seed(1)
     output = model(x)
     torch.manual_seed(1)
@@ -205,7 +209,7 @@ def test_corruptions():
 def test_stacked():
     """Pretraining lowers each layer's loss and changes no other layer; fine-tuning trains them all."""
     torch.manual_seed(0)
-    model, x = StackedAE((1, 4, 4), (12, 8, 5), activation="sigmoid"), images(64)
+    model, x = StackedAE.mlp((1, 4, 4), (12, 8), 5, activation="sigmoid", code="sigmoid"), images(64)
     before = [p.clone() for p in model.stage(2).parameters()]
     model._pretrain_stage(0, [x], 1, lambda parameters: torch.optim.SGD(parameters, lr=0.1), None)
     assert all(torch.equal(a, b) for a, b in zip(before, model.stage(2).parameters(), strict=True))
@@ -223,21 +227,21 @@ def test_stacked():
 
 def test_a_stage_sees_the_codes_below_it():
     torch.manual_seed(0)
-    model, x = StackedAE((1, 4, 4), (12, 8, 5), output="tanh"), images()
-    assert [tuple(model.stage_input(x, level).shape) for level in range(3)] == [(7, 16), (7, 12), (7, 8)]
-    value = x.flatten(1)
+    model, x = StackedAE.mlp((1, 4, 4), (12, 8), 5, output="tanh"), images()
+    assert [tuple(model.stage_input(x, level).shape) for level in range(3)] == [(7, 1, 4, 4), (7, 12), (7, 8)]
+    value = x
     for level in range(3):
         torch.testing.assert_close(model.stage_input(x, level), value)
         value = model.stage(level).encode(value)
     torch.testing.assert_close(model.encode(x), value)
     for level in (2, 1, 0):
         value = model.stage(level).decode(value)
-    torch.testing.assert_close(model.reconstruct(x).flatten(1), value)
+    torch.testing.assert_close(model.reconstruct(x), value)
 
 
 def test_stacked_denoising_pretraining():
     torch.manual_seed(0)
-    model, calls = StackedAE(16, (8, 5)), []
+    model, calls = StackedAE.mlp(16, (8,), 5), []
 
     def corruption(x):
         calls.append(tuple(x.shape))
@@ -249,7 +253,7 @@ def test_stacked_denoising_pretraining():
 
 def test_threshold(tmp_path):
     """Fitted on validation data, stored with the model."""
-    model, x = AE(*tiny()), images(200)
+    model, x = tiny(), images(200)
     with pytest.raises(RuntimeError, match="threshold: has not been fitted"):
         model.is_anomaly(x)
     scores = model.anomaly_score(x)
@@ -258,27 +262,35 @@ def test_threshold(tmp_path):
     assert model.is_anomaly(x).sum() == 20
     assert model.is_anomaly(x + 10).all()
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    other = AE(*tiny())
+    other = tiny()
     other.load_state_dict(torch.load(tmp_path / "model.pt"))
     assert torch.equal(other.is_anomaly(x), model.is_anomaly(x))
 
 
 def test_networks():
-    encoder, decoder = mlp_coders()
-    widths = [layer.out_features for layer in (*encoder, *decoder) if isinstance(layer, nn.Linear)]
+    widths = [layer.out_features for layer in layers_of(AE.mlp()) if isinstance(layer, nn.Linear)]
     assert widths == [512, 256, 32, 256, 512, 784]
     x = Source("cpu").uniform(3, 1, 28, 28)
-    for encoder, decoder in (mlp_coders(), conv_coders(7), linear_coders((1, 28, 28), 4)):
-        assert decoder(encoder(x)).shape == x.shape
-    assert isinstance(mlp_coders(output="tanh")[1][-2], nn.Tanh)
-    assert isinstance(conv_coders(output="identity")[1][-1], nn.Identity)
+    for model in (AE.mlp(), AE.conv(7), AE.linear((1, 28, 28), 4)):
+        assert model(x).recon.shape == x.shape
+    assert isinstance(layers_of(AE.mlp(output="tanh"))[-2], nn.Tanh)
+    assert isinstance(layers_of(AE.conv(output="tanh"))[-1], nn.Tanh)
+    assert isinstance(layers_of(AE.conv(output="identity"))[-1], nn.ConvTranspose2d)
+
+
+@pytest.mark.parametrize("make", [StackedAE.mlp, StackedAE.conv], ids=["mlp", "conv"])
+def test_each_stage_of_a_network_is_an_autoencoder(make):
+    model, x = make(latent_dim=3), Source("cpu").uniform(2, 1, 28, 28)
+    for level in range(len(model.encoder)):
+        value = model.stage_input(x, level)
+        assert model.stage(level)(value).recon.shape == value.shape
 
 
 @pytest.mark.parametrize("model", [AE, DenoisingAE, SparseAE, ContractiveAE])
 def test_state_and_autocast(model):
     torch.manual_seed(0)
-    first, x = model(*tiny()), images()
-    second = model(*tiny(hidden=()))
+    first, x = tiny(model), images()
+    second = tiny(model, hidden=())
     second.load_state_dict(first.state_dict())
     torch.testing.assert_close(second.reconstruct(x), first.reconstruct(x))
     with torch.autocast("cpu", torch.bfloat16):
@@ -290,7 +302,7 @@ def test_state_and_autocast(model):
 @pytest.mark.parametrize("model", [AE, SparseAE, ContractiveAE])
 def test_compiled(model):
     torch.compiler.reset()
-    model, x = model(*tiny()), images()
+    model, x = tiny(model), images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(compiled(x), model(x), strict=True):
         torch.testing.assert_close(ours, eager)
@@ -299,15 +311,16 @@ def test_compiled(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: AE(*tiny(), loss="mae"), "loss: got 'mae', takes one of 'mse', 'bce_with_logits', 'bce'"),
-        (lambda: SparseAE(*tiny(), penalty="l2"), "penalty: got 'l2', takes one of 'kl', 'l1'"),
-        (lambda: SparseAE(*tiny(), rho=1.0), r"rho: got 1.0, takes a number in \(0, 1\)"),
-        (lambda: ContractiveAE(*tiny(), weight=-1), "weight: got -1, takes a number >= 0"),
-        (lambda: mlp_coders(activation="step"), "activation: got 'step', takes one of"),
-        (lambda: StackedAE(output="step"), "output: got 'step', takes one of"),
-        (lambda: StackedAE(4, (3,)).pretrain([], 1), "batches: got none"),
-        (lambda: AE(*tiny()).fit_threshold(images(), quantile=1.5), r"quantile: got 1.5, takes a number in \(0, 1\]"),
-        (lambda: AE(*tiny()).fit_threshold(images(0)), "batches: got no samples"),
+        (lambda: tiny(recon_loss="mae"), "recon_loss: got 'mae', takes one of 'mse', 'bce_with_logits', 'bce'"),
+        (lambda: tiny(SparseAE, penalty="l2"), "penalty: got 'l2', takes one of 'kl', 'l1'"),
+        (lambda: tiny(SparseAE, rho=1.0), r"rho: got 1.0, takes a number in \(0, 1\)"),
+        (lambda: tiny(ContractiveAE, weight=-1), "weight: got -1, takes a number >= 0"),
+        (lambda: StackedAE(nn.Sequential(nn.Identity()), nn.Sequential()), "decoder: got 0 stages, takes one for each of the encoder's 1"),
+        (lambda: AE.mlp(activation="step"), "activation: got 'step', takes one of"),
+        (lambda: StackedAE.mlp(output="step"), "output: got 'step', takes one of"),
+        (lambda: StackedAE.mlp(4, (), 3).pretrain([], 1), "batches: got none"),
+        (lambda: tiny().fit_threshold(images(), quantile=1.5), r"quantile: got 1.5, takes a number in \(0, 1\]"),
+        (lambda: tiny().fit_threshold(images(0)), "batches: got no samples"),
         (lambda: Masking(1.5), r"fraction: got 1.5, takes a number in \[0, 1\]"),
         (lambda: GaussianNoise(-1), "sigma: got -1, takes a number >= 0"),
         (lambda: MinMaxScaler(1, 0), "low, high: got 1, 0, takes low < high"),

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from _helpers import Source, each_place
 from torch import nn
 
-from fastvae.models import ResidualConvVAE
-from fastvae.models.conv_vae import Attention, ResidualBlock, bfloat16_pays
+from fastvae.models import ImageVAE
+from fastvae.models.image_vae import Attention, ResidualBlock, bfloat16_pays
 from fastvae.nn import GaussianNLL, GroupNormSiLU
 
 SMALL = {"channels": (8, 16), "blocks": 1, "groups": 4, "latent_channels": 2}
@@ -15,7 +15,7 @@ SMALL = {"channels": (8, 16), "blocks": 1, "groups": 4, "latent_channels": 2}
 
 def small(**options):
     torch.manual_seed(0)
-    return ResidualConvVAE(**{**SMALL, "precision": "float32", **options})
+    return ImageVAE.residual(**{**SMALL, "precision": "float32", **options})
 
 
 def images(count=3, size=16):
@@ -23,7 +23,7 @@ def images(count=3, size=16):
 
 
 def test_the_default_network():
-    model = ResidualConvVAE()
+    model = ImageVAE.residual()
     mu, logvar = model.encode(images(1, 32))
     assert mu.shape == logvar.shape == (1, 4, 8, 8)
     assert model.decode(mu).shape == (1, 3, 32, 32)
@@ -136,6 +136,6 @@ def test_compiled_as_one_graph():
 
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="groups: got 32 for 40 channels"):
-        ResidualConvVAE(channels=(32, 40))
+        ImageVAE.residual(channels=(32, 40))
     with pytest.raises(ValueError, match="precision: got 'half', takes one of 'auto', 'bfloat16', 'float32'"):
-        ResidualConvVAE(precision="half")
+        ImageVAE.residual(precision="half")

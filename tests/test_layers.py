@@ -13,19 +13,21 @@ ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports only parts of a lower rank, and itself.
 RANKS = {
     "_pytree": 0,
-    "ops": 0,
-    "_load": 1,
-    "_backend": 2,
-    "functional": 3,
-    "info": 3,
-    "nn": 4,
-    "models": 5,
-    "compat": 5,
-    "metrics": 5,
-    "training": 6,
-    "__main__": 7,
+    "_types": 0,
+    "_outputs": 1,
+    "ops": 1,
+    "_load": 2,
+    "_backend": 3,
+    "functional": 4,
+    "info": 4,
+    "nn": 5,
+    "models": 6,
+    "compat": 6,
+    "metrics": 6,
+    "training": 7,
+    "__main__": 8,
 }
-# These hand themselves to the operators: they know ops and each other, and only _load loads them.
+# These hand themselves to the operators: they know ops, the names of options and of results, and each other; only _load loads them.
 IMPLEMENTATIONS = ("fallback", "reference", "kernels", "_C")
 # What puts the package together.
 ASSEMBLY = ("__init__", "_checkout")
@@ -62,7 +64,7 @@ def test_imports_run_one_way(path):
     if part in ASSEMBLY:
         assert imported <= {*RANKS, *IMPLEMENTATIONS, *ASSEMBLY}
     elif part in IMPLEMENTATIONS:
-        assert imported <= {"ops", *IMPLEMENTATIONS}
+        assert imported <= {"ops", "_outputs", "_types", *IMPLEMENTATIONS}
     else:
         # The definitions in reference serve anyone above the backends.
         beside = {"reference"} if RANKS[part] >= RANKS["functional"] else set()

@@ -7,11 +7,12 @@ import torch
 from _helpers import Source, each_place
 from torch import nn
 
-from fastvae.models import MLPVAE, VAE, ConvVAE, VAEOutput
+from fastvae.models import VAE, VAEOutput
 from fastvae.nn import CapacitySchedule, GaussianNLL, LinearSchedule
 from fastvae.reference import latent, reconstruction
 
 EACH_PLACE = each_place("reconstruction_forward")
+EACH_NETWORK = pytest.mark.parametrize("make", [VAE.conv, VAE.mlp], ids=["conv", "mlp"])
 
 
 def images(count=5, device="cpu"):
@@ -20,12 +21,16 @@ def images(count=5, device="cpu"):
 
 def tiny_vae(**options):
     torch.manual_seed(0)
-    return MLPVAE(data_shape=(1, 4, 4), hidden_dim=8, latent_dim=2, **options)
+    return VAE.mlp(data_shape=(1, 4, 4), hidden=(8,), latent_dim=2, **options)
 
 
 def tiny_batch(count=6):
     source = Source("cpu")
     return source.uniform(count, 1, 4, 4), source.normal(count, 2)
+
+
+def layers_of(module):
+    return [part for part in module.modules() if not list(part.children())]
 
 
 def describe(layer):
@@ -40,9 +45,9 @@ def describe(layer):
 
 
 def test_conv_vae_is_the_network_of_the_specification():
-    model = ConvVAE(latent_dim=20)
+    model = VAE.conv(latent_dim=20)
     pairs = (3, 3), (2, 2), (1, 1)
-    assert [describe(layer) for layer in model.encoder] == [
+    assert [describe(layer) for layer in layers_of(model.encoder)] == [
         ("Conv", 1, 32, *pairs),
         ("ReLU",),
         ("Conv", 32, 64, *pairs),
@@ -52,7 +57,7 @@ def test_conv_vae_is_the_network_of_the_specification():
         ("ReLU",),
         ("Linear", 256, 40),
     ]
-    assert [describe(layer) for layer in model.decoder] == [
+    assert [describe(layer) for layer in layers_of(model.decoder)] == [
         ("Linear", 20, 256),
         ("ReLU",),
         ("Linear", 256, 3136),
@@ -68,16 +73,16 @@ def test_conv_vae_is_the_network_of_the_specification():
 
 
 def test_mlp_vae_is_784_400_20():
-    layers = [*MLPVAE().encoder, *MLPVAE().decoder]
+    layers = layers_of(VAE.mlp())
     linear = [describe(layer)[1:] for layer in layers if isinstance(layer, nn.Linear)]
     assert linear == [(784, 400), (400, 40), (20, 400), (400, 784)]
-    assert MLPVAE(784)(torch.rand(3, 784)).recon.shape == (3, 784)
+    assert VAE.mlp(784)(torch.rand(3, 784)).recon.shape == (3, 784)
 
 
-@pytest.mark.parametrize("model_class", [ConvVAE, MLPVAE])
+@EACH_NETWORK
 @EACH_PLACE
-def test_shapes_and_gradients(place, model_class):
-    model, x = model_class(latent_dim=3).to(place.device), images(device=place.device)
+def test_shapes_and_gradients(place, make):
+    model, x = make(latent_dim=3).to(place.device), images(device=place.device)
     output = model(x)
     assert isinstance(output, VAEOutput)
     assert [tuple(t.shape) for t in output] == [(), (), (), (5, 1, 28, 28), (5, 3), (5, 3), (5, 3)]
@@ -117,7 +122,7 @@ def test_loss_is_its_formula(likelihood, options):
     kl = latent.kl_normal(mu, logvar, free_bits=options.get("free_bits", 0.0))
     capacity = options.get("capacity")
     penalty = kl if capacity is None else abs(kl - capacity)
-    torch.testing.assert_close(output.reconstruction, sum(terms) / samples)
+    torch.testing.assert_close(output.recon_loss, sum(terms) / samples)
     torch.testing.assert_close(output.kl, kl)
     torch.testing.assert_close(output.loss, sum(terms) / samples + options.get("beta", 1.0) * penalty)
 
@@ -129,10 +134,10 @@ def test_num_samples_are_the_first_dimension():
     assert output.recon.shape == (3, 6, 1, 4, 4)
 
 
-@pytest.mark.parametrize("model_class", [ConvVAE, MLPVAE])
+@EACH_NETWORK
 @EACH_PLACE
-def test_8_bit_images_are_their_values_over_255(place, model_class):
-    model, x = model_class(latent_dim=3).to(place.device), images(device=place.device)
+def test_8_bit_images_are_their_values_over_255(place, make):
+    model, x = make(latent_dim=3).to(place.device), images(device=place.device)
     eps = torch.randn(5, 3, device=place.device)
     from_bytes, from_floats = model(x, eps=eps), model(x.float() / 255, eps=eps)
     torch.testing.assert_close(from_bytes, from_floats, rtol=1e-6, atol=1e-5)
@@ -153,7 +158,7 @@ def test_learned_variance_is_trained_with_the_model():
     output = model(x, eps=eps)
     squared_error = (output.recon - x) ** 2
     density = 0.5 * (math.log(2 * math.pi) - 1.0 + squared_error * math.e)
-    torch.testing.assert_close(output.reconstruction, density.sum() / 6)
+    torch.testing.assert_close(output.recon_loss, density.sum() / 6)
     output.loss.backward()
     torch.testing.assert_close(model.likelihood.logvar.grad, 0.5 * (1.0 - squared_error * math.e).sum() / 6)
     assert "likelihood.logvar" in dict(model.named_parameters())
@@ -176,7 +181,7 @@ def test_an_encoder_that_cannot_be_split_is_named():
 
 def test_unknown_likelihood_is_named():
     with pytest.raises(ValueError, match=r"^likelihood: got 'poisson', takes one of"):
-        ConvVAE(likelihood="poisson")
+        VAE.conv(likelihood="poisson")
 
 
 def test_sampling_without_a_latent_shape_is_an_error():
@@ -262,7 +267,7 @@ def test_checkpoint_keeps_the_schedules():
     resumed.load_state_dict(model.state_dict())
     x, eps = tiny_batch()
     output = resumed(x, eps=eps)
-    torch.testing.assert_close(output.loss, output.reconstruction + 0.25 * (output.kl - 2.0).abs())
+    torch.testing.assert_close(output.loss, output.recon_loss + 0.25 * (output.kl - 2.0).abs())
     assert torch.equal(output.loss, model(x, eps=eps).loss)
 
 
@@ -288,11 +293,11 @@ def test_whole_loss_compiles_with_drawn_noise(options):
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("model_class", [ConvVAE, MLPVAE])
+@EACH_NETWORK
 @EACH_PLACE
-def test_autocast(place, model_class):
+def test_autocast(place, make):
     torch.manual_seed(0)
-    model, x = model_class(latent_dim=3).to(place.device), images(device=place.device)
+    model, x = make(latent_dim=3).to(place.device), images(device=place.device)
     eps = torch.randn(5, 3, device=place.device)
     with torch.autocast(place.device, torch.bfloat16):
         output = model(x, eps=eps)
@@ -304,7 +309,7 @@ def test_autocast(place, model_class):
 
 
 def test_bfloat16_model_takes_8_bit_images():
-    model = ConvVAE(latent_dim=3).to(torch.bfloat16)
+    model = VAE.conv(latent_dim=3).to(torch.bfloat16)
     output = model(images())
     assert output.recon.dtype == torch.bfloat16
     assert output.loss.isfinite()

@@ -1,5 +1,6 @@
 """Loss modules, schedules and sampling modules against torch, fastvae.functional and fastvae.reference."""
 
+import inspect
 import io
 import math
 from copy import deepcopy
@@ -54,14 +55,14 @@ def test_reduction_can_be_overridden_for_a_call(loss):
     assert loss(input, target).shape == ()
 
 
-@pytest.mark.parametrize("logvar", [-1.5, torch.tensor([-2.0, 0.0, 1.0])], ids=["global", "channel"])
+@pytest.mark.parametrize("logvar", [-1.5, torch.tensor([[-2.0], [0.0], [1.0]])], ids=["global", "channel"])
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @EACH_PLACE
 def test_gaussian_nll_is_the_density(place, logvar, learned):
     source = Source(place.device)
     mean, target = source.normal(4, 3, 5), source.normal(4, 3, 5)
     module = fnn.GaussianNLL(logvar, learned=learned).to(place.device)
-    scale = (0.5 * torch.as_tensor(logvar).double()).exp().view(-1, 1).to(place.device)
+    scale = (0.5 * torch.as_tensor(logvar).double()).exp().to(place.device)
     density = torch.distributions.Normal(mean.double(), scale).log_prob(target.double())
     assert_close(module(mean, target), -density.sum((1, 2)).mean(), torch.float32)
     assert len(list(module.parameters())) == learned
@@ -71,10 +72,10 @@ def test_gaussian_nll_is_the_density(place, logvar, learned):
 def test_learned_variance_settles_at_the_mean_squared_error():
     torch.manual_seed(0)
     mean, target = torch.zeros(256, 2, 8), torch.randn(256, 2, 8) * torch.tensor([0.1, 3.0]).view(2, 1)
-    best = (target**2).mean((0, 2)).log()
+    best = (target**2).mean((0, 2)).log().view(2, 1)
     module = fnn.GaussianNLL(best, learned=True)
     module(mean, target).backward()
-    torch.testing.assert_close(module.logvar.grad, torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(module.logvar.grad, torch.zeros(2, 1), atol=1e-4, rtol=0)
     assert module.logvar is not best
 
 
@@ -109,12 +110,12 @@ def gaussian_constant(recon, reduction):
 @pytest.mark.parametrize("likelihood", ["bernoulli_logits", "bernoulli", "gaussian"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @EACH_PLACE
-def test_vae_loss_is_its_formula(place, options, likelihood, reduction):
+def test_elbo_loss_is_its_formula(place, options, likelihood, reduction):
     source = Source(place.device)
     recon, target = source.uniform(6, 1, 4, 4), source.uniform(6, 1, 4, 4)
     mu, logvar = source.normal(6, 3), source.normal(6, 3)
     leaves, wide = [leaf(t) for t in (recon, mu, logvar)], [wide_leaf(t) for t in (recon, mu, logvar)]
-    loss = fnn.VAELoss(likelihood, reduction=reduction, **options)(leaves[0], target, *leaves[1:]).loss
+    loss = fnn.ELBOLoss(likelihood=likelihood, reduction=reduction, **options)(leaves[0], target, *leaves[1:]).loss
     oracle = reference_elbo(wide[0], target.double(), *wide[1:], likelihood, reduction, **options)
     assert_close(loss, oracle.detach(), torch.float32, magnitude=100.0 * options.get("beta", 1.0))
     loss.sum().backward()
@@ -123,11 +124,17 @@ def test_vae_loss_is_its_formula(place, options, likelihood, reduction):
         assert_close(ours.grad, expected.grad, torch.float32, magnitude=options.get("beta", 1.0), roundings=2)
 
 
-def test_vae_loss_gives_the_terms():
+def test_the_module_of_a_function_has_its_arguments_and_defaults():
+    function, module = inspect.signature(FV.elbo_loss).parameters, inspect.signature(fnn.ELBOLoss).parameters
+    assert list(inspect.signature(fnn.ELBOLoss.forward).parameters)[1:] + list(module) == list(function)
+    assert all(parameter.default == function[name].default and parameter.kind == function[name].kind for name, parameter in module.items())
+
+
+def test_elbo_loss_gives_the_terms():
     recon, target, mu, logvar = torch.randn(4, 8), torch.rand(4, 8), torch.randn(4, 2), torch.randn(4, 2)
-    output = fnn.VAELoss(beta=3.0)(recon, target, mu, logvar)
+    output = fnn.ELBOLoss(beta=3.0)(recon, target, mu, logvar)
     assert isinstance(output, FV.ELBO)
-    torch.testing.assert_close(output.loss, output.reconstruction + 3.0 * output.kl)
+    torch.testing.assert_close(output.loss, output.recon_loss + 3.0 * output.kl)
     torch.testing.assert_close(output.kl, FV.kl_normal(mu, logvar))
 
 
@@ -161,14 +168,14 @@ def test_schedules(schedule, points):
         (lambda: fnn.CosineSchedule(1.5), "steps"),
         (lambda: fnn.CyclicalSchedule(8, cycles=9), "cycles"),
         (lambda: fnn.CyclicalSchedule(8, ratio=0.0), "ratio"),
-        (lambda: fnn.VAELoss("poisson"), "likelihood"),
-        (lambda: fnn.VAELoss(reduction="mean"), "reduction"),
-        (lambda: fnn.VAELoss(beta=-1.0), "beta"),
-        (lambda: fnn.VAELoss(beta=None), "beta"),
+        (lambda: fnn.ELBOLoss(likelihood="poisson"), "likelihood"),
+        (lambda: fnn.ELBOLoss(reduction="mean"), "reduction"),
+        (lambda: fnn.ELBOLoss(beta=-1.0), "beta"),
+        (lambda: fnn.ELBOLoss(beta=None), "beta"),
         (lambda: fnn.KLPenalty(capacity=float("nan")), "capacity"),
-        (lambda: fnn.VAELoss(free_bits=-1.0), "free_bits"),
+        (lambda: fnn.ELBOLoss(free_bits=-1.0), "free_bits"),
         (lambda: fnn.MSELoss("batch"), "reduction"),
-        (lambda: fnn.Reparameterize(reduction="batch"), "reduction"),
+        (lambda: fnn.ReparameterizeKL(reduction="batch"), "reduction"),
     ],
 )
 def test_errors_name_the_argument(make, name):
@@ -177,7 +184,7 @@ def test_errors_name_the_argument(make, name):
 
 
 def scheduled_loss():
-    return fnn.VAELoss(beta=fnn.LinearSchedule(10), capacity=fnn.CapacitySchedule(20, end=40.0))
+    return fnn.ELBOLoss(beta=fnn.LinearSchedule(10), capacity=fnn.CapacitySchedule(20, end=40.0))
 
 
 def test_step_advances_the_weights():
@@ -220,10 +227,25 @@ def test_a_copy_goes_its_own_way():
     assert (copy.num_steps, copy.beta.item()) == (2, pytest.approx(0.2))
 
 
-def test_state_does_not_depend_on_what_is_scheduled():
-    state = scheduled_loss().state_dict()
-    assert state.keys() == {"num_steps"}
-    assert fnn.VAELoss(beta=2.0).load_state_dict(state) == ([], [])
+def test_only_a_schedule_is_counted_in_the_state():
+    loss = fnn.ELBOLoss(beta=2.0)
+    loss.step()
+    assert loss.state_dict() == {}
+    loss.beta = fnn.LinearSchedule(4)
+    assert loss.state_dict() == {"num_steps": 1}
+    loss.beta = 1.0
+    assert loss.state_dict() == {}
+
+
+def test_a_loss_of_numbers_loads_the_state_of_a_schedule():
+    scheduled, loss = scheduled_loss(), fnn.ELBOLoss(beta=2.0)
+    scheduled.step()
+    assert loss.load_state_dict(scheduled.state_dict()) == ([], [])
+    assert loss.beta == 2.0
+    loss.beta = fnn.LinearSchedule(4)
+    assert loss.beta == 0.25
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"num_steps\""):
+        scheduled.load_state_dict(fnn.ELBOLoss(beta=2.0).state_dict())
 
 
 @pytest.mark.parametrize("schedule", [schedule for schedule, _ in SCHEDULES], ids=str)
@@ -248,10 +270,10 @@ def test_module_shows_its_schedule():
 
 
 @EACH_PLACE
-def test_reparameterize_in_training_mode_samples(place):
+def test_reparameterize_kl_in_training_mode_samples(place):
     source = Source(place.device)
     mu, logvar = leaf(source.normal(4, 3)), leaf(source.normal(4, 3))
-    z, kl = fnn.Reparameterize(num_samples=2, free_bits=0.2)(mu, logvar, seed=7)
+    z, kl = fnn.ReparameterizeKL(num_samples=2, free_bits=0.2)(mu, logvar, seed=7)
     expected = FV.reparameterize_kl(mu, logvar, num_samples=2, free_bits=0.2, seed=7)
     assert torch.equal(z, expected[0])
     assert torch.equal(kl, expected[1])
@@ -260,24 +282,36 @@ def test_reparameterize_in_training_mode_samples(place):
     assert logvar.grad.abs().min() > 0
 
 
-def test_reparameterize_in_evaluation_mode_gives_the_mean():
+def test_reparameterize_kl_in_evaluation_mode_gives_the_mean():
     mu, logvar = torch.randn(4, 3), torch.randn(4, 3)
-    module = fnn.Reparameterize(reduction="sample").eval()
+    module = fnn.ReparameterizeKL(reduction="sample").eval()
     z, kl = module(mu, logvar)
     assert torch.equal(z, mu)
     torch.testing.assert_close(kl, FV.kl_normal(mu, logvar, reduction="sample"))
-    assert fnn.Reparameterize(num_samples=5).eval()(mu, logvar)[0].shape == (5, 4, 3)
+    assert fnn.ReparameterizeKL(num_samples=5).eval()(mu, logvar)[0].shape == (5, 4, 3)
 
 
-def test_reparameterize_in_evaluation_mode_samples_on_demand():
+@EACH_PLACE
+def test_reparameterize_gives_z_alone(place):
+    source = Source(place.device)
+    mu, logvar = leaf(source.normal(4, 3)), leaf(source.normal(4, 3))
+    module = fnn.Reparameterize(num_samples=2, logvar_clamp=(-1.0, 1.0))
+    assert torch.equal(module(mu, logvar, seed=7), FV.reparameterize(mu, logvar, num_samples=2, logvar_clamp=(-1.0, 1.0), seed=7))
+    assert torch.equal(module.eval()(mu, logvar), mu.expand(2, 4, 3))
+    assert torch.equal(module(mu, logvar, seed=7), fnn.ReparameterizeKL(num_samples=2, logvar_clamp=(-1.0, 1.0))(mu, logvar, seed=7)[0])
+    assert not torch.equal(fnn.Reparameterize(sample_in_eval=True).eval()(mu, logvar), mu)
+    assert repr(module) == "Reparameterize(num_samples=2, sample_in_eval=False, logvar_clamp=(-1.0, 1.0))"
+
+
+def test_reparameterize_kl_in_evaluation_mode_samples_on_demand():
     mu, logvar, eps = torch.randn(4, 3), torch.randn(4, 3), torch.randn(4, 3)
     expected = FV.reparameterize(mu, logvar, eps=eps)
-    assert torch.equal(fnn.Reparameterize().eval()(mu, logvar, eps=eps)[0], expected)
-    assert not torch.equal(fnn.Reparameterize(sample_in_eval=True).eval()(mu, logvar)[0], mu)
+    assert torch.equal(fnn.ReparameterizeKL().eval()(mu, logvar, eps=eps)[0], expected)
+    assert not torch.equal(fnn.ReparameterizeKL(sample_in_eval=True).eval()(mu, logvar)[0], mu)
 
 
-def test_reparameterize_with_a_learned_prior():
+def test_reparameterize_kl_with_a_learned_prior():
     mu, logvar, prior_mu, prior_logvar = (torch.randn(4, 3) for _ in range(4))
-    for module in (fnn.Reparameterize(), fnn.Reparameterize().eval()):
+    for module in (fnn.ReparameterizeKL(), fnn.ReparameterizeKL().eval()):
         kl = module(mu, logvar, prior_mu, prior_logvar)[1]
         torch.testing.assert_close(kl, latent.kl_normal(mu, logvar, prior_mu, prior_logvar))

@@ -329,10 +329,18 @@ def test_forms_of_the_log_variance(place):
         torch.testing.assert_close(ours, FV.gaussian_nll(input, target, torch.full_like(input, number)))
     one = source.normal(1)
     torch.testing.assert_close(FV.gaussian_nll(input, target, one), FV.gaussian_nll(input, target, one.expand(input.shape)))
-    # A vector as long as the channels is one value a channel, also where the last dimension is as long.
-    per_channel = source.normal(3)
-    expected = FV.gaussian_nll(input, target, per_channel.view(3, 1, 1))
-    torch.testing.assert_close(FV.gaussian_nll(input, target, per_channel), expected)
+    # The shape says what the values are of, as in any torch expression: a vector is of the last dimension, however many channels there are.
+    values = source.normal(3)
+    for form in (values, values.view(3, 1, 1), values.view(1, 3, 1, 1)):
+        torch.testing.assert_close(FV.gaussian_nll(input, target, form), FV.gaussian_nll(input, target, form.expand(input.shape)))
+
+
+@each_place(OPERATOR)
+def test_a_log_variance_that_does_not_broadcast_is_named(place):
+    source = Source(place.device)
+    input, target = source.normal(2, 5, 3, 4, 6)
+    with pytest.raises(ValueError, match=r"^logvar: got shape \(3,\), takes one that broadcasts to that of input, \(5, 3, 4, 6\)"):
+        FV.gaussian_nll(input, target, source.normal(3))
 
 
 @each_place_and_dtype(OPERATOR)
@@ -722,12 +730,12 @@ def test_elbo_against_its_formula(place, likelihood, reduction, options):
     reduce = {"batchmean": lambda v: v.mean(0), "sum": lambda v: v.sum(0), "sample": lambda v: v}[reduction]
     inputs, twins = ([leaf(t) for t in (recon, mu, logvar)] for _ in range(2))
     elbo = FV.elbo_loss(inputs[0], target, *inputs[1:], likelihood=likelihood, reduction=reduction, **options)
-    reconstruction = reduce(-LOG_PROBABILITY[likelihood](twins[0], target).sum((1, 2, 3)))
+    recon_loss = reduce(-LOG_PROBABILITY[likelihood](twins[0], target).sum((1, 2, 3)))
     kl = reduce(kl_divergence(Normal(twins[1], twins[2].mul(0.5).exp()), Normal(0.0, 1.0)).sum(1))
     count = 16 if reduction == "sum" else 1
     penalty = (kl - count * options["capacity"]).abs() if "capacity" in options else kl
-    expected = reconstruction + options.get("beta", 1.0) * penalty
-    for actual, wanted in zip(elbo, (expected, reconstruction, kl), strict=True):
+    expected = recon_loss + options.get("beta", 1.0) * penalty
+    for actual, wanted in zip(elbo, (expected, recon_loss, kl), strict=True):
         torch.testing.assert_close(actual, wanted)
     assert elbo.loss is elbo[0]
     elbo.loss.sum().backward()

@@ -16,17 +16,12 @@ import fastvae
 import fastvae.models as models
 import fastvae.nn as fnn
 from fastvae import functional as FV
-from fastvae.models.autoencoder import conv_coders, mlp_coders
 
 ROOT = Path(__file__).parents[1]
 
 
 def small_residual():
-    return models.ResidualConvVAE(channels=(8, 16), blocks=1, groups=4, latent_channels=2)
-
-
-def coders():
-    return mlp_coders((1, 4, 4), (), 5, code="sigmoid")
+    return models.ImageVAE.residual(channels=(8, 16), blocks=1, groups=4, latent_channels=2)
 
 
 def uniform(*shape: int) -> torch.Tensor:
@@ -35,17 +30,17 @@ def uniform(*shape: int) -> torch.Tensor:
 
 # Each gives a named tuple; in evaluation mode too, as deployed.
 MODELS = {
-    "VAE": (lambda: models.MLPVAE(16, 8, 3, beta=fnn.LinearSchedule(4), capacity=1.0), lambda: (uniform(3, 16), uniform(3, 3))),
-    "ConvVAE": (lambda: models.ConvVAE(3), lambda: (uniform(2, 1, 28, 28), uniform(2, 3))),
-    "ResidualConvVAE": (small_residual, lambda: (uniform(2, 3, 8, 8), uniform(2, 2, 4, 4))),
-    "AE": (lambda: models.AE(*conv_coders(3)), lambda: (uniform(2, 1, 28, 28),)),
-    "SparseAE": (lambda: models.SparseAE(*coders()), lambda: (uniform(2, 1, 4, 4),)),
-    "ContractiveAE": (lambda: models.ContractiveAE(*coders()), lambda: (uniform(2, 1, 4, 4),)),
+    "VAE": (lambda: models.VAE.mlp(16, (8,), 3, beta=fnn.LinearSchedule(4), capacity=1.0), lambda: (uniform(3, 16), uniform(3, 3))),
+    "convolutional VAE": (lambda: models.VAE.conv(3), lambda: (uniform(2, 1, 28, 28), uniform(2, 3))),
+    "ImageVAE": (small_residual, lambda: (uniform(2, 3, 8, 8), uniform(2, 2, 4, 4))),
+    "AE": (lambda: models.AE.conv(3), lambda: (uniform(2, 1, 28, 28),)),
+    "SparseAE": (lambda: models.SparseAE.mlp((1, 4, 4), (), 5, code="sigmoid"), lambda: (uniform(2, 1, 4, 4),)),
+    "ContractiveAE": (lambda: models.ContractiveAE.mlp((1, 4, 4), (), 5, code="sigmoid"), lambda: (uniform(2, 1, 4, 4),)),
     "VQVAE": (lambda: models.VQVAE.conv(1, num_codes=8, dim=4, channels=8, hidden=4, blocks=1), lambda: (uniform(2, 1, 8, 8),)),
-    "VQVAE2": (lambda: models.VQVAE2(1, num_codes=8, dim=4, channels=8, hidden=4, blocks=1), lambda: (uniform(2, 1, 8, 8),)),
+    "VQVAE2": (lambda: models.VQVAE2.conv(1, num_codes=8, dim=4, channels=8, hidden=4, blocks=1), lambda: (uniform(2, 1, 8, 8),)),
     "VectorQuantizer": (lambda: fnn.VectorQuantizer(8, 4), lambda: (uniform(5, 4),)),
     "ResidualVectorQuantizer": (lambda: fnn.ResidualVectorQuantizer(2, 8, 4), lambda: (uniform(5, 4),)),
-    "VAELoss": (lambda: fnn.VAELoss(beta=fnn.LinearSchedule(4)), lambda: (uniform(3, 5), uniform(3, 5), uniform(3, 2), uniform(3, 2))),
+    "ELBOLoss": (lambda: fnn.ELBOLoss(beta=fnn.LinearSchedule(4)), lambda: (uniform(3, 5), uniform(3, 5), uniform(3, 2), uniform(3, 2))),
 }
 
 
@@ -78,7 +73,7 @@ def test_the_results_of_functions_are_saved(tmp_path):
 
 
 def test_a_saved_model_is_loaded_by_another_process(tmp_path):
-    model, arguments = models.MLPVAE(16, 8, 3).eval(), (uniform(3, 16), uniform(3, 3))
+    model, arguments = models.VAE.mlp(16, (8,), 3).eval(), (uniform(3, 16), uniform(3, 3))
     torch.export.save(torch.export.export(model, arguments), tmp_path / "model.pt2")
     torch.save((arguments, model(*arguments).loss.detach()), tmp_path / "arguments.pt")
     program = (
@@ -98,7 +93,8 @@ def named_tuples() -> dict[str, type]:
         names = [f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_")]
         for name in names:
             members = inspect.getmembers(importlib.import_module(name), inspect.isclass)
-            found |= {f"{name}.{key}": c for key, c in members if issubclass(c, tuple) and hasattr(c, "_fields") and c.__module__ == name}
+            tuples = [c for _, c in members if issubclass(c, tuple) and hasattr(c, "_fields") and c.__module__.startswith("fastvae.")]
+            found |= {f"{c.__module__}.{c.__qualname__}": c for c in tuples}
     return {name: c for name, c in found.items() if not name.rpartition(".")[2].startswith("_")}
 
 

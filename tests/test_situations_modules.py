@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import fastvae
 from fastvae import functional as FV
 from fastvae.models import ContractiveAE
-from fastvae.models.conv_vae import ResidualBlock
+from fastvae.models.image_vae import ResidualBlock
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 from fastvae.nn.optimize import examine
 

@@ -1,12 +1,13 @@
 """Results come in the precision of what the caller has: the dtype of the data or of the parameters, whatever is computed in between."""
 
+import functools
+
 import pytest
 import torch
 from _helpers import Source
 from torch import nn
 
-from fastvae.models import AE, MLPVAE, VAE, ContractiveAE, ConvVAE, DenoisingAE, ResidualConvVAE, SparseAE
-from fastvae.models.autoencoder import mlp_coders
+from fastvae.models import AE, VAE, ContractiveAE, DenoisingAE, ImageVAE, SparseAE
 from fastvae.nn import GaussianNLL, GroupNormSiLU, MinMaxScaler, StandardScaler, UpsampleConv2d
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 
@@ -18,9 +19,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def residual(precision: str) -> ResidualConvVAE:
+def residual(precision: str) -> ImageVAE:
     torch.manual_seed(0)
-    return ResidualConvVAE(channels=(8, 16), blocks=1, groups=4, latent_channels=2, image_size=16, precision=precision)
+    return ImageVAE.residual(channels=(8, 16), blocks=1, groups=4, latent_channels=2, image_size=16, precision=precision)
 
 
 @pytest.mark.parametrize("precision", ["auto", "bfloat16", "float32"])
@@ -39,7 +40,7 @@ def test_a_residual_vae_answers_in_the_dtype_of_its_parameters(precision, dtype)
     output.loss.backward()
     images = [model.sample(2), model.reconstruct(x), model.reconstruct((255 * x).to(torch.uint8)), model.interpolate(x, x, 3), output.recon]
     assert all(image.dtype == dtype for image in images)
-    assert all(t.dtype == wide(dtype) for t in (output.loss, output.reconstruction, output.kl, output.mu, output.logvar, output.z))
+    assert all(t.dtype == wide(dtype) for t in (output.loss, output.recon_loss, output.kl, output.mu, output.logvar, output.z))
     assert all(p.grad.dtype == dtype for p in model.parameters())
 
 
@@ -52,7 +53,7 @@ def test_a_residual_vae_under_the_autocast_of_its_caller():
 
 
 @each_dtype
-@pytest.mark.parametrize("make", [lambda: ConvVAE(3), lambda: MLPVAE(latent_dim=3)], ids=["conv", "mlp"])
+@pytest.mark.parametrize("make", [lambda: VAE.conv(3), lambda: VAE.mlp(latent_dim=3)], ids=["conv", "mlp"])
 def test_a_vae_answers_in_the_dtype_of_its_parameters(make, dtype):
     model, x = make().to(dtype), Source("cpu", dtype).uniform(3, 1, 28, 28)
     images = [model.sample(2), model.reconstruct(x), model.reconstruct((255 * x).to(torch.uint8)), model.interpolate(x, x, 3)]
@@ -69,16 +70,16 @@ def test_a_decoder_without_parameters_is_sampled():
 @each_dtype
 @pytest.mark.parametrize(
     "make",
-    [AE, DenoisingAE, SparseAE, lambda *coders: SparseAE(*coders, penalty="l1"), ContractiveAE],
+    [AE.mlp, DenoisingAE.mlp, SparseAE.mlp, functools.partial(SparseAE.mlp, penalty="l1"), ContractiveAE.mlp],
     ids=["plain", "denoising", "sparse", "sparse-l1", "contractive"],
 )
 def test_an_autoencoder_answers_in_the_dtype_of_its_parameters(make, dtype):
     torch.manual_seed(0)
-    model = make(*mlp_coders((1, 4, 4), (), 5, code="sigmoid")).to(dtype)
+    model = make((1, 4, 4), (), 5, code="sigmoid").to(dtype)
     x = Source("cpu", dtype).uniform(7, 1, 4, 4)
     output = model(x)
     assert output.recon.dtype == output.z.dtype == model.reconstruct(x).dtype == model.encode((255 * x).to(torch.uint8)).dtype == dtype
-    assert output.loss.dtype == output.reconstruction.dtype == output.penalty.dtype == model.anomaly_score(x).dtype == wide(dtype)
+    assert output.loss.dtype == output.recon_loss.dtype == output.penalty.dtype == model.anomaly_score(x).dtype == wide(dtype)
 
 
 def test_a_sparse_penalty_in_float64_is_not_rounded():
@@ -135,7 +136,7 @@ def test_layers_answer_in_the_dtype_of_the_data(dtype):
 
 def test_a_fitted_threshold_is_the_callers_own():
     """Fitting again does not change what was given before."""
-    model = AE(*mlp_coders((1, 4, 4), (), 5))
+    model = AE.mlp((1, 4, 4), (), 5)
     x = Source("cpu").uniform(20, 1, 4, 4)
     first = model.fit_threshold(x, 0.5)
     value = first.clone()
@@ -146,7 +147,7 @@ def test_a_fitted_threshold_is_the_callers_own():
 
 def test_a_threshold_follows_its_buffer():
     x = Source("cpu").uniform(20, 1, 4, 4)
-    model, other = (AE(*mlp_coders((1, 4, 4), (), 5)) for _ in range(2))
+    model, other = (AE.mlp((1, 4, 4), (), 5) for _ in range(2))
     model.fit_threshold(x)
     for ours, theirs in zip(other.buffers(), model.buffers(), strict=True):
         ours.copy_(theirs)

@@ -493,7 +493,7 @@ def models():
     return {
         "VQVAE": VQVAE.conv(3, **vq),
         "VQVAE of coders": VQVAE(*coders(), residual),
-        "VQVAE2": VQVAE2(3, **vq),
+        "VQVAE2": VQVAE2.conv(3, **vq),
         "VAE": VAE(Normalised(3, 8), Normalised(4, 3), (4, 16, 16)),
         "AE": AE(*coders()),
         "SparseAE": SparseAE(*coders(), penalty="l1"),

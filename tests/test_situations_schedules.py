@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
-from fastvae.models import MLPVAE
-from fastvae.nn import CapacitySchedule, CosineSchedule, CyclicalSchedule, KLPenalty, LinearSchedule, VAELoss
+from fastvae.models import VAE
+from fastvae.nn import CapacitySchedule, CosineSchedule, CyclicalSchedule, ELBOLoss, KLPenalty, LinearSchedule
 
 
 def own_function(step: int) -> float:
@@ -73,7 +73,7 @@ def test_one_loss_for_several_steps(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES[:4], ids=str)
 def test_a_compiled_step_that_advances_its_schedule(schedule):
     torch.compiler.reset()
-    model, x = VAELoss(beta=schedule), torch.rand(4, 6)
+    model, x = ELBOLoss(beta=schedule), torch.rand(4, 6)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(recon, mu, logvar):
@@ -86,8 +86,8 @@ def test_a_compiled_step_that_advances_its_schedule(schedule):
     for _ in range(5):
         losses.append(step(*tensors))
         losses[-1].loss.backward()
-    for number, (loss, reconstruction, kl) in enumerate(losses):
-        torch.testing.assert_close(loss, reconstruction + schedule(number) * kl)
+    for number, (loss, recon_loss, kl) in enumerate(losses):
+        torch.testing.assert_close(loss, recon_loss + schedule(number) * kl)
     assert model.num_steps == 5
 
 
@@ -252,7 +252,7 @@ def test_stepping_reads_no_value_from_the_device(schedule):
 
 def _rank(rank, port, path):
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = MLPVAE(4, 4, 2, beta=LinearSchedule(4), capacity=own_function)
+    model = VAE.mlp(4, (4,), 2, beta=LinearSchedule(4), capacity=own_function)
     if rank == 0:  # it alone has loaded a checkpoint
         model.kl_penalty.num_steps.fill_(3)
     parallel = nn.parallel.DistributedDataParallel(model)

@@ -8,14 +8,14 @@ from torch import distributed, multiprocessing
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import fastvae
-from fastvae.models import MLPVAE, VQVAE, ContractiveAE, ResidualConvVAE, mlp_coders
-from fastvae.models.conv_vae import ResidualBlock
+from fastvae.models import VAE, VQVAE, ContractiveAE, ImageVAE
+from fastvae.models.image_vae import ResidualBlock
 from fastvae.nn import LinearSchedule
 
 
 def residual(**options):
     sizes = {"channels": (8, 16), "blocks": 1, "groups": 4, "latent_channels": 2, "image_size": 8}
-    return ResidualConvVAE(**sizes, precision="float32", beta=LinearSchedule(2, 0.5), **options)
+    return ImageVAE.residual(**sizes, precision="float32", beta=LinearSchedule(2, 0.5), **options)
 
 
 def images(rank: int):
@@ -26,8 +26,8 @@ def images(rank: int):
 MODELS = {
     "residual": (residual, images),
     "residual-optimized": (lambda: fastvae.optimize(residual(), report=None), images),
-    "mlp": (lambda: MLPVAE(16, 8, 3), lambda rank: (Source("cpu", seed=rank).uniform(4, 16), Source("cpu", seed=rank).normal(4, 3))),
-    "contractive": (lambda: ContractiveAE(*mlp_coders(16, (8,), 4)), lambda rank: (Source("cpu", seed=rank).uniform(4, 16),)),
+    "mlp": (lambda: VAE.mlp(16, (8,), 3), lambda rank: (Source("cpu", seed=rank).uniform(4, 16), Source("cpu", seed=rank).normal(4, 3))),
+    "contractive": (lambda: ContractiveAE.mlp(16, (8,), 4), lambda rank: (Source("cpu", seed=rank).uniform(4, 16),)),
     "vq": (
         lambda: VQVAE.conv(1, num_codes=8, dim=4, channels=8, hidden=4, blocks=1, update="gradient"),
         lambda rank: (Source("cpu", seed=rank).uniform(2, 1, 8, 8),),

@@ -15,10 +15,10 @@ from fastvae import models
 each_call = pytest.mark.parametrize("call", CALLS, ids=str)
 
 VAES = {
-    "ConvVAE": (lambda: models.ConvVAE(latent_dim=4), (2, 1, 28, 28)),
-    "MLPVAE": (lambda: models.MLPVAE(784, latent_dim=4), (2, 784)),
-    "ResidualConvVAE": (lambda: models.ResidualConvVAE(3, (32, 64), blocks=1), (2, 3, 16, 16)),
-    "ResidualConvVAE in bfloat16": (lambda: models.ResidualConvVAE(3, (32, 64), blocks=1, precision="bfloat16"), (2, 3, 16, 16)),
+    "convolutional VAE": (lambda: models.VAE.conv(latent_dim=4), (2, 1, 28, 28)),
+    "MLP VAE": (lambda: models.VAE.mlp(784, latent_dim=4), (2, 784)),
+    "ImageVAE": (lambda: models.ImageVAE.residual(3, (32, 64), blocks=1), (2, 3, 16, 16)),
+    "ImageVAE in bfloat16": (lambda: models.ImageVAE.residual(3, (32, 64), blocks=1, precision="bfloat16"), (2, 3, 16, 16)),
 }
 each_vae = pytest.mark.parametrize(("make", "shape"), VAES.values(), ids=VAES)
 
@@ -83,7 +83,7 @@ def test_a_vae_takes_a_training_step_of_fake_tensors(make, shape):
 
 
 def test_a_copy_of_a_model_on_the_meta_device_leaves_the_original_alone():
-    model = models.MLPVAE(784, latent_dim=4)
+    model = models.VAE.mlp(784, latent_dim=4)
     train(copy.deepcopy(model).to("meta"), torch.rand(2, 784, device="meta"))
     train(model, torch.rand(2, 784))
 

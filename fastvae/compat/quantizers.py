@@ -158,6 +158,9 @@ class ResidualVQ(nn.Module):
         self.accept_image_fmap = accept_image_fmap
         self.depth = DepthDropout(quantize_dropout_cutoff_index + 1 if quantize_dropout else num_quantizers, num_quantizers)
 
+    def extra_repr(self) -> str:
+        return f"accept_image_fmap={self.accept_image_fmap}"
+
     @property
     def codebooks(self) -> Tensor:
         return torch.stack([layer.codebook for layer in self.layers])
@@ -198,6 +201,9 @@ class VectorQuantizer(nn.Module):
         self.n_e, self.e_dim, self.beta, self.legacy = n_e, e_dim, beta, legacy
         self.embedding = nn.Embedding(n_e, e_dim)
         self.embedding.weight.data.uniform_(-1.0 / n_e, 1.0 / n_e)
+
+    def extra_repr(self) -> str:
+        return f"{self.n_e}, {self.e_dim}, beta={self.beta}, legacy={self.legacy}"
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
         commitment, codebook = (1.0, self.beta) if self.legacy else (self.beta, 1.0)

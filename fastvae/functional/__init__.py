@@ -1,11 +1,11 @@
 """The public functions: argument checks, documentation, and below each its ``torch.autograd.Function``."""
 
-from fastvae.functional.codebook import VQ, codebook_ema_update_, vector_quantize, vq_nearest
+from fastvae._outputs import ELBO, VQ, JacobianMethod
+from fastvae.functional.codebook import codebook_ema_update_, vector_quantize, vq_nearest
 from fastvae.functional.group_norm import group_norm_silu
-from fastvae.functional.jacobian import JacobianMethod, contractive_penalty, explain_jacobian_method, jacobian_frobenius
+from fastvae.functional.jacobian import contractive_penalty, explain_jacobian_method, jacobian_frobenius
 from fastvae.functional.latent import kl_normal, reparameterize, reparameterize_kl
 from fastvae.functional.reconstruction import (
-    ELBO,
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
     elbo_loss,

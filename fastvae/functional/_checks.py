@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fastvae._backend import FLOATS
-from fastvae.ops._results import REDUCTIONS
 
 
 def check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
@@ -40,17 +39,6 @@ def check_posterior(mu_name: str, mu, logvar_name: str, logvar) -> None:
 def check_shape(name: str, value: Tensor, shape, what: str) -> None:
     if value.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes {what}, {tuple(shape)}")
-
-
-def check_choice(name: str, value, choices) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, takes one of {_join(repr(c) for c in choices)}")
-
-
-def check_reduction(reduction: str) -> int:
-    """The reduction's number in the operators."""
-    check_choice("reduction", reduction, REDUCTIONS)
-    return REDUCTIONS[reduction]
 
 
 def check_nonnegative(name: str, value) -> float:

@@ -1,29 +1,24 @@
 """Vector quantization: exact nearest codes, their gradients and losses, and the moving average of a codebook."""
 
 import math
-from typing import NamedTuple
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from fastvae import _backend
-from fastvae._pytree import exportable
+from fastvae._outputs import VQ
+from fastvae._types import QuantizerGradient, Reduction, check_choice
 from fastvae.functional._call import apply
-from fastvae.functional._checks import check_choice, check_device, check_like, check_nonnegative, check_reduction, check_shape, check_tensor
+from fastvae.functional._checks import check_device, check_like, check_nonnegative, check_shape, check_tensor
+from fastvae.functional._documentation import documented
 from fastvae.ops import codebook as ops
+from fastvae.ops._results import reduction_number
 
-GRADIENTS = ("straight_through", "rotation")
-
-
-@exportable
-class VQ(NamedTuple):
-    """The results of vector quantization."""
-
-    quantized: Tensor
-    indices: Tensor
-    loss: Tensor
+GRADIENTS = get_args(QuantizerGradient)
 
 
+@documented
 def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     r"""The nearest code of each vector, exactly: :math:`\arg\min_k \lVert x - c_k \rVert^2`, without the matrix of all distances.
 
@@ -36,8 +31,8 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) ->
     ``cuda`` and ``triton`` a code that has one is never the nearest.
 
     Args:
-        x: vectors, ``(..., dim)``; float32, bfloat16, float16 or float64. With several heads ``(heads, ..., dim)``.
-        codebook: the codes, ``(codes, dim)``, or ``(heads, codes, dim)``: one codebook a head. Any floating dtype.
+        $vectors
+        $codebook
         return_distance: returns the squared distances too, in float32 (float64 for float64).
 
     Returns:
@@ -53,13 +48,14 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) ->
     return (indices, distance.view(x.shape[:-1])) if return_distance else indices
 
 
+@documented
 def vector_quantize(
     x: Tensor,
     codebook: Tensor,
     *,
     commitment_cost: float = 0.25,
-    gradient: str = "straight_through",
-    reduction: str = "mean",
+    gradient: QuantizerGradient = "straight_through",
+    reduction: Reduction = "mean",
     codebook_cost: float = 1.0,
 ) -> VQ:
     r"""Replaces each vector with its nearest code, with a gradient and the losses of a VQ-VAE, in one pass.
@@ -71,11 +67,10 @@ def vector_quantize(
     codebook learns from the loss alone.
 
     Args:
-        x, codebook: as in :func:`vq_nearest`.
+        $vectors
+        $codebook
         commitment_cost: :math:`\beta`, the weight of the term that pulls ``x`` to its code.
-        gradient: what ``x`` receives from ``quantized``: ``"straight_through"``, its gradient unchanged, or ``"rotation"``, its gradient
-            turned and scaled by the rotation that takes ``x`` to its code (Fifty et al., *Restructuring Vector Quantization with the
-            Rotation Trick*, 2024).
+        $quantizer_gradient
         reduction: of the squared errors: ``"mean"`` over elements, ``"none"`` elementwise, ``"sum"``; with one head also ``"sample"``
             sum over all but the first dimension, and ``"batchmean"`` mean of those.
         codebook_cost: :math:`\gamma`, the weight of the term that pulls the codes to the vectors; 0 where
@@ -86,10 +81,10 @@ def vector_quantize(
         float64; the dtype of ``x`` for ``"none"``).
 
     Raises:
-        TypeError, ValueError: as in :func:`vq_nearest`.
+        TypeError, ValueError: for an argument that does not fit, naming it; on the CPU also for a codebook with NaN or infinite values.
     """
     check_choice("gradient", gradient, GRADIENTS)
-    number = check_reduction(reduction)
+    number = reduction_number(reduction)
     costs = check_nonnegative("codebook_cost", codebook_cost), check_nonnegative("commitment_cost", commitment_cost)
     rows, codes = _flatten(x, codebook)
     if codebook.ndim == 3 and reduction in ("sample", "batchmean"):
@@ -101,6 +96,7 @@ def vector_quantize(
     return VQ(quantized.view(x.shape), indices.view(x.shape[:-1]), loss.view(x.shape) if reduction == "none" else loss)
 
 
+@documented
 @torch.no_grad()
 def codebook_ema_update_(
     codebook: Tensor, ema_count: Tensor, ema_sum: Tensor, x: Tensor, indices: Tensor, *, decay: float = 0.99, eps: float = 1e-5
@@ -117,7 +113,7 @@ def codebook_ema_update_(
         codebook: ``(codes, dim)`` or ``(heads, codes, dim)``, float32 or float64; written.
         ema_count: :math:`n`, ``codebook.shape[:-1]``; written.
         ema_sum: :math:`m`, the shape of ``codebook``; written.
-        x: vectors as in :func:`vq_nearest`.
+        $vectors
         indices: int64, ``x.shape[:-1]``; each below ``codes``, or negative for a vector that is left out.
         decay: :math:`\alpha` in [0, 1].
         eps: :math:`\epsilon`, so that an unused code does not divide by 0.
@@ -126,7 +122,7 @@ def codebook_ema_update_(
         How many vectors fell on each code, int64, in the shape of ``ema_count``; without those that are left out.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     counts, sums = codebook_sums(x, indices, codebook)
     codebook_ema_step_(codebook, ema_count, ema_sum, counts, sums, decay=decay, eps=eps)

@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 from fastvae import _backend
+from fastvae._types import NormActivation, check_choice
 from fastvae.functional._call import apply
-from fastvae.functional._checks import check_choice, check_device, check_shape, check_tensor
+from fastvae.functional._checks import check_device, check_shape, check_tensor
+from fastvae.functional._documentation import documented
 from fastvae.ops.group_norm import NORM_ACTIVATIONS, ForwardArguments, GroupNorm
 
 
+@documented
 def group_norm_silu(
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    activation: str = "silu",
+    activation: NormActivation = "silu",
 ) -> Tensor:
     r"""Group normalisation (Wu and He, *Group Normalization*, 2018) followed by SiLU, in one operator.
 
@@ -40,7 +43,7 @@ def group_norm_silu(
         arithmetic are in float32 (float64 for float64), sums over more than some thousand elements in float64.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_tensor("input", input)
     if input.ndim < 2:

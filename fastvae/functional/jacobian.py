@@ -3,31 +3,34 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvae import _backend
-from fastvae._pytree import exportable
+from fastvae._outputs import JacobianMethod
+from fastvae._types import Activation, BoundReduction, JacobianMethodName, Reduction, check_choice
 from fastvae.functional import _chain
 from fastvae.functional._call import apply, writes_gradient
-from fastvae.functional._checks import check_choice, check_device, check_reduction, check_scale, check_tensor
+from fastvae.functional._checks import check_device, check_scale, check_tensor
+from fastvae.functional._documentation import documented
 from fastvae.ops import jacobian as ops
 from fastvae.ops._autograd import transformed, without_autocast
-from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduction_scale
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduction_number, reduction_scale
 from fastvae.ops.jacobian import ACTIVATIONS
 
-METHODS = ("auto", "closed_form", "gram", "projection", "autograd")
-NORM_REDUCTIONS = ("batchmean", "sum", "sample")
+METHODS = get_args(JacobianMethodName)
+NORM_REDUCTIONS = get_args(BoundReduction)
 
 
+@documented
 def contractive_penalty(
     hidden: Tensor,
     weight: Tensor,
-    activation: str = "sigmoid",
-    reduction: str = "batchmean",
+    activation: Activation = "sigmoid",
+    reduction: Reduction = "batchmean",
     *,
     alpha: float | None = None,
     grad_scale: float = 1.0,
@@ -56,11 +59,11 @@ def contractive_penalty(
         The penalty; in the dtype of ``hidden`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_choice("activation", activation, ACTIVATIONS)
     _check_layer(hidden, weight)
-    number, scale, alpha = check_reduction(reduction), check_scale(grad_scale), _check_alpha(activation, alpha)
+    number, scale, alpha = reduction_number(reduction), check_scale(grad_scale), _check_alpha(activation, alpha)
     with_grads = _written_gradients(hidden, weight, reduction, scale)
     arguments = ops.ForwardArguments(hidden, weight, ACTIVATIONS[activation].number, alpha, number, scale, *with_grads)
     return apply(ops.ContractivePenalty, arguments, _backend.resolve("jacobian_forward", hidden.device, hidden.dtype))[0]
@@ -103,22 +106,15 @@ def _gram_penalty(left: Tensor, inner: Tensor, outer: Tensor, lower: Tensor, red
     return apply(ops.GramPenalty, (*tensors, REDUCTIONS[reduction], with_grad), backend)[0]
 
 
-@exportable
-class JacobianMethod(NamedTuple):
-    """The method that :func:`jacobian_frobenius` takes for an encoder, and the reason."""
-
-    method: str
-    reason: str
-
-
+@documented
 def jacobian_frobenius(
     encoder: nn.Module,
     x: Tensor,
     *,
-    method: str = "auto",
+    method: JacobianMethodName = "auto",
     num_projections: int = 1,
     generator: torch.Generator | None = None,
-    reduction: str = "batchmean",
+    reduction: BoundReduction = "batchmean",
     chunk_size: int | None = None,
     with_output: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -144,7 +140,7 @@ def jacobian_frobenius(
         x: the batch; float32, bfloat16, float16 or float64.
         method: see above.
         num_projections: n, for ``"projection"``.
-        generator: what directions are drawn from; by default torch's own.
+        generator: what directions are drawn from, on the CPU or on the device of ``x``; by default torch's own.
         reduction: ``"batchmean"``, ``"sum"``, or ``"sample"``, shape ``(batch,)``.
         chunk_size: at most so many samples at a time, which bounds the memory: the backward pass computes each chunk again (but for
             ``"autograd"``, where it bounds that of the forward pass alone), from the buffers that the forward pass began with, and leaves
@@ -383,7 +379,8 @@ class _Projection:
     def _draw(self, output) -> Tensor:
         if self.directions is None:
             shape = (self.count, output.shape[0], math.prod(output.shape[1:]))
-            normals = torch.randn(shape, dtype=accumulation_dtype(output.dtype), device=output.device, generator=self.generator)
+            device = output.device if self.generator is None else self.generator.device
+            normals = torch.randn(shape, dtype=accumulation_dtype(output.dtype), device=device, generator=self.generator).to(output.device)
             units = nn.functional.normalize(normals, dim=2)
             self.directions = units.to(output.dtype).view(self.count, *output.shape)
         return self.directions

@@ -6,21 +6,16 @@ import torch
 from torch import Tensor
 
 from fastvae import _backend
+from fastvae._types import Reduction
 from fastvae.functional._call import apply
-from fastvae.functional._checks import (
-    check_device,
-    check_expands,
-    check_nonnegative,
-    check_posterior,
-    check_reduction,
-    check_shape,
-    check_tensor,
-)
+from fastvae.functional._checks import check_device, check_expands, check_nonnegative, check_posterior, check_shape, check_tensor
+from fastvae.functional._documentation import documented
+from fastvae.ops._results import reduction_number
 from fastvae.ops.latent import ForwardArguments, ReparameterizeKL
+from fastvae.reference.latent import LOGVAR_CLAMP
 
-LOGVAR_CLAMP = (-30.0, 20.0)
 
-
+@documented
 def reparameterize(
     mu: Tensor,
     logvar: Tensor,
@@ -38,29 +33,27 @@ def reparameterize(
     Args:
         mu: mean, any shape; float32, bfloat16, float16 or float64.
         logvar: log variance :math:`\log\sigma^2`, the shape and dtype of ``mu``.
-        num_samples: draws so many samples of each element; the result then has the shape ``(num_samples, *mu.shape)``.
-        eps: the noise, in the shape of the result; nothing is drawn then.
-        generator: the generator that the seed is drawn from, on the device of ``mu`` or on the CPU; by default torch's own, so
-            ``torch.manual_seed`` decides.
-        seed: an integer or a 0-dim int64 tensor on the device of ``mu``: the same seed gives the same noise on every backend and device.
-        logvar_clamp: limits of ``logvar``, outside which its gradient is 0; ``None`` for none.
+        $num_samples
+        $noise
+        $logvar_clamp
 
     Returns:
         ``z`` in the dtype of ``mu``. Arithmetic is in float32 (float64 for float64); the noise is drawn in float32.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     return _sample(mu, logvar, None, None, num_samples, eps, generator, seed, logvar_clamp, with_kl=False)[0]
 
 
+@documented
 def kl_normal(
     mu: Tensor,
     logvar: Tensor,
     prior_mu: Tensor | None = None,
     prior_logvar: Tensor | None = None,
     *,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     free_bits: float = 0.0,
     logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
 ) -> Tensor:
@@ -69,22 +62,20 @@ def kl_normal(
     .. math:: \tfrac12 \sum_d \left( \log\tfrac{\sigma_p^2}{\sigma^2} + \frac{\sigma^2 + (\mu - \mu_p)^2}{\sigma_p^2} - 1 \right)
 
     Kingma and Welling (2014), appendix B. It is never negative, and accurate near the prior too. With ``free_bits`` :math:`\lambda` the
-    sum is :math:`\sum_d \max(\lambda, \mathrm{mean}_b\, KL_{bd})` (Kingma et al., *Improved Variational Inference with Inverse
-    Autoregressive Flow*, 2016): a dimension at or below :math:`\lambda` counts :math:`\lambda` for each sample and has no gradient.
+    sum is :math:`\sum_d \max(\lambda, \mathrm{mean}_b\, KL_{bd})`.
 
     Args:
-        mu, logvar: mean and log variance, ``(batch, ...)``; float32, bfloat16, float16 or float64.
-        prior_mu, prior_logvar: the other Gaussian (both or neither; the default is the standard normal), broadcast to ``mu``, of its dtype.
-        reduction: ``"none"`` elementwise, ``"sample"`` sum over all but the batch dimension, ``"batchmean"`` mean of those (nats per
-            sample), ``"sum"``, or ``"mean"`` over elements.
-        free_bits: :math:`\lambda` in nats a dimension.
-        logvar_clamp: limits of both log variances, outside which their gradients are 0; ``None`` for none.
+        $posterior
+        $prior
+        $reduction
+        $free_bits
+        $logvar_clamp
 
     Returns:
         The KL; in the dtype of ``mu`` for ``"none"``, else in float32 (float64 for float64). 0 for an empty batch.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_posterior("mu", mu, "logvar", logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
@@ -98,7 +89,7 @@ def kl_normal(
         seed=None,
         num_samples=None,
         with_kl=True,
-        reduction=check_reduction(reduction),
+        reduction=reduction_number(reduction),
         free_bits=check_nonnegative("free_bits", free_bits),
         clamp_min=clamp_min,
         clamp_max=clamp_max,
@@ -107,6 +98,7 @@ def kl_normal(
     return apply(ReparameterizeKL, arguments, _backend.resolve("latent_forward", mu.device, mu.dtype))[1]
 
 
+@documented
 def reparameterize_kl(
     mu: Tensor,
     logvar: Tensor,
@@ -114,17 +106,32 @@ def reparameterize_kl(
     prior_logvar: Tensor | None = None,
     *,
     num_samples: int | None = None,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     free_bits: float = 0.0,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
     seed: Tensor | int | None = None,
     logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`reparameterize` and :func:`kl_normal` in one pass over ``mu`` and ``logvar``: ``(z, kl)``.
+    """:func:`reparameterize` and :func:`kl_normal` in one pass over ``mu`` and ``logvar``.
 
-    On a GPU the noise is not stored: the backward pass draws it again from the seed. Arguments, results and errors are those of the two
-    functions.
+    On a GPU the noise is not stored: the backward pass draws it again from the seed.
+
+    Args:
+        $posterior
+        $prior
+        $num_samples
+        $reduction
+        $free_bits
+        $noise
+        $logvar_clamp
+
+    Returns:
+        ``(z, kl)``: ``z`` in the dtype of ``mu``; the KL in the dtype of ``mu`` for ``"none"``, else in float32 (float64 for float64). The
+        KL of an empty batch is 0.
+
+    Raises:
+        $errors
     """
     kl = {"with_kl": True, "reduction": reduction, "free_bits": free_bits}
     z, kl, *_ = _sample(mu, logvar, prior_mu, prior_logvar, num_samples, eps, generator, seed, logvar_clamp, **kl)
@@ -136,7 +143,7 @@ def _sample(
 ):
     check_posterior("mu", mu, "logvar", logvar)
     prior_mu, prior_logvar = _check_prior(mu, prior_mu, prior_logvar)
-    reduction, free_bits = check_reduction(reduction), check_nonnegative("free_bits", free_bits)
+    reduction, free_bits = reduction_number(reduction), check_nonnegative("free_bits", free_bits)
     clamp_min, clamp_max = _check_clamp(logvar_clamp)
     backend = _backend.resolve("latent_forward", mu.device, mu.dtype)
     eps, seed = _noise_source(mu, _sample_shape(mu, num_samples), eps, generator, seed)

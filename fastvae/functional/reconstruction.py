@@ -1,7 +1,7 @@
 """Reconstruction losses whose gradient is written in the forward pass, and the ELBO."""
 
 import math
-from typing import NamedTuple
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -9,20 +9,21 @@ from torch._subclasses import FakeTensor
 
 from fastvae import _backend
 from fastvae._backend import FLOATS
-from fastvae._pytree import exportable
+from fastvae._outputs import ELBO
+from fastvae._types import BoundReduction, Likelihood, Reduction, check_choice
 from fastvae.functional._call import apply, writes_gradient
 from fastvae.functional._checks import (
-    check_choice,
     check_device,
     check_expands,
     check_nonnegative,
     check_posterior,
-    check_reduction,
     check_scale,
     check_shape,
     check_tensor,
 )
+from fastvae.functional._documentation import documented
 from fastvae.functional.latent import kl_normal
+from fastvae.ops._results import reduction_number
 from fastvae.ops.reconstruction import LIKELIHOODS, ForwardArguments, Reconstruction
 from fastvae.reference import reconstruction as reference
 
@@ -31,11 +32,12 @@ from fastvae.reference import reconstruction as reference
 MAX_SHARED_LOGVAR = 4096
 
 
+@documented
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     pos_weight: Tensor | None = None,
     *,
     grad_scale: float = 1.0,
@@ -49,33 +51,30 @@ def binary_cross_entropy_with_logits(
 
     Args:
         input: logits :math:`x`, any shape; float32, bfloat16, float16 or float64.
-        target: :math:`t` in [0, 1], the shape of ``input``; a floating dtype, or uint8, which means value / 255. As in torch, a target
-            outside [0, 1] is not an error. Beside a float64 target the loss is computed in float64.
-        weight: :math:`w`, broadcast to ``input``; any real dtype, which does not change that of the loss.
-        reduction: ``"none"`` elementwise, ``"sample"`` sum over all but the batch dimension, ``"batchmean"`` mean of those (nats per
-            sample), ``"sum"``, or ``"mean"`` over elements.
+        $probability_target
+        $weight
+        $reduction
         pos_weight: :math:`p`, broadcast to ``input``.
-        grad_scale: the gradient that the backward pass is expected to bring in (a loss scale, or 1 / accumulation steps): the forward pass
-            writes so many times the gradient. The loss is not scaled, and the result is right whatever comes in.
+        $grad_scale
         validate: checks the target (a device synchronisation) and raises ``ValueError`` where one lies outside [0, 1]: for debugging.
 
     Returns:
-        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
-        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
+        $loss
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     if validate:
         check_unit_interval("target", target)
     return _loss("bce_with_logits", input, target, weight, pos_weight, None, reduction, grad_scale)
 
 
+@documented
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     *,
     grad_scale: float = 1.0,
     validate: bool = False,
@@ -87,15 +86,17 @@ def binary_cross_entropy(
 
     Args:
         input: probabilities :math:`x` in [0, 1], any shape; float32, bfloat16, float16 or float64.
-        target, weight, reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`.
+        $probability_target
+        $weight
+        $reduction
+        $grad_scale
         validate: checks ``input`` and ``target`` (a device synchronisation) and raises ``ValueError`` where one lies outside [0, 1].
 
     Returns:
-        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
-        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
+        $loss
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     if validate:
         check_unit_interval("input", input)
@@ -103,26 +104,30 @@ def binary_cross_entropy(
     return _loss("bce", input, target, weight, None, None, reduction, grad_scale)
 
 
-def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", *, grad_scale: float = 1.0) -> Tensor:
+@documented
+def mse_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean", *, grad_scale: float = 1.0) -> Tensor:
     r"""Squared error :math:`(x - t)^2`; the arguments of :func:`torch.nn.functional.mse_loss`, and more reductions.
 
     Args:
         input: :math:`x`, any shape; float32, bfloat16, float16 or float64.
         target: :math:`t`, the shape of ``input``; a floating dtype, uint8, which means value / 255, or as in torch another integer dtype,
             which means the number.
-        reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`.
+        $reduction
+        $grad_scale
 
     Returns:
-        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
-        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
+        $loss
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     return _loss("mse", input, target, None, None, None, reduction, grad_scale)
 
 
-def gaussian_nll(input: Tensor, target: Tensor, logvar: Tensor | float, reduction: str = "batchmean", *, grad_scale: float = 1.0) -> Tensor:
+@documented
+def gaussian_nll(
+    input: Tensor, target: Tensor, logvar: Tensor | float, reduction: Reduction = "batchmean", *, grad_scale: float = 1.0
+) -> Tensor:
     r"""Negative log-likelihood of a Gaussian decoder, in nats, with its full constant.
 
     .. math:: \tfrac12 \left( \log 2\pi + \log\sigma^2 + \frac{(t - x)^2}{\sigma^2} \right)
@@ -130,33 +135,22 @@ def gaussian_nll(input: Tensor, target: Tensor, logvar: Tensor | float, reductio
     Args:
         input: the mean :math:`x`, any shape; float32, bfloat16, float16 or float64.
         target: :math:`t`, the shape of ``input``; a floating dtype, or uint8, which means value / 255.
-        logvar: :math:`\log\sigma^2`: a number, a tensor with one element, one value a channel (shape ``(input.shape[1],)``), or any shape
-            that broadcasts to ``input``. It receives a gradient.
-        reduction, grad_scale: as in :func:`binary_cross_entropy_with_logits`; the default is nats per sample.
+        $logvar
+            It receives a gradient.
+        $reduction
+        $grad_scale
 
     Returns:
-        The loss; for ``"none"`` in the dtype that ``input`` and ``target`` promote to (a uint8 target does not count), else in float32
-        (float64 where either is). The gradient is in the dtype of ``input``. 0 for an empty batch.
+        $loss
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_tensor("input", input)
     if isinstance(logvar, int | float):
         logvar = input.new_full((), logvar)
     check_tensor("logvar", logvar)
-    if logvar.ndim == 1 and input.ndim > 1 and logvar.shape[0] == input.shape[1]:
-        logvar = logvar.view(-1, *(1,) * (input.ndim - 2))
     return _loss("gaussian", input, target, None, None, logvar, reduction, grad_scale)
-
-
-@exportable
-class ELBO(NamedTuple):
-    """The negative evidence lower bound and its terms, in nats."""
-
-    loss: Tensor
-    reconstruction: Tensor
-    kl: Tensor
 
 
 _ELBO_LIKELIHOODS = {
@@ -166,17 +160,18 @@ _ELBO_LIKELIHOODS = {
 }
 
 
+@documented
 def elbo_loss(
     recon: Tensor,
     target: Tensor,
     mu: Tensor,
     logvar: Tensor,
     *,
-    likelihood: str = "bernoulli_logits",
+    likelihood: Likelihood = "bernoulli_logits",
     beta: float | Tensor = 1.0,
     free_bits: float = 0.0,
     capacity: float | Tensor | None = None,
-    reduction: str = "batchmean",
+    reduction: BoundReduction = "batchmean",
 ) -> ELBO:
     r"""The negative ELBO of a VAE with a standard normal prior: reconstruction :math:`+ \beta\, KL`.
 
@@ -186,44 +181,47 @@ def elbo_loss(
     Args:
         recon: what the decoder gives, the shape of ``target``: logits, probabilities or means.
         target: the data; a floating dtype, or uint8, which means value / 255.
-        mu, logvar: the posterior, ``(batch, ...)``.
-        likelihood: ``"bernoulli_logits"``, ``"bernoulli"`` (probabilities), or ``"gaussian"`` (unit variance).
+        $posterior
+        $likelihood
         beta: weight of the KL (Higgins et al., *beta-VAE*, 2017).
-        free_bits: see :func:`kl_normal`.
+        $free_bits
         capacity: :math:`C` in nats per sample.
-        reduction: ``"batchmean"`` (nats per sample), ``"sum"``, or ``"sample"``, shape ``(batch,)``. Means over elements would weigh pixels
-            against latents, so ``"mean"`` is not offered.
+        $bound_reduction
 
     Returns:
-        ``ELBO(loss, reconstruction, kl)``; ``kl`` is without ``beta`` and ``capacity``.
+        ``ELBO(loss, recon_loss, kl)``; ``kl`` is without ``beta`` and ``capacity``.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit, naming it.
+        $errors
     """
     check_choice("likelihood", likelihood, _ELBO_LIKELIHOODS)
-    check_choice("reduction", reduction, ("batchmean", "sum", "sample"))
+    check_choice("reduction", reduction, get_args(BoundReduction))
     check_tensor("recon", recon)
     _check_target("target", target, "recon", recon)
     check_posterior("mu", mu, "logvar", logvar)
     check_nonnegative("free_bits", free_bits)
-    reconstruction = _ELBO_LIKELIHOODS[likelihood](recon, target, reduction=reduction)
+    recon_loss = _ELBO_LIKELIHOODS[likelihood](recon, target, reduction=reduction)
     kl = kl_normal(mu, logvar, reduction=reduction, free_bits=free_bits)
     penalty = kl
     if capacity is not None:
         penalty = (kl - (capacity * mu.shape[0] if reduction == "sum" else capacity)).abs()
-    return ELBO(reconstruction + beta * penalty, reconstruction, kl)
+    return ELBO(recon_loss + beta * penalty, recon_loss, kl)
 
 
+@documented
 def vae_loss(x: Tensor, x_recon: Tensor, mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The loss function of a hundred tutorials: summed binary cross-entropy of probabilities plus summed KL.
 
     Args:
         x: data in [0, 1].
         x_recon: probabilities from a sigmoid, the shape of ``x``.
-        mu, log_var: the posterior, ``(batch, latent)``.
+        mu, log_var: mean and log variance of the posterior, ``(batch, latent)``.
 
     Returns:
         ``(loss, recon_loss, kl_loss)``, sums over the batch. :func:`elbo_loss` gives nats per sample and takes logits.
+
+    Raises:
+        $errors
     """
     check_tensor("x_recon", x_recon)
     _check_target("x", x, "x_recon", x_recon)
@@ -253,7 +251,7 @@ def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad
             _check_shared(name, value, input)
     if target.dtype != input.dtype:
         input = _promote(input, target, reduction)
-    number, scale = check_reduction(reduction), check_scale(grad_scale)
+    number, scale = reduction_number(reduction), check_scale(grad_scale)
     with_grad = _writes_gradient(input, target, logvar, reduction, scale)
     order = None if input.is_contiguous() else _memory_order(input, reduction)
     weight, pos_weight = (_share(value, input.shape, order) for value in (weight, pos_weight))

@@ -1,36 +1,25 @@
-"""Thin models: each composes :mod:`fastvae.functional`, :mod:`fastvae.nn` and plain torch layers."""
+"""Thin models: each composes :mod:`fastvae.functional`, :mod:`fastvae.nn` and plain torch layers.
 
-from fastvae.models.autoencoder import (
-    AE,
-    AEOutput,
-    ContractiveAE,
-    DenoisingAE,
-    SparseAE,
-    StackedAE,
-    conv_coders,
-    linear_coders,
-    mlp_coders,
-)
-from fastvae.models.conv_vae import ResidualConvVAE
-from fastvae.models.vae import MLPVAE, VAE, ConvVAE, VAEOutput
+A class is an objective and takes its modules: ``VAE(encoder, decoder)``. Each ready-made network is a classmethod, named after the network,
+which takes its sizes and the options of the class: ``VAE.conv(latent_dim=20, beta=4.0)``, ``ContractiveAE.mlp(weight=0.1)``.
+"""
+
+from fastvae.models.autoencoder import AE, AEOutput, ContractiveAE, DenoisingAE, SparseAE, StackedAE
+from fastvae.models.image_vae import ImageVAE
+from fastvae.models.vae import VAE, VAEOutput
 from fastvae.models.vqvae import VQVAE, VQVAE2, VQVAEOutput
 
 __all__ = [
     "AE",
-    "MLPVAE",
     "VAE",
     "VQVAE",
     "VQVAE2",
     "AEOutput",
     "ContractiveAE",
-    "ConvVAE",
     "DenoisingAE",
-    "ResidualConvVAE",
+    "ImageVAE",
     "SparseAE",
     "StackedAE",
     "VAEOutput",
     "VQVAEOutput",
-    "conv_coders",
-    "linear_coders",
-    "mlp_coders",
 ]

@@ -1,31 +1,24 @@
-"""Deterministic autoencoders: plain, denoising, sparse, contractive and stacked, and encoders and decoders for them."""
+"""Deterministic autoencoders: plain, denoising, sparse, contractive and stacked."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae._pytree import exportable
-from fastvae.functional._checks import check_choice, check_nonnegative
+from fastvae._types import LayerActivation, ReconLoss, SparsePenalty, check_choice
+from fastvae.functional._checks import check_nonnegative
+from fastvae.models import _networks
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.nn.corruption import GaussianNoise
 from fastvae.ops._results import accumulation_dtype
 
-LOSSES = {"mse": FV.mse_loss, "bce_with_logits": FV.binary_cross_entropy_with_logits, "bce": FV.binary_cross_entropy}
-ACTIVATIONS = {
-    "identity": nn.Identity,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-}
+RECON_LOSSES = {"mse": FV.mse_loss, "bce_with_logits": FV.binary_cross_entropy_with_logits, "bce": FV.binary_cross_entropy}
 
 
 @exportable
@@ -36,7 +29,7 @@ class AEOutput(NamedTuple):
     """
 
     loss: Tensor
-    reconstruction: Tensor
+    recon_loss: Tensor
     penalty: Tensor
     recon: Tensor
     z: Tensor
@@ -52,16 +45,76 @@ class AE(nn.Module):
     Args:
         encoder: f, from a batch to codes. It sees an 8-bit image as value / 255.
         decoder: g, from codes to the shape of the data.
-        loss: ``"mse"`` :math:`(\hat x - x)^2`, ``"bce_with_logits"`` (the decoder gives logits), or ``"bce"`` (it gives probabilities).
+        recon_loss: ``"mse"`` :math:`(\hat x - x)^2`, ``"bce_with_logits"`` (the decoder gives logits), or ``"bce"`` (it gives
+            probabilities).
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, *, loss: str = "mse"):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, *, recon_loss: ReconLoss = "mse"):
         super().__init__()
-        check_choice("loss", loss, LOSSES)
+        check_choice("recon_loss", recon_loss, RECON_LOSSES)
         self.encoder = encoder
         self.decoder = decoder
-        self.loss = loss
-        self.register_buffer("threshold", torch.tensor(math.nan))
+        self.recon_loss = recon_loss
+        self._set_threshold(torch.tensor(math.nan))
+
+    @classmethod
+    def mlp(
+        cls,
+        data_shape: int | Sequence[int] = (1, 28, 28),
+        hidden: Sequence[int] = (512, 256),
+        latent_dim: int = 32,
+        *,
+        activation: LayerActivation = "relu",
+        code: LayerActivation = "identity",
+        output: LayerActivation = "sigmoid",
+        **options,
+    ) -> "AE":
+        """An MLP and its mirror image, 784-512-256-32-256-512-784 by default.
+
+        Args:
+            data_shape: shape of one ``x``, an integer for a vector.
+            hidden: units of the hidden layers; none for a single layer.
+            latent_dim: units of the code.
+            activation: of the hidden layers: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"sigmoid"``, ``"tanh"`` or ``"identity"``.
+            code: activation of the code.
+            output: activation of the reconstruction, by the range of the data; ``"identity"`` for logits.
+            options: those of the class.
+        """
+        return cls(*_networks.mlp(data_shape, hidden, latent_dim, activation=activation, code=code, output=output), **options)
+
+    @classmethod
+    def linear(cls, data_shape: int | Sequence[int], latent_dim: int, **options) -> "AE":
+        """One linear layer each way. With squared error it reaches the error of a principal component analysis with as many components
+        (Baldi and Hornik 1989).
+
+        Args:
+            data_shape, latent_dim, options: see :meth:`mlp`.
+        """
+        return cls.mlp(data_shape, (), latent_dim, output="identity", **options)
+
+    @classmethod
+    def conv(cls, latent_dim: int = 32, *, output: LayerActivation = "sigmoid", **options) -> "AE":
+        """Two convolutions of stride 2 and two linear layers each way, for images of 1 x 28 x 28; see :meth:`fastvae.models.VAE.conv`.
+
+        Args:
+            latent_dim, output, options: see :meth:`mlp`.
+        """
+        return cls(*_networks.conv(latent_dim, output=output), **options)
+
+    def extra_repr(self) -> str:
+        return f"recon_loss={self.recon_loss!r}"
+
+    def _set_threshold(self, value: Tensor) -> None:
+        """NaN stands for none, which is not stored."""
+        self.register_buffer("threshold", value, persistent=not value.isnan())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "threshold" in state_dict:
+            self.register_buffer("threshold", self.threshold, persistent=True)
+        elif any(name.startswith(prefix) for name in state_dict):
+            # The threshold of other weights.
+            self._set_threshold(torch.full_like(self.threshold, math.nan))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def encode(self, x: Tensor) -> Tensor:
         """The codes: features for what comes after."""
@@ -70,14 +123,14 @@ class AE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Reconstructions in the range of the data."""
         recon = self.decoder(z)
-        return recon.sigmoid() if self.loss == "bce_with_logits" else recon
+        return recon.sigmoid() if self.recon_loss == "bce_with_logits" else recon
 
     def forward(self, x: Tensor) -> AEOutput:
         """The loss of a batch ``(batch, ...)``, floating or uint8, which means value / 255."""
         z, penalty, weight = self._encode_with_penalty(as_float(x, self.encoder))
         recon = self.decoder(z)
-        reconstruction = LOSSES[self.loss](recon, x, reduction="batchmean")
-        return AEOutput(reconstruction + weight * penalty, reconstruction, penalty, recon, z)
+        recon_loss = RECON_LOSSES[self.recon_loss](recon, x, reduction="batchmean")
+        return AEOutput(recon_loss + weight * penalty, recon_loss, penalty, recon, z)
 
     def _encode_with_penalty(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """The codes of a scaled batch, the penalty per sample, and its weight."""
@@ -95,7 +148,8 @@ class AE(nn.Module):
         return FV.mse_loss(self.reconstruct(x), x, reduction="sample")
 
     def fit_threshold(self, batches: Tensor | Iterable[Tensor], quantile: float = 0.95) -> Tensor:
-        """Sets ``threshold``, a buffer, to a quantile of the scores of validation data that hold no anomalies, and gives a copy of it.
+        """Sets ``threshold``, a buffer, to a quantile of the scores of validation data that hold no anomalies, and gives a copy of it. From
+        then on the ``state_dict`` holds it.
 
         Args:
             batches: a batch, or several.
@@ -107,7 +161,7 @@ class AE(nn.Module):
         scores = torch.cat([self.anomaly_score(batch) for batch in batches])
         if scores.numel() == 0:
             raise ValueError("batches: got no samples, takes at least one")
-        self.threshold.copy_(torch.quantile(scores, quantile))
+        self._set_threshold(torch.quantile(scores, quantile).to(self.threshold))
         return self.threshold.clone()
 
     def is_anomaly(self, x: Tensor) -> Tensor:
@@ -122,13 +176,15 @@ class DenoisingAE(AE):
     Autoencoders*, 2008). A call corrupts in evaluation mode too, as the objective says; :meth:`reconstruct` does not.
 
     Args:
-        encoder, decoder, loss: see :class:`AE`.
+        encoder, decoder, recon_loss: see :class:`AE`.
         corruption: module or function from a batch to a corrupted one: ``fastvae.nn.corruption.GaussianNoise``, ``Masking``,
             ``SaltAndPepper``; by default Gaussian noise of standard deviation 0.3.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, *, corruption: Callable[[Tensor], Tensor] | None = None, loss: str = "mse"):
-        super().__init__(encoder, decoder, loss=loss)
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, *, corruption: Callable[[Tensor], Tensor] | None = None, recon_loss: ReconLoss = "mse"
+    ):
+        super().__init__(encoder, decoder, recon_loss=recon_loss)
         self.corruption = GaussianNoise(0.3) if corruption is None else corruption
 
     def _encode_with_penalty(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -156,7 +212,7 @@ class SparseAE(AE):
     :math:`\sum_j |z_j|`, mean over samples.
 
     Args:
-        encoder, decoder, loss: see :class:`AE`.
+        encoder, decoder, recon_loss: see :class:`AE`.
         penalty: ``"kl"`` or ``"l1"``.
         weight: of the penalty.
         rho: the mean activation that ``"kl"`` asks for, in (0, 1).
@@ -167,13 +223,13 @@ class SparseAE(AE):
         encoder: nn.Module,
         decoder: nn.Module,
         *,
-        penalty: str = "kl",
+        penalty: SparsePenalty = "kl",
         weight: float = 1.0,
         rho: float = 0.05,
-        loss: str = "mse",
+        recon_loss: ReconLoss = "mse",
     ):
-        super().__init__(encoder, decoder, loss=loss)
-        check_choice("penalty", penalty, ("kl", "l1"))
+        super().__init__(encoder, decoder, recon_loss=recon_loss)
+        check_choice("penalty", penalty, get_args(SparsePenalty))
         if not 0 < rho < 1:
             raise ValueError(f"rho: got {rho!r}, takes a number in (0, 1)")
         self.penalty = penalty
@@ -185,6 +241,9 @@ class SparseAE(AE):
         wide = z.to(accumulation_dtype(z.dtype))
         penalty = wide.flatten(1).abs().sum(1).mean() if self.penalty == "l1" else self._divergence(wide.mean(0))
         return z, penalty, self.weight
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, penalty={self.penalty!r}, weight={self.weight}, rho={self.rho}"
 
     def _divergence(self, rho_hat: Tensor) -> Tensor:
         # A unit that is never active has a finite gradient still; one outside (0, 1) shows as NaN.
@@ -208,16 +267,19 @@ class ContractiveAE(AE):
     (Rifai et al., *Contractive Auto-Encoders: Explicit Invariance During Feature Extraction*, 2011).
 
     Args:
-        encoder, decoder, loss: see :class:`AE`.
+        encoder, decoder, recon_loss: see :class:`AE`.
         weight: :math:`\lambda`.
         jacobian: options of :func:`fastvae.functional.jacobian_frobenius`: ``method``, ``num_projections``, ``chunk_size``. By default the
             closed form for one layer, the Gram form for an MLP, and random projections for anything else.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, *, weight: float = 0.1, loss: str = "mse", **jacobian):
-        super().__init__(encoder, decoder, loss=loss)
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, *, weight: float = 0.1, recon_loss: ReconLoss = "mse", **jacobian):
+        super().__init__(encoder, decoder, recon_loss=recon_loss)
         self.weight = check_nonnegative("weight", weight)
         self.jacobian = jacobian
+
+    def extra_repr(self) -> str:
+        return ", ".join([super().extra_repr(), f"weight={self.weight}", *(f"{name}={value!r}" for name, value in self.jacobian.items())])
 
     def _encode_with_penalty(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         norm, z = FV.jacobian_frobenius(self.encoder, x, with_output=True, **self.jacobian)
@@ -225,45 +287,33 @@ class ContractiveAE(AE):
 
 
 class StackedAE(AE):
-    """An MLP autoencoder that can be trained one layer at a time (Bengio et al., *Greedy Layer-Wise Training of Deep Networks*, 2007).
+    """An autoencoder that can be trained one stage at a time (Bengio et al., *Greedy Layer-Wise Training of Deep Networks*, 2007).
 
-    :meth:`pretrain` does so, each layer as an autoencoder of the codes below it; training the model itself afterwards is the fine-tuning.
+    :meth:`pretrain` does so, each stage as an autoencoder of the codes below it; training the model itself afterwards is the fine-tuning.
 
     Args:
-        data_shape: shape of one ``x``, an integer for a vector.
-        sizes: units of the layers; the last is the code.
-        activation: of every layer, the code's too.
-        output: activation of the reconstruction: ``"sigmoid"``, ``"tanh"`` or ``"identity"``, by the range of the data.
-        loss: see :class:`AE`.
+        encoder: a sequence of stages, from the data up; the ready-made networks are such sequences.
+        decoder: as many stages, from the code down: each undoes its counterpart.
+        recon_loss: see :class:`AE`.
     """
 
-    def __init__(
-        self,
-        data_shape: int | Sequence[int] = (1, 28, 28),
-        sizes: Sequence[int] = (512, 256, 32),
-        *,
-        activation: str = "relu",
-        output: str = "sigmoid",
-        loss: str = "mse",
-    ):
-        make, make_output = _activation("activation", activation), _activation("output", output)
-        shape = _shape(data_shape)
-        pairs = list(itertools.pairwise((math.prod(shape), *sizes)))
-        encoders = [nn.Sequential(nn.Linear(below, above), make()) for below, above in pairs]
-        outputs = [make_output, *[make] * (len(pairs) - 1)]
-        decoders = [nn.Sequential(nn.Linear(above, below), make_()) for (below, above), make_ in zip(pairs, outputs, strict=True)]
-        super().__init__(nn.Sequential(nn.Flatten(), *encoders), nn.Sequential(*reversed(decoders), nn.Unflatten(1, shape)), loss=loss)
+    def __init__(self, encoder: nn.Sequential, decoder: nn.Sequential, *, recon_loss: ReconLoss = "mse"):
+        super().__init__(encoder, decoder, recon_loss=recon_loss)
+        for name, coder in (("encoder", encoder), ("decoder", decoder)):
+            if not isinstance(coder, nn.Sequential):
+                raise TypeError(f"{name}: got {type(coder).__name__}, takes an nn.Sequential of stages")
+        if len(encoder) != len(decoder):
+            raise ValueError(f"decoder: got {len(decoder)} stages, takes one for each of the encoder's {len(encoder)}")
 
     def stage(self, level: int) -> AE:
-        """The autoencoder of one layer, counted from 0; its modules are this model's own."""
-        encoders, decoders = list(self.encoder)[1:], list(self.decoder)[-2::-1]
+        """The autoencoder of one stage, counted from 0; its modules are this model's own."""
         # Codes are real numbers, whatever the data are.
-        return AE(encoders[level], decoders[level], loss=self.loss if level == 0 else "mse")
+        return AE(self.encoder[level], self.decoder[-1 - level], recon_loss=self.recon_loss if level == 0 else "mse")
 
     @reading
     def stage_input(self, x: Tensor, level: int) -> Tensor:
-        """What the layer ``level`` learns to reconstruct: the codes of the layers below it."""
-        return self.encoder[: level + 1](as_float(x, self.encoder))
+        """What the stage ``level`` learns to reconstruct: the codes of the stages below it."""
+        return self.encoder[:level](as_float(x, self.encoder))
 
     def pretrain(
         self,
@@ -272,24 +322,24 @@ class StackedAE(AE):
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         corruption: Callable[[Tensor], Tensor] | None = None,
     ) -> list[list[float]]:
-        """Trains the layers in turn, from the input up.
+        """Trains the stages in turn, from the input up.
 
         Args:
             batches: what can be iterated over once an epoch, such as a ``DataLoader`` of images alone.
-            epochs: passes over ``batches`` for each layer.
+            epochs: passes over ``batches`` for each stage.
             optimizer: from parameters to an optimizer; Adam with a learning rate of 1e-3 by default.
-            corruption: of what each layer encodes, which makes this a stacked denoising autoencoder.
+            corruption: of what each stage encodes, which makes this a stacked denoising autoencoder.
 
         Returns:
-            The mean loss of each epoch, a list for each layer.
+            The mean loss of each epoch, a list for each stage.
         """
         make = functools.partial(torch.optim.Adam, lr=1e-3) if optimizer is None else optimizer
-        return [self._pretrain_stage(level, batches, epochs, make, corruption) for level in range(len(self.encoder) - 1)]
+        return [self._pretrain_stage(level, batches, epochs, make, corruption) for level in range(len(self.encoder))]
 
     def _pretrain_stage(self, level, batches, epochs, make_optimizer, corruption) -> list[float]:
         stage = self.stage(level)
         if corruption is not None:
-            stage = DenoisingAE(stage.encoder, stage.decoder, corruption=corruption, loss=stage.loss)
+            stage = DenoisingAE(stage.encoder, stage.decoder, corruption=corruption, recon_loss=stage.recon_loss)
         optimizer = make_optimizer(stage.parameters())
         history = []
         for _ in range(epochs):
@@ -304,83 +354,3 @@ class StackedAE(AE):
                 raise ValueError("batches: got none, takes what can be iterated over once an epoch")
             history.append(torch.stack(losses).mean().item())
         return history
-
-
-def _activation(name: str, value: str) -> type[nn.Module]:
-    check_choice(name, value, ACTIVATIONS)
-    return ACTIVATIONS[value]
-
-
-def _shape(data_shape: int | Sequence[int]) -> tuple[int, ...]:
-    return (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
-
-
-def mlp_coders(
-    data_shape: int | Sequence[int] = (1, 28, 28),
-    hidden: Sequence[int] = (512, 256),
-    latent_dim: int = 32,
-    *,
-    activation: str = "relu",
-    code: str = "identity",
-    output: str = "sigmoid",
-) -> tuple[nn.Sequential, nn.Sequential]:
-    """An MLP encoder and its mirror image, 784-512-256-32-256-512-784 by default: ``AE(*mlp_coders())``.
-
-    Args:
-        data_shape: shape of one ``x``, an integer for a vector.
-        hidden: units of the hidden layers; none for a single layer.
-        latent_dim: units of the code.
-        activation: of the hidden layers: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"sigmoid"``, ``"tanh"`` or ``"identity"``.
-        code: activation of the code.
-        output: activation of the reconstruction, by the range of the data; ``"identity"`` for logits.
-    """
-    shape = _shape(data_shape)
-    sizes = (math.prod(shape), *hidden, latent_dim)
-    encoder = _mlp(sizes, _activation("activation", activation), _activation("code", code))
-    decoder = _mlp(sizes[::-1], _activation("activation", activation), _activation("output", output))
-    return nn.Sequential(nn.Flatten(), *encoder), nn.Sequential(*decoder, nn.Unflatten(1, shape))
-
-
-def _mlp(sizes: Sequence[int], activation: type[nn.Module], last: type[nn.Module]) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), activation()]
-    return [*layers[:-1], last()]
-
-
-def linear_coders(data_shape: int | Sequence[int], latent_dim: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """One linear layer each way. With squared error it reaches the error of a principal component analysis with as many components
-    (Baldi and Hornik 1989)."""
-    return mlp_coders(data_shape, (), latent_dim, output="identity")
-
-
-def conv_coders(latent_dim: int = 32, *, output: str = "sigmoid") -> tuple[nn.Sequential, nn.Sequential]:
-    """A convolutional encoder and decoder for images of 1 x 28 x 28: two convolutions of stride 2 each way, and two linear layers.
-
-    Args:
-        latent_dim: units of the code.
-        output: activation of the reconstruction; ``"identity"`` for logits.
-    """
-    make_output = _activation("output", output)
-    encoder = nn.Sequential(
-        nn.Conv2d(1, 32, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(64 * 7 * 7, 256),
-        nn.ReLU(),
-        nn.Linear(256, latent_dim),
-    )
-    decoder = nn.Sequential(
-        nn.Linear(latent_dim, 256),
-        nn.ReLU(),
-        nn.Linear(256, 64 * 7 * 7),
-        nn.ReLU(),
-        nn.Unflatten(1, (64, 7, 7)),
-        nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),
-        make_output(),
-    )
-    return encoder, decoder

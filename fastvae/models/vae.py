@@ -1,7 +1,6 @@
 """Variational autoencoders (Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014)."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,9 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae._pytree import exportable
-from fastvae.functional._checks import check_choice, check_nonnegative
+from fastvae._types import LayerActivation, Likelihood, check_choice
+from fastvae.functional._checks import check_nonnegative
+from fastvae.models import _networks
 from fastvae.models._inputs import as_float, parameter_dtype
 from fastvae.models._reading import reading
 from fastvae.nn import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty
@@ -28,7 +29,7 @@ class VAEOutput(NamedTuple):
     """
 
     loss: Tensor
-    reconstruction: Tensor
+    recon_loss: Tensor
     kl: Tensor
     recon: Tensor
     z: Tensor
@@ -65,7 +66,7 @@ class VAE(nn.Module):
         decoder: nn.Module,
         latent_shape: int | Sequence[int] | None = None,
         *,
-        likelihood: str | nn.Module = "bernoulli_logits",
+        likelihood: Likelihood | nn.Module = "bernoulli_logits",
         beta: float | Schedule = 1.0,
         capacity: float | Schedule | None = None,
         free_bits: float = 0.0,
@@ -82,6 +83,44 @@ class VAE(nn.Module):
         self.latent_shape = (latent_shape,) if isinstance(latent_shape, int) else latent_shape
         self.free_bits = check_nonnegative("free_bits", free_bits)
         self.num_samples = num_samples
+
+    @classmethod
+    def conv(cls, latent_dim: int = 20, **options) -> "VAE":
+        """The convolutional VAE of many tutorials for images of 1 x 28 x 28; the decoder gives logits.
+
+        Conv(1, 32) ReLU Conv(32, 64) ReLU Linear(3136, 256) ReLU, then ``mu`` and ``logvar``; Linear(d, 256) ReLU Linear(256, 3136) ReLU
+        ConvT(64, 32) ReLU ConvT(32, 1). Convolutions of size 3, stride 2, padding 1.
+
+        Args:
+            latent_dim: size of ``z``: 20 for quality, 2 for pictures of the latent space.
+            options: those of the class.
+        """
+        return cls(*_networks.conv(latent_dim, code_dim=2 * latent_dim), latent_dim, **options)
+
+    @classmethod
+    def mlp(
+        cls,
+        data_shape: int | Sequence[int] = (1, 28, 28),
+        hidden: Sequence[int] = (400,),
+        latent_dim: int = 20,
+        *,
+        activation: LayerActivation = "relu",
+        **options,
+    ) -> "VAE":
+        """An MLP and its mirror image, 784-400-20-400-784 by default; the decoder gives logits.
+
+        Args:
+            data_shape: shape of one ``x``, an integer for a vector.
+            hidden: units of the hidden layers; none for a single layer.
+            latent_dim: size of ``z``.
+            activation: of the hidden layers: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"sigmoid"``, ``"tanh"`` or ``"identity"``.
+            options: those of the class.
+        """
+        networks = _networks.mlp(data_shape, hidden, latent_dim, code_dim=2 * latent_dim, activation=activation)
+        return cls(*networks, latent_dim, **options)
+
+    def extra_repr(self) -> str:
+        return f"latent_shape={self.latent_shape}, free_bits={self.free_bits}, num_samples={self.num_samples}"
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(mu, logvar)`` of the posterior."""
@@ -113,13 +152,13 @@ class VAE(nn.Module):
         mu, logvar = self.encode(x)
         z, kl = FV.reparameterize_kl(mu, logvar, num_samples=self.num_samples, free_bits=self.free_bits, eps=eps)
         recon = self._decode_samples(z, self.num_samples)
-        reconstruction = self._reconstruction(recon, x, self.num_samples, "batchmean")
-        return VAEOutput(reconstruction + self.kl_penalty(kl), reconstruction, kl, recon, z, mu, logvar)
+        recon_loss = self._recon_loss(recon, x, self.num_samples, "batchmean")
+        return VAEOutput(recon_loss + self.kl_penalty(kl), recon_loss, kl, recon, z, mu, logvar)
 
     def _decode_samples(self, z: Tensor, num_samples: int | None) -> Tensor:
         return self.decode(z) if num_samples is None else self.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
-    def _reconstruction(self, recon: Tensor, x: Tensor, num_samples: int | None, reduction: str) -> Tensor:
+    def _recon_loss(self, recon: Tensor, x: Tensor, num_samples: int | None, reduction: str) -> Tensor:
         if num_samples is None:
             return self.likelihood(recon, x, reduction=reduction)
         return self.likelihood(recon.flatten(0, 1), x.repeat(num_samples, *(1,) * (x.ndim - 1)), reduction=reduction)
@@ -156,66 +195,4 @@ class VAE(nn.Module):
         mu, logvar = self.encode(x)
         z, kl = FV.reparameterize_kl(mu, logvar, num_samples=num_samples, reduction="sample", generator=generator)
         recon = self._decode_samples(z, num_samples)
-        return self._reconstruction(recon, x, num_samples, "sample").view(num_samples, -1).mean(0) + kl
-
-
-class ConvVAE(VAE):
-    """The convolutional VAE of many tutorials for images of 1 x 28 x 28; the decoder gives logits.
-
-    Conv(1, 32) ReLU Conv(32, 64) ReLU Linear(3136, 256) ReLU, then ``mu`` and ``logvar``; Linear(d, 256) ReLU Linear(256, 3136) ReLU
-    ConvT(64, 32) ReLU ConvT(32, 1). Convolutions of size 3, stride 2, padding 1.
-
-    Args:
-        latent_dim: size of ``z``: 20 for quality, 2 for pictures of the latent space.
-        options: those of :class:`VAE`.
-    """
-
-    def __init__(self, latent_dim: int = 20, **options):
-        encoder = nn.Sequential(
-            nn.Conv2d(1, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64 * 7 * 7, 256),
-            nn.ReLU(),
-            nn.Linear(256, 2 * latent_dim),
-        )
-        decoder = nn.Sequential(
-            nn.Linear(latent_dim, 256),
-            nn.ReLU(),
-            nn.Linear(256, 64 * 7 * 7),
-            nn.ReLU(),
-            nn.Unflatten(1, (64, 7, 7)),
-            nn.ConvTranspose2d(64, 32, 3, stride=2, padding=1, output_padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1),
-        )
-        super().__init__(encoder, decoder, latent_dim, **options)
-
-
-class MLPVAE(VAE):
-    """The VAE of one hidden layer, 784-400-20-400-784 by default; the decoder gives logits.
-
-    Args:
-        data_shape: shape of one ``x``, an integer for a vector.
-        hidden_dim: units of the hidden layers.
-        latent_dim: size of ``z``.
-        options: those of :class:`VAE`.
-    """
-
-    def __init__(self, data_shape: int | Sequence[int] = (1, 28, 28), hidden_dim: int = 400, latent_dim: int = 20, **options):
-        data_shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
-        encoder = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(math.prod(data_shape), hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, 2 * latent_dim),
-        )
-        decoder = nn.Sequential(
-            nn.Linear(latent_dim, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, math.prod(data_shape)),
-            nn.Unflatten(1, data_shape),
-        )
-        super().__init__(encoder, decoder, latent_dim, **options)
+        return self._recon_loss(recon, x, num_samples, "sample").view(num_samples, -1).mean(0) + kl

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae._pytree import exportable
+from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.nn import VectorQuantizer
 
@@ -16,7 +17,7 @@ class VQVAEOutput(NamedTuple):
     """The loss, its terms and the tensors behind them; with two levels ``indices``, ``perplexity`` and ``usage`` hold (top, bottom)."""
 
     loss: Tensor
-    reconstruction: Tensor
+    recon_loss: Tensor
     vq_loss: Tensor
     recon: Tensor
     indices: Tensor | tuple[Tensor, Tensor]
@@ -42,7 +43,15 @@ def _residual_stack(channels: int, hidden: int, blocks: int) -> list[nn.Module]:
 
 
 def conv_encoder(in_channels: int, channels: int = 128, *, downsampling: int = 4, hidden: int = 32, blocks: int = 2) -> nn.Sequential:
-    """Convolutions of stride 2 until the image is ``downsampling`` (2 or 4) times smaller, then residual blocks."""
+    """Convolutions of stride 2 until the image is ``downsampling`` (2 or 4) times smaller, then residual blocks.
+
+    Args:
+        in_channels: channels of the image.
+        channels: channels that come out.
+        downsampling: 2 or 4.
+        hidden: channels inside a residual block.
+        blocks: residual blocks.
+    """
     if downsampling not in (2, 4):
         raise ValueError(f"downsampling: got {downsampling}, takes 2 or 4")
     if downsampling == 4:
@@ -87,7 +96,7 @@ class VQVAE(nn.Module):
     @classmethod
     def conv(
         cls,
-        in_channels: int,
+        in_channels: int = 3,
         *,
         num_codes: int = 512,
         dim: int = 64,
@@ -97,24 +106,35 @@ class VQVAE(nn.Module):
         data_variance: float = 1.0,
         **quantizer_options,
     ) -> "VQVAE":
-        """The paper's convolutional network, 4 times smaller inside, for images whose sides are multiples of 4."""
+        """The paper's convolutional network, 4 times smaller inside, for images whose sides are multiples of 4.
+
+        Args:
+            in_channels: channels of the images.
+            num_codes, dim: of the codebook.
+            channels, hidden, blocks: of the networks, see :func:`conv_encoder`.
+            data_variance: see the class.
+            quantizer_options: of :class:`fastvae.nn.VectorQuantizer`.
+        """
         encoder = nn.Sequential(conv_encoder(in_channels, channels, hidden=hidden, blocks=blocks), nn.Conv2d(channels, dim, 1))
         decoder = conv_decoder(dim, in_channels, channels, hidden=hidden, blocks=blocks)
         quantizer = VectorQuantizer(num_codes, dim, channels_first=True, **quantizer_options)
         return cls(encoder, decoder, quantizer, data_variance=data_variance)
 
+    def extra_repr(self) -> str:
+        return f"data_variance={self.data_variance}"
+
     def forward(self, x: Tensor) -> VQVAEOutput:
         """The loss of a batch ``(batch, channels, ...)``, floating or uint8 (value / 255)."""
-        output = self.quantizer(self.encoder(_as_float(x)))
+        output = self.quantizer(self.encoder(as_float(x, self.encoder)))
         recon = self.decoder(output.quantized)
-        reconstruction = FV.mse_loss(recon, x) / self.data_variance
+        recon_loss = FV.mse_loss(recon, x) / self.data_variance
         vq_loss = output.loss
-        return VQVAEOutput(reconstruction + vq_loss, reconstruction, vq_loss, recon, output.indices, output.perplexity, output.usage)
+        return VQVAEOutput(recon_loss + vq_loss, recon_loss, vq_loss, recon, output.indices, output.perplexity, output.usage)
 
     @reading
     def encode(self, x: Tensor) -> Tensor:
         """The indices of a batch."""
-        return self.quantizer(self.encoder(_as_float(x))).indices
+        return self.quantizer(self.encoder(as_float(x, self.encoder))).indices
 
     @reading
     def decode(self, indices: Tensor) -> Tensor:
@@ -133,15 +153,40 @@ class VQVAE2(nn.Module):
     A call trains; :meth:`encode`, :meth:`decode` and :meth:`reconstruct` read, as those of :class:`VQVAE`.
 
     Args:
-        in_channels: of the images, whose sides are multiples of 8.
-        num_codes, dim: of each level's codebook.
-        channels, hidden, blocks: of the networks, see :func:`conv_encoder`.
+        bottom_encoder: from the data to features.
+        top_encoder: from those features to ``(batch, dim, ...)``, coarser.
+        top_quantizer: as in :class:`VQVAE`.
+        top_decoder: from the top's codes to what the bottom level is given, in the size of the features.
+        bottom_projection: from that and the features, joined on dimension 1, to ``(batch, dim, ...)``.
+        bottom_quantizer: as in :class:`VQVAE`.
+        top_upsampler: from the top's codes to the size of the bottom's.
+        decoder: the data from that and the bottom's codes, joined on dimension 1.
         data_variance: see :class:`VQVAE`.
-        quantizer_options: of both :class:`fastvae.nn.VectorQuantizer`.
     """
 
     def __init__(
         self,
+        *,
+        bottom_encoder: nn.Module,
+        top_encoder: nn.Module,
+        top_quantizer: nn.Module,
+        top_decoder: nn.Module,
+        bottom_projection: nn.Module,
+        bottom_quantizer: nn.Module,
+        top_upsampler: nn.Module,
+        decoder: nn.Module,
+        data_variance: float = 1.0,
+    ):
+        super().__init__()
+        self.bottom_encoder, self.top_encoder = bottom_encoder, top_encoder
+        self.top_quantizer, self.top_decoder = top_quantizer, top_decoder
+        self.bottom_projection, self.bottom_quantizer = bottom_projection, bottom_quantizer
+        self.top_upsampler, self.decoder = top_upsampler, decoder
+        self.data_variance = data_variance
+
+    @classmethod
+    def conv(
+        cls,
         in_channels: int = 3,
         *,
         num_codes: int = 512,
@@ -151,36 +196,48 @@ class VQVAE2(nn.Module):
         blocks: int = 2,
         data_variance: float = 1.0,
         **quantizer_options,
-    ):
-        super().__init__()
+    ) -> "VQVAE2":
+        """The paper's convolutional network, 4 and 8 times smaller inside, for images whose sides are multiples of 8.
+
+        Args:
+            in_channels: channels of the images.
+            num_codes, dim: of each level's codebook.
+            channels, hidden, blocks: of the networks, see :func:`conv_encoder`.
+            data_variance: see :class:`VQVAE`.
+            quantizer_options: of both :class:`fastvae.nn.VectorQuantizer`.
+        """
         sizes = {"hidden": hidden, "blocks": blocks}
-        self.encode_bottom = conv_encoder(in_channels, channels, downsampling=4, **sizes)
-        self.encode_top = conv_encoder(channels, channels, downsampling=2, **sizes)
-        self.project_top = nn.Conv2d(channels, dim, 1)
-        self.quantize_top = VectorQuantizer(num_codes, dim, channels_first=True, **quantizer_options)
-        self.decode_top = conv_decoder(dim, dim, channels, upsampling=2, **sizes)
-        self.project_bottom = nn.Conv2d(dim + channels, dim, 1)
-        self.quantize_bottom = VectorQuantizer(num_codes, dim, channels_first=True, **quantizer_options)
-        self.upsample_top = nn.ConvTranspose2d(dim, dim, 4, 2, 1)
-        self.decoder = conv_decoder(2 * dim, in_channels, channels, upsampling=4, **sizes)
-        self.data_variance = data_variance
+        return cls(
+            bottom_encoder=conv_encoder(in_channels, channels, downsampling=4, **sizes),
+            top_encoder=nn.Sequential(conv_encoder(channels, channels, downsampling=2, **sizes), nn.Conv2d(channels, dim, 1)),
+            top_quantizer=VectorQuantizer(num_codes, dim, channels_first=True, **quantizer_options),
+            top_decoder=conv_decoder(dim, dim, channels, upsampling=2, **sizes),
+            bottom_projection=nn.Conv2d(dim + channels, dim, 1),
+            bottom_quantizer=VectorQuantizer(num_codes, dim, channels_first=True, **quantizer_options),
+            top_upsampler=nn.ConvTranspose2d(dim, dim, 4, 2, 1),
+            decoder=conv_decoder(2 * dim, in_channels, channels, upsampling=4, **sizes),
+            data_variance=data_variance,
+        )
+
+    def extra_repr(self) -> str:
+        return f"data_variance={self.data_variance}"
 
     def _levels(self, x: Tensor):
-        bottom = self.encode_bottom(_as_float(x))
-        top = self.quantize_top(self.project_top(self.encode_top(bottom)))
-        given = torch.cat([self.decode_top(top.quantized), bottom], dim=1)
-        return top, self.quantize_bottom(self.project_bottom(given))
+        bottom = self.bottom_encoder(as_float(x, self.bottom_encoder))
+        top = self.top_quantizer(self.top_encoder(bottom))
+        given = torch.cat([self.top_decoder(top.quantized), bottom], dim=1)
+        return top, self.bottom_quantizer(self.bottom_projection(given))
 
     def _decode(self, top: Tensor, bottom: Tensor) -> Tensor:
-        return self.decoder(torch.cat([self.upsample_top(top), bottom], dim=1))
+        return self.decoder(torch.cat([self.top_upsampler(top), bottom], dim=1))
 
     def forward(self, x: Tensor) -> VQVAEOutput:
         """The loss of a batch of images, floating or uint8 (value / 255)."""
         top, bottom = self._levels(x)
         recon = self._decode(top.quantized, bottom.quantized)
-        reconstruction, vq_loss = FV.mse_loss(recon, x) / self.data_variance, top.loss + bottom.loss
+        recon_loss, vq_loss = FV.mse_loss(recon, x) / self.data_variance, top.loss + bottom.loss
         pairs = ((getattr(top, name), getattr(bottom, name)) for name in ("indices", "perplexity", "usage"))
-        return VQVAEOutput(reconstruction + vq_loss, reconstruction, vq_loss, recon, *pairs)
+        return VQVAEOutput(recon_loss + vq_loss, recon_loss, vq_loss, recon, *pairs)
 
     @reading
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,13 +248,9 @@ class VQVAE2(nn.Module):
     @reading
     def decode(self, indices: tuple[Tensor, Tensor]) -> Tensor:
         """Images from indices."""
-        return self._decode(self.quantize_top.decode(indices[0]), self.quantize_bottom.decode(indices[1]))
+        return self._decode(self.top_quantizer.decode(indices[0]), self.bottom_quantizer.decode(indices[1]))
 
     @reading
     def reconstruct(self, x: Tensor) -> Tensor:
         """The decoded codes of a batch."""
         return self.forward(x).recon
-
-
-def _as_float(x: Tensor) -> Tensor:
-    return x.float() / 255 if x.dtype == torch.uint8 else x

@@ -2,9 +2,9 @@
 
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 from fastvae.nn.group_norm import GroupNormSiLU
-from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty, MSELoss, VAELoss
+from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, ELBOLoss, GaussianNLL, KLPenalty, MSELoss
 from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
-from fastvae.nn.sampling import Reparameterize
+from fastvae.nn.sampling import Reparameterize, ReparameterizeKL
 from fastvae.nn.schedules import CapacitySchedule, CosineSchedule, CyclicalSchedule, LinearSchedule
 from fastvae.nn.upsampling import UpsampleConv2d
 from fastvae.nn.vector_quantizer import ResidualVectorQuantizer, VectorQuantizer, VQOutput
@@ -15,6 +15,7 @@ __all__ = [
     "CapacitySchedule",
     "CosineSchedule",
     "CyclicalSchedule",
+    "ELBOLoss",
     "GaussianNLL",
     "GaussianNoise",
     "GroupNormSiLU",
@@ -24,11 +25,11 @@ __all__ = [
     "Masking",
     "MinMaxScaler",
     "Reparameterize",
+    "ReparameterizeKL",
     "ResidualVectorQuantizer",
     "SaltAndPepper",
     "StandardScaler",
     "UpsampleConv2d",
-    "VAELoss",
     "VQOutput",
     "VectorQuantizer",
 ]

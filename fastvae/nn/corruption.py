@@ -1,4 +1,9 @@
-"""What a denoising autoencoder does to its input (Vincent et al., *Stacked Denoising Autoencoders*, 2010)."""
+"""What a denoising autoencoder does to its input (Vincent et al., *Stacked Denoising Autoencoders*, 2010).
+
+``generator`` decides the random numbers; it may be on the CPU or on the device of the data.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +15,12 @@ def _check_fraction(value) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"fraction: got {value!r}, takes a number in [0, 1]")
     return float(value)
+
+
+def _draw(distribution: Callable[..., Tensor], x: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """Random numbers for the elements of ``x``; a generator on the CPU serves tensors on any device."""
+    device = x.device if generator is None else generator.device
+    return distribution(x.shape, dtype=dtype, device=device, generator=generator).to(x.device)
 
 
 class GaussianNoise(nn.Module):
@@ -24,7 +35,7 @@ class GaussianNoise(nn.Module):
         self.sigma = check_nonnegative("sigma", sigma)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return x + self.sigma * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        return x + self.sigma * _draw(torch.randn, x, x.dtype, generator)
 
     def extra_repr(self) -> str:
         return f"sigma={self.sigma}"
@@ -38,7 +49,7 @@ class Masking(nn.Module):
         self.fraction = _check_fraction(fraction)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        hidden = torch.rand(x.shape, device=x.device, generator=generator) < self.fraction
+        hidden = _draw(torch.rand, x, torch.get_default_dtype(), generator) < self.fraction
         return x.masked_fill(hidden, 0.0)
 
     def extra_repr(self) -> str:
@@ -59,7 +70,7 @@ class SaltAndPepper(nn.Module):
         self.low, self.high = float(low), float(high)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        u = torch.rand(x.shape, device=x.device, generator=generator)
+        u = _draw(torch.rand, x, torch.get_default_dtype(), generator)
         x = x.masked_fill(u < self.fraction / 2, self.low)
         return x.masked_fill(u >= 1 - self.fraction / 2, self.high)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
-from fastvae.functional._checks import check_choice
+from fastvae._types import NormActivation, check_choice
 from fastvae.functional._modules import describe, swap_obstacle
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
@@ -31,7 +31,7 @@ class GroupNormSiLU(nn.GroupNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: str = "silu",
+        activation: NormActivation = "silu",
     ):
         check_choice("activation", activation, NORM_ACTIVATIONS)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
@@ -50,7 +50,7 @@ class GroupNormSiLU(nn.GroupNorm):
         module.affine, module.weight, module.bias = norm.affine, norm.weight, norm.bias
         return module.train(norm.training)
 
-    def forward(self, input: Tensor, activation: str | None = None) -> Tensor:
+    def forward(self, input: Tensor, activation: NormActivation | None = None) -> Tensor:
         """The output in the dtype and memory layout of ``input``; ``activation`` overrides the module's for this call."""
         return FV.group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, activation or self.activation)
 

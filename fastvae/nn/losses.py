@@ -1,84 +1,96 @@
 """Loss modules: those of torch.nn with the reductions and kernels of the package, and the ELBO."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
-from fastvae.functional._checks import check_choice, check_nonnegative, check_reduction
+from fastvae._types import BoundReduction, Likelihood, Reduction, check_choice
+from fastvae.functional._checks import check_nonnegative
+from fastvae.functional._documentation import documented
 from fastvae.nn.schedules import Schedule, ScheduledKL
+from fastvae.ops._results import reduction_number
 
 
 class _Loss(nn.Module):
-    def __init__(self, reduction: str):
+    def __init__(self, reduction: Reduction):
         super().__init__()
-        check_reduction(reduction)
+        reduction_number(reduction)
         self.reduction = reduction
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
 
 
+@documented
 class BCEWithLogitsLoss(_Loss):
-    """:func:`fastvae.functional.binary_cross_entropy_with_logits` as a module; the arguments of :class:`torch.nn.BCEWithLogitsLoss`.
+    r""":func:`fastvae.functional.binary_cross_entropy_with_logits` as a module; the arguments of :class:`torch.nn.BCEWithLogitsLoss`.
 
     Args:
-        weight, pos_weight: broadcast to ``input``; buffers, as in torch.
-        reduction: ``"none"``, ``"sample"``, ``"batchmean"``, ``"sum"`` or ``"mean"``.
+        $weight
+            A buffer, as in torch.
+        $reduction
+        pos_weight: :math:`p`, broadcast to ``input``; a buffer, as in torch.
     """
 
-    def __init__(self, weight: Tensor | None = None, reduction: str = "mean", pos_weight: Tensor | None = None):
+    def __init__(self, weight: Tensor | None = None, reduction: Reduction = "mean", pos_weight: Tensor | None = None):
         super().__init__(reduction)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
 
-    def forward(self, input: Tensor, target: Tensor, *, reduction: str | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, *, reduction: Reduction | None = None) -> Tensor:
         """The loss of logits against a target in [0, 1] or uint8; ``reduction`` overrides the module's for this call."""
         return FV.binary_cross_entropy_with_logits(input, target, self.weight, reduction or self.reduction, self.pos_weight)
 
 
+@documented
 class BCELoss(_Loss):
     """:func:`fastvae.functional.binary_cross_entropy` as a module; the arguments of :class:`torch.nn.BCELoss`.
 
     Args:
-        weight: broadcast to ``input``; a buffer, as in torch.
-        reduction: ``"none"``, ``"sample"``, ``"batchmean"``, ``"sum"`` or ``"mean"``.
+        $weight
+            A buffer, as in torch.
+        $reduction
     """
 
-    def __init__(self, weight: Tensor | None = None, reduction: str = "mean"):
+    def __init__(self, weight: Tensor | None = None, reduction: Reduction = "mean"):
         super().__init__(reduction)
         self.register_buffer("weight", weight)
 
-    def forward(self, input: Tensor, target: Tensor, *, reduction: str | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, *, reduction: Reduction | None = None) -> Tensor:
         """The loss of probabilities against a target in [0, 1] or uint8; ``reduction`` overrides the module's for this call."""
         return FV.binary_cross_entropy(input, target, self.weight, reduction or self.reduction)
 
 
+@documented
 class MSELoss(_Loss):
     """:func:`fastvae.functional.mse_loss` as a module; the arguments of :class:`torch.nn.MSELoss`.
 
     Args:
-        reduction: ``"none"``, ``"sample"``, ``"batchmean"``, ``"sum"`` or ``"mean"``.
+        $reduction
     """
 
-    def __init__(self, reduction: str = "mean"):
+    def __init__(self, reduction: Reduction = "mean"):
         super().__init__(reduction)
 
-    def forward(self, input: Tensor, target: Tensor, *, reduction: str | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, *, reduction: Reduction | None = None) -> Tensor:
         """The squared error; a uint8 target means value / 255; ``reduction`` overrides the module's for this call."""
         return FV.mse_loss(input, target, reduction or self.reduction)
 
 
+@documented
 class GaussianNLL(_Loss):
     r""":func:`fastvae.functional.gaussian_nll` with a variance that is fixed, or learned with the decoder (Rybkin et al., *Simple and
     Effective VAE Training with Calibrated Decoders*, 2021).
 
     Args:
-        logvar: :math:`\log\sigma^2`: a number or a tensor with one element for all, or one value a channel, shape ``(channels,)``.
+        $logvar
         learned: makes ``logvar`` a parameter that starts at the given value.
-        reduction: ``"none"``, ``"sample"``, ``"batchmean"`` (nats per sample), ``"sum"`` or ``"mean"``.
+        $reduction
     """
 
-    def __init__(self, logvar: float | Tensor = 0.0, *, learned: bool = False, reduction: str = "batchmean"):
+    def __init__(self, logvar: float | Tensor = 0.0, *, learned: bool = False, reduction: Reduction = "batchmean"):
         super().__init__(reduction)
         value = logvar.detach().clone() if isinstance(logvar, Tensor) else torch.tensor(float(logvar))
         if learned:
@@ -86,7 +98,7 @@ class GaussianNLL(_Loss):
         else:
             self.register_buffer("logvar", value)
 
-    def forward(self, input: Tensor, target: Tensor, *, reduction: str | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, *, reduction: Reduction | None = None) -> Tensor:
         """The negative log-likelihood of ``target`` under the mean ``input``; ``reduction`` overrides the module's for this call."""
         return FV.gaussian_nll(input, target, self.logvar, reduction or self.reduction)
 
@@ -94,7 +106,7 @@ class GaussianNLL(_Loss):
 class KLPenalty(ScheduledKL):
     r"""The second term of a VAE's loss: :math:`\beta\, KL`, or with a capacity :math:`\beta\, |KL - C|`.
 
-    For a KL that is at hand, from :func:`fastvae.functional.reparameterize_kl`; :class:`VAELoss` computes it from the posterior.
+    For a KL that is at hand, from :func:`fastvae.functional.reparameterize_kl`; :class:`ELBOLoss` computes it from the posterior.
 
     Args:
         beta: weight of the KL, a number or a schedule (Higgins et al., *beta-VAE*, 2017).
@@ -110,37 +122,39 @@ class KLPenalty(ScheduledKL):
         return self.beta * (kl if capacity is None else (kl - capacity).abs())
 
 
-class VAELoss(ScheduledKL):
+@documented
+class ELBOLoss(ScheduledKL):
     """:func:`fastvae.functional.elbo_loss` as a module whose ``beta`` and ``capacity`` may follow a schedule.
 
-    ``step()`` advances the schedules, before or after the backward pass; the number of steps taken is in the ``state_dict``.
+    ``step()`` advances the schedules, before or after the backward pass; with a schedule the number of steps taken is in the
+    ``state_dict``.
 
     Args:
-        likelihood: ``"bernoulli_logits"``, ``"bernoulli"`` (probabilities) or ``"gaussian"`` (unit variance).
+        $likelihood
         beta: weight of the KL, a number or a schedule.
-        free_bits: nats a dimension that are free, see :func:`fastvae.functional.kl_normal`.
+        $free_bits
         capacity: capacity of the KL in nats per sample, a number or a schedule; ``None`` for none.
-        reduction: ``"batchmean"`` (nats per sample), ``"sum"`` or ``"sample"``.
+        $bound_reduction
     """
 
     def __init__(
         self,
-        likelihood: str = "bernoulli_logits",
         *,
+        likelihood: Likelihood = "bernoulli_logits",
         beta: float | Schedule = 1.0,
         free_bits: float = 0.0,
         capacity: float | Schedule | None = None,
-        reduction: str = "batchmean",
+        reduction: BoundReduction = "batchmean",
     ):
         super().__init__(beta, capacity)
-        check_choice("likelihood", likelihood, ("bernoulli_logits", "bernoulli", "gaussian"))
-        check_choice("reduction", reduction, ("batchmean", "sum", "sample"))
+        check_choice("likelihood", likelihood, get_args(Likelihood))
+        check_choice("reduction", reduction, get_args(BoundReduction))
         self.likelihood = likelihood
         self.free_bits = check_nonnegative("free_bits", free_bits)
         self.reduction = reduction
 
     def forward(self, recon: Tensor, target: Tensor, mu: Tensor, logvar: Tensor) -> FV.ELBO:
-        """``ELBO(loss, reconstruction, kl)`` of what the decoder gave, the data and the posterior."""
+        """``ELBO(loss, recon_loss, kl)`` of what the decoder gave, the data and the posterior."""
         return FV.elbo_loss(
             recon,
             target,
@@ -154,4 +168,4 @@ class VAELoss(ScheduledKL):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.likelihood!r}, {super().extra_repr()}, free_bits={self.free_bits}, reduction={self.reduction!r}"
+        return f"likelihood={self.likelihood!r}, {super().extra_repr()}, free_bits={self.free_bits}, reduction={self.reduction!r}"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,10 +124,10 @@ class ScheduledKL(nn.Module):
     """``beta`` and ``capacity`` of a loss with a KL term, each a number or a schedule; either may be set anew.
 
     At each use the buffer ``num_steps``, the number of steps taken, decides, whoever wrote it: :meth:`step`, a checkpoint, an average of
-    models or the broadcast of another rank. It is all that is in the ``state_dict``. The package's schedules are computed on the buffer's
-    device, in a compiled graph or a CUDA graph too. Any other function is called with the number as an integer, for which a GPU has to be
-    waited for where other than :meth:`step` has changed it. Graphs read the function's value from a buffer, which :meth:`step`, loading a
-    checkpoint and a call outside of graphs write.
+    models or the broadcast of another rank. Where there is a schedule it is all that is in the ``state_dict``; without one the
+    ``state_dict`` is empty. The package's schedules are computed on the buffer's device, in a compiled graph or a CUDA graph too. Any other
+    function is called with the number as an integer, for which a GPU has to be waited for where other than :meth:`step` has changed it.
+    Graphs read the function's value from a buffer, which :meth:`step`, loading a checkpoint and a call outside of graphs write.
     """
 
     def __init__(self, beta: float | Schedule, capacity: float | Schedule | None):
@@ -134,7 +135,7 @@ class ScheduledKL(nn.Module):
         self.schedules: dict[str, Schedule] = {}
         self._numbers: dict[str, float | None] = {}
         self._known_steps: tuple[Tensor | None, int, int] = None, 0, 0
-        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64), persistent=False)
         self._set("beta", beta)
         self._set("capacity", capacity)
         self.register_load_state_dict_post_hook(_follow)
@@ -161,6 +162,7 @@ class ScheduledKL(nn.Module):
             if type(weight) not in _TAKE_TENSORS:
                 self.register_buffer(_buffer(name), torch.zeros((), device=self.num_steps.device), persistent=False)
                 self._call_functions(int(self.num_steps))
+            self._store_steps()
             return
         absent = weight is None and name == "capacity"
         if not absent and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0):
@@ -168,6 +170,18 @@ class ScheduledKL(nn.Module):
         self.schedules.pop(name, None)
         self._buffers.pop(_buffer(name), None)
         self._numbers[name] = None if absent else float(weight)
+        self._store_steps()
+
+    def _store_steps(self) -> None:
+        """Puts the number of steps into the ``state_dict`` where there is a schedule, and only there."""
+        self.register_buffer("num_steps", self.num_steps, persistent=bool(self.schedules))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A module whose weights are numbers takes over the count of a checkpoint that has one, for a schedule that may be set later.
+        steps = None if self.schedules else state_dict.pop(prefix + "num_steps", None)
+        if steps is not None:
+            self.num_steps.copy_(steps)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _get(self, name: str) -> float | Tensor | None:
         schedule = self.schedules.get(name)

@@ -1,7 +1,7 @@
 """Vector quantization as a layer, with a codebook that learns by gradient or by moving averages."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae._pytree import exportable
-from fastvae.functional._checks import check_choice, check_nonnegative
-from fastvae.functional.codebook import GRADIENTS, codebook_ema_step_, codebook_sums
+from fastvae._types import CodebookUpdate, QuantizerGradient, check_choice
+from fastvae.functional._checks import check_nonnegative
+from fastvae.functional._documentation import documented
+from fastvae.functional.codebook import codebook_ema_step_, codebook_sums
 from fastvae.nn import _processes
 from fastvae.nn._recompute import PendingPasses, fingerprint, is_recomputing, keep_out_of_checkpoints, may_be_recomputed, with_value
 from fastvae.ops._autograd import transformed
-
-UPDATES = ("ema", "gradient")
 
 # Buffers that stay in float32 in a 16-bit module: a moving average in 16 bits stops moving.
 _STATISTICS = ("ema_count", "ema_sum")
@@ -66,6 +66,7 @@ class _Seen(NamedTuple):
     statistics: tuple[Tensor, Tensor]
 
 
+@documented
 class VectorQuantizer(nn.Module):
     r"""Replaces vectors with the nearest of ``num_codes`` learned codes (van den Oord et al., *Neural Discrete Representation
     Learning*, 2017).
@@ -85,7 +86,7 @@ class VectorQuantizer(nn.Module):
         dim: length of the vectors; with several heads, of all heads together.
         update: ``"ema"`` or ``"gradient"``.
         commitment_cost: weight of the loss that pulls vectors to their codes.
-        gradient: ``"straight_through"`` or ``"rotation"``, see :func:`fastvae.functional.vector_quantize`.
+        $quantizer_gradient
         decay, eps: of the moving averages.
         revive_below: a code whose moving count of vectors falls below this is replaced with a vector of the batch, and its count and
             sum with it, so that it does not die again at once; 0 for never.
@@ -103,9 +104,9 @@ class VectorQuantizer(nn.Module):
         num_codes: int,
         dim: int,
         *,
-        update: str = "ema",
+        update: CodebookUpdate = "ema",
         commitment_cost: float = 0.25,
-        gradient: str = "straight_through",
+        gradient: QuantizerGradient = "straight_through",
         decay: float = 0.99,
         eps: float = 1e-5,
         revive_below: float = 0.0,
@@ -117,8 +118,8 @@ class VectorQuantizer(nn.Module):
         global_evaluation: bool = False,
     ):
         super().__init__()
-        check_choice("update", update, UPDATES)
-        check_choice("gradient", gradient, GRADIENTS)
+        check_choice("update", update, get_args(CodebookUpdate))
+        check_choice("gradient", gradient, get_args(QuantizerGradient))
         if num_codes < 1:
             raise ValueError(f"num_codes: got {num_codes}, takes at least 1")
         if heads < 1 or dim % heads:
@@ -140,8 +141,10 @@ class VectorQuantizer(nn.Module):
         else:
             self.register_buffer("codebook", codebook)
             self.register_buffer("ema_sum", codebook.to(_statistics_dtype(codebook.dtype), copy=True))
-        self.register_buffer("ema_count", torch.ones(shape[:-1], dtype=_statistics_dtype(codebook.dtype)))
-        self.register_buffer("started", torch.tensor(kmeans_iters == 0))
+        # The state_dict holds what the options use: moving counts where codes move or revive by them, and the start where k-means makes it.
+        counts = update == "ema" or revive_below > 0
+        self.register_buffer("ema_count", torch.ones(shape[:-1], dtype=_statistics_dtype(codebook.dtype)), persistent=counts)
+        self.register_buffer("started", torch.tensor(kmeans_iters == 0), persistent=kmeans_iters > 0)
         # The tensor `started` that was seen to hold True, and its version then.
         self._seen_started: Tensor | None = None
         self._seen_version = -1
@@ -157,8 +160,15 @@ class VectorQuantizer(nn.Module):
             self._buffers[name] = after if _is_wide(after) else before.to(after.device, _statistics_dtype(after.dtype))
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("ema_count", "started"):
+            if name in self._non_persistent_buffers_set:
+                # A layer with other options learned it; with these options it decides nothing.
+                state_dict.pop(prefix + name, None)
+            elif name == "started" and prefix + "codebook" in state_dict:
+                # A codebook of a layer without k-means has started: k-means would destroy it.
+                state_dict.setdefault(prefix + name, state_dict[prefix + "codebook"].new_ones((), dtype=torch.bool))
+        super()._load_from_state_dict(state_dict, prefix, *args)
         for name in _STATISTICS:
             if name in self._buffers:
                 # assign=True takes the dtypes of the file.
@@ -403,7 +413,10 @@ class VectorQuantizer(nn.Module):
         return (indices if self.share_codebook else indices.transpose(0, 1)).reshape(*shape, self.heads).contiguous()
 
     def extra_repr(self) -> str:
-        names = ("update", "commitment_cost", "gradient", "decay", "revive_below", "kmeans_iters", "cosine", "heads", "channels_first")
+        names = (
+            "update", "commitment_cost", "gradient", "decay", "eps", "revive_below", "kmeans_iters", "cosine", "heads", "share_codebook",
+            "channels_first", "global_evaluation",
+        )  # fmt: skip
         return f"{self.num_codes}, {self.dim}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
@@ -522,6 +535,10 @@ class ResidualVectorQuantizer(nn.Module):
         if mask is not None:
             quantized = torch.where(mask[..., None], quantized, 0.0)
         return VQOutput(quantized.movedim(-1, 1) if self.channels_first else quantized, indices, loss, perplexity, usage)
+
+    def extra_repr(self) -> str:
+        names = ("quantizer_dropout", "min_quantizers", "channels_first")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def decode(self, indices: Tensor) -> Tensor:
         """The sum of the codes at ``indices``, the last dimension of which holds the first steps, or all."""

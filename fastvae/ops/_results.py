@@ -3,8 +3,15 @@
 import torch
 from torch import Tensor
 
+from fastvae._types import check_choice
+
 # Mirrored by csrc/common/reduction.h and by the constexprs in kernels/.
 REDUCTIONS = {"none": 0, "sample": 1, "batchmean": 2, "sum": 3, "mean": 4}
+
+
+def reduction_number(reduction: str) -> int:
+    """The number of a reduction in the operators; an error where there is none of that name."""
+    return REDUCTIONS[check_choice("reduction", reduction, REDUCTIONS)]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

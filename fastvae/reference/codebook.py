@@ -1,11 +1,16 @@
 """Vector quantization in plain PyTorch: the definition and the oracle of the tests."""
 
+import math
+from typing import get_args
+
 import torch
 from torch import Tensor
 
+from fastvae._outputs import VQ
+from fastvae._types import QuantizerGradient, Reduction, check_choice
 from fastvae.ops import codebook as ops
 from fastvae.ops._autograd import in_plain_torch
-from fastvae.ops._results import REDUCTIONS, accumulation_dtype
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduction_number
 
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -28,18 +33,49 @@ def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
     return codebook.gather(1, indices[..., None].expand(*indices.shape, codebook.shape[-1]))
 
 
-def quantize(
+def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`fastvae.functional.vq_nearest`: squared distances in float64, the lowest index where they are equal."""
+    rows, codes = _by_head(x.detach(), codebook.detach())
+    indices, distance = _codebook_nearest(ops.NearestArguments(rows, codes, return_distance))
+    indices = indices.view(x.shape[:-1])
+    return (indices, distance.view(x.shape[:-1])) if return_distance else indices
+
+
+def vector_quantize(
     x: Tensor,
     codebook: Tensor,
     *,
     commitment_cost: float = 0.25,
+    gradient: QuantizerGradient = "straight_through",
+    reduction: Reduction = "mean",
     codebook_cost: float = 1.0,
-    gradient: str = "straight_through",
-    reduction: str = "mean",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`fastvae.functional.vector_quantize` for ``x`` (heads, rows, dim), differentiable by autograd."""
-    costs = codebook_cost, commitment_cost
-    return quantize_batch(x, codebook, x.shape[1], REDUCTIONS[reduction], *costs, gradient == "rotation")
+) -> VQ:
+    """:func:`fastvae.functional.vector_quantize`, differentiable any number of times; the rotation is held constant."""
+    check_choice("gradient", gradient, get_args(QuantizerGradient))
+    _check_finite(codebook)
+    rows, codes = _by_head(x, codebook)
+    options = x.shape[0] if x.ndim > 1 else 1, reduction_number(reduction), codebook_cost, commitment_cost, gradient == "rotation"
+    quantized, indices, loss = quantize_batch(rows, codes, *options)
+    return VQ(quantized.view(x.shape), indices.view(x.shape[:-1]), loss.view(x.shape) if reduction == "none" else loss)
+
+
+@torch.no_grad()
+def codebook_ema_update_(
+    codebook: Tensor, ema_count: Tensor, ema_sum: Tensor, x: Tensor, indices: Tensor, *, decay: float = 0.99, eps: float = 1e-5
+) -> Tensor:
+    """:func:`fastvae.functional.codebook_ema_update_`."""
+    rows, codes = _by_head(x, codebook)
+    counts, sums = _codebook_sums(ops.SumsArguments(rows, indices.reshape(rows.shape[:2]), codes.shape[1]))
+    state = [t if codebook.ndim == 3 else t[None] for t in (codebook, ema_count, ema_sum)]
+    _codebook_ema_(ops.EmaArguments(*state, counts, sums, decay, eps))
+    return counts.view(ema_count.shape)
+
+
+def _by_head(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` as (heads, rows, dim) and the codebook as (heads, codes, dim)."""
+    if codebook.ndim == 2:
+        x, codebook = x[None], codebook[None]
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), codebook
 
 
 @in_plain_torch(ops.VectorQuantize)

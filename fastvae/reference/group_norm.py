@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastvae._types import NormActivation, check_choice
 from fastvae.ops import group_norm as ops
 from fastvae.ops._autograd import in_plain_torch
 from fastvae.ops._results import accumulation_dtype, channels_are_last
@@ -43,8 +44,16 @@ def _in_layout(values: Tensor, like: Tensor) -> Tensor:
     return values.movedim(1, -1).contiguous().movedim(-1, 1) if channels_are_last(like) else values.contiguous()
 
 
-def group_norm_silu(input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu") -> Tensor:
+def group_norm_silu(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: NormActivation = "silu",
+) -> Tensor:
     """:func:`fastvae.functional.group_norm_silu`, differentiable any number of times."""
+    check_choice("activation", activation, NORM_ACTIVATIONS)
     return group_norm_forward(ops.ForwardArguments(input, num_groups, weight, bias, eps, NORM_ACTIVATIONS[activation])).output
 
 

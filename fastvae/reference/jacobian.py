@@ -2,14 +2,17 @@
 tests."""
 
 import math
+from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastvae._outputs import JacobianMethod
+from fastvae._types import Activation, BoundReduction, JacobianMethodName, Reduction, check_choice
 from fastvae.ops import jacobian as ops
 from fastvae.ops._autograd import in_plain_torch
 from fastvae.ops._gram_chunks import gram_in_chunks
-from fastvae.ops._results import REDUCTIONS, accumulation_dtype
+from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduction_number
 from fastvae.ops.jacobian import ACTIVATION_NAMES, ACTIVATIONS
 from fastvae.reference._reduce import expand_gradient, reduce_elements
 
@@ -58,10 +61,98 @@ def _ones(h: Tensor) -> Tensor:
     return torch.where(h.isnan(), h, 1.0)
 
 
-def contractive_penalty(hidden, weight, activation="sigmoid", reduction="batchmean", *, alpha: float | None = None) -> Tensor:
-    """:func:`fastvae.functional.contractive_penalty`, differentiable any number of times."""
+def contractive_penalty(
+    hidden: Tensor,
+    weight: Tensor,
+    activation: Activation = "sigmoid",
+    reduction: Reduction = "batchmean",
+    *,
+    alpha: float | None = None,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    """:func:`fastvae.functional.contractive_penalty`, differentiable any number of times.
+
+    ``grad_scale`` changes nothing: no gradient is written in the forward pass.
+    """
+    check_choice("activation", activation, ACTIVATIONS)
     alpha = ACTIVATIONS[activation].alpha if alpha is None else alpha
-    return penalty(hidden, weight, ACTIVATIONS[activation].number, alpha, REDUCTIONS[reduction])
+    return penalty(hidden, weight, ACTIVATIONS[activation].number, alpha, reduction_number(reduction))
+
+
+def jacobian_frobenius(
+    encoder: nn.Module,
+    x: Tensor,
+    *,
+    method: JacobianMethodName = "auto",
+    num_projections: int = 1,
+    generator: torch.Generator | None = None,
+    reduction: BoundReduction = "batchmean",
+    chunk_size: int | None = None,
+    with_output: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`fastvae.functional.jacobian_frobenius`, differentiable any number of times.
+
+    The norm is exact, from a backward pass for each output, for every method but ``"projection"``; ``"auto"`` projects where samples meet,
+    in batch-norm in training mode.
+    """
+    check_choice("reduction", reduction, get_args(BoundReduction))
+    if check_choice("method", method, get_args(JacobianMethodName)) == "auto":
+        method = explain_jacobian_method(encoder, x).method
+    parts = [
+        _projected_norms(encoder, part, num_projections, generator) if method == "projection" else _exact_norms(encoder, part)
+        for part in x.split(chunk_size or max(x.shape[0], 1))
+    ]
+    norms, output = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    norm = reduce_elements(norms, REDUCTIONS[reduction], norms.dtype)
+    return (norm, output) if with_output else norm
+
+
+def explain_jacobian_method(encoder: nn.Module, x: Tensor) -> JacobianMethod:
+    """Which method ``method="auto"`` of this module's :func:`jacobian_frobenius` takes for an encoder and a batch, and why."""
+    for name, module in encoder.named_modules() if isinstance(encoder, nn.Module) else ():
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return JacobianMethod("projection", f"samples meet in layer {name!r}, {module}: unbiased random projections serve any encoder")
+    return JacobianMethod("autograd", "the definition: a backward pass for each output")
+
+
+def _encode(encoder, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` as a tensor that can be differentiated by, and its codes."""
+    x = x if x.requires_grad else x.detach().requires_grad_()
+    return x, encoder(x)
+
+
+def _squared_norms(rows: list[Tensor]) -> Tensor:
+    """The sum over ``rows`` of each sample's squared norm."""
+    return torch.stack([row.flatten(1).to(accumulation_dtype(row.dtype)).square().sum(1) for row in rows]).sum(0)
+
+
+def _rows(outputs: list[Tensor], x: Tensor, differentiated: bool) -> list[Tensor]:
+    """The gradient of each output, itself differentiable where ``differentiated``."""
+    options = {"create_graph": differentiated, "retain_graph": True, "materialize_grads": True}
+    return [torch.autograd.grad(output, x, **options)[0] for output in outputs]
+
+
+def _exact_norms(encoder, x: Tensor) -> tuple[Tensor, Tensor]:
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x, output = _encode(encoder, x)
+        # Samples do not meet: the gradient of a unit's sum over the batch holds the row of each sample.
+        units = (output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)).sum(0)
+        norms = _squared_norms(_rows(list(units), x, differentiated))
+    return (norms, output) if differentiated else (norms.detach(), output.detach())
+
+
+def _projected_norms(encoder, x: Tensor, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """``C / n sum_i |v_i^T J|^2`` for n directions v uniform on the sphere in the C dimensions of the output (Hoffman et al. 2019)."""
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x, output = _encode(encoder, x)
+        units = math.prod(output.shape[1:])
+        device = output.device if generator is None else generator.device
+        normals = torch.randn((count, len(output), units), dtype=accumulation_dtype(output.dtype), device=device, generator=generator)
+        directions = nn.functional.normalize(normals, dim=2).to(output).view(count, *output.shape)
+        norms = _squared_norms(_rows([(output * direction).sum() for direction in directions], x, differentiated)) * (units / count)
+    return (norms, output) if differentiated else (norms.detach(), output.detach())
 
 
 def penalty(hidden, weight, activation: int, alpha: float, reduction: int) -> Tensor:

@@ -5,13 +5,16 @@ import math
 import torch
 from torch import Tensor
 
+from fastvae._types import Reduction
 from fastvae.ops import latent as ops
 from fastvae.ops._autograd import in_plain_torch
-from fastvae.ops._results import REDUCTIONS, accumulation_dtype
+from fastvae.ops._results import accumulation_dtype, reduction_number
 from fastvae.reference._reduce import expand_gradient, reduce_elements
 
 _MASK = 0xFFFFFFFF
 TILE, LANES = 512, 128
+# Limits of log variances: beyond them exp overflows float16, or leaves nothing of a float32.
+LOGVAR_CLAMP = (-30.0, 20.0)
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,22 +116,67 @@ def _limits(logvar_clamp):
     return (-math.inf, math.inf) if logvar_clamp is None else logvar_clamp
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor, *, logvar_clamp=(-30.0, 20.0)) -> Tensor:
-    """``mu + exp(logvar / 2) * eps``."""
+def _noise(mu: Tensor, num_samples, eps, generator, seed) -> Tensor:
+    """The noise that is given, or that of a seed that is given or drawn, in the accumulation dtype."""
+    dtype = accumulation_dtype(mu.dtype)
+    if eps is not None:
+        return eps.to(dtype)
+    if seed is None:
+        device = mu.device if generator is None else generator.device
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
+    shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
+    return normal(torch.as_tensor(seed, dtype=torch.int64, device=mu.device), shape, dtype)
+
+
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    num_samples: int | None = None,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: Tensor | int | None = None,
+    logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
+) -> Tensor:
+    """:func:`fastvae.functional.reparameterize`, differentiable any number of times: ``mu + exp(logvar / 2) * eps``."""
     wide_mu, wide_logvar, _, _ = _prepare((mu, logvar, None, None), _limits(logvar_clamp))
-    return (wide_mu + torch.exp(0.5 * wide_logvar) * eps.to(wide_mu.dtype)).to(mu.dtype)
+    return (wide_mu + torch.exp(0.5 * wide_logvar) * _noise(mu, num_samples, eps, generator, seed)).to(mu.dtype)
 
 
-def kl_normal(mu, logvar, prior_mu=None, prior_logvar=None, *, reduction="batchmean", free_bits=0.0, logvar_clamp=(-30.0, 20.0)) -> Tensor:
+def kl_normal(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    *,
+    reduction: Reduction = "batchmean",
+    free_bits: float = 0.0,
+    logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
+) -> Tensor:
     """:func:`fastvae.functional.kl_normal`, differentiable any number of times."""
     wide = _prepare((mu, logvar, prior_mu, prior_logvar), _limits(logvar_clamp))
-    return _reduce_kl(kl_elements(*wide), REDUCTIONS[reduction], free_bits, mu.dtype)[0]
+    return _reduce_kl(kl_elements(*wide), reduction_number(reduction), free_bits, mu.dtype)[0]
 
 
-def reparameterize_kl(mu, logvar, prior_mu=None, prior_logvar=None, *, eps: Tensor, logvar_clamp=(-30.0, 20.0), **kl):
-    """:func:`fastvae.functional.reparameterize_kl` for given noise, differentiable any number of times."""
-    z = reparameterize(mu, logvar, eps, logvar_clamp=logvar_clamp)
-    return z, kl_normal(mu, logvar, prior_mu, prior_logvar, logvar_clamp=logvar_clamp, **kl)
+def reparameterize_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    *,
+    num_samples: int | None = None,
+    reduction: Reduction = "batchmean",
+    free_bits: float = 0.0,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: Tensor | int | None = None,
+    logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fastvae.functional.reparameterize_kl`, differentiable any number of times."""
+    noise = {"num_samples": num_samples, "eps": eps, "generator": generator, "seed": seed}
+    z = reparameterize(mu, logvar, **noise, logvar_clamp=logvar_clamp)
+    options = {"reduction": reduction, "free_bits": free_bits, "logvar_clamp": logvar_clamp}
+    return z, kl_normal(mu, logvar, prior_mu, prior_logvar, **options)
 
 
 @in_plain_torch(ops.ReparameterizeKL)

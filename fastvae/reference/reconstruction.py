@@ -1,16 +1,20 @@
 """Reconstruction losses in plain PyTorch: the definition and the oracle of the tests."""
 
 import math
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvae._outputs import ELBO
+from fastvae._types import BoundReduction, Likelihood, Reduction, check_choice
 from fastvae.ops import reconstruction as ops
 from fastvae.ops._autograd import in_plain_torch
-from fastvae.ops._results import REDUCTIONS, accumulation_dtype
+from fastvae.ops._results import accumulation_dtype, reduction_number
 from fastvae.ops.reconstruction import LIKELIHOODS
 from fastvae.reference._reduce import expand_gradient, reduce_elements
+from fastvae.reference.latent import kl_normal
 
 _LOG_2PI = math.log(2.0 * math.pi)
 
@@ -25,7 +29,9 @@ def _wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def loss_elements(input, target, weight=None, pos_weight=None, logvar=None, *, likelihood: int) -> Tensor:
     """The loss of each element, all arguments in one dtype. ``logvar`` broadcasts to ``input``."""
     if likelihood == LIKELIHOODS["bce_with_logits"]:
-        losses = F.binary_cross_entropy_with_logits(input, target, reduction="none", pos_weight=pos_weight)
+        # Not torch's function, which is not differentiable in pos_weight.
+        factor = 1.0 if pos_weight is None else 1.0 + (pos_weight - 1.0) * target
+        losses = (1.0 - target) * input - factor * F.logsigmoid(input)
     elif likelihood == LIKELIHOODS["bce"]:
         log_one, log_zero = torch.log(input).clamp(min=-100.0), torch.log1p(-input).clamp(min=-100.0)
         losses = -(target * log_one + (1.0 - target) * log_zero)
@@ -73,26 +79,105 @@ def loss(input, target, weight, pos_weight, logvar, likelihood: int, reduction: 
     return reduce_elements(loss_elements(*arguments, likelihood=likelihood), reduction, promoted)
 
 
-def binary_cross_entropy_with_logits(input, target, weight=None, reduction="mean", pos_weight=None) -> Tensor:
-    """:func:`fastvae.functional.binary_cross_entropy_with_logits`, differentiable any number of times."""
-    return loss(input, target, weight, pos_weight, None, LIKELIHOODS["bce_with_logits"], REDUCTIONS[reduction])
+def _number(weight: Tensor | None) -> Tensor | None:
+    """A weight of integers or bools, which are numbers and no image, as one of floats."""
+    return weight if weight is None or weight.is_floating_point() else weight.to(torch.float32)
 
 
-def binary_cross_entropy(input, target, weight=None, reduction="mean") -> Tensor:
-    """:func:`fastvae.functional.binary_cross_entropy`, differentiable any number of times."""
-    return loss(input, target, weight, None, None, LIKELIHOODS["bce"], REDUCTIONS[reduction])
+def _check_unit_interval(**tensors: Tensor) -> None:
+    for name, values in tensors.items():
+        if values.dtype != torch.uint8 and not ((values >= 0) & (values <= 1)).all():
+            raise ValueError(f"{name}: got values outside [0, 1], takes values in [0, 1]")
 
 
-def mse_loss(input, target, reduction="mean") -> Tensor:
-    """:func:`fastvae.functional.mse_loss`, differentiable any number of times."""
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    grad_scale: float = 1.0,
+    validate: bool = False,
+) -> Tensor:
+    """:func:`fastvae.functional.binary_cross_entropy_with_logits`, differentiable any number of times; the arguments may learn too.
+
+    ``grad_scale`` changes nothing: no gradient is written in the forward pass.
+    """
+    if validate:
+        _check_unit_interval(target=target)
+    return loss(input, target, _number(weight), _number(pos_weight), None, LIKELIHOODS["bce_with_logits"], reduction_number(reduction))
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    *,
+    grad_scale: float = 1.0,
+    validate: bool = False,
+) -> Tensor:
+    """:func:`fastvae.functional.binary_cross_entropy`, differentiable any number of times; the weight may learn too.
+
+    ``grad_scale`` changes nothing: no gradient is written in the forward pass.
+    """
+    if validate:
+        _check_unit_interval(input=input, target=target)
+    return loss(input, target, _number(weight), None, None, LIKELIHOODS["bce"], reduction_number(reduction))
+
+
+def mse_loss(input: Tensor, target: Tensor, reduction: Reduction = "mean", *, grad_scale: float = 1.0) -> Tensor:
+    """:func:`fastvae.functional.mse_loss`, differentiable any number of times.
+
+    ``grad_scale`` changes nothing: no gradient is written in the forward pass.
+    """
     target = target if target.is_floating_point() or target.dtype == torch.uint8 else target.to(input.dtype)
-    return loss(input, target, None, None, None, LIKELIHOODS["mse"], REDUCTIONS[reduction])
+    return loss(input, target, None, None, None, LIKELIHOODS["mse"], reduction_number(reduction))
 
 
-def gaussian_nll(input, target, logvar, reduction="batchmean") -> Tensor:
-    """:func:`fastvae.functional.gaussian_nll`, differentiable any number of times; ``logvar`` broadcasts to ``input``."""
+def gaussian_nll(
+    input: Tensor, target: Tensor, logvar: Tensor | float, reduction: Reduction = "batchmean", *, grad_scale: float = 1.0
+) -> Tensor:
+    """:func:`fastvae.functional.gaussian_nll`, differentiable any number of times.
+
+    ``grad_scale`` changes nothing: no gradient is written in the forward pass.
+    """
     logvar = torch.as_tensor(logvar, device=input.device)
-    return loss(input, target, None, None, logvar, LIKELIHOODS["gaussian"], REDUCTIONS[reduction])
+    return loss(input, target, None, None, logvar, LIKELIHOODS["gaussian"], reduction_number(reduction))
+
+
+_ELBO_LIKELIHOODS = {
+    "bernoulli_logits": binary_cross_entropy_with_logits,
+    "bernoulli": binary_cross_entropy,
+    "gaussian": lambda input, target, **kwargs: gaussian_nll(input, target, 0.0, **kwargs),
+}
+
+
+def elbo_loss(
+    recon: Tensor,
+    target: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    likelihood: Likelihood = "bernoulli_logits",
+    beta: float | Tensor = 1.0,
+    free_bits: float = 0.0,
+    capacity: float | Tensor | None = None,
+    reduction: BoundReduction = "batchmean",
+) -> ELBO:
+    """:func:`fastvae.functional.elbo_loss`, differentiable any number of times."""
+    check_choice("reduction", reduction, get_args(BoundReduction))
+    recon_loss = _ELBO_LIKELIHOODS[check_choice("likelihood", likelihood, _ELBO_LIKELIHOODS)](recon, target, reduction=reduction)
+    kl = kl_normal(mu, logvar, reduction=reduction, free_bits=free_bits)
+    samples = mu.shape[0] if reduction == "sum" else 1
+    penalty = kl if capacity is None else (kl - capacity * samples).abs()
+    return ELBO(recon_loss + beta * penalty, recon_loss, kl)
+
+
+def vae_loss(x: Tensor, x_recon: Tensor, mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fastvae.functional.vae_loss`, differentiable any number of times."""
+    return tuple(elbo_loss(x_recon, x, mu, log_var, likelihood="bernoulli", reduction="sum"))
 
 
 def _widen(operands) -> list[Tensor | None]:

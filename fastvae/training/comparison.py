@@ -19,7 +19,7 @@ class LossLines(NamedTuple):
     """The lines of a training step that this package replaces."""
 
     latent: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    reconstruction: Callable[[Tensor, Tensor], Tensor]
+    recon_loss: Callable[[Tensor, Tensor], Tensor]
 
 
 def _plain_latent(mu: Tensor, logvar: Tensor, eps: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def _plain_latent(mu: Tensor, logvar: Tensor, eps: Tensor | None) -> tuple[Tenso
     return z, kl
 
 
-def _plain_reconstruction(logits: Tensor, x: Tensor) -> Tensor:
+def _plain_recon_loss(logits: Tensor, x: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
@@ -37,19 +37,19 @@ def _fused_latent(mu: Tensor, logvar: Tensor, eps: Tensor | None) -> tuple[Tenso
     return FV.reparameterize_kl(mu, logvar, eps=eps)
 
 
-def _fused_reconstruction(logits: Tensor, x: Tensor) -> Tensor:
+def _fused_recon_loss(logits: Tensor, x: Tensor) -> Tensor:
     return FV.binary_cross_entropy_with_logits(logits, x, reduction="batchmean")
 
 
-PLAIN = LossLines(_plain_latent, _plain_reconstruction)
-FUSED = LossLines(_fused_latent, _fused_reconstruction)
+PLAIN = LossLines(_plain_latent, _plain_recon_loss)
+FUSED = LossLines(_fused_latent, _fused_recon_loss)
 
 
 def negative_elbo(model: VAE, lines: LossLines, x: Tensor, eps: Tensor | None = None) -> Tensor:
     """The loss of a batch in nats per sample; the noise is drawn where it is not given."""
     mu, logvar = model.encode(x)
     z, kl = lines.latent(mu, logvar, eps)
-    return lines.reconstruction(model.decode(z), x) + kl
+    return lines.recon_loss(model.decode(z), x) + kl
 
 
 @dataclass
@@ -111,7 +111,7 @@ def measure_loss_lines(x: Tensor, latent_dim: int, rounds: int = 300) -> dict[st
 
     def run(lines: LossLines) -> None:
         z, kl = lines.latent(leaves[0], leaves[1], None)
-        loss = lines.reconstruction(leaves[2], x) + kl
+        loss = lines.recon_loss(leaves[2], x) + kl
         torch.autograd.backward((loss, z), (None, grad_z))
         for leaf in leaves:
             leaf.grad = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastvae import _backend, info
-from fastvae.models import MLPVAE, ConvVAE
+from fastvae.models import VAE
 from fastvae.training._extras import extra
 from fastvae.training.comparison import measure_loss_lines, measure_step_memory
 from fastvae.training.data import SPLIT_SEED, Split, mnist_subset
@@ -66,15 +66,15 @@ def demo(
 def make_trainings(epochs: int, seed: int) -> list[Training]:
     """Two models that are compared, and one with two latent dimensions for pictures."""
     kinds = [
-        (ConvVAE, 20, epochs, COMPARED_STEPS),
-        (MLPVAE, 20, epochs, COMPARED_STEPS),
-        (ConvVAE, 2, PLANE_EPOCHS * epochs, 0),
+        ("conv", VAE.conv, 20, epochs, COMPARED_STEPS),
+        ("MLP", VAE.mlp, 20, epochs, COMPARED_STEPS),
+        ("conv", VAE.conv, 2, PLANE_EPOCHS * epochs, 0),
     ]
     trainings = []
-    for model_class, latent_dim, passes, compared_steps in kinds:
+    for network, make, latent_dim, passes, compared_steps in kinds:
         torch.manual_seed(seed)
-        name = f"{model_class.__name__}, d = {latent_dim}"
-        trainings.append(Training(name, model_class(latent_dim=latent_dim), passes, compared_steps))
+        name = f"{network} VAE, d = {latent_dim}"
+        trainings.append(Training(name, make(latent_dim=latent_dim), passes, compared_steps))
     return trainings
 
 
@@ -90,7 +90,7 @@ def make_report(trainings: list[Training], loss_lines: dict, split: Split, seed:
             "split": f"each digit equally frequent, seed {SPLIT_SEED}",
         },
         "settings": {"seed": seed, "batch_size": size, "optimizer": "Adam", "learning_rate": LEARNING_RATE},
-        "test": "elbo = -(reconstruction + kl) in nats per sample, one sampled z an image; mse_per_pixel with the z that it names",
+        "test": "elbo = -(recon_loss + kl) in nats per sample, one sampled z an image; mse_per_pixel with the z that it names",
         "models": {training.name: describe_training(training, split, seed) for training in trainings},
         "loss_lines": {
             "what": f"forward and backward of a batch of {size} x 784 pixels with 20 latents, drawing the noise included",

@@ -15,7 +15,7 @@ from fastvae.training._extras import extra
 from fastvae.training.comparison import Contender, compare, make_contenders, relative_differences
 from fastvae.training.data import Split
 
-# The settings of the tutorial whose network ConvVAE is.
+# The settings of the tutorial whose network VAE.conv is.
 BATCH_SIZE = 128
 LEARNING_RATE = 1e-3
 
@@ -108,7 +108,7 @@ def evaluate(model: VAE, images: Tensor, seed: int) -> dict[str, float]:
     output = bound(model, x, seed)
     return {
         "elbo": -output.loss.item(),
-        "reconstruction": output.reconstruction.item(),
+        "recon_loss": output.recon_loss.item(),
         "kl": output.kl.item(),
         "mse_per_pixel_mean_z": F.mse_loss(model.reconstruct(x), x).item(),
         "mse_per_pixel_sampled_z": F.mse_loss(model.decode_mean(output.z), x).item(),

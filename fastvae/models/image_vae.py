@@ -1,20 +1,18 @@
-"""The residual convolutional VAE for images: residual blocks of GroupNorm, SiLU and convolution (Rombach et al., *High-Resolution Image
-Synthesis with Latent Diffusion Models*, 2022, appendix E, without its discriminator)."""
+"""The VAE of large images, and its residual networks."""
 
 import contextlib
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvae.functional._checks import check_choice
+from fastvae._types import Precision, check_choice
 from fastvae.functional._modules import owns_output
 from fastvae.models._inputs import as_float, parameter_dtype
 from fastvae.models.vae import VAE
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
-
-PRECISIONS = ("auto", "bfloat16", "float32")
 
 
 class ResidualBlock(nn.Module):
@@ -130,16 +128,15 @@ def bfloat16_pays(device: torch.device) -> bool:
     return False
 
 
-class ResidualConvVAE(VAE):
-    """A VAE of residual convolutional networks with a latent image; the decoder gives logits by default.
+class ImageVAE(VAE):
+    """A VAE of convolutional networks, in the memory layout and the precision in which the device is fastest.
 
-    Images and latents are brought into ``torch.channels_last``, where convolutions and normalisations are fastest, and all that follows
-    from them stays there. The weights are contiguous, so that FSDP can shard them; a step takes as long as with weights in that layout.
+    Images and latent images are brought into ``torch.channels_last``, where convolutions and normalisations are fastest, and all that
+    follows from them stays there. The weights are contiguous, so that FSDP can shard them; a step takes as long as with weights in that
+    layout.
 
     Args:
-        in_channels: channels of the image, whose height and width are multiples of ``2 ** (len(channels) - 1)``.
-        channels, blocks, groups, latent_channels, attention: see :class:`ResidualEncoder`.
-        image_size: height and width of the images, one number for both; :meth:`~fastvae.models.VAE.sample` needs it.
+        encoder, decoder, latent_shape: see :class:`~fastvae.models.VAE`.
         precision: in which encoder and decoder multiply, by autocast: ``"bfloat16"``, ``"float32"``, or ``"auto"`` for bfloat16 where the
             device multiplies it in hardware. All that the model gives is in the dtype of its parameters, the posterior and the loss at
             least in float32. Under the caller's autocast nothing is changed.
@@ -148,6 +145,20 @@ class ResidualConvVAE(VAE):
 
     def __init__(
         self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_shape: int | Sequence[int] | None = None,
+        *,
+        precision: Precision = "auto",
+        **options,
+    ):
+        check_choice("precision", precision, get_args(Precision))
+        super().__init__(encoder, decoder, latent_shape, **options)
+        self.precision = precision
+
+    @classmethod
+    def residual(
+        cls,
         in_channels: int = 3,
         channels: Sequence[int] = (32, 64, 128),
         blocks: int = 2,
@@ -156,25 +167,38 @@ class ResidualConvVAE(VAE):
         attention: bool = False,
         *,
         image_size: int | tuple[int, int] | None = None,
-        precision: str = "auto",
         **options,
-    ):
-        check_choice("precision", precision, PRECISIONS)
+    ) -> "ImageVAE":
+        """Residual blocks of GroupNorm, SiLU and convolution, with a latent image (Rombach et al., *High-Resolution Image Synthesis with
+        Latent Diffusion Models*, 2022, appendix E, without its discriminator); the decoder gives logits.
+
+        Args:
+            in_channels: channels of the image, whose height and width are multiples of ``2 ** (len(channels) - 1)``.
+            channels: of each level, from the finest to the coarsest.
+            blocks: residual blocks a level.
+            groups: groups of the normalisations, a divisor of every number of channels.
+            latent_channels: channels of the latent image.
+            attention: two more residual blocks with self-attention between them at the coarsest level.
+            image_size: height and width of the images, one number for both; :meth:`sample` needs it.
+            options: those of the class.
+        """
         for width in channels:
             if width % groups:
                 raise ValueError(f"groups: got {groups} for {width} channels, takes a divisor of every number of channels")
         architecture = in_channels, channels, blocks, groups, latent_channels, attention
-        scale = 2 ** (len(channels) - 1)
         latent_shape = None
         if image_size is not None:
             height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+            scale = 2 ** (len(channels) - 1)
             latent_shape = (latent_channels, height // scale, width // scale)
-        super().__init__(ResidualEncoder(*architecture), ResidualDecoder(*architecture), latent_shape, **options)
-        self.precision = precision
+        return cls(ResidualEncoder(*architecture), ResidualDecoder(*architecture), latent_shape, **options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, precision={self.precision!r}"
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(mu, logvar)`` of the posterior, ``(batch, latent_channels, height, width)`` each, in float32 or wider."""
-        x = as_float(x, self.encoder).to(memory_format=torch.channels_last)
+        """``(mu, logvar)`` of the posterior, in float32 or wider."""
+        x = _channels_last(as_float(x, self.encoder))
         with self._autocast(x.device):
             mu, logvar = super().encode(x)
         return _widened(mu), _widened(logvar)
@@ -182,7 +206,7 @@ class ResidualConvVAE(VAE):
     def decode(self, z: Tensor) -> Tensor:
         """What the decoder gives: logits, probabilities or means, in the dtype of the parameters."""
         dtype = parameter_dtype(self.decoder)
-        z = z.to(dtype, memory_format=torch.channels_last)
+        z = _channels_last(z.to(dtype))
         if _under_autocast(z.device):
             return super().decode(z)
         with self._autocast(z.device):
@@ -198,6 +222,11 @@ class ResidualConvVAE(VAE):
 def _under_autocast(device: torch.device) -> bool:
     """Whether the caller's autocast is on; a device that has none, such as meta, may not be asked."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """An image or a latent image with the channels last; a vector as it is."""
+    return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -1,0 +1,27 @@
+"""The values that string options take, for signatures, where a type checker refuses any other, and their check at run time."""
+
+from collections.abc import Collection
+from typing import Literal
+
+Reduction = Literal["none", "sample", "batchmean", "sum", "mean"]
+# A mean over elements would weigh pixels against latents, and an evidence lower bound has no value for an element.
+BoundReduction = Literal["batchmean", "sum", "sample"]
+Likelihood = Literal["bernoulli_logits", "bernoulli", "gaussian"]
+ReconLoss = Literal["mse", "bce_with_logits", "bce"]
+SparsePenalty = Literal["kl", "l1"]
+NormActivation = Literal["silu", "none"]
+# Of layers whose derivative the contractive penalty knows.
+Activation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu", "gelu", "gelu_tanh"]
+# Of layers that the ready-made networks are made of.
+LayerActivation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "silu"]
+JacobianMethodName = Literal["auto", "closed_form", "gram", "projection", "autograd"]
+QuantizerGradient = Literal["straight_through", "rotation"]
+CodebookUpdate = Literal["ema", "gradient"]
+Precision = Literal["auto", "bfloat16", "float32"]
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> str:
+    """``value``, where it is one of ``choices``; an error that names both where it is not."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(repr, choices))}")
+    return value
