@@ -94,7 +94,11 @@ def drawn_posterior(source, rows):
 
 
 def posterior_and_prior(source, rows):
-    return {**drawn_posterior(source, rows), "prior_mu": source.normal(20), "prior_logvar": source.normal(20)}
+    return {**posterior(source, rows), "prior_mu": source.normal(20), "prior_logvar": source.normal(20)}
+
+
+def drawn_posterior_and_prior(source, rows):
+    return {**posterior_and_prior(source, rows), "seed": seed_of(source)}
 
 
 def logits_and_image(source, rows):
@@ -112,6 +116,19 @@ def probabilities(source, rows):
 
 def prediction(source, rows):
     return {"input": source.normal(rows, 37), "target": source.normal(rows, 37), "logvar": source.normal(1)}
+
+
+def weighted(source, rows):
+    return {
+        "input": source.normal(rows, 37),
+        "target": source.uniform(rows, 37),
+        "weight": source.uniform(37),
+        "pos_weight": source.uniform(37),
+    }
+
+
+def prediction_with_variances(source, rows):
+    return {name: source.normal(rows, 37) for name in ("input", "target", "logvar")}
 
 
 def decoded(source, rows):
@@ -179,7 +196,7 @@ CALLS = (
         activations=("mu", "logvar", "output 0"), reductions=SHAPES,
     ),
     Call(
-        "sample and KL, prior, free bits", "reparameterize_kl", LATENT, posterior_and_prior, {"free_bits": 0.4},
+        "sample and KL, prior, free bits", "reparameterize_kl", LATENT, drawn_posterior_and_prior, {"free_bits": 0.4},
         leaves=("mu", "logvar", "prior_mu", "prior_logvar"), shared=("seed", "prior_mu", "prior_logvar"),
         activations=("mu", "logvar", "prior_mu", "prior_logvar", "output 0"), reductions=SHAPES, workspace=1.5,
     ),
@@ -196,8 +213,17 @@ CALLS = (
         activations=("mu", "logvar"), reductions=SHAPES,
     ),
     Call(
+        "KL from a prior, free bits", "kl_normal", LATENT, posterior_and_prior, {"free_bits": 0.4},
+        leaves=("mu", "logvar", "prior_mu", "prior_logvar"), shared=("prior_mu", "prior_logvar"),
+        activations=("mu", "logvar", "prior_mu", "prior_logvar"), reductions=SHAPES, workspace=1.5,
+    ),
+    Call(
         "BCE from logits, uint8", "binary_cross_entropy_with_logits", LOSS, logits_and_image, leaves=("input",),
         activations=("input",), reductions=SHAPES,
+    ),
+    Call(
+        "weighted BCE from logits", "binary_cross_entropy_with_logits", LOSS, weighted, leaves=("input",),
+        shared=("weight", "pos_weight"), activations=("input",), reductions=SHAPES,
     ),
     Call(
         "BCE by sample", "binary_cross_entropy", LOSS, probabilities, {"reduction": "sample"}, leaves=("input", "target"),
@@ -210,6 +236,10 @@ CALLS = (
     Call(
         "Gaussian", "gaussian_nll", LOSS, prediction, leaves=("input", "logvar"), shared=("logvar",),
         activations=("input",), reductions=SHAPES,
+    ),
+    Call(
+        "Gaussian of learned variances", "gaussian_nll", LOSS, prediction_with_variances, {"reduction": "sample"},
+        leaves=("input", "target", "logvar"), activations=("input", "logvar"), reductions=SHAPES,
     ),
     Call(
         "ELBO", "elbo_loss", LATENT + LOSS, decoded, {"beta": 2.0, "capacity": 1.0, "free_bits": 0.1}, leaves=("recon", "mu", "logvar"),
@@ -230,6 +260,10 @@ CALLS = (
     Call(
         "GroupNorm and SiLU of small groups", "group_norm_silu", NORM, lambda source, rows: feature_map(source, rows, 7, "contiguous"),
         {"num_groups": 4}, **NORMS,
+    ),
+    Call(
+        "GroupNorm alone", "group_norm_silu", NORM, lambda source, rows: {"input": source.normal(rows, 16, 9)},
+        {"num_groups": 4, "activation": "none"}, leaves=("input",), activations=("input", "output 0"), workspace=0.2,
     ),
     Call(
         "contractive penalty", "contractive_penalty", PENALTY, layer, leaves=("hidden", "weight"), shared=("weight",),

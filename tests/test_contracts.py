@@ -23,7 +23,7 @@ from fastvae import functional as FV
 from fastvae import nn as fnn
 from fastvae._ops import LIKELIHOODS, OVERLOADS, REDUCTIONS
 
-ROWS = 6
+ROWS = 4
 Contract = Callable[[Call, Place], None]
 CONTRACTS: dict[str, Contract] = {}
 
@@ -38,6 +38,10 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolera
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, msg=lambda message, name=name: f"{name}: {message}", **tolerances)
+
+
+def shapes(results: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: (tensor.shape, tensor.dtype, tensor.stride()) for name, tensor in results.items()}
 
 
 def of_positions(call: Call, names, function=None) -> Callable[..., tuple[Tensor, ...]]:
@@ -66,7 +70,9 @@ def check_compiled(call: Call, place: Place, dynamic: bool) -> None:
     others = call.tensors(place.device, ROWS + 3 if dynamic else ROWS, seed=1)
     with torch.compiler.set_stance("fail_on_recompile"):
         actual = call.results_of(compiled(*others.values()), others, 2.0)
-    assert_same(actual, call.results(others, 2.0))
+    expected = call.results(others, 2.0)
+    assert_same(actual, expected)
+    assert shapes(actual) == shapes(expected)
 
 
 @contract
@@ -277,9 +283,12 @@ CHECKS = (*QUICK_CHECKS, "test_autograd_registration", "test_aot_dispatch_dynami
 
 @contract
 def runs_operators_that_pass_opcheck(call, place, checks=CHECKS):
-    """Schema, shape function and tracing of every overload that runs; a sum of 16-bit numbers has another dtype than they."""
+    """Schema, shape function and tracing of every overload that runs; sums of 16-bit numbers have another dtype than they."""
     tensors = call.tensors(place.device, ROWS)
-    for chosen, given in ((checks, tensors), (QUICK_CHECKS, in_16_bits(call, tensors))):
+    cases = [(checks, tensors), (QUICK_CHECKS, in_16_bits(call, tensors))]
+    if place in places(*call.operators, dtype=torch.float64):
+        cases.append((QUICK_CHECKS, call.tensors(place.device, ROWS, dtype=torch.float64)))
+    for chosen, given in cases:
         operators = operators_behind(call, given)
         assert {func._opname for func, _ in operators} <= set(call.operators)
         assert {func._overloadname for func, _ in operators} == {place.backend}
@@ -288,10 +297,6 @@ def runs_operators_that_pass_opcheck(call, place, checks=CHECKS):
 
 
 # Tensors without data.
-
-
-def shapes(results: dict[str, Tensor]) -> dict[str, tuple]:
-    return {name: (tensor.shape, tensor.dtype, tensor.stride()) for name, tensor in results.items()}
 
 
 @contract
