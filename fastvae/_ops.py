@@ -14,11 +14,6 @@ REDUCTIONS = {"none": 0, "sample": 1, "batchmean": 2, "sum": 3, "mean": 4}
 LIKELIHOODS = {"bce_with_logits": 0, "bce": 1, "mse": 2, "gaussian": 3}
 NORM_ACTIVATIONS = {"none": 0, "silu": 1}
 
-# A copy that a compiler cannot see into. It takes a clone for the tensor itself, saves that for the backward pass, and there finds what has
-# been written to it since.
-torch.library.define("fastvae::snapshot", "(Tensor tensor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-torch.library.register_fake("fastvae::snapshot", torch.empty_like)
-
 OVERLOADS: dict[tuple[str, str], torch._ops.OpOverload] = {}
 
 
@@ -296,14 +291,3 @@ def codebook_sums(x, indices, codes):
 )
 def codebook_ema_(codebook, ema_count, ema_sum, counts, sums, decay, eps):
     """One step of the exponential moving averages, and the codebook as their quotient."""
-
-
-torch.library.define("fastvae::kept", "(Tensor value) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-
-
-@torch.library.impl("fastvae::kept", "CompositeExplicitAutograd")
-@torch.library.register_fake("fastvae::kept")
-def kept(value: Tensor) -> Tensor:
-    """A copy of ``value``, on every device, that torch.compile keeps for the backward pass. Of a plain copy it may keep the source: a
-    buffer, which the next step changes before the backward pass comes."""
-    return value.clone()
