@@ -70,6 +70,7 @@ results: build
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: setup
@@ -108,6 +109,6 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf build dist out *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks $(VENV)/.built .venv-compat-*
+	rm -rf build dist out *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks $(VENV)/.built .venv-compat-*
 	find fastvae kernels tests benchmarks tools -name "__pycache__" -prune -exec rm -rf {} +
 	rm -f fastvae/*.so

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fastvae import _load, ops
+from fastvae._torch_private import has_kernel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,7 +83,7 @@ def refresh() -> None:
 def _is_registered(backend: str, op: str, dispatch_key: str) -> bool:
     if BACKENDS[backend].error:
         return False
-    return torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastvae::{op}.{backend}", dispatch_key)
+    return has_kernel(f"fastvae::{op}.{backend}", dispatch_key)
 
 
 def serving(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:

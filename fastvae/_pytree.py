@@ -2,7 +2,7 @@
 
 from typing import TypeVar
 
-from torch.utils._pytree import _register_namedtuple
+from fastvae._torch_private import register_namedtuple
 
 T = TypeVar("T", bound=tuple)
 
@@ -10,5 +10,5 @@ T = TypeVar("T", bound=tuple)
 def exportable(cls: type[T]) -> type[T]:
     """Decorates a named tuple that a model or a function returns: an exported program that returns it can be saved, and loaded where the
     module that defines it has been imported."""
-    _register_namedtuple(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+    register_namedtuple(cls, f"{cls.__module__}.{cls.__qualname__}")
     return cls

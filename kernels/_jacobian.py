@@ -7,9 +7,11 @@ from fastvae.kernels._index import NONE, SAMPLE
 from fastvae.kernels._math import expm1, logistic, standard_normal
 from fastvae.ops.jacobian import ACTIVATIONS
 
-_NUMBERS = {name: tl.constexpr(activation.number) for name, activation in ACTIVATIONS.items()}
-SIGMOID, TANH, RELU, LEAKY_RELU = (_NUMBERS[name] for name in ("sigmoid", "tanh", "relu", "leaky_relu"))
-ELU, SOFTPLUS, SILU, GELU, GELU_TANH = (_NUMBERS[name] for name in ("elu", "softplus", "silu", "gelu", "gelu_tanh"))
+SIGMOID, TANH = tl.constexpr(ACTIVATIONS["sigmoid"].number), tl.constexpr(ACTIVATIONS["tanh"].number)
+RELU, LEAKY_RELU = tl.constexpr(ACTIVATIONS["relu"].number), tl.constexpr(ACTIVATIONS["leaky_relu"].number)
+ELU, SOFTPLUS = tl.constexpr(ACTIVATIONS["elu"].number), tl.constexpr(ACTIVATIONS["softplus"].number)
+SILU, GELU = tl.constexpr(ACTIVATIONS["silu"].number), tl.constexpr(ACTIVATIONS["gelu"].number)
+GELU_TANH = tl.constexpr(ACTIVATIONS["gelu_tanh"].number)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""Calls of every family's public functions, forward and backward, for tests that ask the same of all of them."""
+"""The table of the public functions: each row calls one with its tensors, forward and backward, for tests that ask the same of all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from _helpers import Place, Source, lay_out, places
@@ -13,35 +13,58 @@ from fastvae._backend import ON_EVERY_DEVICE
 
 @dataclass(frozen=True)
 class Call:
-    """``function(**tensors)`` for the tensors of ``make(source, rows)``; an int64 ``seed`` among them decides what is drawn.
+    """A row: ``fastvae.functional.<public>(**tensors, **options)`` for the tensors of ``make(source, rows)``.
 
     Args:
-        operators: what it needs of a backend.
+        name: the row's name in the tests.
+        public: the name of the public function.
+        operators: the operators that a call may run, which a backend has to serve.
+        make: builds the tensors; an int64 ``seed`` among them decides what is drawn.
+        options: the arguments that are not tensors.
         leaves: the tensors whose gradients are taken.
+        shared: the tensors that all samples share, such as weights; the others have a value per sample.
+        activations: the tensors, and the results ("output 0"), that are in 16 bits under autocast.
+        reductions: further values of the argument ``reduction``, one for each shape of the result.
+        through: calls the public function where it takes more than tensors, or writes into what it is given.
+        is_derivative: False where the gradient is another than the derivative by design.
         workspace: bytes of memory, for a byte of its tensors, that a backend may use beside what it returns.
-        by_library: whether torch's matrix product takes part, the order of whose sums is not ours.
+        by_library: whether torch's matrix product takes part, so that the order of all sums is not ours.
     """
 
     name: str
+    public: str
     operators: tuple[str, ...]
     make: Callable[[Source, int], dict[str, Tensor]]
-    function: Callable[..., tuple[Tensor, ...]]
+    options: dict[str, object] = field(default_factory=dict)
     leaves: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
+    reductions: tuple[str, ...] = ()
+    through: Callable[..., object] | None = None
+    is_derivative: bool = True
     workspace: float = 0.05
     by_library: bool = False
+
+    def function(self, **arguments) -> tuple[Tensor, ...]:
+        """All outputs; an argument among ``arguments`` overrides the row's option of that name."""
+        outputs = (self.through or getattr(FV, self.public))(**self.options | arguments)
+        return tuple(outputs) if isinstance(outputs, tuple) else (outputs,)
 
     def tensors(self, device: str, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Those that gradients are taken of are leaves."""
         made = self.make(Source(device, dtype, seed), rows)
         return {name: tensor.requires_grad_(name in self.leaves) for name, tensor in made.items()}
 
-    def results(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs and the gradients, which flow in as numbers that differ from element to element."""
-        outputs = self.function(**tensors)
+    def results(self, tensors: dict[str, Tensor], factor: float = 1.0, **options) -> dict[str, Tensor]:
+        """The outputs and the gradients, which flow in as ``factor`` times numbers that differ from element to element."""
+        return self.results_of(self.function(**tensors, **options), tensors, factor)
+
+    def results_of(self, outputs: tuple[Tensor, ...], tensors: dict[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
+        """:meth:`results` where something else than :meth:`function` gave the outputs, such as its compiled form."""
         results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-        if self.leaves:
-            differentiable = [output for output in outputs if output.requires_grad]
-            incoming = [incoming_gradient(output) for output in differentiable]
+        differentiable = [output for output in outputs if output.requires_grad]
+        if differentiable:
+            incoming = [factor * incoming_gradient(output) for output in differentiable]
             gradients = torch.autograd.grad(differentiable, [tensors[name] for name in self.leaves], incoming)
             results |= {f"gradient of {name}": gradient for name, gradient in zip(self.leaves, gradients, strict=True)}
         return results
@@ -71,19 +94,50 @@ def drawn_posterior(source, rows):
 
 
 def posterior_and_prior(source, rows):
-    return {**drawn_posterior(source, rows), "prior_mu": source.normal(20), "prior_logvar": source.normal(20)}
+    return {**posterior(source, rows), "prior_mu": source.normal(20), "prior_logvar": source.normal(20)}
+
+
+def drawn_posterior_and_prior(source, rows):
+    return {**posterior_and_prior(source, rows), "seed": seed_of(source)}
 
 
 def logits_and_image(source, rows):
     return {"input": source.normal(rows, 37), "target": source.image(rows, 37)}
 
 
+def given_noise(source, rows):
+    return {**posterior(source, rows), "eps": source.normal(rows, 20)}
+
+
 def probabilities(source, rows):
-    return {"input": source.uniform(rows, 37), "target": source.uniform(rows, 37)}
+    """The inputs stay inside (0, 1), also where they are rounded to 16 bits."""
+    return {"input": source.uniform(rows, 37) * 0.9 + 0.05, "target": source.uniform(rows, 37)}
 
 
 def prediction(source, rows):
     return {"input": source.normal(rows, 37), "target": source.normal(rows, 37), "logvar": source.normal(1)}
+
+
+def weighted(source, rows):
+    return {
+        "input": source.normal(rows, 37),
+        "target": source.uniform(rows, 37),
+        "weight": source.uniform(37),
+        "pos_weight": source.uniform(37),
+    }
+
+
+def prediction_with_variances(source, rows):
+    return {name: source.normal(rows, 37) for name in ("input", "target", "logvar")}
+
+
+def decoded(source, rows):
+    return {"recon": source.normal(rows, 37), "target": source.image(rows, 37), **posterior(source, rows)}
+
+
+def tutorial(source, rows):
+    mu, log_var = posterior(source, rows).values()
+    return {"x": source.uniform(rows, 37), "x_recon": source.uniform(rows, 37) * 0.9 + 0.05, "mu": mu, "log_var": log_var}
 
 
 def feature_map(source, rows, size, layout):
@@ -95,7 +149,8 @@ def layer(source, rows):
 
 
 def encoder(source, rows):
-    return {"x": source.normal(rows, 30), "lower": source.normal(24, 30), "upper": source.normal(10, 24)}
+    """So wide an input that the Gram form is the cheapest for three samples already."""
+    return {"x": source.normal(rows, 60), "lower": source.normal(8, 60), "upper": source.normal(5, 8)}
 
 
 def vectors(source, rows):
@@ -107,74 +162,137 @@ def vectors_and_averages(source, rows):
     return {**vectors(source, rows), "indices": indices, "ema_count": source.uniform(100), "ema_sum": source.normal(100, 16)}
 
 
-class _Penalised(nn.Module):
-    """The Jacobian's norm of a small encoder, as a module: ``functional_call`` gives it its weights."""
+class _Weighted(nn.Linear):
+    """A layer that is made of its weight: what builds parameters is neither compiled nor mapped."""
 
-    def __init__(self):
-        super().__init__()
-        layers = (nn.Linear(30, 24, bias=False, device="meta"), nn.Tanh(), nn.Linear(24, 10, bias=False, device="meta"))
-        self.encoder = nn.Sequential(*layers)
-
-    def forward(self, x):
-        return FV.jacobian_frobenius(self.encoder, x, method="gram", reduction="sample")
+    def __init__(self, weight):
+        super(nn.Linear, self).__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = weight, None
 
 
-def gram(x, lower, upper):
-    weights = {"encoder.0.weight": lower, "encoder.2.weight": upper}
-    return (torch.func.functional_call(_Penalised(), weights, (x,)),)
+def gram(x, lower, upper, reduction="sample"):
+    layers = nn.Sequential(_Weighted(lower), nn.Tanh(), _Weighted(upper))
+    return FV.jacobian_frobenius(layers, x, method="gram", reduction=reduction)
 
 
-def move_codes(x, codebook, indices, ema_count, ema_sum):
-    """Of copies: what is given stays as it is."""
-    moved = codebook.clone(), ema_count.clone(), ema_sum.clone()
+def move_codes(codebook, ema_count, ema_sum, x, indices):
+    """Copies are moved, so that a test finds its tensors as they were."""
+    moved = tuple(tensor.detach().clone() for tensor in (codebook, ema_count, ema_sum))
     return FV.codebook_ema_update_(*moved, x, indices), *moved
 
 
 LATENT, LOSS = ("latent_forward", "latent_backward"), ("reconstruction_forward", "reconstruction_backward")
 NORM, PENALTY = ("group_norm_forward", "group_norm_backward"), ("jacobian_forward", "jacobian_backward")
-GRAM = ("jacobian_gram", "jacobian_gram_scale", "jacobian_gram_reduce")
 QUANTIZE, MOVE = ("codebook_quantize", "codebook_quantize_backward"), ("codebook_sums", "codebook_ema_")
 
+# One reduction for each shape of a result.
+SHAPES = ("none", "sample", "mean")
+NORMS = {"leaves": ("input", "weight", "bias"), "shared": ("weight", "bias"), "activations": ("input", "output 0"), "workspace": 0.2}
+
 CALLS = (
-    Call("sample and KL", LATENT, drawn_posterior, FV.reparameterize_kl, ("mu", "logvar")),
     Call(
-        "sample and KL, prior, free bits", LATENT, posterior_and_prior,
-        lambda **tensors: FV.reparameterize_kl(**tensors, free_bits=0.4), ("mu", "logvar", "prior_mu", "prior_logvar"), workspace=1.5,
+        "sample and KL", "reparameterize_kl", LATENT, drawn_posterior, leaves=("mu", "logvar"), shared=("seed",),
+        activations=("mu", "logvar", "output 0"), reductions=SHAPES,
     ),
     Call(
-        "several samples", LATENT, drawn_posterior,
-        lambda **tensors: (FV.reparameterize(**tensors, num_samples=3),), ("mu", "logvar"),
-    ),
-    Call("KL by sample", LATENT, posterior, lambda **tensors: (FV.kl_normal(**tensors, reduction="sample"),), ("mu", "logvar")),
-    Call("BCE from logits, uint8", LOSS, logits_and_image, lambda **t: (FV.binary_cross_entropy_with_logits(**t),), ("input",)),
-    Call("BCE by sample", LOSS, probabilities, lambda **t: (FV.binary_cross_entropy(**t, reduction="sample"),), ("input", "target")),
-    Call("MSE elementwise", LOSS, probabilities, lambda **t: (FV.mse_loss(**t, reduction="none"),), ("input",)),
-    Call("Gaussian", LOSS, prediction, lambda **t: (FV.gaussian_nll(**t),), ("input", "logvar")),
-    Call(
-        "GroupNorm and SiLU in pieces", NORM, lambda source, rows: feature_map(source, rows, 32, "contiguous"),
-        lambda **t: (FV.group_norm_silu(**t, num_groups=4),), ("input", "weight", "bias"), workspace=0.2,
+        "sample and KL, prior, free bits", "reparameterize_kl", LATENT, drawn_posterior_and_prior, {"free_bits": 0.4},
+        leaves=("mu", "logvar", "prior_mu", "prior_logvar"), shared=("seed", "prior_mu", "prior_logvar"),
+        activations=("mu", "logvar", "prior_mu", "prior_logvar", "output 0"), reductions=SHAPES, workspace=1.5,
     ),
     Call(
-        "GroupNorm and SiLU, channels last", NORM, lambda source, rows: feature_map(source, rows, 32, "channels_last"),
-        lambda **t: (FV.group_norm_silu(**t, num_groups=4),), ("input", "weight", "bias"), workspace=0.2,
+        "several samples", "reparameterize", LATENT, drawn_posterior, {"num_samples": 3}, leaves=("mu", "logvar"), shared=("seed",),
+        activations=("mu", "logvar", "output 0"),
     ),
     Call(
-        "GroupNorm and SiLU of small groups", NORM, lambda source, rows: feature_map(source, rows, 7, "contiguous"),
-        lambda **t: (FV.group_norm_silu(**t, num_groups=4),), ("input", "weight", "bias"), workspace=0.2,
+        "sample of given noise", "reparameterize", LATENT, given_noise, leaves=("mu", "logvar", "eps"),
+        activations=("mu", "logvar", "eps", "output 0"), workspace=1.5,
     ),
-    Call("contractive penalty", PENALTY, layer, lambda **t: (FV.contractive_penalty(**t),), ("hidden", "weight"), workspace=0.2),
     Call(
-        "contractive penalty by sample", PENALTY, layer,
-        lambda **t: (FV.contractive_penalty(**t, activation="tanh", reduction="sample"),), ("hidden", "weight"), workspace=0.2,
+        "KL by sample", "kl_normal", LATENT, posterior, {"reduction": "sample"}, leaves=("mu", "logvar"),
+        activations=("mu", "logvar"), reductions=SHAPES,
     ),
-    Call("gram", GRAM, encoder, gram, ("x", "lower", "upper"), workspace=10.0, by_library=True),
-    Call("nearest codes", ("codebook_nearest",), vectors, lambda **t: FV.vq_nearest(**t, return_distance=True), workspace=1.0),
-    Call("vector quantization", QUANTIZE, vectors, lambda **t: FV.vector_quantize(**t), ("x", "codebook"), workspace=1.0),
     Call(
-        "vector quantization, rotation", QUANTIZE, vectors,
-        lambda **t: FV.vector_quantize(**t, gradient="rotation", reduction="sample"), ("x", "codebook"), workspace=1.0,
+        "KL from a prior, free bits", "kl_normal", LATENT, posterior_and_prior, {"free_bits": 0.4},
+        leaves=("mu", "logvar", "prior_mu", "prior_logvar"), shared=("prior_mu", "prior_logvar"),
+        activations=("mu", "logvar", "prior_mu", "prior_logvar"), reductions=SHAPES, workspace=1.5,
     ),
-    Call("moving averages of a codebook", MOVE, vectors_and_averages, move_codes, workspace=1.0),
+    Call(
+        "BCE from logits, uint8", "binary_cross_entropy_with_logits", LOSS, logits_and_image, leaves=("input",),
+        activations=("input",), reductions=SHAPES,
+    ),
+    Call(
+        "weighted BCE from logits", "binary_cross_entropy_with_logits", LOSS, weighted, leaves=("input",),
+        shared=("weight", "pos_weight"), activations=("input",), reductions=SHAPES,
+    ),
+    Call(
+        "BCE by sample", "binary_cross_entropy", LOSS, probabilities, {"reduction": "sample"}, leaves=("input", "target"),
+        activations=("input",), reductions=SHAPES,
+    ),
+    Call(
+        "MSE elementwise", "mse_loss", LOSS, probabilities, {"reduction": "none"}, leaves=("input",),
+        activations=("input",), reductions=SHAPES,
+    ),
+    Call(
+        "Gaussian", "gaussian_nll", LOSS, prediction, leaves=("input", "logvar"), shared=("logvar",),
+        activations=("input",), reductions=SHAPES,
+    ),
+    Call(
+        "Gaussian of learned variances", "gaussian_nll", LOSS, prediction_with_variances, {"reduction": "sample"},
+        leaves=("input", "target", "logvar"), activations=("input", "logvar"), reductions=SHAPES,
+    ),
+    Call(
+        "ELBO", "elbo_loss", LATENT + LOSS, decoded, {"beta": 2.0, "capacity": 1.0, "free_bits": 0.1}, leaves=("recon", "mu", "logvar"),
+        activations=("recon", "mu", "logvar"), reductions=("sample", "batchmean"), workspace=0.2,
+    ),
+    Call(
+        "loss of the tutorial", "vae_loss", LATENT + LOSS, tutorial, leaves=("x_recon", "mu", "log_var"),
+        activations=("x_recon", "mu", "log_var"), workspace=0.2,
+    ),
+    Call(
+        "GroupNorm and SiLU in pieces", "group_norm_silu", NORM, lambda source, rows: feature_map(source, rows, 32, "contiguous"),
+        {"num_groups": 4}, **NORMS,
+    ),
+    Call(
+        "GroupNorm and SiLU, channels last", "group_norm_silu", NORM, lambda source, rows: feature_map(source, rows, 32, "channels_last"),
+        {"num_groups": 4}, **NORMS,
+    ),
+    Call(
+        "GroupNorm and SiLU of small groups", "group_norm_silu", NORM, lambda source, rows: feature_map(source, rows, 7, "contiguous"),
+        {"num_groups": 4}, **NORMS,
+    ),
+    Call(
+        "GroupNorm alone", "group_norm_silu", NORM, lambda source, rows: {"input": source.normal(rows, 16, 9)},
+        {"num_groups": 4, "activation": "none"}, leaves=("input",), activations=("input", "output 0"), workspace=0.2,
+    ),
+    Call(
+        "contractive penalty", "contractive_penalty", PENALTY, layer, leaves=("hidden", "weight"), shared=("weight",),
+        activations=("hidden",), reductions=SHAPES, workspace=0.2,
+    ),
+    Call(
+        "contractive penalty by sample", "contractive_penalty", PENALTY, layer, {"activation": "tanh", "reduction": "sample"},
+        leaves=("hidden", "weight"), shared=("weight",), activations=("hidden",), workspace=0.2,
+    ),
+    Call(
+        "gram", "jacobian_frobenius", ("jacobian_gram",), encoder, through=gram, leaves=("x", "lower", "upper"), shared=("lower", "upper"),
+        reductions=("sample", "batchmean"), workspace=10.0, by_library=True,
+    ),
+    Call(
+        "nearest codes", "vq_nearest", ("codebook_nearest",), vectors, {"return_distance": True}, shared=("codebook",),
+        activations=("x",), workspace=1.0,
+    ),
+    Call(
+        "vector quantization", "vector_quantize", QUANTIZE, vectors, leaves=("x", "codebook"), shared=("codebook",),
+        activations=("x", "output 0"), reductions=SHAPES, is_derivative=False, workspace=1.0,
+    ),
+    Call(
+        "vector quantization, rotation", "vector_quantize", QUANTIZE, vectors, {"gradient": "rotation", "reduction": "sample"},
+        leaves=("x", "codebook"), shared=("codebook",), activations=("x", "output 0"), is_derivative=False, workspace=1.0,
+    ),
+    Call(
+        "moving averages of a codebook", "codebook_ema_update_", MOVE, vectors_and_averages, through=move_codes,
+        shared=("codebook", "ema_count", "ema_sum"), activations=("x",), workspace=1.0,
+    ),
 )  # fmt: skip
 
 

@@ -365,14 +365,6 @@ def test_channels_first_views_and_empty_batches():
         assert torch.count_nonzero(codebook_leaf.grad) == 0
 
 
-def test_second_derivative_is_refused():
-    x = leaf(torch.randn(4, 3))
-    output = FV.vector_quantize(x, torch.randn(5, 3))
-    (grad,) = torch.autograd.grad(output.loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fastvae\.reference\.codebook"):
-        grad.sum().backward()
-
-
 @each_place("codebook_sums")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("heads", [None, 2])
@@ -560,39 +552,6 @@ def test_index_out_of_range(place):
     if place.device == "cpu" and place.backend == "cpp":
         with pytest.raises(RuntimeError, match="indices: got 5"):
             ema(indices=torch.tensor([0, 5, 1]))
-
-
-@each_place("codebook_quantize")
-def test_compiles_in_one_graph(place):
-    def step(x, codebook):
-        output = FV.vector_quantize(x, codebook)
-        return output.quantized.square().mean() + output.loss
-
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True)):
-        torch.manual_seed(0)
-        x, codebook = (leaf(torch.randn(n, 6, device=place.device)) for n in (50, 9))
-        function(x, codebook).backward()
-        results.append((x.grad, codebook.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-@each_place(OPERATOR)
-def test_operators_keep_their_schemas(place):
-    x, codebook = torch.randn(2, 9, 4, device=place.device), torch.randn(2, 5, 4, device=place.device)
-    indices = FV.vq_nearest(x, codebook)
-    operators = torch.ops.fastvae
-    counts, sums = getattr(operators.codebook_sums, place.backend)(x, indices, 5)
-    calls = {
-        "codebook_nearest": (x, codebook, True),
-        "codebook_quantize": (x, codebook, 2, 4, 1.25),
-        "codebook_quantize_backward": (x, counts.new_tensor(1.0, dtype=torch.float32), x, codebook, indices, 2, 4, 1.0, 0.25, True, True),
-        "codebook_sums": (x, indices, 5),
-        "codebook_ema_": (codebook, torch.ones(2, 5, device=place.device), sums.clone(), counts, sums, 0.9, 1e-5),
-    }
-    for name, arguments in calls.items():
-        torch.library.opcheck(getattr(getattr(operators, name), place.backend), arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_use_backend_reaches_the_reference():

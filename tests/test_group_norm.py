@@ -1,4 +1,4 @@
-"""GroupNorm + SiLU against float64: values, gradients, layouts, statistics, memory, and what torch asks of an operator."""
+"""GroupNorm + SiLU against float64: values, gradients, layouts, statistics, memory."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from _helpers import LAYOUTS, Place, Source, assert_close, compiled_path, each_place, each_place_and_dtype, lay_out, leaf, places, wide_leaf
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.library import opcheck
 
 import fastvae
 from fastvae import functional as FV
-from fastvae.ops import OPERATORS
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 from fastvae.reference import group_norm as reference
 
@@ -364,44 +362,6 @@ def test_every_instruction_set(name, dtype):
         fastvae._C.set_instruction_set(used)
 
 
-# What torch asks of an operator.
-
-
-@each_place_and_dtype(OPERATOR)
-@pytest.mark.parametrize("layout", ["contiguous", "last", "sliced"])
-@pytest.mark.parametrize("affine", [False, True])
-def test_opcheck(place, dtype, layout, affine):
-    source = Source(place.device, dtype)
-    x, incoming = (arrange(source.normal(2, 6, 3, 5), layout) for _ in range(2))
-    parameters = [source.normal(6), source.normal(6)] if affine else [None, None]
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    forward = OPERATORS["group_norm_forward"].overloads[place.backend]
-    opcheck(forward, (x, 3, *parameters, 1e-5, 1), test_utils=checks)
-    _, mean, rstd = forward(x, 3, *parameters, 1e-5, 1)
-    opcheck(OPERATORS["group_norm_backward"].overloads[place.backend], (incoming, x, mean, rstd, *parameters, 3, 1), test_utils=checks)
-
-
-@each_place(OPERATOR)
-@pytest.mark.parametrize("layout", ["contiguous", "last"])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_as_one_graph(place, layout, dynamic):
-    torch.compiler.reset()
-    source = Source(place.device)
-
-    def function(x, weight, bias):
-        return FV.group_norm_silu(x * 2, 3, weight, bias) + 1
-
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for batch in (2, 5):
-        tensors = [leaf(arrange(source.normal(batch, 6, 4, 5), layout)), leaf(source.normal(6)), leaf(source.normal(6))]
-        outputs = [run(*tensors) for run in (function, compiled)]
-        gradients = [torch.autograd.grad(output.square().sum(), tensors) for output in outputs]
-        torch.testing.assert_close(*outputs)
-        assert outputs[0].stride() == outputs[1].stride()
-        for ours, expected in zip(*gradients, strict=True):
-            torch.testing.assert_close(ours, expected)
-
-
 def test_inductor():
     """Between convolutions in channels_last, whose layout the compiler must leave alone."""
     torch.compiler.reset()
@@ -416,17 +376,6 @@ def test_inductor():
     torch.testing.assert_close(*outputs)
     gradients = [torch.autograd.grad(output.sum(), x)[0] for output in outputs]
     torch.testing.assert_close(*gradients)
-
-
-@each_place(OPERATOR)
-def test_export(place):
-    class Block(torch.nn.Module):
-        def forward(self, x):
-            return FV.group_norm_silu(x, 2)
-
-    x = Source(place.device).normal(2, 4, 3, 3)
-    exported = torch.export.export(Block(), (x,), strict=False)
-    torch.testing.assert_close(exported.module()(x), FV.group_norm_silu(x, 2))
 
 
 @each_place(OPERATOR)
@@ -446,28 +395,6 @@ def test_autocast(place, dtype):
     y.float().square().sum().backward()
     assert norm.weight.grad.dtype == norm.bias.grad.dtype == torch.float32
     assert convolution.weight.grad.isfinite().all()
-
-
-@each_place(OPERATOR)
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
-def test_func(place):
-    source = Source(place.device)
-    x, weight = source.normal(3, 2, 6, 4), source.normal(6)
-
-    def loss(weight, x):
-        return FV.group_norm_silu(x, 3, weight).square().sum()
-
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x)
-    for gradient, sample in zip(gradients, x, strict=True):
-        torch.testing.assert_close(gradient, torch.func.grad(loss)(weight, sample))
-
-
-@each_place(OPERATOR)
-def test_a_second_derivative_names_the_reference(place):
-    x = leaf(Source(place.device).normal(2, 4, 3))
-    (gradient,) = torch.autograd.grad(FV.group_norm_silu(x, 2).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fastvae\.reference\.group_norm"):
-        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("activation", NORM_ACTIVATIONS)

@@ -160,7 +160,7 @@ def test_wheel_metadata(pure_wheel):
     assert "\nRequires-Dist: torch>=2.10\n" in metadata
     assert "\nLicense-File: LICENSE\n" in metadata
     extras = re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE)
-    assert {"train", "metrics", "bench", "dev"} <= set(extras)
+    assert {"train", "bench", "dev"} <= set(extras)
 
 
 @needs_source
@@ -249,7 +249,7 @@ def test_unknown_build_mode_is_an_error(source):
 
 
 def test_import_loads_nothing_that_a_user_may_not_have():
-    optional = {"jsonargparse", "lightning", "matplotlib", "mlxtend", "scipy", "sklearn", "torchmetrics", "tqdm"}
+    optional = {"jsonargparse", "matplotlib", "mlxtend", "scipy", "sklearn", "tqdm"}
     if not (torch.version.cuda or torch.version.hip):
         optional.add("triton")
     program = f"import sys, torch; before = set(sys.modules); import fastvae; print(*({optional} & (set(sys.modules) - before)))"

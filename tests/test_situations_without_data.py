@@ -4,15 +4,12 @@ import copy
 
 import pytest
 import torch
-from _calls import CALLS
 from _helpers import Source, leaf, places
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastvae import functional as FV
 from fastvae import models
-
-each_call = pytest.mark.parametrize("call", CALLS, ids=str)
 
 VAES = {
     "convolutional VAE": (lambda: models.VAE.conv(latent_dim=4), (2, 1, 28, 28)),
@@ -37,27 +34,6 @@ each_scalar = pytest.mark.parametrize(
     ("place", "function"),
     [pytest.param(place, function, id=f"{name}-{place}") for name, (served, function) in SCALARS.items() for place in served],
 )
-
-
-def shapes(results):
-    return {name: (tensor.shape, tensor.dtype, tensor.stride()) for name, tensor in results.items()}
-
-
-@each_call
-def test_a_step_of_fake_tensors_has_the_shapes_of_a_real_one(call):
-    tensors = call.tensors("cpu", 6)
-    with FakeTensorMode() as mode:
-        fake = call.results({name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
-    assert shapes(fake) == shapes(call.results(tensors))
-
-
-@each_call
-def test_a_step_on_the_meta_device_has_the_shapes_of_a_real_one(call):
-    tensors = call.tensors("cpu", 6)
-    meta = {name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
-    results = call.results(meta)
-    assert all(tensor.is_meta for tensor in results.values())
-    assert shapes(results) == shapes(call.results(tensors))
 
 
 def train(model, x) -> None:

@@ -1,5 +1,8 @@
 """The quantizers of vector-quantize-pytorch and of taming-transformers."""
 
+import functools
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,14 +166,17 @@ class ResidualVQ(nn.Module):
 
     @property
     def codebooks(self) -> Tensor:
-        return torch.stack([layer.codebook for layer in self.layers])
+        return torch.stack([layer.codebook for layer in self._steps()])
+
+    def _steps(self) -> list[VectorQuantize]:
+        return cast("list[VectorQuantize]", list(self.layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """``(quantized, indices, losses)``; a step that is left out has index -1 and loss 0."""
         x = x.movedim(1, -1) if self.accept_image_fmap else x
         active = self.depth.draw(x) if self.training else len(self.layers)
-        residual, total, indices, losses = x, 0.0, [], []
-        for layer in self.layers[:active]:
+        residual, total, indices, losses = x, torch.zeros_like(x), [], []
+        for layer in self._steps()[:active]:
             quantized, index, loss = layer(residual, mask)
             residual, total = residual - quantized.detach(), total + quantized
             indices.append(index)
@@ -180,7 +186,8 @@ class ResidualVQ(nn.Module):
         return total, F.pad(torch.stack(indices, -1), (0, missing), value=-1), F.pad(torch.stack(losses, -1), (0, missing))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        codes = sum(layer.get_codes_from_indices(index) for layer, index in zip(self.layers, indices.unbind(-1), strict=False))
+        parts = [layer.get_codes_from_indices(index) for layer, index in zip(self._steps(), indices.unbind(-1), strict=False)]
+        codes = functools.reduce(torch.add, parts)
         return codes.movedim(-1, 1) if self.accept_image_fmap else codes
 
 

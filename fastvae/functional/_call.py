@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastvae import _backend
+from fastvae._torch_private import in_forward_mode, in_functorch
 from fastvae.ops._autograd import transformed
 
 
@@ -29,10 +29,10 @@ def apply(function: type[torch.autograd.Function], arguments: tuple, backend: st
     the transformation hands in is 0, without an error).
     """
     if torch.compiler.is_compiling():
-        return _apply_plain(function, arguments) if torch._C._are_functorch_transforms_active() else function.apply(*arguments, backend)
-    if forward_ad._current_level >= 0:
+        return _apply_plain(function, arguments) if in_functorch() else function.apply(*arguments, backend)
+    if in_forward_mode():
         return _apply_plain(function, arguments)
-    if torch._C._are_functorch_transforms_active():
+    if in_functorch():
         return function.apply(*arguments, backend)
     return super(torch.autograd.Function, function).apply(*arguments, backend)
 

@@ -165,7 +165,12 @@ def plan(sizes: tuple[int, ...], batch: int) -> Plan:
     depth = len(sizes) - 1
     plans = [Plan(None, meet, _operations(sizes, batch, None, meet)) for meet in range(1, depth + 1)]
     plans += [Plan(gram_at, meet, _operations(sizes, batch, gram_at, meet)) for meet in range(1, depth) for gram_at in range(1, meet + 1)]
-    return min(plans, key=lambda p: p.operations)
+    cheapest = plans[0]
+    for other in plans[1:]:
+        # min() with a key is not traced by torch.compile where the batch is dynamic.
+        if other.operations < cheapest.operations:
+            cheapest = other
+    return cheapest
 
 
 def _operations(sizes: tuple[int, ...], batch: int, gram_at: int | None, meet: int) -> int:

@@ -1,12 +1,10 @@
 """Whether a module may be read instead of called, or replaced: whether a call of it does what its class says and nothing more."""
 
-import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 
+from fastvae._torch_private import has_global_module_hooks, in_function_mode, is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 from fastvae.ops._autograd import transformed
 
 _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
@@ -32,7 +30,7 @@ def call_obstacle(module: nn.Module) -> str | None:
         return "is lazy and has seen no data"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
-    if torch_module._has_any_global_hook():
+    if has_global_module_hooks():
         return "is called under hooks that are registered for all modules"
     return None
 
@@ -56,7 +54,7 @@ def owns_output(convolution: nn.Module) -> bool:
     that of selective activation checkpointing. A convolution itself keeps its input alone."""
     if type(convolution) is not nn.Conv2d or call_obstacle(convolution) or transformed():
         return False
-    return not is_in_torch_dispatch_mode() and torch._C._len_torch_function_stack() == 0
+    return not is_in_torch_dispatch_mode() and not in_function_mode()
 
 
 def swap_obstacle(module: nn.Module, kind: type[nn.Module]) -> str | None:

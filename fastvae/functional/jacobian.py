@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvae import _backend
 from fastvae._outputs import JacobianMethod
+from fastvae._torch_private import BATCH_NORMS, DROPOUTS
 from fastvae._types import Activation, BoundReduction, JacobianMethodName, Reduction, check_choice
 from fastvae.functional import _chain
 from fastvae.functional._call import apply, writes_gradient
@@ -229,7 +230,7 @@ def _check_samples_apart(encoder) -> None:
     if not isinstance(encoder, nn.Module):
         return
     for name, module in encoder.named_modules():
-        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+        if module.training and isinstance(module, BATCH_NORMS | DROPOUTS):
             raise ValueError(
                 f"method: got 'autograd', but layer {name!r}, {module}, is in training mode: use method='projection', or encoder.eval()"
             )

@@ -5,11 +5,11 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from fastvae import _backend
 from fastvae._backend import FLOATS
 from fastvae._outputs import ELBO
+from fastvae._torch_private import is_fake
 from fastvae._types import BoundReduction, Likelihood, Reduction, check_choice
 from fastvae.functional._call import apply, writes_gradient
 from fastvae.functional._checks import (
@@ -232,7 +232,7 @@ def vae_loss(x: Tensor, x_recon: Tensor, mu: Tensor, log_var: Tensor) -> tuple[T
 def check_unit_interval(name: str, values: Tensor) -> None:
     """Raises where a tensor has values outside [0, 1] (NaN is), with how many and where the first are."""
     check_tensor(name, values, (*FLOATS, torch.uint8))
-    if values.dtype == torch.uint8 or values.is_meta or isinstance(values, FakeTensor):
+    if values.dtype == torch.uint8 or values.is_meta or is_fake(values):
         return
     outside = ~((values >= 0) & (values <= 1))
     if count := int(outside.sum()):

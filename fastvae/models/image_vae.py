@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvae._torch_private import processor_multiplies_bfloat16
 from fastvae._types import Precision, check_choice
 from fastvae.functional._modules import owns_output
 from fastvae.models._inputs import as_float, parameter_dtype
@@ -124,7 +125,7 @@ def bfloat16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return processor_multiplies_bfloat16()
     return False
 
 

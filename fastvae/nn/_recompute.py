@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.ops._autograd import graph_is_retained
+from fastvae._torch_private import graph_is_retained, has_saved_tensor_hooks, in_backward_pass, without_dispatch_modes
+from fastvae.nn._snapshot import snapshot
 
 # Each pending pass holds a copy of the codebook. A loop in training mode under torch.no_grad(), without backward passes, leaves so many.
 MAX_PENDING = 16
@@ -17,7 +18,7 @@ _TOLERANCE = 1e-2
 
 def is_recomputing() -> bool:
     """Whether this forward pass runs inside a backward pass: it repeats an earlier one and must leave no trace."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and in_backward_pass()
 
 
 def may_be_recomputed() -> bool:
@@ -25,7 +26,7 @@ def may_be_recomputed() -> bool:
     hooks on saved tensors (``use_reentrant=False``)."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return not torch.is_grad_enabled() or has_saved_tensor_hooks()
 
 
 class Fingerprint(NamedTuple):
@@ -109,7 +110,7 @@ class PendingPasses:
 def _distance(known: Tensor, sums: Tensor) -> float:
     """Relative to the size of ``sums``, which may be 0."""
     # Selective checkpointing counts operators, and the first pass had none of these.
-    with torch._C._DisableTorchDispatch():
+    with without_dispatch_modes():
         size = sums.norm().clamp(min=torch.finfo(sums.dtype).tiny)
         return ((known - sums).norm() / size).item()
 
@@ -148,14 +149,4 @@ def with_value(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def _copy(value: Tensor) -> Tensor:
-    return torch.ops.fastvae.snapshot(value) if torch.compiler.is_compiling() else value.detach().clone()
-
-
-@torch.library.impl("fastvae::snapshot", "CompositeExplicitAutograd")
-def _snapshot(tensor: Tensor) -> Tensor:
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "a compiled quantizer runs again in a backward pass, where it cannot see the codebook of the first pass: "
-            "compile the code around torch.utils.checkpoint, not the code inside"
-        )
-    return tensor.clone()
+    return snapshot(value, once=True) if torch.compiler.is_compiling() else value.detach().clone()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -101,7 +102,7 @@ def examine(module: nn.Module) -> list[Finding]:
 def _to_channels_last(module: nn.Module) -> None:
     for layer in module.modules():
         if type(layer) in MEMORY_FORMATS and wrapped_tensor(layer) is None:
-            layer.to(memory_format=MEMORY_FORMATS[type(layer)])
+            layer.to(memory_format=MEMORY_FORMATS[type(layer)])  # type: ignore[call-overload]  # not in the annotations of torch
 
 
 def _walk(root: nn.Module, change: bool) -> Iterator[Finding]:
@@ -154,10 +155,11 @@ def _plan(parent: nn.Module, free: set[str]) -> tuple[_Plan | None, str | None]:
         return None, str(why)
 
 
-def _is_sequential(module: nn.Module) -> bool:
+def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether a call of ``module`` calls its modules one after the other."""
-    plain = is_exactly(module, nn.Sequential) and type(module).__iter__ is nn.Sequential.__iter__
-    return plain and "forward" not in module.__dict__
+    if not isinstance(module, nn.Sequential) or not is_exactly(module, nn.Sequential):
+        return False
+    return type(module).__iter__ is nn.Sequential.__iter__ and "forward" not in module.__dict__
 
 
 def _is_of_diffusers(module: nn.Module, *names: str) -> bool:
@@ -167,7 +169,7 @@ def _is_of_diffusers(module: nn.Module, *names: str) -> bool:
 
 def _fuse(parent: nn.Module, norms: list[str]) -> None:
     for name in norms:
-        norm = parent.get_submodule(name)
+        norm = cast("nn.GroupNorm", parent.get_submodule(name))
         parent.set_submodule(name, GroupNormSiLU.sharing(norm))
 
 
@@ -234,7 +236,7 @@ def _walk_upsamplings(root: nn.Module, uses: Counter, change: bool) -> Iterator[
             yield Finding(found.name, reason=f"what follows it, {found.conv}, {reason}")
             continue
         if change:
-            found.owner.set_submodule(found.conv, UpsampleConv2d.sharing(conv))
+            found.owner.set_submodule(found.conv, UpsampleConv2d.sharing(cast("nn.Conv2d", conv)))
             found.turn_off()
         yield Finding(found.name, found.conv)
 
@@ -256,7 +258,7 @@ def _upsamplings(root: nn.Module) -> Iterator[_Upsampling]:
 
 def _interpolates(upsampler: nn.Module) -> bool:
     # Versions without the attribute cannot be told not to.
-    return getattr(upsampler, "interpolate", False) and upsampler.use_conv and upsampler.name == "conv"
+    return bool(getattr(upsampler, "interpolate", False) and upsampler.use_conv and upsampler.name == "conv")
 
 
 def _doubles(module: nn.Module) -> bool:
@@ -335,14 +337,14 @@ def _plan_traced(parent: nn.Module, free: set[str]) -> _Plan | None:
 
     def apply():
         _fuse(parent, list(pairs))
-        parent.__class__ = _rewritten(type(parent), source, functions)
+        parent.__class__ = _rewritten(type(parent), source, functions)  # type: ignore[arg-type]  # mypy takes no class for hashable
 
     return _Plan(pairs, apply)
 
 
 def _is_silu(parent: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return _is_plain_silu(parent.get_submodule(node.target))
+        return _is_plain_silu(parent.get_submodule(str(node.target)))
     return node.op == "call_function" and node.target is nn.functional.silu
 
 
@@ -352,9 +354,9 @@ def _describe(node: fx.Node) -> str:
 
 def _merge(graph: fx.Graph, norm: fx.Node, act: fx.Node) -> None:
     with graph.inserting_before(norm):
-        arguments = graph.get_attr(norm.target), *norm.args
+        arguments = graph.get_attr(str(norm.target)), *norm.args
         if act.op == "call_module":
-            both = graph.call_function(_norm_then_act, (*arguments, graph.get_attr(act.target)))
+            both = graph.call_function(_norm_then_act, (*arguments, graph.get_attr(str(act.target))))
         else:
             both = graph.call_function(_norm_then_silu, arguments)
     act.replace_all_uses_with(both)
@@ -397,12 +399,13 @@ def _rewritten(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Ca
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    subclass = type(cls)(cls.__name__, (cls,), members)
+    metaclass: type = type(cls)
+    subclass = metaclass(cls.__name__, (cls,), members)
     return subclass
 
 
 def _restore(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Callable], ...]) -> nn.Module:
-    return object.__new__(_rewritten(cls, source, functions))
+    return object.__new__(_rewritten(cls, source, functions))  # type: ignore[arg-type]  # as above
 
 
 def _trace(parent: nn.Module, presence: dict[str, bool]) -> fx.Graph:
@@ -479,18 +482,11 @@ class _CodeCheck(ast.NodeVisitor):
         self.visit(node.orelse)
 
     def _check_test(self, test: ast.expr) -> None:
-        is_none = (
-            isinstance(test, ast.Compare)
-            and len(test.ops) == 1
-            and isinstance(test.ops[0], ast.Is | ast.IsNot)
-            and isinstance(test.comparators[0], ast.Constant)
-            and test.comparators[0].value is None
-        )
-        if not is_none or not self._is_own(test.left):
+        if not isinstance(test, ast.Compare) or not _is_test_for_none(test) or not self._is_own(test.left):
             raise NotUnderstood(f"its forward branches on {ast.unparse(test)}")
         self._look_up(test.left, tested=True)
 
-    def _is_own(self, node: ast.expr) -> bool:
+    def _is_own(self, node: ast.expr) -> TypeGuard[ast.Attribute]:
         return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.self_name
 
     def _look_up(self, node: ast.Attribute, tested: bool = False) -> object:
@@ -541,3 +537,10 @@ class _CodeCheck(ast.NodeVisitor):
         if not isinstance(node, self.ALLOWED):
             raise NotUnderstood(f"its forward has a {type(node).__name__}")
         super().generic_visit(node)
+
+
+def _is_test_for_none(test: ast.Compare) -> bool:
+    """Whether it says ``is None`` or ``is not None`` of something."""
+    constant = test.comparators[0]
+    one_identity = len(test.ops) == 1 and isinstance(test.ops[0], ast.Is | ast.IsNot)
+    return one_identity and isinstance(constant, ast.Constant) and constant.value is None

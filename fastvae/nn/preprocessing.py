@@ -12,6 +12,8 @@ class _AffineScaler(nn.Module):
     """``(x - offset) * scale + low`` for each feature; offset and scale are buffers, without elements until :meth:`fit`."""
 
     low = 0.0
+    offset: Tensor
+    scale: Tensor
 
     def __init__(self):
         super().__init__()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvae.nn._snapshot import snapshot
+
 Schedule = Callable[[int], float]
 
 
@@ -189,9 +191,9 @@ class ScheduledKL(nn.Module):
             return self._numbers[name]
         if type(schedule) in _TAKE_TENSORS:
             value = schedule(self.num_steps)
-            return torch.ops.fastvae.kept(value) if torch.compiler.is_compiling() else value
+            return snapshot(value) if torch.compiler.is_compiling() else value
         if torch.compiler.is_compiling():
-            return torch.ops.fastvae.kept(getattr(self, _buffer(name)))
+            return snapshot(getattr(self, _buffer(name)))
         if self._steps_are_unknown():
             self._call_functions(int(self.num_steps))
         # A copy: autograd may hold it until after the next step.

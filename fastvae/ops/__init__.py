@@ -1,6 +1,5 @@
 """The operators, a module a family: their arguments, results and shapes, and the autograd.Functions over them."""
 
-from fastvae.ops import _copies as _copies
 from fastvae.ops import codebook, group_norm, jacobian, latent, reconstruction
 from fastvae.ops._operator import BACKENDS, OPERATORS
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastvae._torch_private import graph_is_retained, in_forward_mode, in_functorch, in_make_fx, is_batch_of_gradients
+
 
 class _RefuseSecondDerivative(torch.autograd.Function):
     """Passes gradients through and raises where somebody differentiates them again."""
@@ -54,21 +56,16 @@ def first_derivative_only(reference: str):
 
 def transformed() -> bool:
     """Whether torch.compile or torch.func looks at the call, so that values cannot be read nor shortcuts taken."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or in_functorch()
 
 
 def forward_mode() -> bool:
     """Whether forward-mode differentiation (torch.func.jvp, jacfwd and hessian, torch.autograd.forward_ad) is under way."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and in_forward_mode()
 
 
 def carries_tangent(value) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and forward_ad.unpack_dual(value).tangent is not None
-
-
-def graph_is_retained() -> bool:
-    """Whether another backward pass over the same graph may follow the one that runs."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def may_use_written(grad_output: Tensor) -> bool:
@@ -80,8 +77,7 @@ def may_use_written(grad_output: Tensor) -> bool:
     """
     if graph_is_retained() or type(grad_output) is not Tensor or transformed():
         return False
-    traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    return not traced and not torch._C._functorch.is_legacy_batchedtensor(grad_output)
+    return not in_make_fx() and not is_batch_of_gradients(grad_output)
 
 
 def without_autocast(device: torch.device):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._outputs import JacobianMethod
+from fastvae._torch_private import BATCH_NORMS
 from fastvae._types import Activation, BoundReduction, JacobianMethodName, Reduction, check_choice
 from fastvae.ops import jacobian as ops
 from fastvae.ops._autograd import in_plain_torch
@@ -110,7 +111,7 @@ def jacobian_frobenius(
 def explain_jacobian_method(encoder: nn.Module, x: Tensor) -> JacobianMethod:
     """Which method ``method="auto"`` of this module's :func:`jacobian_frobenius` takes for an encoder and a batch, and why."""
     for name, module in encoder.named_modules() if isinstance(encoder, nn.Module) else ():
-        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if module.training and isinstance(module, BATCH_NORMS):
             return JacobianMethod("projection", f"samples meet in layer {name!r}, {module}: unbiased random projections serve any encoder")
     return JacobianMethod("autograd", "the definition: a backward pass for each output")
 

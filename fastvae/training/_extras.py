@@ -13,5 +13,5 @@ def extra(name: str):
     try:
         yield
     except ModuleNotFoundError as error:
-        package = error.name.partition(".")[0]
+        package = (error.name or "").partition(".")[0]
         raise MissingExtraError(f"{package} is not installed: pip install fastvae-kernels[{name}]", name=package) from error

@@ -13,7 +13,7 @@ import torch
 
 def interleaved_medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Median seconds of each call, the calls taking turns so that what disturbs the machine disturbs all of them."""
-    seconds = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             started = time.perf_counter()

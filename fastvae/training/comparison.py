@@ -1,10 +1,11 @@
 """The loss lines of a VAE in plain PyTorch and from this package, side by side."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,9 @@ class Contender:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
+    def take_gradients(self, x: Tensor) -> None:
+        negative_elbo(self.model, self.lines, x).backward()
+
     def step(self, x: Tensor, eps: Tensor | None) -> None:
         started = time.perf_counter()
         self.optimizer.zero_grad()
@@ -78,11 +82,16 @@ def make_contenders(model: VAE, learning_rate: float) -> dict[str, Contender]:
     return {name: Contender(m, line, torch.optim.Adam(m.parameters(), lr=learning_rate)) for name, (m, line) in lines.items()}
 
 
+def draw_noise(model: VAE, count: int, generator: torch.Generator) -> Tensor:
+    """Standard normal noise for one z a sample; the models of the demonstration know the shape of theirs."""
+    return torch.randn(count, *cast("Sequence[int]", model.latent_shape), generator=generator)
+
+
 def compare(contenders: dict[str, Contender], stream: Iterable[Tensor], seed: int) -> None:
     """Trains both on the same batches and the same noise."""
     generator = torch.Generator().manual_seed(seed)
     for step, x in enumerate(stream):
-        eps = torch.randn(len(x), *contenders["plain"].model.latent_shape, generator=generator).to(x.dtype)
+        eps = draw_noise(contenders["plain"].model, len(x), generator).to(x.dtype)
         # Whoever is second may find data in the cache.
         for name in ("plain", "fastvae") if step % 2 else ("fastvae", "plain"):
             contenders[name].step(x, eps)
@@ -93,7 +102,7 @@ def measure_step_memory(contenders: dict[str, Contender], x: Tensor) -> dict[str
     peaks = {}
     for name, contender in contenders.items():
         contender.optimizer.zero_grad()
-        peaks[name] = peak_memory(lambda c=contender: negative_elbo(c.model, c.lines, x).backward())
+        peaks[name] = peak_memory(partial(contender.take_gradients, x))
         contender.optimizer.zero_grad()
     return peaks
 

@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -114,7 +116,7 @@ def in_report_units(median_seconds: dict[str, float], peak_bytes: dict[str, int]
 
 def describe_training(training: Training, split: Split, seed: int) -> dict:
     summary = {
-        "latent_dim": training.model.latent_shape[0],
+        "latent_dim": cast("Sequence[int]", training.model.latent_shape)[0],
         "epochs": training.epochs,
         "steps": len(training.losses),
         "test": evaluate(training.model, split.test_images, seed),

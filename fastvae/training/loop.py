@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvae.models import VAE, VAEOutput
 from fastvae.training._extras import extra
-from fastvae.training.comparison import Contender, compare, make_contenders, relative_differences
+from fastvae.training.comparison import Contender, compare, draw_noise, make_contenders, relative_differences
 from fastvae.training.data import Split
 
 # The settings of the tutorial whose network VAE.conv is.
@@ -98,7 +98,7 @@ def train(training: Training, split: Split, seed: int) -> None:
 def bound(model: VAE, x: Tensor, seed: int) -> VAEOutput:
     """The negative evidence lower bound with one sampled z an image, the same noise every time."""
     generator = torch.Generator().manual_seed(seed)
-    return model(x, eps=torch.randn(len(x), *model.latent_shape, generator=generator))
+    return model(x, eps=draw_noise(model, len(x), generator))
 
 
 @torch.no_grad()

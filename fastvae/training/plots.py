@@ -96,9 +96,9 @@ def loss_curves(path: Path, trainings: list[Training]) -> None:
 
 
 def _compared_losses(axes: Axes, training: Training) -> None:
-    for (name, contender), style in zip(training.contenders.items(), ({"lw": 4, "alpha": 0.5}, {"lw": 1.2}), strict=True):
+    for (name, contender), (width, opacity) in zip(training.contenders.items(), ((4.0, 0.5), (1.2, 1.0)), strict=True):
         losses = contender.losses[: training.compared_steps]
-        axes.plot(range(1, len(losses) + 1), losses, color=COLORS[name], label=LABELS[name], **style)
+        axes.plot(range(1, len(losses) + 1), losses, color=COLORS[name], label=LABELS[name], lw=width, alpha=opacity)
     axes.set(title=f"{training.name}: same weights, batches, noise", xlabel="step", ylabel="loss (nats per sample)")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -119,7 +119,7 @@ def _differences(axes: Axes, training: Training) -> None:
 def _whole_training(axes: Axes, training: Training) -> None:
     steps = len(training.losses)
     axes.plot(range(1, steps + 1), training.losses, color=COLORS["fastvae"], lw=0.7, alpha=0.7, label="training batch")
-    axes.plot(training.test_losses.keys(), training.test_losses.values(), "o-", color="tab:orange", ms=3, label="held-out digits")
+    axes.plot(list(training.test_losses), list(training.test_losses.values()), "o-", color="tab:orange", ms=3, label="held-out digits")
     # The first steps, which the first column shows, would flatten the rest.
     axes.set_ylim(top=1.2 * training.losses[steps // 10])
     axes.set(title=f"{training.name}: the whole training", xlabel="step", ylabel="negative ELBO (nats per sample)")

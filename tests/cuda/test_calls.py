@@ -12,8 +12,10 @@ ON_CPU = pytest.mark.parametrize(("call", "place"), calls_on("cpu"), ids=str)
 
 def test_every_operator_is_called():
     called = {operator for call in CALLS for operator in call.operators}
-    # These two a backward pass on a GPU calls where a gradient other than the expected one comes in.
-    assert called == set(OPERATORS) - {"reconstruction_rescale_", "reconstruction_backward_"}
+    # A backward pass on a GPU calls the first two where a gradient other than the expected one comes in. A backend may make jacobian_gram
+    # of the others.
+    inner = {"reconstruction_rescale_", "reconstruction_backward_", "jacobian_gram_scale", "jacobian_gram_reduce"}
+    assert called == set(OPERATORS) - inner
 
 
 @ON_CPU

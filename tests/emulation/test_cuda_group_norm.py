@@ -170,8 +170,3 @@ def test_moments_are_those_of_float64(place, dtype, activation):
         groups = x.double().reshape(shape[0], 3, -1)
         torch.testing.assert_close(mean, groups.mean(2), rtol=0, atol=1e-6)
         torch.testing.assert_close(rstd, (groups.var(2, correction=0) + 1e-5).rsqrt(), rtol=2e-6, atol=0)
-
-
-def test_opcheck(place):
-    for layout in ("contiguous", "last"):
-        contract.test_opcheck(place, torch.float32, layout, True)

@@ -138,7 +138,3 @@ def test_sums_are_the_same_in_whatever_order_blocks_run(place, emulated):
     emulated.set_capturing(0)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_opcheck(place):
-    contract.test_opcheck(place)

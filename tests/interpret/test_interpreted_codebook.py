@@ -266,25 +266,6 @@ def test_a_code_without_counts_stays():
     assert torch.equal(codebook, before)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_without_a_graph_break(backend):
-    x, codebook = (leaf(t) for t in random(Source("cpu"), 50, 6, 9))
-
-    def step(x, codebook):
-        output = FV.vector_quantize(x, codebook)
-        return output.quantized.square().mean() + output.loss
-
-    expected = torch.autograd.grad(step(x, codebook), (x, codebook))
-    torch._dynamo.reset()
-    ours = torch.autograd.grad(torch.compile(step, fullgraph=True, backend=backend)(x, codebook), (x, codebook))
-    for a, b in zip(ours, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_operators_keep_their_schemas():
-    test_codebook.test_operators_keep_their_schemas(PLACE)
-
-
 def test_float64_is_refused():
     for dtypes in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
         x, codebook = (torch.randn(4, 3, dtype=dtype) for dtype in dtypes)

@@ -1,7 +1,5 @@
 """The latent kernels against float64, against the C++ backend and against the reference with the same seed."""
 
-import itertools
-
 import pytest
 import torch
 from _helpers import LAYOUTS, NOISE_TOLERANCE, Source, leaf, places
@@ -181,33 +179,6 @@ def test_without_any_gradient_coming_in(prior):
     grads = torch.ops.fastvae.latent_backward.triton(None, None, *inputs, None, None, active, None, 2, -30.0, 20.0)
     assert all((gradient == 0).all() for gradient in grads)
     assert grads[2].shape == ((3, 5) if prior else (0,))
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_without_a_graph_break(backend):
-    mu, logvar = (leaf(t) for t in Source("cpu").normal(2, 9, 33))
-
-    def step(mu, logvar):
-        z, kl = FV.reparameterize_kl(mu, logvar, seed=2, free_bits=0.4)
-        return z.sum() + kl
-
-    expected = torch.autograd.grad(step(mu, logvar), [mu, logvar])
-    torch._dynamo.reset()
-    ours = torch.autograd.grad(torch.compile(step, fullgraph=True, backend=backend)(mu, logvar), [mu, logvar])
-    for a, b in zip(ours, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(("reduction", "free_bits", "samples"), list(itertools.product(("none", "sample", "mean"), (0.0, 0.5), (None, 2))))
-def test_operators_fit_their_schema_and_fake(reduction, free_bits, samples):
-    mu, logvar, prior_mu, prior_logvar = Source("cpu").normal(4, 3, 5)
-    seed, number = torch.tensor(1), REDUCTIONS[reduction]
-    arguments = (mu, logvar, prior_mu, prior_logvar, None, seed, samples, True, number, free_bits, -30.0, 20.0, False)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.fastvae.latent_forward.triton, arguments, test_utils=checks)
-    z, kl, active, _ = torch.ops.fastvae.latent_forward.triton(*arguments)
-    arguments = (z, kl, mu, logvar, prior_mu, prior_logvar, None, seed, active, samples, number, -30.0, 20.0)
-    torch.library.opcheck(torch.ops.fastvae.latent_backward.triton, arguments, test_utils=checks)
 
 
 def test_float64_is_refused():

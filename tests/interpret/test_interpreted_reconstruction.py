@@ -176,39 +176,6 @@ def test_rescale_in_any_layout(layout):
     torch.testing.assert_close(grad, wanted)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("reduction", ["sample", "mean"])
-def test_compiles_without_a_graph_break(backend, reduction):
-    input, target = leaf(Source("cpu").normal(9, 33)), Source("cpu", seed=1).image(9, 33)
-
-    def step(x):
-        return 3 * FV.binary_cross_entropy_with_logits(x, target, reduction=reduction).sum()
-
-    (expected,) = torch.autograd.grad(step(input), input)
-    torch._dynamo.reset()
-    (ours,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend=backend)(input), input)
-    torch.testing.assert_close(ours, expected)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("likelihood", ["bce_with_logits", "gaussian"])
-def test_operators_fit_their_schema_and_fake(reduction, likelihood):
-    case = Case(likelihood, (4, 3, 6, 5), reduction, weight="channel", pos_weight="batch", logvar="channel")
-    input, target, weight, pos_weight, logvar = make_inputs(Source("cpu"), case)
-    logvar = None if logvar is None else logvar.view(1, 3, 1, 1)
-    weight, pos_weight = weight.view(1, 3, 1, 1), pos_weight if likelihood == "bce_with_logits" else None
-    operands, numbers = (input, target, weight, pos_weight, logvar), (LIKELIHOODS[likelihood], REDUCTIONS[reduction])
-    checks, operators = ("test_schema", "test_faketensor"), torch.ops.fastvae
-    with_grad = reduction in SCALAR_REDUCTIONS
-    torch.library.opcheck(operators.reconstruction_forward.triton, (*operands, *numbers, 1.0, with_grad), test_utils=checks)
-    loss, grad, grad_logvar = operators.reconstruction_forward.triton(*operands, *numbers, 1.0, with_grad)
-    torch.library.opcheck(operators.reconstruction_backward.triton, (torch.ones_like(loss), *operands, *numbers, True), test_utils=checks)
-    if with_grad:
-        arguments = (grad, grad_logvar, loss, 1.0, *operands, *numbers)
-        torch.library.opcheck(operators.reconstruction_backward_.triton, arguments, test_utils=checks)
-        torch.library.opcheck(operators.reconstruction_rescale_.triton, (grad, loss, 1.0), test_utils=checks)
-
-
 def test_float64_is_refused():
     input, target = Source("cpu", torch.float64).normal(2, 3, 5)
     with pytest.raises(fastvae.BackendError, match=r"triton.*float64.*Backends that can: .*reference"):

@@ -1,0 +1,67 @@
+"""Every package that is declared is used, and every package that is used is declared."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("fastvae", "kernels", "benchmarks", "examples", "tests", "tools")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="the tests are not in a checkout")
+
+# Distributions whose module has another name.
+MODULES = {"faiss-cpu": "faiss", "pytest-benchmark": "benchmark", "scikit-learn": "sklearn"}
+# Commands, and plugins that pytest finds by itself; no code imports them.
+COMMANDS = {"clang-format", "mypy", "pre-commit", "pytest-benchmark", "pytest-xdist", "ruff"}
+# What a build needs, and what comes with pip and torch.
+OF_THE_BUILD = {"setuptools", "wheel", "pybind11", "ninja"}
+
+
+def declared() -> set[str]:
+    """The distributions that a user or a developer installs with the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements} - {project["name"]}
+
+
+def imported() -> set[str]:
+    """The modules that the code names in an import, or hands to ``pytest.importorskip``, by the first part of their names."""
+    found = set()
+    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("importorskip"):
+                found |= {re.match(r"\w*", str(part.value))[0] for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)}
+    return found - {""}
+
+
+def own_modules() -> set[str]:
+    return {*FOLDERS, "functorch", *(path.stem for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))}
+
+
+def test_every_declared_package_is_used():
+    unused = {name for name in declared() - COMMANDS if MODULES.get(name, name.replace("-", "_")) not in imported()}
+    assert unused == set()
+
+
+def test_every_package_that_is_imported_is_declared():
+    known = {MODULES.get(name, name.replace("-", "_")) for name in declared()} | OF_THE_BUILD
+    assert imported() - known - own_modules() - sys.stdlib_module_names == set()
+
+
+def test_every_command_is_called():
+    """By the Makefile or a tool, or it is a plugin whose options a configuration has."""
+    text = "\n".join((ROOT / name).read_text() for name in ("Makefile", ".pre-commit-config.yaml", "CONTRIBUTING.md"))
+    spoken = {"pytest-benchmark": "benchmarks", "pytest-xdist": "--numprocesses"}
+    assert {command for command in COMMANDS if spoken.get(command, command) not in text} == set()
