@@ -5,6 +5,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
+# A process for each processor; tests of one group stay in one process.
+PARALLEL := --numprocesses auto --dist loadgroup --quiet
+
 # What `make bench` passes on, e.g. ARGS="latent --quick"; what `make gpu-pass` writes to and runs.
 ARGS ?=
 OUT ?= out/gpu-pass
@@ -26,7 +29,7 @@ demo: build
 test: test-native test-cuda test-emulation test-interpret test-offline
 
 test-native: build
-	$(RUN) -m pytest tests $(addprefix --ignore=tests/,cuda emulation interpret offline)
+	$(RUN) -m pytest tests $(addprefix --ignore=tests/,cuda emulation interpret offline) $(PARALLEL)
 
 # Fills the memory of a GPU and looks at how much is in use; without one it says so.
 test-cuda: build
@@ -34,11 +37,11 @@ test-cuda: build
 
 # The emulated CUDA kernels register themselves for CPU tensors.
 test-emulation: build
-	$(RUN) -m pytest tests/emulation
+	$(RUN) -m pytest tests/emulation $(PARALLEL)
 
 # Triton decides at import whether it interprets, so its two suites have processes of their own.
 test-interpret: build
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret --numprocesses auto
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret $(PARALLEL)
 
 test-offline: build
 	$(RUN) -m pytest tests/offline

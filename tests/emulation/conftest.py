@@ -20,20 +20,20 @@ from fastvae._load import add_cuda
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulation"
+LIBRARY = BUILD / "emulated_cuda.so"
 # An access to a vector that is not aligned, an error on a GPU, traps.
 SANITIZE = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", *SANITIZE)
 DEFINES = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFASTVAE_MAX_NORM_BLOCKS=16", "-include", "cuda_runtime.h")
 
 
-def build() -> Path:
+def build() -> None:
     from ninja import ninja_syntax
     from torch.utils.cpp_extension import include_paths, library_paths
 
     compiler = os.environ.get("CXX", "c++")
     includes = [f"-I{HERE}/include", f"-I{ROOT}/csrc", *(f"-isystem {path}" for path in include_paths())]
     BUILD.mkdir(parents=True, exist_ok=True)
-    library = BUILD / "emulated_cuda.so"
     with (BUILD / "build.ninja").open("w") as file:
         ninja = ninja_syntax.Writer(file, width=1000)
         flags = " ".join((*FLAGS, *includes, *DEFINES))
@@ -43,21 +43,29 @@ def build() -> Path:
         sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), HERE / "device.cpp"]
         for source in sources:
             ninja.build(f"{source.stem}.o", "compile", str(source))
-        ninja.build(str(library), "link", [f"{source.stem}.o" for source in sources])
+        ninja.build(str(LIBRARY), "link", [f"{source.stem}.o" for source in sources])
     result = subprocess.run([sys.executable, "-m", "ninja", "-C", str(BUILD)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return library
+    if result.returncode:
+        pytest.exit(result.stdout + result.stderr, returncode=1)
+
+
+def can_build() -> bool:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    return not torch.cuda.is_available() and shutil.which(compiler) is not None
+
+
+def pytest_sessionstart(session):
+    """Where several processes share the tests, the one that starts them builds."""
+    if not hasattr(session.config, "workerinput") and can_build():
+        build()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def emulated() -> ctypes.CDLL:
     """The library; once it is loaded the backend serves CPU tensors."""
     # A conftest that skips where it is imported would end pytest.
-    if torch.cuda.is_available():
-        pytest.skip("the kernels are emulated where there is no GPU")
-    if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None:
-        pytest.skip("there is no C++ compiler to build the emulation with")
-    library = build()
-    add_cuda(library, "CPU")
+    if not can_build():
+        pytest.skip("the kernels are emulated where there is no GPU and a C++ compiler")
+    add_cuda(LIBRARY, "CPU")
     _backend.refresh()
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(LIBRARY))
