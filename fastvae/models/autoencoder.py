@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ class AEOutput(NamedTuple):
     z: Tensor
 
 
+AnyAE = TypeVar("AnyAE", bound="AE")
+
+
 class AE(nn.Module):
     r"""An autoencoder of any encoder and decoder: the mean over samples of :math:`\sum_i \ell(\hat x_i, x_i)`, :math:`\hat x = g(f(x))`.
 
@@ -59,7 +62,7 @@ class AE(nn.Module):
 
     @classmethod
     def mlp(
-        cls,
+        cls: type[AnyAE],
         data_shape: int | Sequence[int] = (1, 28, 28),
         hidden: Sequence[int] = (512, 256),
         latent_dim: int = 32,
@@ -68,7 +71,7 @@ class AE(nn.Module):
         code: LayerActivation = "identity",
         output: LayerActivation = "sigmoid",
         **options,
-    ) -> "AE":
+    ) -> AnyAE:
         """An MLP and its mirror image, 784-512-256-32-256-512-784 by default.
 
         Args:
@@ -83,7 +86,7 @@ class AE(nn.Module):
         return cls(*_networks.mlp(data_shape, hidden, latent_dim, activation=activation, code=code, output=output), **options)
 
     @classmethod
-    def linear(cls, data_shape: int | Sequence[int], latent_dim: int, **options) -> "AE":
+    def linear(cls: type[AnyAE], data_shape: int | Sequence[int], latent_dim: int, **options) -> AnyAE:
         """One linear layer each way. With squared error it reaches the error of a principal component analysis with as many components
         (Baldi and Hornik 1989).
 
@@ -93,7 +96,7 @@ class AE(nn.Module):
         return cls.mlp(data_shape, (), latent_dim, output="identity", **options)
 
     @classmethod
-    def conv(cls, latent_dim: int = 32, *, output: LayerActivation = "sigmoid", **options) -> "AE":
+    def conv(cls: type[AnyAE], latent_dim: int = 32, *, output: LayerActivation = "sigmoid", **options) -> AnyAE:
         """Two convolutions of stride 2 and two linear layers each way, for images of 1 x 28 x 28; see :meth:`fastvae.models.VAE.conv`.
 
         Args:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +129,9 @@ def bfloat16_pays(device: torch.device) -> bool:
     return False
 
 
+AnyImageVAE = TypeVar("AnyImageVAE", bound="ImageVAE")
+
+
 class ImageVAE(VAE):
     """A VAE of convolutional networks, in the memory layout and the precision in which the device is fastest.
 
@@ -159,7 +162,7 @@ class ImageVAE(VAE):
 
     @classmethod
     def residual(
-        cls,
+        cls: type[AnyImageVAE],
         in_channels: int = 3,
         channels: Sequence[int] = (32, 64, 128),
         blocks: int = 2,
@@ -169,7 +172,7 @@ class ImageVAE(VAE):
         *,
         image_size: int | tuple[int, int] | None = None,
         **options,
-    ) -> "ImageVAE":
+    ) -> AnyImageVAE:
         """Residual blocks of GroupNorm, SiLU and convolution, with a latent image (Rombach et al., *High-Resolution Image Synthesis with
         Latent Diffusion Models*, 2022, appendix E, without its discriminator); the decoder gives logits.
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ class VAEOutput(NamedTuple):
     z: Tensor
     mu: Tensor
     logvar: Tensor
+
+
+AnyVAE = TypeVar("AnyVAE", bound="VAE")
 
 
 class VAE(nn.Module):
@@ -85,7 +88,7 @@ class VAE(nn.Module):
         self.num_samples = num_samples
 
     @classmethod
-    def conv(cls, latent_dim: int = 20, **options) -> "VAE":
+    def conv(cls: type[AnyVAE], latent_dim: int = 20, **options) -> AnyVAE:
         """The convolutional VAE of many tutorials for images of 1 x 28 x 28; the decoder gives logits.
 
         Conv(1, 32) ReLU Conv(32, 64) ReLU Linear(3136, 256) ReLU, then ``mu`` and ``logvar``; Linear(d, 256) ReLU Linear(256, 3136) ReLU
@@ -99,14 +102,14 @@ class VAE(nn.Module):
 
     @classmethod
     def mlp(
-        cls,
+        cls: type[AnyVAE],
         data_shape: int | Sequence[int] = (1, 28, 28),
         hidden: Sequence[int] = (400,),
         latent_dim: int = 20,
         *,
         activation: LayerActivation = "relu",
         **options,
-    ) -> "VAE":
+    ) -> AnyVAE:
         """An MLP and its mirror image, 784-400-20-400-784 by default; the decoder gives logits.
 
         Args:

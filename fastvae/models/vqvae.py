@@ -1,6 +1,6 @@
 """VQ-VAE and VQ-VAE-2: autoencoders with a discrete latent."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,9 @@ def conv_decoder(
     return nn.Sequential(*layers, nn.ConvTranspose2d(channels, out_channels, 4, 2, 1))
 
 
+AnyVQVAE = TypeVar("AnyVQVAE", bound="VQVAE")
+
+
 class VQVAE(nn.Module):
     r"""A VQ-VAE of any encoder and decoder (van den Oord et al., *Neural Discrete Representation Learning*, 2017).
 
@@ -95,7 +98,7 @@ class VQVAE(nn.Module):
 
     @classmethod
     def conv(
-        cls,
+        cls: type[AnyVQVAE],
         in_channels: int = 3,
         *,
         num_codes: int = 512,
@@ -105,7 +108,7 @@ class VQVAE(nn.Module):
         blocks: int = 2,
         data_variance: float = 1.0,
         **quantizer_options,
-    ) -> "VQVAE":
+    ) -> AnyVQVAE:
         """The paper's convolutional network, 4 times smaller inside, for images whose sides are multiples of 4.
 
         Args:
@@ -147,6 +150,9 @@ class VQVAE(nn.Module):
         return self.forward(x).recon
 
 
+AnyVQVAE2 = TypeVar("AnyVQVAE2", bound="VQVAE2")
+
+
 class VQVAE2(nn.Module):
     """Two levels: a coarse code of the whole and a fine one that is given it (Razavi et al., *VQ-VAE-2*, 2019, section 3.1).
 
@@ -186,7 +192,7 @@ class VQVAE2(nn.Module):
 
     @classmethod
     def conv(
-        cls,
+        cls: type[AnyVQVAE2],
         in_channels: int = 3,
         *,
         num_codes: int = 512,
@@ -196,7 +202,7 @@ class VQVAE2(nn.Module):
         blocks: int = 2,
         data_variance: float = 1.0,
         **quantizer_options,
-    ) -> "VQVAE2":
+    ) -> AnyVQVAE2:
         """The paper's convolutional network, 4 and 8 times smaller inside, for images whose sides are multiples of 8.
 
         Args:
