@@ -168,7 +168,7 @@ class AE(nn.Module):
         return self.threshold.clone()
 
     def is_anomaly(self, x: Tensor) -> Tensor:
-        """Which samples score above the threshold, bool, shape ``(batch,)``."""
+        """A mask of the samples that score above the threshold: bool, shape ``(batch,)``."""
         if self.threshold.isnan():
             raise RuntimeError("threshold: has not been fitted, call fit_threshold(batches) with validation data")
         return self.anomaly_score(x) > self.threshold
@@ -249,7 +249,7 @@ class SparseAE(AE):
         return f"{super().extra_repr()}, penalty={self.penalty!r}, weight={self.weight}, rho={self.rho}"
 
     def _divergence(self, rho_hat: Tensor) -> Tensor:
-        # A unit that is never active has a finite gradient still; one outside (0, 1) shows as NaN.
+        # eps keeps the gradient of a unit that is never active finite. A mean outside (0, 1) gives NaN.
         rho, eps = self.rho, torch.finfo(rho_hat.dtype).tiny
         active = rho * (math.log(rho) - torch.log(rho_hat + eps))
         far = active + (1 - rho) * (math.log1p(-rho) - torch.log1p(-rho_hat + eps))
@@ -315,7 +315,7 @@ class StackedAE(AE):
 
     @reading
     def stage_input(self, x: Tensor, level: int) -> Tensor:
-        """What the stage ``level`` learns to reconstruct: the codes of the stages below it."""
+        """The data that the stage ``level`` learns to reconstruct: the codes of the stages below it."""
         return self.encoder[:level](as_float(x, self.encoder))
 
     def pretrain(
