@@ -115,7 +115,7 @@ class AE(nn.Module):
         if prefix + "threshold" in state_dict:
             self.register_buffer("threshold", self.threshold, persistent=True)
         elif any(name.startswith(prefix) for name in state_dict):
-            # The threshold of other weights.
+            # The old threshold belongs to other weights.
             self._set_threshold(torch.full_like(self.threshold, math.nan))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
