@@ -58,7 +58,8 @@ class AE(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.recon_loss = recon_loss
-        self._set_threshold(torch.tensor(math.nan))
+        # NaN stands for no threshold, which is not stored.
+        self.register_buffer("threshold", torch.tensor(math.nan), persistent=False)
 
     @classmethod
     def mlp(
@@ -107,16 +108,17 @@ class AE(nn.Module):
     def extra_repr(self) -> str:
         return f"recon_loss={self.recon_loss!r}"
 
-    def _set_threshold(self, value: Tensor) -> None:
-        """NaN stands for none, which is not stored."""
-        self.register_buffer("threshold", value, persistent=not value.isnan())
+    def _store_threshold(self, stored: bool) -> None:
+        """Puts the threshold into the ``state_dict``, or takes it out."""
+        self.register_buffer("threshold", self.threshold, persistent=stored)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "threshold" in state_dict:
-            self.register_buffer("threshold", self.threshold, persistent=True)
+            self._store_threshold(True)
         elif any(name.startswith(prefix) for name in state_dict):
-            # The threshold of other weights.
-            self._set_threshold(torch.full_like(self.threshold, math.nan))
+            # The old threshold belongs to other weights.
+            self.threshold.fill_(math.nan)
+            self._store_threshold(False)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -164,7 +166,8 @@ class AE(nn.Module):
         scores = torch.cat([self.anomaly_score(batch) for batch in batches])
         if scores.numel() == 0:
             raise ValueError("batches: got no samples, takes at least one")
-        self._set_threshold(torch.quantile(scores, quantile).to(self.threshold))
+        self.threshold.copy_(torch.quantile(scores, quantile))
+        self._store_threshold(True)
         return self.threshold.clone()
 
     def is_anomaly(self, x: Tensor) -> Tensor:
