@@ -41,7 +41,7 @@ class Operator:
             every overload, and what implementations in Python allocate their results with.
     """
 
-    def __init__(self, name: str, arguments: type):
+    def __init__(self, name: str, arguments: Any):
         self.name, self.arguments = name, arguments
         self.overloads: dict[str, torch._ops.OpOverload] = {}
         schema = _arguments_schema(arguments) + " -> " + _results_schema(arguments)
@@ -81,7 +81,7 @@ def _arguments_schema(arguments: type) -> str:
     return "(" + ", ".join(f"{kind} {name}" for kind, name in zip(types, hints, strict=True)) + ")"
 
 
-def _results_schema(arguments: type) -> str:
+def _results_schema(arguments: Any) -> str:
     results = typing.get_type_hints(arguments.allocate)["return"]
     if results is Tensor:
         return "Tensor"
