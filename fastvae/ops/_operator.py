@@ -43,7 +43,7 @@ class Operator:
 
     def __init__(self, name: str, arguments: Any):
         self.name, self.arguments = name, arguments
-        self.overloads: dict[str, torch._ops.OpOverload] = {}
+        self.overloads: dict[str, Callable] = {}
         schema = _arguments_schema(arguments) + " -> " + _results_schema(arguments)
         for backend in BACKENDS:
             qualified = f"fastvae::{name}.{backend}"
