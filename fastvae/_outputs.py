@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastvae._pytree import exportable
+from fastvae._types import JacobianMethodName
 
 
 @exportable
@@ -29,5 +30,5 @@ class VQ(NamedTuple):
 class JacobianMethod(NamedTuple):
     """The method by which ``jacobian_frobenius`` computes the norm for an encoder, and the reason."""
 
-    method: str
+    method: JacobianMethodName
     reason: str

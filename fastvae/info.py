@@ -123,7 +123,7 @@ def _describe_extension(facts: dict) -> dict[str, str]:
 
 def _describe_cuda(facts: dict) -> dict[str, str]:
     if facts["cuda_build"] is None:
-        return {"not loaded": _backend.BACKENDS["cuda"].missing}
+        return {"not loaded": _backend.BACKENDS["cuda"].missing or ""}
     return {"built by": facts["cuda_build"]}
 
 

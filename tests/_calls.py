@@ -8,6 +8,8 @@ from _helpers import Place, Source, lay_out, places
 from torch import Tensor, nn
 
 from fastvae import functional as FV
+from fastvae import models
+from fastvae import nn as fnn
 from fastvae._backend import ON_EVERY_DEVICE
 
 
@@ -26,6 +28,7 @@ class Call:
         activations: the tensors, and the results ("output 0"), that are in 16 bits under autocast.
         reductions: further values of the argument ``reduction``, one for each shape of the result.
         through: calls the public function where it takes more than tensors, or writes into what it is given.
+        module: builds a module that wraps the function, which takes the tensors named ``module_takes``; one row of a function has it.
         is_derivative: False where the gradient is another than the derivative by design.
         workspace: bytes of memory, for a byte of its tensors, that a backend may use beside what it returns.
         by_library: whether torch's matrix product takes part, so that the order of all sums is not ours.
@@ -41,6 +44,8 @@ class Call:
     activations: tuple[str, ...] = ()
     reductions: tuple[str, ...] = ()
     through: Callable[..., object] | None = None
+    module: Callable[[], nn.Module] | None = None
+    module_takes: tuple[str, ...] = ()
     is_derivative: bool = True
     workspace: float = 0.05
     by_library: bool = False
@@ -194,6 +199,7 @@ CALLS = (
     Call(
         "sample and KL", "reparameterize_kl", LATENT, drawn_posterior, leaves=("mu", "logvar"), shared=("seed",),
         activations=("mu", "logvar", "output 0"), reductions=SHAPES,
+        module=fnn.ReparameterizeKL, module_takes=("mu", "logvar"),
     ),
     Call(
         "sample and KL, prior, free bits", "reparameterize_kl", LATENT, drawn_posterior_and_prior, {"free_bits": 0.4},
@@ -203,6 +209,7 @@ CALLS = (
     Call(
         "several samples", "reparameterize", LATENT, drawn_posterior, {"num_samples": 3}, leaves=("mu", "logvar"), shared=("seed",),
         activations=("mu", "logvar", "output 0"),
+        module=fnn.Reparameterize, module_takes=("mu", "logvar"),
     ),
     Call(
         "sample of given noise", "reparameterize", LATENT, given_noise, leaves=("mu", "logvar", "eps"),
@@ -211,6 +218,7 @@ CALLS = (
     Call(
         "KL by sample", "kl_normal", LATENT, posterior, {"reduction": "sample"}, leaves=("mu", "logvar"),
         activations=("mu", "logvar"), reductions=SHAPES,
+        module=lambda: models.VAE.mlp(20, (8,), 3), module_takes=("mu",),
     ),
     Call(
         "KL from a prior, free bits", "kl_normal", LATENT, posterior_and_prior, {"free_bits": 0.4},
@@ -220,6 +228,7 @@ CALLS = (
     Call(
         "BCE from logits, uint8", "binary_cross_entropy_with_logits", LOSS, logits_and_image, leaves=("input",),
         activations=("input",), reductions=SHAPES,
+        module=fnn.BCEWithLogitsLoss, module_takes=("input", "target"),
     ),
     Call(
         "weighted BCE from logits", "binary_cross_entropy_with_logits", LOSS, weighted, leaves=("input",),
@@ -228,14 +237,17 @@ CALLS = (
     Call(
         "BCE by sample", "binary_cross_entropy", LOSS, probabilities, {"reduction": "sample"}, leaves=("input", "target"),
         activations=("input",), reductions=SHAPES,
+        module=fnn.BCELoss, module_takes=("input", "target"),
     ),
     Call(
         "MSE elementwise", "mse_loss", LOSS, probabilities, {"reduction": "none"}, leaves=("input",),
         activations=("input",), reductions=SHAPES,
+        module=fnn.MSELoss, module_takes=("input", "target"),
     ),
     Call(
         "Gaussian", "gaussian_nll", LOSS, prediction, leaves=("input", "logvar"), shared=("logvar",),
         activations=("input",), reductions=SHAPES,
+        module=lambda: fnn.GaussianNLL(learned=True), module_takes=("input", "target"),
     ),
     Call(
         "Gaussian of learned variances", "gaussian_nll", LOSS, prediction_with_variances, {"reduction": "sample"},
@@ -244,6 +256,7 @@ CALLS = (
     Call(
         "ELBO", "elbo_loss", LATENT + LOSS, decoded, {"beta": 2.0, "capacity": 1.0, "free_bits": 0.1}, leaves=("recon", "mu", "logvar"),
         activations=("recon", "mu", "logvar"), reductions=("sample", "batchmean"), workspace=0.2,
+        module=fnn.ELBOLoss, module_takes=("recon", "target", "mu", "logvar"),
     ),
     Call(
         "loss of the tutorial", "vae_loss", LATENT + LOSS, tutorial, leaves=("x_recon", "mu", "log_var"),
@@ -260,6 +273,7 @@ CALLS = (
     Call(
         "GroupNorm and SiLU of small groups", "group_norm_silu", NORM, lambda source, rows: feature_map(source, rows, 7, "contiguous"),
         {"num_groups": 4}, **NORMS,
+        module=lambda: fnn.GroupNormSiLU(4, 16), module_takes=("input",),
     ),
     Call(
         "GroupNorm alone", "group_norm_silu", NORM, lambda source, rows: {"input": source.normal(rows, 16, 9)},
@@ -268,6 +282,7 @@ CALLS = (
     Call(
         "contractive penalty", "contractive_penalty", PENALTY, layer, leaves=("hidden", "weight"), shared=("weight",),
         activations=("hidden",), reductions=SHAPES, workspace=0.2,
+        module=lambda: models.ContractiveAE.mlp(33, (), 5), module_takes=("hidden",),
     ),
     Call(
         "contractive penalty by sample", "contractive_penalty", PENALTY, layer, {"activation": "tanh", "reduction": "sample"},
@@ -276,14 +291,17 @@ CALLS = (
     Call(
         "gram", "jacobian_frobenius", ("jacobian_gram",), encoder, through=gram, leaves=("x", "lower", "upper"), shared=("lower", "upper"),
         reductions=("sample", "batchmean"), workspace=10.0, by_library=True,
+        module=lambda: models.ContractiveAE.mlp(60, (8,), 5), module_takes=("x",),
     ),
     Call(
         "nearest codes", "vq_nearest", ("codebook_nearest",), vectors, {"return_distance": True}, shared=("codebook",),
         activations=("x",), workspace=1.0,
+        module=lambda: fnn.VectorQuantizer(8, 16).eval(), module_takes=("x",),
     ),
     Call(
         "vector quantization", "vector_quantize", QUANTIZE, vectors, leaves=("x", "codebook"), shared=("codebook",),
         activations=("x", "output 0"), reductions=SHAPES, is_derivative=False, workspace=1.0,
+        module=lambda: fnn.VectorQuantizer(8, 16, update="gradient"), module_takes=("x",),
     ),
     Call(
         "vector quantization, rotation", "vector_quantize", QUANTIZE, vectors, {"gradient": "rotation", "reduction": "sample"},
@@ -292,6 +310,7 @@ CALLS = (
     Call(
         "moving averages of a codebook", "codebook_ema_update_", MOVE, vectors_and_averages, through=move_codes,
         shared=("codebook", "ema_count", "ema_sum"), activations=("x",), workspace=1.0,
+        module=lambda: fnn.VectorQuantizer(8, 16), module_takes=("x",),
     ),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ import fastvae
 from fastvae import functional as FV
 from fastvae.fallback import _blocks, _device, codebook, latent
 from fastvae.ops import _results
+from fastvae.ops.group_norm import ForwardArguments
 from fastvae.reference import codebook as reference_codebook
 from fastvae.reference import latent as reference_latent
 
@@ -86,7 +87,7 @@ def test_a_device_without_float64_is_never_asked_for_it():
     source = Source("cpu")
     x, weight, codes, rows, mu = (source.normal(*shape) for shape in ((2, 6, 5, 4), (6,), (9, 5), (1, 30, 5), (40, 20)))
     with NoFloat64():
-        _, mean, rstd = fastvae.fallback.group_norm.group_norm_forward(x, 3, weight, weight, 1e-5, 1)
+        _, mean, rstd = fastvae.fallback.group_norm.group_norm_forward(ForwardArguments(x, 3, weight, weight, 1e-5, 1))
         fastvae.fallback.group_norm.group_norm_backward(x, x, mean, rstd, weight, weight, 3, 1)
         # Codes that float32 cannot tell apart are what a more precise search would be for.
         indices, _ = codebook.codebook_nearest(rows, torch.cat([codes, codes + 1e-6])[None], True)

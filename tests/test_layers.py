@@ -83,6 +83,27 @@ def test_importing_the_package_loads_no_layer_above_functional():
     assert loaded.isdisjoint({*upper, "fastvae.info", "matplotlib", "sklearn", "mlxtend", "tqdm.auto"})
 
 
+def _private_names(path: Path) -> set[str]:
+    """Chains that begin with a name that is imported from torch and have a part that begins with one underscore."""
+    tree, roots, found = ast.parse(path.read_text()), {"torch"}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "torch":
+            roots |= {alias.asname or alias.name for alias in node.names}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if _is_private(f"{node.module}.{alias.name}")}
+    chains = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return found | {chain for chain in chains if chain.split(".")[0] in roots and _is_private(chain)}
+
+
+def _is_private(chain: str) -> bool:
+    return re.fullmatch(r"[\w.]*\._[a-zA-Z]\w*(\.[\w.]*)?", chain) is not None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names_of_torch_are_in_one_module(path):
+    """With each new version of torch one file has to be looked at."""
+    assert bool(_private_names(path)) == (path.name == "_torch_private.py")
+
+
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
 
 

@@ -62,7 +62,7 @@ def _operand_rounding(device: torch.device, dtype: torch.dtype) -> float:
     if dtype != torch.float32:
         return 0.0
     if device.type == "cpu":
-        precision, exact = torch.backends.mkldnn.matmul.fp32_precision, not _FAST_MATH
+        precision, exact = torch.backends.mkldnn.matmul.fp32_precision, not _FAST_MATH  # type: ignore[attr-defined]  # torch adds it at import
     elif device.type == "cuda":
         precision, exact = torch.backends.cuda.matmul.fp32_precision, True
     else:
@@ -76,7 +76,7 @@ class _Search:
     def __init__(self, codes: Tensor, dtype: torch.dtype):
         self.codes = codes
         self.screen = _Products(codes, torch.float64 if dtype == torch.float64 else torch.float32)
-        self.precise = None
+        self.precise: _Products | None = None
 
     def run(self, x: Tensor, indices: Tensor) -> None:
         count = self.codes.shape[0]
@@ -97,14 +97,15 @@ class _Search:
         """The nearest codes of a few rows by float64, or by float32 on a device that has no other."""
         if self.precise is None:
             self.precise = _Products(self.codes, widest_dtype(x.device))
-        rows = x.to(self.precise.dtype)
-        scores = self.precise.scores(rows)
-        limit = scores.amin(1).add_(self.precise.bound(rows))
+        precise = self.precise
+        rows = x.to(precise.dtype)
+        scores = precise.scores(rows)
+        limit = scores.amin(1).add_(precise.bound(rows))
         candidates = (scores > limit.unsqueeze(1)).logical_not_()
         if int(candidates.sum()) > 4 * x.shape[0]:
             candidates &= self._first_of_its_kind()
         row, code = candidates.nonzero().unbind(1)
-        nearest = self._lowest_of_the_nearest(rows, row, code)
+        nearest = self._lowest_of_the_nearest(precise.codes, rows, row, code)
         return torch.where(torch.isfinite(rows).all(1), nearest, 0)
 
     def _first_of_its_kind(self) -> Tensor:
@@ -114,14 +115,14 @@ class _Search:
         first = torch.full_like(numbers, kind.shape[0]).scatter_reduce_(0, kind, numbers, "amin")
         return (first[kind] == numbers).to(self.codes.device)
 
-    def _lowest_of_the_nearest(self, rows: Tensor, row: Tensor, code: Tensor) -> Tensor:
+    def _lowest_of_the_nearest(self, codes: Tensor, rows: Tensor, row: Tensor, code: Tensor) -> Tensor:
         """The candidate codes of each row, given as pairs of numbers, that are nearest to it, and of these the lowest."""
         pairs = max(block_elements(rows.device) // rows.shape[1], 1)
-        distances = [
-            (rows[some_rows] - self.precise.codes[some_codes]).square_().sum(1)
+        parts = [
+            (rows[some_rows] - codes[some_codes]).square_().sum(1)
             for some_rows, some_codes in zip(row.split(pairs), code.split(pairs), strict=True)
         ]
-        distances = torch.cat(distances)
+        distances = torch.cat(parts)
         shortest = distances.new_full(rows.shape[:1], torch.inf).scatter_reduce_(0, row, distances, "amin")
         # The comparison is > and not ==, because a NaN would fulfil no equation and leave its row without a code.
         chosen = torch.where(distances > shortest[row], self.codes.shape[0], code)

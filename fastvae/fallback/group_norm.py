@@ -137,8 +137,8 @@ def _normalise_natively(layout: _Layout, elements, results, mean, rstd, paramete
     for block in layout.blocks():
         channels = layout.channels_of(block)
         wide = _widen(elements[channels], accumulation_dtype(elements.dtype))
-        of_block = (None if p is None else p[channels[1]] for p in parameters)
-        values, *statistics = torch.native_group_norm(wide, *of_block, *layout.native(wide), eps)
+        weight, bias = (None if p is None else p[channels[1]] for p in parameters)
+        values, *statistics = torch.native_group_norm(wide, weight, bias, *layout.native(wide), eps)
         for table, groups in zip((mean, rstd), statistics, strict=True):
             table[block] = groups.view(wide.shape[0], -1)
         _write_activated(results[channels], values, activation)

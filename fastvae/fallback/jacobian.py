@@ -52,7 +52,8 @@ def jacobian_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     dtype = accumulation_dtype(hidden.dtype)
     norms, reduced = _squared_norms(arguments.weight, dtype), Reduced(hidden, reduction)
     gradients = _Gradients(arguments, norms, arguments.grad_scale * reduction_scale(hidden.shape, reduction))
-    for block in blocks(*hidden.shape, hidden.device):
+    rows, columns = hidden.shape
+    for block in blocks(rows, columns, hidden.device):
         slope, change = derivatives(take(hidden, block).to(dtype), ops.ACTIVATION_NAMES[arguments.activation], arguments.alpha)
         squares = slope.square()
         reduced.add(block, squares * norms[block[1]])
@@ -64,7 +65,8 @@ def jacobian_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
 def jacobian_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     hidden, norms = arguments.hidden, arguments.squared_norms
     gradients = _Gradients(arguments, norms, gradient_matrix(arguments.grad_output, hidden.shape, arguments.reduction, norms.dtype))
-    for block in blocks(*hidden.shape, hidden.device):
+    rows, columns = hidden.shape
+    for block in blocks(rows, columns, hidden.device):
         slope, change = derivatives(take(hidden, block).to(norms.dtype), ops.ACTIVATION_NAMES[arguments.activation], arguments.alpha)
         gradients.write(block, slope, change, slope.square())
     return gradients.results()

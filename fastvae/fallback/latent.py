@@ -1,6 +1,7 @@
 """Sampling and the Gaussian KL in plain PyTorch, block by block, with the noise that every backend draws."""
 
 import math
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ def excess_exp(x: Tensor) -> Tensor:
 
 def _kl_elements(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))) of each element."""
-    if prior_mu is None:
+    if prior_mu is None or prior_logvar is None:
         excess = excess_exp(logvar)
         return torch.addcmul(excess, mu, mu, out=excess).mul_(0.5)
     squares = (mu - prior_mu).square_().mul_(torch.neg(prior_logvar).exp_())
@@ -155,14 +156,14 @@ def latent_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     if arguments.seed is not None:
         noise = normal(arguments.seed, results.z.shape, dtype)
     samples = results.z.reshape(-1, *size) if arguments.draws and results.z.numel() else None
-    noises = None if samples is None else noise.reshape(samples.shape)
+    noises = None if samples is None or noise is None else noise.reshape(samples.shape)
     with_free_bits = results.active.numel() > 0
     reduced = Reduced(mu, arguments.reduction) if arguments.with_kl and not with_free_bits else None
     elements = mu.new_empty(size, dtype=dtype) if with_free_bits else None
     matrices = [None if t is None else t.reshape(size) for t in arguments.posterior]
     for block in blocks(*size, mu.device):
         wide_mu, wide_logvar, *prior = _widen(matrices, block, dtype, arguments.limits)
-        if samples is not None:
+        if samples is not None and noises is not None:
             sigma = torch.mul(wide_logvar, 0.5).exp_()
             with written(_take_samples(samples, block), dtype) as drawn:
                 torch.addcmul(wide_mu, sigma, _take_samples(noises, block).to(dtype), out=drawn)
@@ -175,7 +176,7 @@ def latent_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     elif elements is not None:
         kl, active = _free_bits(elements, mu, arguments.reduction, arguments.free_bits)
         results = results._replace(kl=kl, active=active)
-    return results._replace(noise=noise) if arguments.keep_noise else results
+    return results._replace(noise=noise) if noise is not None and arguments.keep_noise else results
 
 
 def _take_samples(samples: Tensor, block) -> Tensor:
@@ -193,19 +194,20 @@ def _widen(matrices, block, dtype, limits):
 def latent_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     mu, grad_z, limits = arguments.mu, arguments.grad_z, arguments.limits
     dtype, size = accumulation_dtype(mu.dtype), matrix_shape(mu.shape)
-    matrices = [None if t is None else t.reshape(size) for t in arguments.posterior]
+    matrices: list[Any] = [None if t is None else t.reshape(size) for t in arguments.posterior]
     results = arguments.allocate()
     incoming = noises = weights = None
     if grad_z is not None:
-        noise = arguments.eps if arguments.eps is not None else normal(arguments.seed, grad_z.shape, dtype)
+        noise = arguments.eps if arguments.eps is not None else normal(cast("Tensor", arguments.seed), grad_z.shape, dtype)
         incoming, noises = (t.reshape(arguments.num_samples or 1, *size) for t in (grad_z, noise))
     if arguments.grad_kl is not None:
         weights = _kl_weights(arguments.grad_kl, mu.shape, arguments.active, arguments.reduction, dtype)
     for block in blocks(*size, mu.device):
         wide = _widen(matrices, block, dtype, limits)
         grads: list[Tensor | None] = [None] * 4
-        if incoming is not None:
-            grads[:2] = _sample_gradients(*(_take_samples(t, block).to(dtype) for t in (incoming, noises)), wide[1])
+        if incoming is not None and noises is not None:
+            grad, drawn = (_take_samples(t, block).to(dtype) for t in (incoming, noises))
+            grads[:2] = _sample_gradients(grad, drawn, wide[1])
         if weights is not None:
             _add_weighted(grads, _kl_gradients(*wide), take(weights, block))
         for i, (result, gradient) in enumerate(zip(results, grads, strict=True)):
@@ -239,10 +241,11 @@ def _kl_gradients(mu, logvar, prior_mu, prior_logvar):
 
 def _add_weighted(grads: list[Tensor | None], gradients, weights: Tensor) -> None:
     for i, (gradient, factor) in enumerate(gradients):
-        if grads[i] is None:
+        before = grads[i]
+        if before is None:
             grads[i] = gradient * weights if factor == 1.0 else (gradient * weights).mul_(factor)
         else:
-            grads[i] = torch.addcmul(grads[i], gradient, weights, value=factor)
+            grads[i] = torch.addcmul(before, gradient, weights, value=factor)
 
 
 def _write(output: Tensor, gradient: Tensor | None, source: Tensor, limits: tuple[float, float] | None) -> None:

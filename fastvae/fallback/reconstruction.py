@@ -1,6 +1,7 @@
 """Reconstruction losses in plain PyTorch, block by block; the forward pass writes the gradient where it is asked for."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from fastvae.ops.reconstruction import LIKELIHOODS
 _LOG_2PI = math.log(2.0 * math.pi)
 _BCE_LOGITS, _BCE, _MSE = (LIKELIHOODS[name] for name in ("bce_with_logits", "bce", "mse"))
 
+# Input, target, weight, pos_weight and logvar; a tensor or None each.
+Operands = tuple[Any, Any, Any, Any, Any]
+
 
 class _Matrices:
     """The operands of a loss as matrices (samples, elements of a sample), in which those that are shared are broadcast."""
@@ -23,17 +27,18 @@ class _Matrices:
         self.dtype, self.size = accumulation_dtype(input.dtype), matrix_shape(input.shape)
         self.full = input.reshape(self.size), target.reshape(self.size)
         shared = (weight, pos_weight, logvar)
-        self.shared = [None if t is None else shared_matrix(t.to(self.dtype), input.shape) for t in shared]
+        self.shared: list[Any] = [None if t is None else shared_matrix(t.to(self.dtype), input.shape) for t in shared]
         self.device = input.device
 
     def blocks(self):
         return blocks(*self.size, self.device)
 
-    def at(self, block: Block) -> list[Tensor | None]:
+    def at(self, block: Block) -> Operands:
         """Input, target, weight, pos_weight and logvar of a block in the accumulation dtype."""
         input, target = (take(t, block) for t in self.full)
         target = target.to(self.dtype).div_(255.0) if target.dtype == torch.uint8 else target.to(self.dtype)
-        return [input.to(self.dtype), target, *(None if t is None else take(t, block) for t in self.shared)]
+        weight, pos_weight, logvar = (None if t is None else take(t, block) for t in self.shared)
+        return input.to(self.dtype), target, weight, pos_weight, logvar
 
 
 def _losses(input, target, weight, pos_weight, logvar, likelihood: int) -> Tensor:
@@ -105,7 +110,7 @@ class _Gradients:
         # Blocks add to the gradient of a shared argument, so it is rounded to its dtype at the end.
         self.shared = None if self.logvar is None else torch.zeros_like(matrices.shared[2], memory_format=torch.contiguous_format)
 
-    def write(self, block: Block, values: list[Tensor | None]) -> None:
+    def write(self, block: Block, values: Operands) -> None:
         scale = self.scale if isinstance(self.scale, float) else take(self.scale, block)
         size, dtype = self.matrices.size, self.matrices.dtype
         for output, fill in ((self.input, _write_input_gradients), (self.target, _write_target_gradients)):

@@ -1,5 +1,7 @@
 """How a function calls its ``torch.autograd.Function``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def writes_gradient(learners: list[Tensor], reduction: str, grad_scale: float) -
     return grad_scale != 1.0 or all(t.dtype != torch.float16 for t in learners)
 
 
-def apply(function: type[torch.autograd.Function], arguments: tuple, backend: str):
+def apply(function: Any, arguments: tuple, backend: str):
     """``function.apply(*arguments, backend)`` at half its cost.
 
     The arguments are complete and positional, so binding them to the signature, which takes 30 us, is left out.

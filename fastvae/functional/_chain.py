@@ -1,6 +1,6 @@
 """Encoders that are chains of linear layers and activations: reading one, running it, and the cheapest order of its Jacobian's products."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,9 @@ def read_chain(encoder: nn.Module, dimensions: int) -> list[Layer]:
     return layers
 
 
-def _leaves(module: nn.Module, name: str):
+def _leaves(module: nn.Module | None, name: str):
     """The modules that a call of ``module`` calls, in order, each as often as it is called."""
-    if is_exactly(module, nn.Sequential) and type(module).__iter__ is nn.Sequential.__iter__:
+    if isinstance(module, nn.Sequential) and is_exactly(module, nn.Sequential) and type(module).__iter__ is nn.Sequential.__iter__:
         if reason := call_obstacle(module):
             raise NotAChain(_in_the_way(name, module, reason))
         # named_children() would leave out a module that comes a second time.
@@ -81,7 +81,7 @@ def _leaves(module: nn.Module, name: str):
 
 def _does_nothing(name: str, module: nn.Module) -> bool:
     dropout = any(is_exactly(module, kind) for kind in _DROPOUTS)
-    if dropout and module.training and module.p > 0:
+    if dropout and module.training and cast("nn.Dropout", module).p > 0:
         raise NotAChain(_in_the_way(name, module, "is in training mode"))
     return dropout or is_exactly(module, nn.Identity)
 
@@ -134,7 +134,7 @@ def _walk(layers: list[Affine], value: Tensor):
                 weight = weight * _gain(follower).to(weight.dtype).unsqueeze(1)
                 value = follower(value)
                 continue
-            activation, alpha = activation_of(follower)
+            activation, alpha = cast("tuple[str, float]", activation_of(follower))
             before = value
             value = follower(value.clone() if getattr(follower, "inplace", False) else value)
             hidden = before if ACTIVATIONS[activation].from_preactivation else value
@@ -143,7 +143,7 @@ def _walk(layers: list[Affine], value: Tensor):
 
 
 def _gain(norm: nn.BatchNorm1d) -> Tensor:
-    gain = torch.rsqrt(norm.running_var + norm.eps)
+    gain = torch.rsqrt(cast("Tensor", norm.running_var) + norm.eps)
     return gain if norm.weight is None else gain * norm.weight
 
 

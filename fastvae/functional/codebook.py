@@ -1,7 +1,7 @@
 """Vector quantization: exact nearest codes, their gradients and losses, and the moving average of a codebook."""
 
 import math
-from typing import get_args
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from fastvae.ops._results import reduction_number
 GRADIENTS = get_args(QuantizerGradient)
 
 
+@overload
+def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: Literal[False] = False) -> Tensor: ...
+@overload
+def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: Literal[True]) -> tuple[Tensor, Tensor]: ...
 @documented
 def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     r"""The nearest code of each vector, exactly: :math:`\arg\min_k \lVert x - c_k \rVert^2`, without the matrix of all distances.

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -242,20 +242,23 @@ def _reduce(norms: Tensor, output: Tensor, reduction: str) -> tuple[Tensor, Tens
     return norms.sum() * reduction_scale(norms.shape, REDUCTIONS[reduction]), output
 
 
-def _in_chunks(make: Callable[[], Callable[[Tensor], tuple[Tensor, Tensor]]], x: Tensor, chunk_size: int | None, recompute: bool = True):
+def _in_chunks(
+    make: Callable[[], Callable[[Tensor], tuple[Tensor, Tensor]]], x: Tensor, chunk_size: int | None, recompute: bool = True
+) -> tuple[Tensor, Tensor]:
     """``make()(x)``, norms and outputs, one chunk of samples at a time, each with a function of its own. The backward pass computes a
     chunk again."""
     if chunk_size is None or chunk_size >= x.shape[0]:
         return make()(x)
     recompute = recompute and torch.is_grad_enabled()
     parts = [checkpoint(make(), part, use_reentrant=False) if recompute else make()(part) for part in x.split(chunk_size)]
-    return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    norms, outputs = zip(*parts, strict=True)
+    return torch.cat(norms), torch.cat(outputs)
 
 
 def _closed_form(layers, x, reduction) -> tuple[Tensor, Tensor]:
     (link,), code = _chain.encode_chain(layers, x)
     alpha = link.alpha if ACTIVATIONS[link.activation].has_parameter else None
-    return contractive_penalty(link.hidden, link.weight, link.activation, reduction, alpha=alpha), code
+    return contractive_penalty(link.hidden, link.weight, cast("Activation", link.activation), reduction, alpha=alpha), code
 
 
 def _gram(layers, x, reduction) -> tuple[Tensor, Tensor]:
@@ -267,7 +270,7 @@ def _gram(layers, x, reduction) -> tuple[Tensor, Tensor]:
         slopes = [link.slopes() for link in links]
         weights = [link.weight for link in links]
         upper = _multiply_from_the_top(weights, slopes, plan.meet)
-        if plan[:2] == (1, 1):
+        if upper is not None and plan[:2] == (1, 1):
             return _gram_penalty(upper, slopes[0], slopes[-1], weights[0], reduction), code
         lower = _multiply_from_below(weights, slopes, plan)
         return _reduce(_meet(upper, lower, slopes, plan), code, reduction)
@@ -374,7 +377,8 @@ class _Projection:
 
     def _rows_transformed(self, x):
         # torch.compile and torch.func see through this one; it does not take an encoder that changes its buffers.
-        output, pull_back = torch.func.vjp(lambda x: _check_output(self.encoder(x)), x)
+        vjp = cast("Callable[..., tuple[Tensor, Callable]]", torch.func.vjp)
+        output, pull_back = vjp(lambda x: _check_output(self.encoder(x)), x)
         return [pull_back(v)[0] for v in self._draw(output)], output
 
     def _draw(self, output) -> Tensor:

@@ -1,6 +1,7 @@
 """Reconstruction losses whose gradient is written in the forward pass, and the ELBO."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import torch
@@ -153,7 +154,7 @@ def gaussian_nll(
     return _loss("gaussian", input, target, None, None, logvar, reduction, grad_scale)
 
 
-_ELBO_LIKELIHOODS = {
+_ELBO_LIKELIHOODS: dict[str, Callable[..., Tensor]] = {
     "bernoulli_logits": binary_cross_entropy_with_logits,
     "bernoulli": binary_cross_entropy,
     "gaussian": lambda input, target, **kwargs: gaussian_nll(input, target, 0.0, **kwargs),
@@ -226,7 +227,8 @@ def vae_loss(x: Tensor, x_recon: Tensor, mu: Tensor, log_var: Tensor) -> tuple[T
     check_tensor("x_recon", x_recon)
     _check_target("x", x, "x_recon", x_recon)
     check_posterior("mu", mu, "log_var", log_var)
-    return tuple(elbo_loss(x_recon, x, mu, log_var, likelihood="bernoulli", reduction="sum"))
+    loss, recon_loss, kl_loss = elbo_loss(x_recon, x, mu, log_var, likelihood="bernoulli", reduction="sum")
+    return loss, recon_loss, kl_loss
 
 
 def check_unit_interval(name: str, values: Tensor) -> None:
@@ -298,7 +300,7 @@ def _check_shared(name, value, input):
         raise ValueError(f"{name}: got a tensor that requires grad, takes one that does not (detach it, or use fastvae.reference)")
 
 
-def _share(value: Tensor | None, shape: torch.Size, order: list[int] | None, longest: float = math.inf) -> Tensor | None:
+def _share(value: Tensor | None, shape: Sequence[int], order: list[int] | None, longest: float = math.inf) -> Tensor | None:
     """A broadcast argument in as many dimensions as the input, in its memory order, and expanded where a kernel could not index it."""
     if value is None:
         return None

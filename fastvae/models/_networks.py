@@ -7,7 +7,7 @@ and its counterpart are an autoencoder of their own.
 import itertools
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, cast, get_args
 
 from torch import nn
 
@@ -47,8 +47,8 @@ def mlp(
     sizes = (math.prod(shape), *hidden)
     encoder = _linear_stages((*sizes, latent_dim if code_dim is None else code_dim), makes[0], makes[1])
     decoder = _linear_stages((latent_dim, *reversed(sizes)), makes[0], makes[2])
-    encoder[0].insert(0, nn.Flatten())
-    decoder[-1].append(nn.Unflatten(1, shape))
+    cast("nn.Sequential", encoder[0]).insert(0, nn.Flatten())
+    cast("nn.Sequential", decoder[-1]).append(nn.Unflatten(1, shape))
     return encoder, decoder
 
 
@@ -74,7 +74,8 @@ def conv(latent_dim: int, *, code_dim: int | None = None, output: LayerActivatio
         output: activation of the decoder's last layer.
     """
     make_output = _activation("output", output)
-    down, up = {"stride": 2, "padding": 1}, {"stride": 2, "padding": 1, "output_padding": 1}
+    down: dict[str, Any] = {"stride": 2, "padding": 1}
+    up = {**down, "output_padding": 1}
     encoder = nn.Sequential(
         nn.Sequential(nn.Conv2d(1, 32, 3, **down), nn.ReLU()),
         nn.Sequential(nn.Conv2d(32, 64, 3, **down), nn.ReLU()),

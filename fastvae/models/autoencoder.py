@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,11 @@ from fastvae.models._reading import reading
 from fastvae.nn.corruption import GaussianNoise
 from fastvae.ops._results import accumulation_dtype
 
-RECON_LOSSES = {"mse": FV.mse_loss, "bce_with_logits": FV.binary_cross_entropy_with_logits, "bce": FV.binary_cross_entropy}
+RECON_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "mse": FV.mse_loss,
+    "bce_with_logits": FV.binary_cross_entropy_with_logits,
+    "bce": FV.binary_cross_entropy,
+}
 
 
 @exportable
@@ -51,6 +55,8 @@ class AE(nn.Module):
         recon_loss: ``"mse"`` :math:`(\hat x - x)^2`, ``"bce_with_logits"`` (the decoder gives logits), or ``"bce"`` (it gives
             probabilities).
     """
+
+    threshold: Tensor
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, *, recon_loss: ReconLoss = "mse"):
         super().__init__()
@@ -314,12 +320,13 @@ class StackedAE(AE):
     def stage(self, level: int) -> AE:
         """The autoencoder of one stage, counted from 0; its modules are this model's own."""
         # Codes are real numbers, whatever the data are.
-        return AE(self.encoder[level], self.decoder[-1 - level], recon_loss=self.recon_loss if level == 0 else "mse")
+        encoder, decoder = cast("nn.Sequential", self.encoder), cast("nn.Sequential", self.decoder)
+        return AE(encoder[level], decoder[-1 - level], recon_loss=self.recon_loss if level == 0 else "mse")
 
     @reading
     def stage_input(self, x: Tensor, level: int) -> Tensor:
         """The data that the stage ``level`` learns to reconstruct: the codes of the stages below it."""
-        return self.encoder[:level](as_float(x, self.encoder))
+        return cast("nn.Sequential", self.encoder)[:level](as_float(x, self.encoder))
 
     def pretrain(
         self,
@@ -340,7 +347,7 @@ class StackedAE(AE):
             The mean loss of each epoch, a list for each stage.
         """
         make = functools.partial(torch.optim.Adam, lr=1e-3) if optimizer is None else optimizer
-        return [self._pretrain_stage(level, batches, epochs, make, corruption) for level in range(len(self.encoder))]
+        return [self._pretrain_stage(level, batches, epochs, make, corruption) for level in range(len(cast("nn.Sequential", self.encoder)))]
 
     def _pretrain_stage(self, level, batches, epochs, make_optimizer, corruption) -> list[float]:
         stage = self.stage(level)

@@ -86,7 +86,7 @@ class ResidualEncoder(nn.Sequential):
         latent_channels: int = 4,
         attention: bool = False,
     ):
-        layers = [nn.Conv2d(in_channels, channels[0], 3, padding=1)]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels[0], 3, padding=1)]
         previous = channels[0]
         for level, width in enumerate(channels):
             if level > 0:
@@ -110,7 +110,7 @@ class ResidualDecoder(nn.Sequential):
         attention: bool = False,
     ):
         previous = channels[-1]
-        layers = [nn.Conv2d(latent_channels, previous, 3, padding=1)]
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels, previous, 3, padding=1)]
         layers += _middle(previous, groups) if attention else []
         for level, width in enumerate(reversed(channels)):
             if level > 0:

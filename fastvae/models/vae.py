@@ -78,10 +78,9 @@ class VAE(nn.Module):
         super().__init__()
         if isinstance(likelihood, str):
             check_choice("likelihood", likelihood, LIKELIHOODS)
-            likelihood = LIKELIHOODS[likelihood](reduction="batchmean")
         self.encoder = encoder
         self.decoder = decoder
-        self.likelihood = likelihood
+        self.likelihood = LIKELIHOODS[likelihood](reduction="batchmean") if isinstance(likelihood, str) else likelihood
         self.kl_penalty = KLPenalty(beta, capacity)
         self.latent_shape = (latent_shape,) if isinstance(latent_shape, int) else latent_shape
         self.free_bits = check_nonnegative("free_bits", free_bits)

@@ -1,6 +1,6 @@
 """VQ-VAE and VQ-VAE-2: autoencoders with a discrete latent."""
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +142,7 @@ class VQVAE(nn.Module):
     @reading
     def decode(self, indices: Tensor) -> Tensor:
         """Data from indices."""
-        return self.decoder(self.quantizer.decode(indices))
+        return self.decoder(cast("VectorQuantizer", self.quantizer).decode(indices))
 
     @reading
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -254,7 +254,8 @@ class VQVAE2(nn.Module):
     @reading
     def decode(self, indices: tuple[Tensor, Tensor]) -> Tensor:
         """Images from indices."""
-        return self._decode(self.top_quantizer.decode(indices[0]), self.bottom_quantizer.decode(indices[1]))
+        top, bottom = cast("VectorQuantizer", self.top_quantizer), cast("VectorQuantizer", self.bottom_quantizer)
+        return self._decode(top.decode(indices[0]), bottom.decode(indices[1]))
 
     @reading
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ class BCEWithLogitsLoss(_Loss):
         super().__init__(reduction)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
+        self.weight: Tensor | None
+        self.pos_weight: Tensor | None
 
     def forward(self, input: Tensor, target: Tensor, *, reduction: Reduction | None = None) -> Tensor:
         """The loss of logits against a target in [0, 1] or uint8; ``reduction`` overrides the module's for this call."""
@@ -57,6 +59,7 @@ class BCELoss(_Loss):
     def __init__(self, weight: Tensor | None = None, reduction: Reduction = "mean"):
         super().__init__(reduction)
         self.register_buffer("weight", weight)
+        self.weight: Tensor | None
 
     def forward(self, input: Tensor, target: Tensor, *, reduction: Reduction | None = None) -> Tensor:
         """The loss of probabilities against a target in [0, 1] or uint8; ``reduction`` overrides the module's for this call."""

@@ -1,5 +1,7 @@
 """Sampling a posterior, as a module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from fastvae.ops._results import reduction_number
 class _Sampler(nn.Module):
     """The base of both modules: the options of sampling, and the mean in place of a sample in evaluation mode."""
 
-    options = ("num_samples", "sample_in_eval", "logvar_clamp")
+    options: tuple[str, ...] = ("num_samples", "sample_in_eval", "logvar_clamp")
 
     def __init__(self, num_samples: int | None, sample_in_eval: bool, logvar_clamp: tuple[float, float] | None):
         super().__init__()
@@ -67,7 +69,7 @@ class Reparameterize(_Sampler):
         """``z``. Noise that is given (``eps``, ``generator`` or ``seed``) is used in evaluation mode too."""
         if not self._samples(eps, generator, seed):
             return self._mean(mu)
-        options = {"num_samples": self.num_samples, "logvar_clamp": self.logvar_clamp}
+        options: dict[str, Any] = {"num_samples": self.num_samples, "logvar_clamp": self.logvar_clamp}
         return FV.reparameterize(mu, logvar, eps=eps, generator=generator, seed=seed, **options)
 
 
@@ -113,9 +115,9 @@ class ReparameterizeKL(_Sampler):
         seed: Tensor | int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(z, kl)``. Noise that is given (``eps``, ``generator`` or ``seed``) is used in evaluation mode too."""
-        posterior = mu, logvar, prior_mu, prior_logvar
-        options = {"reduction": self.reduction, "free_bits": self.free_bits, "logvar_clamp": self.logvar_clamp}
+        posterior: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = mu, logvar, prior_mu, prior_logvar
+        options: dict[str, Any] = {"reduction": self.reduction, "free_bits": self.free_bits, "logvar_clamp": self.logvar_clamp}
         if not self._samples(eps, generator, seed):
             return self._mean(mu), FV.kl_normal(*posterior, **options)
-        noise = {"num_samples": self.num_samples, "eps": eps, "generator": generator, "seed": seed}
-        return FV.reparameterize_kl(*posterior, **noise, **options)
+        options |= {"num_samples": self.num_samples, "eps": eps, "generator": generator, "seed": seed}
+        return FV.reparameterize_kl(*posterior, **options)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fastvae.nn._snapshot import snapshot
 Schedule = Callable[[int], float]
 
 
-def _share(step: int | Tensor, steps: int) -> float | Tensor:
+def _share(step: int | Tensor, steps: float) -> Any:
     """How much of ``steps`` is over, at most 1."""
     share = step / steps
     return share.clamp(max=1.0) if isinstance(share, Tensor) else min(share, 1.0)
@@ -132,6 +132,8 @@ class ScheduledKL(nn.Module):
     Graphs read the function's value from a buffer, which :meth:`step`, loading a checkpoint and a call outside of graphs write.
     """
 
+    num_steps: Tensor
+
     def __init__(self, beta: float | Schedule, capacity: float | Schedule | None):
         super().__init__()
         self.schedules: dict[str, Schedule] = {}
@@ -144,7 +146,7 @@ class ScheduledKL(nn.Module):
 
     @property
     def beta(self) -> float | Tensor:
-        return self._get("beta")
+        return cast("float | Tensor", self._get("beta"))
 
     @beta.setter
     def beta(self, weight: float | Schedule) -> None:
@@ -166,12 +168,13 @@ class ScheduledKL(nn.Module):
                 self._call_functions(int(self.num_steps))
             self._store_steps()
             return
-        absent = weight is None and name == "capacity"
-        if not absent and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0):
-            raise ValueError(f"{name}: got {weight!r}, takes a number >= 0 or a schedule")
+        if weight is not None or name != "capacity":
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
+                raise ValueError(f"{name}: got {weight!r}, takes a number >= 0 or a schedule")
+            weight = float(weight)
         self.schedules.pop(name, None)
         self._buffers.pop(_buffer(name), None)
-        self._numbers[name] = None if absent else float(weight)
+        self._numbers[name] = weight
         self._store_steps()
 
     def _store_steps(self) -> None:
@@ -190,7 +193,7 @@ class ScheduledKL(nn.Module):
         if schedule is None:
             return self._numbers[name]
         if type(schedule) in _TAKE_TENSORS:
-            value = schedule(self.num_steps)
+            value = cast("Callable[[Tensor], Tensor]", schedule)(self.num_steps)
             return snapshot(value) if torch.compiler.is_compiling() else value
         if torch.compiler.is_compiling():
             return snapshot(getattr(self, _buffer(name)))

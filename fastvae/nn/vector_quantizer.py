@@ -1,7 +1,8 @@
 """Vector quantization as a layer, with a codebook that learns by gradient or by moving averages."""
 
+import functools
 import math
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,8 @@ class _State(NamedTuple):
     shared: bool
 
     def copy(self) -> "_State":
-        return _State(*(None if t is None else t.detach().clone() for t in self[:-1]), self.shared)
+        codebook, ema_count, started = (tensor.detach().clone() for tensor in (self.codebook, self.ema_count, self.started))
+        return _State(codebook, ema_count, None if self.ema_sum is None else self.ema_sum.detach().clone(), started, self.shared)
 
     def add_processes(self, *tensors: Tensor) -> None:
         if self.shared:
@@ -98,6 +100,10 @@ class VectorQuantizer(nn.Module):
         global_evaluation: in evaluation mode too, perplexity and usage are those of all processes' batches together; all processes then
             have to evaluate equally many batches.
     """
+
+    codebook: Tensor
+    ema_count: Tensor
+    started: Tensor
 
     def __init__(
         self,
@@ -152,10 +158,10 @@ class VectorQuantizer(nn.Module):
         self._passes = PendingPasses()
 
     def _apply(self, fn, recurse=True):
-        statistics = {name: self._buffers[name] for name in _STATISTICS if name in self._buffers}
+        statistics = {name: self.get_buffer(name) for name in _STATISTICS if name in self._buffers}
         super()._apply(fn, recurse)
         for name, before in statistics.items():
-            after = self._buffers[name]
+            after = self.get_buffer(name)
             # The conversion would round the statistics, so they come from the values before it.
             self._buffers[name] = after if _is_wide(after) else before.to(after.device, _statistics_dtype(after.dtype))
         return self
@@ -172,7 +178,8 @@ class VectorQuantizer(nn.Module):
         for name in _STATISTICS:
             if name in self._buffers:
                 # assign=True takes the dtypes of the file.
-                self._buffers[name] = self._buffers[name].to(_statistics_dtype(self._buffers[name].dtype))
+                buffer = self.get_buffer(name)
+                self._buffers[name] = buffer.to(_statistics_dtype(buffer.dtype))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
         """Quantizes ``x``.
@@ -232,7 +239,7 @@ class VectorQuantizer(nn.Module):
         recomputes = is_recomputing()
         checkpointed = recomputes or may_be_recomputed()
         source = fingerprint(rows) if checkpointed else None
-        seen = self._passes.recall(source) if recomputes else None
+        seen = self._passes.recall(source) if recomputes and source is not None else None
         if recomputes and seen is None:
             return self._evaluate(rows, mask)
         starts = self._must_start() if seen is None else seen.starts
@@ -252,17 +259,17 @@ class VectorQuantizer(nn.Module):
         statistics = self._learn(state, rows.detach(), _counted(rows.detach(), indices, loss), mask, learns)
         if seen is not None:
             statistics = seen.statistics
-        elif checkpointed:
+        elif source is not None:
             self._passes.remember(source, _Seen(codes.detach(), starts, statistics))
         if checkpointed:
             # A reentrant checkpoint turns every tensor that it returns into an output of its graph; detached ones do not keep it alive.
-            statistics = tuple(value.detach() for value in statistics)
+            statistics = statistics[0].detach(), statistics[1].detach()
         return quantized, indices, loss, statistics
 
     def _quantize(self, rows: Tensor, codes: Tensor, mask: Tensor | None) -> FV.VQ:
         if self.cosine and self.update == "gradient":
             codes = F.normalize(codes, dim=-1)
-        costs = {"commitment_cost": self.commitment_cost, "codebook_cost": 1.0 if self.update == "gradient" else 0.0}
+        costs: dict[str, Any] = {"commitment_cost": self.commitment_cost, "codebook_cost": 1.0 if self.update == "gradient" else 0.0}
         if mask is None:
             return FV.vector_quantize(rows, codes, gradient=self.gradient, **costs)
         # A masked vector may hold NaN, which a product with 0 would keep.
@@ -288,7 +295,7 @@ class VectorQuantizer(nn.Module):
         return _perplexity_and_usage(counts)
 
     def _move(self, state: _State, counts: Tensor, sums: Tensor) -> None:
-        if self.update == "gradient":
+        if state.ema_sum is None:
             state.ema_count.lerp_(counts.to(state.ema_count.dtype), 1.0 - self.decay)
             return
         # The averages have all that a 16-bit codebook rounds away.
@@ -469,11 +476,12 @@ class DepthDropout:
         recomputes = is_recomputing()
         source = fingerprint(x) if recomputes or may_be_recomputed() else None
         drawn = _processes.draw_depth(self.fewest, self.most, x.device, shared=not recomputes)
+        if source is None:
+            return drawn
         if recomputes:
             seen = self._passes.recall(source)
             return drawn if seen is None else seen
-        if source is not None:
-            self._passes.remember(source, drawn)
+        self._passes.remember(source, drawn)
         return drawn
 
 
@@ -512,29 +520,34 @@ class ResidualVectorQuantizer(nn.Module):
         self.quantizer_dropout, self.min_quantizers, self.channels_first = quantizer_dropout, min_quantizers, channels_first
         self._depth = DepthDropout(min_quantizers if quantizer_dropout else num_quantizers, num_quantizers)
 
+    def _steps(self) -> list[VectorQuantizer]:
+        return cast("list[VectorQuantizer]", list(self.layers))
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
         """:class:`VQOutput`: the sum of the steps' codes and losses, indices with a last dimension for the steps (-1 for one left out),
         perplexity and usage of each step, shape ``(num_quantizers,)`` (0 for one left out)."""
         if self.channels_first:
             x = x.movedim(1, -1)
         active = self._depth.draw(x) if self.training else len(self.layers)
-        residual, total, loss, outputs = x, torch.zeros_like(x), 0.0, []
-        for layer in self.layers[:active]:
+        residual, total, losses, outputs = x, torch.zeros_like(x), [], []
+        for layer in self._steps()[:active]:
             output = layer(residual, mask)
             codes = output.quantized.detach()
-            residual, total, loss = residual - codes, total + codes, loss + output.loss
+            residual, total = residual - codes, total + codes
+            losses.append(output.loss)
             outputs.append(output)
-        for layer in self.layers[active:]:
+        for layer in self._steps()[active:]:
             if layer.update == "gradient":
                 # DistributedDataParallel raises where a parameter gets no gradient.
-                loss = loss + layer.unused_loss(x)
+                losses.append(layer.unused_loss(x))
         missing = len(self.layers) - active
         indices = F.pad(torch.stack([o.indices for o in outputs], dim=-1), (0, missing), value=-1)
         perplexity, usage = (F.pad(torch.stack([getattr(o, name) for o in outputs]), (0, missing)) for name in ("perplexity", "usage"))
         quantized = x + (total - x).detach()
         if mask is not None:
             quantized = torch.where(mask[..., None], quantized, 0.0)
-        return VQOutput(quantized.movedim(-1, 1) if self.channels_first else quantized, indices, loss, perplexity, usage)
+        quantized = quantized.movedim(-1, 1) if self.channels_first else quantized
+        return VQOutput(quantized, indices, functools.reduce(torch.add, losses), perplexity, usage)
 
     def extra_repr(self) -> str:
         names = ("quantizer_dropout", "min_quantizers", "channels_first")
@@ -542,5 +555,6 @@ class ResidualVectorQuantizer(nn.Module):
 
     def decode(self, indices: Tensor) -> Tensor:
         """The sum of the codes at ``indices``, the last dimension of which holds the first steps, or all."""
-        codes = sum(layer.decode(index) for layer, index in zip(self.layers, indices.unbind(-1), strict=False))
+        parts = [layer.decode(index) for layer, index in zip(self._steps(), indices.unbind(-1), strict=False)]
+        codes = functools.reduce(torch.add, parts)
         return codes.movedim(-1, 1) if self.channels_first else codes

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def scale_written(written: list[Tensor], grad_output: Tensor, expected: float) -
     return [gradient.data.mul_(factor) for gradient in written]
 
 
-def in_plain_torch(function: type[torch.autograd.Function]):
+def in_plain_torch(function: Any):
     """Decorates the definition of ``function`` in plain PyTorch, which torch differentiates in either mode and as often as one likes."""
 
     def register(definition):

@@ -33,16 +33,16 @@ def gram_in_chunks(backend: str) -> Callable:
             if with_grad:
                 _add_symmetric_product(grad_gram, scaled, weighted)
         if not parts:
-            grads = (torch.zeros_like(t) if with_grad else t.new_empty((0,)) for t in (left, inner, outer))
-            return GramResults(outer.sum(1), *grads, grad_gram)
-        dots, inners, lefts = zip(*parts, strict=True)
-        dots = torch.cat(dots)
+            grad_left, grad_inner, grad_outer = (torch.zeros_like(t) if with_grad else t.new_empty((0,)) for t in (left, inner, outer))
+            return GramResults(outer.sum(1), grad_left, grad_inner, grad_outer, grad_gram)
+        dots_of_parts, inner_of_parts, left_of_parts = zip(*parts, strict=True)
+        dots = torch.cat(dots_of_parts)
         norms = (outer * dots).sum(1)
         if not with_grad:
             return GramResults(norms, *(gram.new_empty((0,)) for _ in range(4)))
-        grad_left = torch.cat(lefts) if left.ndim == 3 else sum(lefts[1:], lefts[0])
+        grad_left = torch.cat(left_of_parts) if left.ndim == 3 else sum(left_of_parts[1:], left_of_parts[0])
         grad_outer = 2 * dots if weights is None else 2 * dots * weights.unsqueeze(1)
-        return GramResults(norms, 2 * grad_left, 2 * torch.cat(inners), grad_outer, _mirrored(grad_gram))
+        return GramResults(norms, 2 * grad_left, 2 * torch.cat(inner_of_parts), grad_outer, _mirrored(grad_gram))
 
     return gram_norms
 

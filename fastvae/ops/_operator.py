@@ -4,6 +4,7 @@ A backend is an overload. ``fastvae::latent_forward.cpp``, ``.cuda``, ``.triton`
 fake; Python implements an overload by :meth:`Operator.implement`, C++ by ``STABLE_TORCH_LIBRARY_IMPL``.
 """
 
+import inspect
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -41,9 +42,9 @@ class Operator:
             every overload, and what implementations in Python allocate their results with.
     """
 
-    def __init__(self, name: str, arguments: type):
+    def __init__(self, name: str, arguments: Any):
         self.name, self.arguments = name, arguments
-        self.overloads: dict[str, torch._ops.OpOverload] = {}
+        self.overloads: dict[str, Callable] = {}
         schema = _arguments_schema(arguments) + " -> " + _results_schema(arguments)
         for backend in BACKENDS:
             qualified = f"fastvae::{name}.{backend}"
@@ -61,9 +62,20 @@ class Operator:
 
         return register
 
+    def as_forward(self) -> staticmethod:
+        """``forward`` of an autograd.Function whose inputs are the arguments and the backend."""
+
+        def forward(*inputs):
+            return self.overloads[inputs[-1]](*inputs[:-1])
+
+        # torch.compile counts the parameters to know whether the first one is ctx.
+        names = (*self.arguments._fields, "backend")
+        forward.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names])
+        return staticmethod(forward)
+
     def gradients(self, **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs of an autograd.Function, which are the arguments and the backend; None for the others."""
-        return *(by_name.get(name) for name in self.arguments._fields), None
+        return *map(by_name.get, self.arguments._fields), None
 
     def _of_one_object(self, function: Callable) -> Callable:
         arguments = self.arguments
@@ -81,7 +93,7 @@ def _arguments_schema(arguments: type) -> str:
     return "(" + ", ".join(f"{kind} {name}" for kind, name in zip(types, hints, strict=True)) + ")"
 
 
-def _results_schema(arguments: type) -> str:
+def _results_schema(arguments: Any) -> str:
     results = typing.get_type_hints(arguments.allocate)["return"]
     if results is Tensor:
         return "Tensor"

@@ -68,9 +68,7 @@ class GroupNorm(torch.autograd.Function):
 
     generate_vmap_rule = True
 
-    @staticmethod
-    def forward(*inputs):
-        return forward.overloads[inputs[-1]](*inputs[:-1])
+    forward = forward.as_forward()
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -107,21 +107,18 @@ class ReparameterizeKL(torch.autograd.Function):
 
     generate_vmap_rule = True
 
-    @staticmethod
-    def forward(*inputs):
-        return forward.overloads[inputs[-1]](*inputs[:-1])
+    forward = forward.as_forward()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        arguments, results = ForwardArguments(*inputs[:-1]), ForwardResults(*output)
-        ctx.backend = inputs[-1]
-        ctx.with_kl, ctx.draws = arguments.with_kl, arguments.eps is not None or arguments.seed is not None
-        ctx.options = arguments.num_samples, arguments.reduction, arguments.clamp_min, arguments.clamp_max
+        *posterior, eps, seed, num_samples, ctx.with_kl, reduction, _, clamp_min, clamp_max, keep_noise, ctx.backend = inputs
+        z, kl, active, noise = output
+        ctx.draws = eps is not None or seed is not None
+        ctx.options = num_samples, reduction, clamp_min, clamp_max
         ctx.set_materialize_grads(False)
-        absent = (() if ctx.with_kl else (results.kl,)) + (() if ctx.draws else (results.z,))
-        ctx.mark_non_differentiable(results.active, results.noise, *absent)
-        noise = (results.noise, None) if arguments.keep_noise else (arguments.eps, arguments.seed)
-        ctx.save_for_backward(arguments.mu, arguments.logvar, arguments.prior_mu, arguments.prior_logvar, *noise, results.active)
+        absent = (() if ctx.with_kl else (kl,)) + (() if ctx.draws else (z,))
+        ctx.mark_non_differentiable(active, noise, *absent)
+        ctx.save_for_backward(*posterior, noise if keep_noise else eps, None if keep_noise else seed, active)
 
     @staticmethod
     @first_derivative_only("fastvae.reference.latent")
@@ -129,13 +126,17 @@ class ReparameterizeKL(torch.autograd.Function):
         # torch.compile brings zeros as the gradients of results that the forward pass left empty.
         grad_z, grad_kl = grad_z if ctx.draws else None, grad_kl if ctx.with_kl else None
         mu, logvar, prior_mu, *_ = saved = ctx.saved_tensors
-        grads = BackwardResults(*backward.overloads[ctx.backend](grad_z, grad_kl, *saved, *ctx.options))
-        by_name = {"mu": grads.grad_mu, "logvar": grads.grad_logvar}
-        if prior_mu is not None:
-            by_name |= {"prior_mu": grads.grad_prior_mu, "prior_logvar": grads.grad_prior_logvar}
-        if ctx.needs_input_grad[4] and grad_z is not None:
-            by_name["eps"] = _grad_eps(grad_z, mu, logvar, ctx.options[2:])
-        return forward.gradients(**by_name)
+        grads = backward.overloads[ctx.backend](grad_z, grad_kl, *saved, *ctx.options)
+        grad_mu, grad_logvar, *grad_priors = grads
+        grad_prior_mu, grad_prior_logvar = (None, None) if prior_mu is None else grad_priors
+        needs_eps = ctx.needs_input_grad[4] and grad_z is not None
+        return forward.gradients(
+            mu=grad_mu,
+            logvar=grad_logvar,
+            prior_mu=grad_prior_mu,
+            prior_logvar=grad_prior_logvar,
+            eps=_grad_eps(grad_z, mu, logvar, ctx.options[2:]) if needs_eps else None,
+        )
 
 
 def _grad_eps(grad_z: Tensor, mu: Tensor, logvar: Tensor, limits: tuple[float, float]) -> Tensor:

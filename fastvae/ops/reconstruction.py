@@ -39,8 +39,7 @@ class ForwardArguments(NamedTuple):
         return self[:5]
 
     def allocate(self) -> ForwardResults:
-        with_logvar = self.with_grad and self.logvar is not None
-        grad_logvar = empty_like(self.logvar) if with_logvar else self.input.new_empty((0,))
+        grad_logvar = self.input.new_empty((0,)) if self.logvar is None or not self.with_grad else empty_like(self.logvar)
         return ForwardResults(empty_reduced(self.input, self.reduction), empty_if(self.with_grad, self.input), grad_logvar)
 
 
@@ -121,9 +120,7 @@ class Reconstruction(torch.autograd.Function):
 
     generate_vmap_rule = True
 
-    @staticmethod
-    def forward(*inputs):
-        return forward.overloads[inputs[-1]](*inputs[:-1])
+    forward = forward.as_forward()
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -66,8 +66,8 @@ def codebook_ema_update_(
     """:func:`fastvae.functional.codebook_ema_update_`."""
     rows, codes = _by_head(x, codebook)
     counts, sums = _codebook_sums(ops.SumsArguments(rows, indices.reshape(rows.shape[:2]), codes.shape[1]))
-    state = [t if codebook.ndim == 3 else t[None] for t in (codebook, ema_count, ema_sum)]
-    _codebook_ema_(ops.EmaArguments(*state, counts, sums, decay, eps))
+    codes, count, total = (t if codebook.ndim == 3 else t[None] for t in (codebook, ema_count, ema_sum))
+    _codebook_ema_(ops.EmaArguments(codes, count, total, counts, sums, decay, eps))
     return counts.view(ema_count.shape)
 
 

@@ -2,7 +2,7 @@
 tests."""
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def _squared_norms(rows: list[Tensor]) -> Tensor:
 
 def _rows(outputs: list[Tensor], x: Tensor, differentiated: bool) -> list[Tensor]:
     """The gradient of each output, itself differentiable where ``differentiated``."""
-    options = {"create_graph": differentiated, "retain_graph": True, "materialize_grads": True}
+    options: dict[str, Any] = {"create_graph": differentiated, "retain_graph": True, "materialize_grads": True}
     return [torch.autograd.grad(output, x, **options)[0] for output in outputs]
 
 

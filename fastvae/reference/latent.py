@@ -1,6 +1,7 @@
 """Sampling and the Gaussian KL in plain PyTorch: the definition and the oracle of the tests."""
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def variance_divergence(difference: Tensor) -> Tensor:
 
 def kl_elements(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))) of each element, in nats (Kingma and Welling 2014, appendix B)."""
-    if prior_mu is None:
+    if prior_mu is None or prior_logvar is None:
         return 0.5 * (mu * mu + variance_divergence(logvar))
     delta = mu - prior_mu
     return 0.5 * (delta * delta * (-prior_logvar).exp() + variance_divergence(logvar - prior_logvar))
@@ -106,7 +107,8 @@ def _reduce_kl(elements: Tensor, reduction: int, free_bits: float, dtype: torch.
 
 def _prepare(tensors, limits):
     """The inputs in the accumulation dtype, log variances clamped."""
-    mu, logvar, prior_mu, prior_logvar = (None if t is None else t.to(accumulation_dtype(t.dtype)) for t in tensors)
+    wide: list[Any] = [None if t is None else t.to(accumulation_dtype(t.dtype)) for t in tensors]
+    mu, logvar, prior_mu, prior_logvar = wide
     if prior_mu is not None:
         prior_mu, prior_logvar = prior_mu.expand_as(mu), clamp(prior_logvar.expand_as(mu), limits)
     return mu, clamp(logvar, limits), prior_mu, prior_logvar
@@ -173,9 +175,9 @@ def reparameterize_kl(
     logvar_clamp: tuple[float, float] | None = LOGVAR_CLAMP,
 ) -> tuple[Tensor, Tensor]:
     """:func:`fastvae.functional.reparameterize_kl`, differentiable any number of times."""
-    noise = {"num_samples": num_samples, "eps": eps, "generator": generator, "seed": seed}
+    noise: dict[str, Any] = {"num_samples": num_samples, "eps": eps, "generator": generator, "seed": seed}
     z = reparameterize(mu, logvar, **noise, logvar_clamp=logvar_clamp)
-    options = {"reduction": reduction, "free_bits": free_bits, "logvar_clamp": logvar_clamp}
+    options: dict[str, Any] = {"reduction": reduction, "free_bits": free_bits, "logvar_clamp": logvar_clamp}
     return z, kl_normal(mu, logvar, prior_mu, prior_logvar, **options)
 
 
@@ -188,20 +190,22 @@ def latent_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     z, kl, active, noise = mu.new_empty((0,)), mu.new_empty((0,), dtype=dtype), mu.new_empty((0,), dtype=torch.bool), None
     if arguments.draws:
         shape = mu.shape if arguments.num_samples is None else (arguments.num_samples, *mu.shape)
-        noise = normal(arguments.seed, shape, dtype) if arguments.eps is None else arguments.eps.to(dtype)
+        noise = normal(cast("Tensor", arguments.seed), shape, dtype) if arguments.eps is None else arguments.eps.to(dtype)
         z = (wide_mu + torch.exp(0.5 * wide_logvar) * noise).to(mu.dtype)
     if arguments.with_kl:
         kl, active = _reduce_kl(kl_elements(wide_mu, wide_logvar, *prior), arguments.reduction, arguments.free_bits, mu.dtype)
-    return ops.ForwardResults(z, kl, active, noise.clone() if arguments.keep_noise else mu.new_empty((0,), dtype=dtype))
+    if noise is None or not arguments.keep_noise:
+        noise = mu.new_empty((0,), dtype=dtype)
+    return ops.ForwardResults(z, kl, active, noise.clone())
 
 
 @ops.backward.implement("reference")
 def _latent_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     mu, grad_z, posterior = arguments.mu, arguments.grad_z, arguments.posterior
     wide_mu, wide_logvar, *prior = _prepare(posterior, arguments.limits)
-    grads = [None if t is None else torch.zeros_like(wide_mu) for t in posterior]
+    grads: list[Any] = [None if t is None else torch.zeros_like(wide_mu) for t in posterior]
     if grad_z is not None:
-        noise = arguments.eps if arguments.eps is not None else normal(arguments.seed, grad_z.shape, wide_mu.dtype)
+        noise = arguments.eps if arguments.eps is not None else normal(cast("Tensor", arguments.seed), grad_z.shape, wide_mu.dtype)
         sigma = torch.exp(0.5 * wide_logvar)
         grad_mu = grad_z.to(wide_mu.dtype)
         grad_sigma = grad_mu * noise
@@ -214,8 +218,9 @@ def _latent_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
         for i, gradient in enumerate(_kl_gradients(wide_mu, wide_logvar, *prior)):
             grads[i] = grads[i] + weight * gradient
     for i in (1, 3):
-        if posterior[i] is not None:
-            outside = (posterior[i] < arguments.clamp_min) | (posterior[i] > arguments.clamp_max)
+        log_variance = posterior[i]
+        if log_variance is not None:
+            outside = (log_variance < arguments.clamp_min) | (log_variance > arguments.clamp_max)
             grads[i] = torch.where(outside, 0.0, grads[i])
     return ops.BackwardResults(*(mu.new_empty((0,)) if g is None else g.to(mu.dtype).contiguous() for g in grads))
 

@@ -1,7 +1,8 @@
 """Reconstruction losses in plain PyTorch: the definition and the oracle of the tests."""
 
 import math
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +148,7 @@ def gaussian_nll(
     return loss(input, target, None, None, logvar, LIKELIHOODS["gaussian"], reduction_number(reduction))
 
 
-_ELBO_LIKELIHOODS = {
+_ELBO_LIKELIHOODS: dict[str, Callable[..., Tensor]] = {
     "bernoulli_logits": binary_cross_entropy_with_logits,
     "bernoulli": binary_cross_entropy,
     "gaussian": lambda input, target, **kwargs: gaussian_nll(input, target, 0.0, **kwargs),
@@ -177,7 +178,8 @@ def elbo_loss(
 
 def vae_loss(x: Tensor, x_recon: Tensor, mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`fastvae.functional.vae_loss`, differentiable any number of times."""
-    return tuple(elbo_loss(x_recon, x, mu, log_var, likelihood="bernoulli", reduction="sum"))
+    loss, recon_loss, kl_loss = elbo_loss(x_recon, x, mu, log_var, likelihood="bernoulli", reduction="sum")
+    return loss, recon_loss, kl_loss
 
 
 def _widen(operands) -> list[Tensor | None]:
@@ -192,7 +194,7 @@ def _sum_to(gradient: Tensor, like: Tensor) -> Tensor:
 
 def _gradients(grad_elements: Tensor, operands, likelihood: int, with_target: bool) -> ops.BackwardResults:
     input, target, *_, logvar = operands
-    grads = [None if g is None else g * grad_elements for g in loss_gradients(*_widen(operands), likelihood=likelihood)]
+    grads: list[Any] = [None if g is None else g * grad_elements for g in loss_gradients(*_widen(operands), likelihood=likelihood)]
     grad_target = grads[1].to(target.dtype).contiguous() if with_target else target.new_empty((0,))
     grad_logvar = input.new_empty((0,)) if logvar is None else _sum_to(grads[2].expand(input.shape), logvar)
     return ops.BackwardResults(grads[0].to(input.dtype).contiguous(), grad_target, grad_logvar)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -67,7 +67,7 @@ def demo(
 
 def make_trainings(epochs: int, seed: int) -> list[Training]:
     """Two models that are compared, and one with two latent dimensions for pictures."""
-    kinds = [
+    kinds: list[tuple[str, Callable[..., VAE], int, int, int]] = [
         ("conv", VAE.conv, 20, epochs, COMPARED_STEPS),
         ("MLP", VAE.mlp, 20, epochs, COMPARED_STEPS),
         ("conv", VAE.conv, 2, PLANE_EPOCHS * epochs, 0),
