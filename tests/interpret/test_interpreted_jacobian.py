@@ -4,7 +4,8 @@ import pytest
 import test_jacobian
 import torch
 from _helpers import LAYOUTS, Place, Source, leaf, places
-from test_jacobian import SCALAR_REDUCTIONS, Case, check, each_activation, hidden_values, mlp
+from test_jacobian import SCALAR_REDUCTIONS, Case, check, each_activation, hidden_values
+from test_jacobian_encoders import mlp
 
 import fastvae
 from fastvae import functional as FV
@@ -145,7 +146,7 @@ def test_epilogues_of_the_gram_form(batched, shape):
 @pytest.mark.parametrize("batched", [False, True])
 def test_norms_of_scaled_matrices(monkeypatch, batched, weighted):
     """In several chunks."""
-    monkeypatch.setattr("fastvae.reference.jacobian.GRAM_ELEMENTS", 3 * 6 * 7)
+    monkeypatch.setattr("fastvae.ops._gram_chunks.GRAM_ELEMENTS", 3 * 6 * 7)
     test_jacobian.check_norms(HERE, torch.float32, batched, weighted, (10, 6, 7))
 
 
