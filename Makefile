@@ -5,8 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
-# A process for each processor; tests of one group stay in one process.
-PARALLEL := --numprocesses auto --dist loadgroup --quiet
+# A process for each processor; the tests of one file stay in one process, because some build in one folder.
+PARALLEL := --numprocesses auto --dist loadfile --quiet
 
 # What `make bench` passes on, e.g. ARGS="latent --quick"; what `make gpu-pass` writes to and runs.
 ARGS ?=
@@ -37,11 +37,11 @@ test-cuda: build
 
 # The emulated CUDA kernels register themselves for CPU tensors.
 test-emulation: build
-	$(RUN) -m pytest tests/emulation $(PARALLEL)
+	$(RUN) -m pytest tests/emulation --numprocesses auto --quiet
 
 # Triton decides at import whether it interprets, so its two suites have processes of their own.
 test-interpret: build
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret $(PARALLEL)
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret --numprocesses auto --quiet
 
 test-offline: build
 	$(RUN) -m pytest tests/offline

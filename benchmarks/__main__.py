@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.quick:
         chosen = [case for case in chosen if case.quick]
     print(_describe(run))
-    # An empty cache, so that the times of first calls hold the whole compilation.
+    # The cache starts empty, so that the times of first calls include the whole compilation.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         failures = _run(chosen, device, QUICK if arguments.quick else FULL, run, out)

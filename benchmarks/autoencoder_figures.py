@@ -27,7 +27,7 @@ L1_WEIGHT = 1e-3 * 784 / 32
 
 @dataclass(frozen=True)
 class Figure:
-    """What is trained, and the error that has to be reached within a tenth."""
+    """A model to train, and the error that it has to reach within a tenth."""
 
     make: Callable[[], AE]
     expected: float

@@ -21,14 +21,14 @@ CHANNELS = (32, 64, 128)
 
 
 class PlainGroupNormSiLU(nn.GroupNorm):
-    """What :class:`fastvae.nn.GroupNormSiLU` replaces."""
+    """The modules of torch that :class:`fastvae.nn.GroupNormSiLU` replaces."""
 
     def forward(self, input):
         return F.silu(super().forward(input))
 
 
 class PlainUpsampleConv2d(nn.Conv2d):
-    """What :class:`fastvae.nn.UpsampleConv2d` replaces."""
+    """The modules of torch that :class:`fastvae.nn.UpsampleConv2d` replaces."""
 
     def forward(self, input):
         return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))

@@ -28,7 +28,7 @@ def bytes_moved(inputs: Inputs) -> int:
 
 
 def without_noise(results: Results, inputs: Inputs) -> Results:
-    """What does not depend on the noise, which every provider draws for itself and which is judged by its moments.
+    """The results that do not depend on the noise, which every provider draws for itself and which is judged by its moments.
 
     Its share of the gradient of logvar is grad_z (z - mu) / 2.
     """

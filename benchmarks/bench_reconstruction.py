@@ -96,7 +96,7 @@ CASES = (
         setup=make_inputs_uint8,
         **{"fastvae-float": with_float_target(fused_bce)},
     ),
-    # What replaces the two calls is the loss from logits; the loss from probabilities is for who cannot drop the sigmoid.
+    # The loss from logits replaces both calls; the loss from probabilities is for models that cannot drop the sigmoid.
     _case(
         "bce_after_sigmoid",
         IMAGES,

@@ -36,7 +36,7 @@ def decisive(features: Iterable[str]) -> tuple[str, ...]:
 class Cpu:
     kind = "cpu"
     modes = ("launch",)
-    # Those whose kernels are measured one against the other, beside the backend that a call takes by itself.
+    # The backends that are measured one against the other, beside the one that a call takes by itself.
     backends: tuple[str, ...] = ()
     device = torch.device("cpu")
     matmul_size = 1024

@@ -20,7 +20,7 @@ FILE = Path(__file__).with_name("floors.toml")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was asked of a provider of a case, and what was measured: ``None`` where nothing was.
+    """A floor, the ratio that a provider of a case has to reach, and the measured ratio: ``None`` where nothing was measured.
 
     ``missing`` is the feature that the floor needs and the processor lacks; the floor does not apply there.
     """

@@ -37,7 +37,7 @@ HEADLINES = (
     Headline("BCE from logits", "forward and backward: {0} images of {1} x {2} x {3}", "bce_with_logits-32x3x256x256-float32"),
     Headline("Nearest codes (VQ)", "exact lookup: {0} vectors of {1} dimensions, {2} codes", "vq_nearest-32768x64x1024-float32"),
 )
-# A step of training in the precision that ImageVAE takes by itself.
+# The case is a training step in the precision that ImageVAE takes by itself.
 STEP = "residual_vae_step-4x3x128x128-{precision}"
 STEP_CONDITIONS = "forward, backward and Adam: {0} images of {1} x {2} x {3}"
 

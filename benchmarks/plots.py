@@ -106,7 +106,7 @@ def _draw_family(rows: list[Figure], path: Path) -> Path:
 
 
 def _styles(rows: list[Figure]) -> dict[str, tuple[str, str]]:
-    """Those of the providers that are there."""
+    """The providers that have results."""
     present = {row.provider for row in rows}
     others = zip(sorted(present - set(STYLES)), itertools.cycle(OTHER_STYLES), strict=False)
     return {name: style for name, style in STYLES.items() if name in present} | dict(others)

@@ -1,4 +1,4 @@
-"""What is measured: the cases of every family, each with its inputs and the providers that compete in it.
+"""The cases that are measured, of every family, each with its inputs and the providers that compete in it.
 
 A family's file, ``bench_<stem>.py``, ends in a tuple ``CASES``::
 

@@ -41,7 +41,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Figure(Run):
-    """What a provider of a case took. Times are of one call; ``ratio`` is the median over that of fastvae in the same run.
+    """The time and memory of a provider of a case. Times are of one call; ``ratio`` is the median over that of fastvae in the same run.
 
     ``rate`` and ``roof_rate`` (a copy of as many bytes, or a matrix product, in the same rounds) are in ``rate_unit``; all providers'
     rates count the work of the fused kernels. ``first_call_s`` holds the compilation; ``peak_memory_mb`` is in MiB, over the inputs.

@@ -17,7 +17,7 @@ from benchmarks.registry import OURS, Case, Inputs, Operation, Results, Unavaila
 
 # Relative, and absolute in units of the largest magnitude.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-# A round runs each provider about so long, so that neither the clock nor one interruption decides.
+# A round runs each provider for about so many seconds, so that neither the resolution of the clock nor one interruption decides.
 SECONDS_PER_SAMPLE = 5e-3
 ROOF = "roof"
 WRONG = "wrong result"
@@ -69,7 +69,7 @@ class Timing:
 
 @dataclass
 class Measurement:
-    """What was found out about a case."""
+    """The measurements of a case."""
 
     case: Case
     work: float
@@ -103,7 +103,7 @@ def measure(case: Case, device: Device, plan: Plan, say: Callable[[str], None] =
 def checked_contenders(
     case: Case, device: Device, names: Iterable[str], say: Callable[[str], None] = lambda stage: None
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those of the named providers that can run and agree with the first one, and why the others are left out."""
+    """The named providers that can run and agree with the first one, and the reasons why the others are left out."""
     contenders, absent, expected = {}, {}, None
     for name in names:
         say(f"checking {name}")
@@ -201,7 +201,7 @@ def _interleave(samplers: dict[str, Sample], plan: Plan) -> dict[str, Timing]:
 
 
 def _roof(measurement: Measurement, device: Device) -> tuple[list[Operation], float]:
-    """What the machine can do at best: a copy that moves as many bytes as the case, or a matrix product; and its work."""
+    """The best that the machine can do: a copy that moves as many bytes as the case, or a matrix product; and its work."""
     copies = len(measurement.contenders[OURS].inputs)
     if measurement.case.unit == "B":
         count = math.ceil(measurement.work / 8)

@@ -119,7 +119,7 @@ def _glance(case: Case, rows: dict[tuple[str, str], Figure]) -> str:
 
 
 def _introduction(family: str) -> str:
-    """What the family's file says of its cases."""
+    """The description of the cases in the family's file."""
     return (importlib.import_module(f"benchmarks.bench_{family}").__doc__ or "").strip().replace("``", "`")
 
 
@@ -144,7 +144,7 @@ def _profiles(slug: str, cases: list[Case]) -> list[str]:
 def _tables(cases: list[Case], rows: list[Figure]) -> list[str]:
     """Times with the providers as rows, then work and memory with the cases as rows."""
     found = {(row.case, row.provider): row for row in rows}
-    # On a GPU there are figures of single backends, too.
+    # On a GPU single backends have figures too.
     names = [name for case in cases for name in case.providers] + [row.provider for row in rows]
     others = [name for name in dict.fromkeys(names) if name != OURS]
     measured = [name for name in (OURS, *others) if any((case.id, name) in found for case in cases)]

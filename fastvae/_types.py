@@ -10,9 +10,9 @@ Likelihood = Literal["bernoulli_logits", "bernoulli", "gaussian"]
 ReconLoss = Literal["mse", "bce_with_logits", "bce"]
 SparsePenalty = Literal["kl", "l1"]
 NormActivation = Literal["silu", "none"]
-# Of layers whose derivative the contractive penalty knows.
+# The contractive penalty knows the derivatives of these activations.
 Activation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu", "gelu", "gelu_tanh"]
-# Of layers that the ready-made networks are made of.
+# The ready-made networks take these activations.
 LayerActivation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "silu"]
 JacobianMethodName = Literal["auto", "closed_form", "gram", "projection", "autograd"]
 QuantizerGradient = Literal["straight_through", "rotation"]

@@ -21,9 +21,6 @@ needs_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so the CUDA kernels cannot be compiled here")
 default_archs = pytest.mark.skipif(bool(os.environ.get("TORCH_CUDA_ARCH_LIST")), reason="TORCH_CUDA_ARCH_LIST asks for other architectures")
 
-# Two processes must not build in one folder at the same time.
-pytestmark = pytest.mark.xdist_group("cuda_build")
-
 
 @pytest.fixture(scope="module")
 def table():

@@ -213,6 +213,15 @@ def test_a_threshold_is_a_part_of_the_state_once_it_is_fitted():
     assert "threshold" not in model.state_dict()
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_module_is_made_and_loaded_on_the_meta_device(name):
+    with torch.device("meta"):
+        module = PLAIN[name]()
+    source = PLAIN[name]()
+    assert module.load_state_dict(source.state_dict(), assign=True) == ([], [])
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in module.state_dict().items())
+
+
 def test_copies_keep_what_is_stored():
     model, loss = models.AE.mlp(4, (3,), 2), fnn.ELBOLoss(beta=fnn.LinearSchedule(4))
     model.fit_threshold(torch.rand(20, 4))

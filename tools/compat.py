@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_TOOLS = ("setuptools>=77", "wheel", "pybind11", "ninja", "numpy")
 OWN_PROCESSES = ("cuda", "emulation", "interpret", "offline")
-NATIVE_TESTS = ("tests", *(f"--ignore=tests/{folder}" for folder in OWN_PROCESSES), "-q", "--numprocesses=auto", "--dist=loadgroup")
+NATIVE_TESTS = ("tests", *(f"--ignore=tests/{folder}" for folder in OWN_PROCESSES), "-q", "--numprocesses=auto", "--dist=loadfile")
 CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 # One architecture is enough: what another torch changes are its headers.
 ONE_ARCHITECTURE = {"TORCH_CUDA_ARCH_LIST": "9.0"}

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = sorted(path.stem for path in (ROOT / "fastvae" / "functional").glob("[!_]*.py"))
 FAMILY_TESTS = tuple(f"tests/test_{family}.py" for family in FAMILIES)
-# What reads and writes memory and nothing else first, whole models last: compiling those takes the longest.
+# Families that only read and write memory come first, whole models last, because compiling those takes the longest.
 BENCHMARKS = tuple(
     sorted(
         (path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")),
@@ -31,7 +31,7 @@ BENCHMARKS = tuple(
 )
 # Seconds in all. A GPU is often had for ten minutes at a time.
 BUDGET_WITH_GPU, BUDGET_WITHOUT = 540, 1800
-# What was found before a stage's time ran out is in its log only if the stage is let to say so.
+# A stage whose time runs out is asked to stop, so that it still writes its findings to its log.
 GRACE = 10
 OWN_PROCESSES = ("cuda", "emulation", "interpret", "offline")
 NATIVE_TESTS = ("pytest", "tests", *(f"--ignore=tests/{folder}" for folder in OWN_PROCESSES), "-q", "-rfE", "--tb=short")

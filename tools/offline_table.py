@@ -194,7 +194,7 @@ def gram(reduce=False, batched=False, with_grad=True):
     return call
 
 
-# What GroupNorm reads in pieces, what it reads at once, and what has no positions.
+# Inputs of GroupNorm: groups that are read in pieces, groups that fit on chip, and an input without positions.
 PIECES, WHOLE, FLAT, GROUPS = (16, 256, 64, 64), (256, 512, 8, 16), (256, 65536), 32
 
 
@@ -412,7 +412,7 @@ class Launch:
 
 
 def launches(case: Case, dtype: torch.dtype, machine: Machine) -> list[Launch]:
-    """What the case launches on that machine."""
+    """The launches of the case on that machine."""
     caught = []
 
     def catch(kernel, *arguments, grid, warmup, **options):
@@ -440,7 +440,7 @@ def compiled(launch: Launch, target: GPUTarget):
 
 @dataclass(frozen=True)
 class Row:
-    """What the machine code of a kernel shows. Wide accesses are those of 16 bytes; narrow ones are the rest, each as often as it stands
+    """Figures of the machine code of a kernel. Wide accesses are those of 16 bytes; narrow ones are the rest, each as often as it stands
     in the code, where every size has a loop over full blocks and one over what is left. ``tensor_core`` counts matrix instructions."""
 
     case: str

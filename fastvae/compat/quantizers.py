@@ -21,7 +21,7 @@ def _refuse(name: str, options: dict, neutral: dict) -> None:
             raise NotImplementedError(f"{option}: got {value!r}, which the twin of {name} does not offer")
 
 
-# What switches an argument of the original off.
+# Values that switch an argument of the original off.
 _NEUTRAL_VQ = {
     "freeze_codebook": False,
     "learnable_codebook": False,

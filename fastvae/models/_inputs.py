@@ -1,4 +1,4 @@
-"""What models make of the data they are given."""
+"""The conversion of data to the dtype of a model."""
 
 import torch
 from torch import Tensor, nn

@@ -16,7 +16,7 @@ def reading(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapper(self: nn.Module, *args, **kwargs):
-        # Not self.eval(), which a subclass may have replaced, and which does not remember that one module was in another mode.
+        # A subclass may have replaced eval(), and eval() does not remember which modules were in which mode.
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False

@@ -64,7 +64,8 @@ class AE(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.recon_loss = recon_loss
-        self._set_threshold(torch.tensor(math.nan))
+        # NaN stands for no threshold, which is not stored.
+        self.register_buffer("threshold", torch.tensor(math.nan), persistent=False)
 
     @classmethod
     def mlp(
@@ -113,16 +114,17 @@ class AE(nn.Module):
     def extra_repr(self) -> str:
         return f"recon_loss={self.recon_loss!r}"
 
-    def _set_threshold(self, value: Tensor) -> None:
-        """NaN stands for none, which is not stored."""
-        self.register_buffer("threshold", value, persistent=not value.isnan())
+    def _store_threshold(self, stored: bool) -> None:
+        """Puts the threshold into the ``state_dict``, or takes it out."""
+        self.register_buffer("threshold", self.threshold, persistent=stored)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "threshold" in state_dict:
-            self.register_buffer("threshold", self.threshold, persistent=True)
+            self._store_threshold(True)
         elif any(name.startswith(prefix) for name in state_dict):
-            # The threshold of other weights.
-            self._set_threshold(torch.full_like(self.threshold, math.nan))
+            # The old threshold belongs to other weights.
+            self.threshold.fill_(math.nan)
+            self._store_threshold(False)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -170,11 +172,12 @@ class AE(nn.Module):
         scores = torch.cat([self.anomaly_score(batch) for batch in batches])
         if scores.numel() == 0:
             raise ValueError("batches: got no samples, takes at least one")
-        self._set_threshold(torch.quantile(scores, quantile).to(self.threshold))
+        self.threshold.copy_(torch.quantile(scores, quantile))
+        self._store_threshold(True)
         return self.threshold.clone()
 
     def is_anomaly(self, x: Tensor) -> Tensor:
-        """Which samples score above the threshold, bool, shape ``(batch,)``."""
+        """A mask of the samples that score above the threshold: bool, shape ``(batch,)``."""
         if self.threshold.isnan():
             raise RuntimeError("threshold: has not been fitted, call fit_threshold(batches) with validation data")
         return self.anomaly_score(x) > self.threshold
@@ -255,7 +258,7 @@ class SparseAE(AE):
         return f"{super().extra_repr()}, penalty={self.penalty!r}, weight={self.weight}, rho={self.rho}"
 
     def _divergence(self, rho_hat: Tensor) -> Tensor:
-        # A unit that is never active has a finite gradient still; one outside (0, 1) shows as NaN.
+        # eps keeps the gradient of a unit that is never active finite. A mean outside (0, 1) gives NaN.
         rho, eps = self.rho, torch.finfo(rho_hat.dtype).tiny
         active = rho * (math.log(rho) - torch.log(rho_hat + eps))
         far = active + (1 - rho) * (math.log1p(-rho) - torch.log1p(-rho_hat + eps))
@@ -322,7 +325,7 @@ class StackedAE(AE):
 
     @reading
     def stage_input(self, x: Tensor, level: int) -> Tensor:
-        """What the stage ``level`` learns to reconstruct: the codes of the stages below it."""
+        """The data that the stage ``level`` learns to reconstruct: the codes of the stages below it."""
         return cast("nn.Sequential", self.encoder)[:level](as_float(x, self.encoder))
 
     def pretrain(

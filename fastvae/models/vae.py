@@ -136,7 +136,7 @@ class VAE(nn.Module):
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:
-        """What the decoder gives: logits, probabilities or means."""
+        """The decoder's output: logits, probabilities or means."""
         return self.decoder(z)
 
     def decode_mean(self, z: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def may_be_recomputed() -> bool:
 
 
 class Fingerprint(NamedTuple):
-    """Which input this is: its device and shape, and sums over all but its last dimension, float32."""
+    """Identifies an input: its device and shape, and its sums over all but the last dimension, float32."""
 
     device: torch.device
     shape: torch.Size
@@ -81,7 +81,7 @@ class PendingPasses:
             self._forgot = True
 
     def recall(self, fingerprint: Fingerprint):
-        """What the first pass of this recomputation saw; ``None`` where there was none, such as in evaluation mode.
+        """The record of the first pass that this one recomputes; ``None`` where there was none, such as in evaluation mode.
 
         Raises:
             RuntimeError: where the pass is none of the last ``MAX_PENDING``.
@@ -97,7 +97,7 @@ class PendingPasses:
 
     def _nearest(self, candidates: list[_Pass], fingerprint: Fingerprint) -> _Pass:
         distances = {each.number: _distance(each.fingerprint.sums, fingerprint.sums) for each in candidates}
-        # Of equal inputs the latest: a backward pass goes through its graph from the end.
+        # Among equal inputs the latest pass is recomputed first, because a backward pass goes through its graph from the end.
         best = min(candidates, key=lambda each: (distances[each.number], each.number in self._recomputed, -each.number), default=None)
         if best is None or distances[best.number] > _TOLERANCE:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What a denoising autoencoder does to its input (Vincent et al., *Stacked Denoising Autoencoders*, 2010).
+"""The corruptions that a denoising autoencoder applies to its input (Vincent et al., *Stacked Denoising Autoencoders*, 2010).
 
 ``generator`` decides the random numbers; it may be on the CPU or on the device of the data.
 """

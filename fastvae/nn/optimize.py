@@ -56,7 +56,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to do with one module: the names of its GroupNorms that SiLU follows and how that is called, and the change itself."""
+    """The change of one module: the names of its GroupNorms that SiLU follows, each with the name of that SiLU, and the function that makes
+    it."""
 
     pairs: dict[str, str]
     apply: Callable[[], None]
@@ -95,7 +96,7 @@ def optimize(module: nn.Module, *, channels_last: bool = False, report: Callable
 
 
 def examine(module: nn.Module) -> list[Finding]:
-    """What :func:`optimize` would do."""
+    """The findings of :func:`optimize`, without changing anything."""
     return list(_walk(module, change=False))
 
 
@@ -142,7 +143,7 @@ def _norm_obstacle(norm: nn.Module, uses: Counter) -> str | None:
 
 
 def _plan(parent: nn.Module, free: set[str]) -> tuple[_Plan | None, str | None]:
-    """What to do with a module that has GroupNorms, of which those in ``free`` may be swapped; or why nothing."""
+    """The change of a module that has GroupNorms, of which those in ``free`` may be swapped; or the reason why there is none."""
     try:
         if _is_sequential(parent):
             return _plan_sequential(parent, free), None
@@ -189,8 +190,8 @@ def _is_plain_silu(act: object) -> bool:
     return act is nn.functional.silu or (type(act) is nn.SiLU and call_obstacle(act) is None)
 
 
-# Of classes in diffusers, which norms the SiLU under which name follows. Their forwards have branches, so they are known by name, and their
-# parts are checked.
+# Classes of diffusers: the names of their norms, and the name of the SiLU that follows those. The classes are known by name because their
+# forwards have branches, which cannot be traced; their parts are checked.
 _DIFFUSERS = {
     "ResnetBlock2D": (("norm1", "norm2"), "nonlinearity"),
     "Encoder": (("conv_norm_out",), "conv_act"),
@@ -310,7 +311,7 @@ def _norm_then_silu(norm: nn.Module, input: Tensor) -> Tensor:
 
 
 def _has_silu(norm: nn.Module) -> bool:
-    # In another module where somebody has wrapped it, for activation checkpointing say.
+    # The norm may sit inside a wrapper, for example that of activation checkpointing.
     fused = norm if isinstance(norm, GroupNormSiLU) else next((m for m in norm.modules() if isinstance(m, GroupNormSiLU)), None)
     return fused is not None and fused.activation == "silu"
 
@@ -509,7 +510,7 @@ class _CodeCheck(ast.NodeVisitor):
             self.visit(argument)
 
     def _submodule(self, node: ast.expr) -> nn.Module | None:
-        """What ``self.conv``, ``self.block.conv`` or ``self.layers[0]`` is, where that is a module."""
+        """The module that an expression such as ``self.conv``, ``self.block.conv`` or ``self.layers[0]`` names, or None."""
         found = None
         if self._is_own(node):
             found = self._look_up(node)

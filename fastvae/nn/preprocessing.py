@@ -32,7 +32,7 @@ class _AffineScaler(nn.Module):
             raise ValueError(f"x: got shape {tuple(x.shape)}, takes (samples, features, ...) with at least one sample")
         offset, spread = self._statistics(x.to(accumulation_dtype(x.dtype)))
         self.offset = offset.to(self.offset.device)
-        # A feature that does not vary keeps its unit, so that it comes back.
+        # A feature without spread is not scaled, so that the inverse gives it back.
         self.scale = torch.where(spread == 0, 1.0, 1.0 / spread).to(self.scale.device)
         return self
 

@@ -14,7 +14,7 @@ from fastvae.ops._results import reduction_number
 
 
 class _Sampler(nn.Module):
-    """What the two modules share: the options of sampling, and the mean in place of a sample in evaluation mode."""
+    """The base of both modules: the options of sampling, and the mean in place of a sample in evaluation mode."""
 
     options: tuple[str, ...] = ("num_samples", "sample_in_eval", "logvar_clamp")
 

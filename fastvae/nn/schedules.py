@@ -95,7 +95,7 @@ class CyclicalSchedule:
             raise ValueError(f"ratio: got {self.ratio!r}, takes a number in (0, 1]")
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
-        # In integers, so that a cycle starts at exactly `start`.
+        # The position is computed in integers, so that a cycle starts at exactly `start`.
         position = step * self.cycles % self.steps
         value = self.start + (self.end - self.start) * _share(position, self.steps * self.ratio)
         if isinstance(step, Tensor):
@@ -118,7 +118,7 @@ class CapacitySchedule(LinearSchedule):
 # Their arithmetic serves numbers and tensors. A subclass may override it, so it is not among them.
 _TAKE_TENSORS = (LinearSchedule, CosineSchedule, CyclicalSchedule, CapacitySchedule)
 
-# A checkpoint that holds a schedule loads with torch.load's weights_only=True.
+# torch.load with weights_only=True loads a checkpoint that holds one of these schedules.
 torch.serialization.add_safe_globals(list(_TAKE_TENSORS))
 
 
@@ -182,7 +182,7 @@ class ScheduledKL(nn.Module):
         self.register_buffer("num_steps", self.num_steps, persistent=bool(self.schedules))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A module whose weights are numbers takes over the count of a checkpoint that has one, for a schedule that may be set later.
+        # A module without schedules keeps the count of a checkpoint that has one, because a schedule may be set later.
         steps = None if self.schedules else state_dict.pop(prefix + "num_steps", None)
         if steps is not None:
             self.num_steps.copy_(steps)
@@ -199,7 +199,7 @@ class ScheduledKL(nn.Module):
             return snapshot(getattr(self, _buffer(name)))
         if self._steps_are_unknown():
             self._call_functions(int(self.num_steps))
-        # A copy: autograd may hold it until after the next step.
+        # Autograd may hold the value until after the next step, which writes to the buffer.
         return getattr(self, _buffer(name)).clone()
 
     def step(self) -> None:
@@ -216,7 +216,7 @@ class ScheduledKL(nn.Module):
         self._call_functions(steps + 1)
 
     def _steps_are_unknown(self) -> bool:
-        # By the version of the buffer, which each change raises: reading its value would make a GPU wait at every step.
+        # Each write raises the version of the buffer. Reading its value instead would make a GPU wait at every step.
         if self.num_steps.is_inference():
             return True
         buffer, version, _ = self._known_steps

@@ -24,7 +24,7 @@ _STATISTICS = ("ema_count", "ema_sum")
 
 @exportable
 class VQOutput(NamedTuple):
-    """What a quantizer gives.
+    """The results of a quantizer.
 
     ``perplexity`` is :math:`\\exp(-\\sum_k p_k \\log p_k)` of the batch's code frequencies, from 1 (one code) to the number of codes, and
     ``usage`` the share of codes that occur in the batch. Both are means over heads and carry no gradient; in training mode they are those
@@ -61,7 +61,7 @@ class _State(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What a training pass saw and found: its recomputation takes it from here."""
+    """The codebook that a training pass saw and the statistics that it found, for its recomputation."""
 
     codes: Tensor
     starts: bool
@@ -162,17 +162,17 @@ class VectorQuantizer(nn.Module):
         super()._apply(fn, recurse)
         for name, before in statistics.items():
             after = self.get_buffer(name)
-            # From the values before the conversion, which rounds them.
+            # The conversion would round the statistics, so they come from the values before it.
             self._buffers[name] = after if _is_wide(after) else before.to(after.device, _statistics_dtype(after.dtype))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("ema_count", "started"):
             if name in self._non_persistent_buffers_set:
-                # A layer with other options learned it; with these options it decides nothing.
+                # The checkpoint is of a layer with other options; this layer has no use for the buffer.
                 state_dict.pop(prefix + name, None)
             elif name == "started" and prefix + "codebook" in state_dict:
-                # A codebook of a layer without k-means has started: k-means would destroy it.
+                # The checkpoint is of a layer without k-means, whose codebook k-means would destroy.
                 state_dict.setdefault(prefix + name, state_dict[prefix + "codebook"].new_ones((), dtype=torch.bool))
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in _STATISTICS:
@@ -245,14 +245,14 @@ class VectorQuantizer(nn.Module):
         starts = self._must_start() if seen is None else seen.starts
         state = _State(self.codebook, self.ema_count, self._buffers.get("ema_sum"), self.started, shared=not recomputes)
         if checkpointed:
-            # A recomputation goes through the same operators and random numbers, which selective checkpointing counts and what follows the
-            # layer draws from, but on copies; so the first pass makes copies too.
+            # A recomputation runs the same operators, because selective checkpointing counts them, and draws the same random numbers,
+            # because later layers draw from the same generator. It runs them on copies, so the first pass copies too.
             copies = state.copy()
             state = copies if recomputes else state
         if starts:
             self._start(state, rows.detach(), mask)
         rows = F.normalize(rows, dim=-1) if self.cosine else rows
-        # A copy where the codebook changes before the backward pass.
+        # The quantizer gets a copy of a codebook that changes before the backward pass.
         codes = self.codebook if seen is None else seen.codes
         codes = with_value(self.codebook, codes) if learns or checkpointed else codes
         quantized, indices, loss = self._quantize(rows, codes, mask)
@@ -262,7 +262,7 @@ class VectorQuantizer(nn.Module):
         elif source is not None:
             self._passes.remember(source, _Seen(codes.detach(), starts, statistics))
         if checkpointed:
-            # A reentrant checkpoint makes what it returns its outputs, which then lead back to it.
+            # A reentrant checkpoint turns every tensor that it returns into an output of its graph; detached ones do not keep it alive.
             statistics = statistics[0].detach(), statistics[1].detach()
         return quantized, indices, loss, statistics
 
@@ -272,7 +272,7 @@ class VectorQuantizer(nn.Module):
         costs: dict[str, Any] = {"commitment_cost": self.commitment_cost, "codebook_cost": 1.0 if self.update == "gradient" else 0.0}
         if mask is None:
             return FV.vector_quantize(rows, codes, gradient=self.gradient, **costs)
-        # A masked vector may be anything, NaN too.
+        # A masked vector may hold NaN, which a product with 0 would keep.
         quantized, indices, errors = FV.vector_quantize(
             torch.where(mask[..., None], rows, 0.0), codes, gradient=self.gradient, reduction="none", **costs
         )
@@ -373,7 +373,7 @@ class VectorQuantizer(nn.Module):
         """The value of the buffer ``started``. Reading it waits for an accelerator, so True is read once: again where another tensor is in
         its place, or where somebody has written to it, which DistributedDataParallel does at every step."""
         if torch.compiler.is_compiling():
-            # A graph can neither compare tensors nor read them: it breaks until True has been seen.
+            # A compiled graph can neither compare tensors nor read them, so the graph breaks here until True has been seen.
             if self._seen_started is None and self.started:
                 self._seen_started, self._seen_version = self.started, -1
             return self._seen_started is not None
@@ -436,13 +436,13 @@ def _is_wide(tensor: Tensor) -> bool:
 
 
 def _finite_rows(rows: Tensor) -> Tensor:
-    """Which vectors have a finite sum, and so no NaN and no infinite value. torch.isfinite would take several passes over them."""
+    """A mask of the vectors that have a finite sum, and so no NaN and no infinite value. torch.isfinite would take several passes."""
     return rows.sum(-1, dtype=_statistics_dtype(rows.dtype)) * 0 == 0
 
 
 def _counted(rows: Tensor, indices: Tensor, loss: Tensor) -> Tensor:
     """``indices``, with -1 for vectors that are not finite."""
-    # A finite loss says that there are none. On the CPU the host reads it at no cost.
+    # Where the loss is finite, every vector is. On the CPU the host reads the loss without waiting.
     if type(loss) is Tensor and loss.device.type == "cpu" and not transformed() and math.isfinite(loss.item()):
         return indices
     return torch.where(_finite_rows(rows), indices, -1)
@@ -455,7 +455,7 @@ def _perplexity_and_usage(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _histogram(indices: Tensor, shape: torch.Size) -> Tensor:
-    """How often each code occurs: int64 in ``shape``, (codes,) or (heads, codes)."""
+    """The number of occurrences of each code: int64 in ``shape``, (codes,) or (heads, codes)."""
     flat = indices.reshape(shape[0] if len(shape) == 2 else 1, -1)
     counts = torch.zeros((flat.shape[0], shape[-1] + 1), dtype=torch.int64, device=indices.device)
     # The last bin takes what is left out.
@@ -538,7 +538,7 @@ class ResidualVectorQuantizer(nn.Module):
             outputs.append(output)
         for layer in self._steps()[active:]:
             if layer.update == "gradient":
-                # A parameter without a gradient stops DistributedDataParallel.
+                # DistributedDataParallel raises where a parameter gets no gradient.
                 losses.append(layer.unused_loss(x))
         missing = len(self.layers) - active
         indices = F.pad(torch.stack([o.indices for o in outputs], dim=-1), (0, missing), value=-1)

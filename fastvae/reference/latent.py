@@ -14,7 +14,7 @@ from fastvae.reference._reduce import expand_gradient, reduce_elements
 
 _MASK = 0xFFFFFFFF
 TILE, LANES = 512, 128
-# Limits of log variances: beyond them exp overflows float16, or leaves nothing of a float32.
+# The limits of log variances are those of the latent diffusion models (Rombach et al. 2022).
 LOGVAR_CLAMP = (-30.0, 20.0)
 
 

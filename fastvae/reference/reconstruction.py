@@ -30,7 +30,7 @@ def _wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def loss_elements(input, target, weight=None, pos_weight=None, logvar=None, *, likelihood: int) -> Tensor:
     """The loss of each element, all arguments in one dtype. ``logvar`` broadcasts to ``input``."""
     if likelihood == LIKELIHOODS["bce_with_logits"]:
-        # Not torch's function, which is not differentiable in pos_weight.
+        # torch's own function is not differentiable with respect to pos_weight.
         factor = 1.0 if pos_weight is None else 1.0 + (pos_weight - 1.0) * target
         losses = (1.0 - target) * input - factor * F.logsigmoid(input)
     elif likelihood == LIKELIHOODS["bce"]:

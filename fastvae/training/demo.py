@@ -16,7 +16,7 @@ from fastvae.training.data import SPLIT_SEED, Split, mnist_subset
 from fastvae.training.loop import LEARNING_RATE, Training, as_floats, batch_size, evaluate, train
 
 COMPARED_STEPS = 100
-# Of the losses in float64, relative: rounding makes about 1e-15, a wrong formula far more.
+# The largest relative difference between the losses in float64: rounding makes about 1e-15, a wrong formula far more.
 LARGEST_DIFFERENCE = 1e-6
 # Two latent dimensions take longer to fill: the test loss falls until about here.
 PLANE_EPOCHS = 2
