@@ -62,16 +62,15 @@ class Operator:
 
         return register
 
-    def as_forward(self) -> staticmethod:
-        """``forward`` of an autograd.Function whose inputs are the arguments and the backend."""
+    def takes_arguments(self, forward: Callable) -> Callable:
+        """Decorates ``forward(*inputs)`` of an autograd.Function whose inputs are the arguments and the backend.
 
-        def forward(*inputs):
-            return self.overloads[inputs[-1]](*inputs[:-1])
-
-        # torch.compile counts the parameters to know whether the first one is ctx.
+        torch.compile counts the parameters to know whether the first one is ctx.
+        """
         names = (*self.arguments._fields, "backend")
-        forward.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names])
-        return staticmethod(forward)
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+        vars(forward)["__signature__"] = inspect.Signature(parameters)
+        return forward
 
     def gradients(self, **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs of an autograd.Function, which are the arguments and the backend; None for the others."""

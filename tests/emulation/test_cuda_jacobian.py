@@ -7,6 +7,7 @@ import test_jacobian as contract
 import torch
 from _helpers import LAYOUTS, Place, Source
 from test_jacobian import Case, check, each_activation
+from test_jacobian_encoders import mlp
 
 import fastvae
 from fastvae import functional as FV
@@ -109,7 +110,7 @@ def test_the_norm_of_an_mlp(place, sizes, monkeypatch):
     """Several chunks of samples, and a shared left matrix."""
     monkeypatch.setattr("fastvae.ops._gram_chunks.GRAM_ELEMENTS", 3 * 5 * 8)
     monkeypatch.setattr(_chain, "plan", lambda *_: _chain.Plan(1, 1, 0))
-    encoder, x = contract.mlp(sizes), Source(place.device).normal(11, sizes[0])
+    encoder, x = mlp(sizes), Source(place.device).normal(11, sizes[0])
     results = []
     for backend in (place.backend, "reference"):
         with fastvae.use_backend(backend):

@@ -4,7 +4,8 @@ import pytest
 import test_jacobian
 import torch
 from _helpers import LAYOUTS, Place, Source, leaf, places
-from test_jacobian import SCALAR_REDUCTIONS, Case, check, each_activation, hidden_values, mlp
+from test_jacobian import SCALAR_REDUCTIONS, Case, check, each_activation, hidden_values
+from test_jacobian_encoders import mlp
 
 import fastvae
 from fastvae import functional as FV
