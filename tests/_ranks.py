@@ -1,4 +1,8 @@
-"""Two processes joined by gloo, which run the same function at the same time: ``ranks.run(function, ...)`` gives what each returned."""
+"""Two processes joined by gloo, which run the same function at the same time: ``ranks.run(function, ...)`` gives what each returned.
+
+The process group outlives what the functions make. Where the last reference to a group is that of a DistributedDataParallel, torch's
+destructor waits for a thread that waits for the interpreter's lock, now and then for ever.
+"""
 
 import traceback
 from contextlib import contextmanager

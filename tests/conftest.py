@@ -1,7 +1,6 @@
 """What holds for every test: uninitialised memory is NaN, and a test with a ``place`` runs on that place's backend."""
 
 import os
-import socket
 import sys
 
 # cuBLAS asks for this where deterministic algorithms are on; read when CUDA starts.
@@ -11,6 +10,7 @@ import hypothesis
 import pytest
 import torch
 from _helpers import Place
+from _ranks import two_ranks
 
 import fastvae
 
@@ -67,9 +67,7 @@ def instruction_set(request):
     extension.set_instruction_set(previous)
 
 
-@pytest.fixture
-def free_port() -> int:
-    """A TCP port for processes that are to find each other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with two_ranks(tmp_path_factory.mktemp("ranks")) as both:
+        yield both

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from _helpers import each_place
-from _ranks import two_ranks
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -582,12 +581,6 @@ def test_a_vq_encoder_is_exported_without_tracing_its_python(options):
 
 
 # Two processes
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    with two_ranks(tmp_path_factory.mktemp("ranks")) as both:
-        yield both
 
 
 class Counted:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import nn
 
 from fastvae.models import VAE
 from fastvae.nn import CapacitySchedule, CosineSchedule, CyclicalSchedule, ELBOLoss, KLPenalty, LinearSchedule
@@ -250,20 +250,16 @@ def test_stepping_reads_no_value_from_the_device(schedule):
         penalty.step()
 
 
-def _rank(rank, port, path):
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _train_after_a_checkpoint_on_rank_0(rank):
     model = VAE.mlp(4, (4,), 2, beta=LinearSchedule(4), capacity=own_function)
-    if rank == 0:  # it alone has loaded a checkpoint
+    if rank == 0:
         model.kl_penalty.num_steps.fill_(3)
     parallel = nn.parallel.DistributedDataParallel(model)
     for _ in range(2):
         parallel(torch.rand(3, 4)).loss.backward()
         model.kl_penalty.step()
-    torch.save((model.kl_penalty.num_steps, model.kl_penalty.beta, model.kl_penalty.capacity), f"{path}/{rank}.pt")
-    distributed.destroy_process_group()
+    return [float(value) for value in (model.kl_penalty.num_steps, model.kl_penalty.beta, model.kl_penalty.capacity)]
 
 
-def test_ranks_follow_the_checkpoint_that_one_of_them_loaded(tmp_path, free_port):
-    multiprocessing.spawn(_rank, (free_port, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        assert [float(value) for value in torch.load(tmp_path / f"{rank}.pt")] == [5, 1.0, 1.0]
+def test_ranks_follow_the_checkpoint_that_one_of_them_loaded(ranks):
+    assert ranks.run(_train_after_a_checkpoint_on_rank_0) == [[5, 1.0, 1.0]] * 2

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import nn
 
 from benchmarks import devices
 from fastvae import functional as FV
@@ -231,32 +231,20 @@ def test_quantizer_dropout():
     assert (layer.eval()(x).indices >= 0).all()
 
 
-def _worker(rank, port, options, path):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _train_on_its_half(rank, options):
     torch.manual_seed(0)
     layer = VectorQuantizer(12, 4, **options)
     torch.manual_seed(rank)
     outputs = [layer(x[rank * 30 : (rank + 1) * 30]) for x in batches(5, 60, 4)]
-    torch.save((layer.state_dict(), outputs[-1].perplexity, outputs[-1].usage), f"{path}/{rank}.pt")
-    distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return layer.state_dict(), outputs[-1].perplexity, outputs[-1].usage
 
 
 @pytest.mark.parametrize(
     ("options", "same_as_one"), [({"decay": 0.5}, True), ({"decay": 0.5, "kmeans_iters": 2, "revive_below": 2.0}, False)], ids=str
 )
-def test_two_processes_keep_one_codebook(options, same_as_one, tmp_path):
+def test_two_processes_keep_one_codebook(options, same_as_one, ranks):
     """Both hold the same codebook; without random draws, that of one process on the joined batch."""
-    multiprocessing.spawn(_worker, (_free_port(), options, str(tmp_path)), nprocs=2)
-    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    states = ranks.run(_train_on_its_half, options)
     for ours, theirs in zip(states[0][0].values(), states[1][0].values(), strict=True):
         assert torch.equal(ours, theirs)
     if same_as_one:
