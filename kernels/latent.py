@@ -235,8 +235,9 @@ def backward_tiles(
                 grad_mu_j = tl.fma(weight, gradient[0], grad_mu_j)
                 grad_logvar_j = tl.fma(weight, gradient[1], grad_logvar_j)
                 tl.store(grad_prior_mu + start + offset, weight * gradient[2], mask=mask)
-                grad_prior_logvar_j = gradient_through_clamp(weight * gradient[3], prior_logvar_j, limits)
-                tl.store(grad_prior_logvar + start + offset, grad_prior_logvar_j, mask=mask)
+                tl.store(
+                    grad_prior_logvar + start + offset, gradient_through_clamp(weight * gradient[3], prior_logvar_j, limits), mask=mask
+                )
         tl.store(grad_mu + start + offset, grad_mu_j, mask=mask)
         tl.store(grad_logvar + start + offset, gradient_through_clamp(grad_logvar_j, logvar_j, limits), mask=mask)
 

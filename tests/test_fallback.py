@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvae
 from fastvae import functional as FV
 from fastvae.fallback import _blocks, _device, codebook, latent
-from fastvae.ops import _results
-from fastvae.ops.group_norm import ForwardArguments
+from fastvae.ops import _results, group_norm
 from fastvae.reference import codebook as reference_codebook
 from fastvae.reference import latent as reference_latent
 
@@ -87,12 +86,13 @@ def test_a_device_without_float64_is_never_asked_for_it():
     source = Source("cpu")
     x, weight, codes, rows, mu = (source.normal(*shape) for shape in ((2, 6, 5, 4), (6,), (9, 5), (1, 30, 5), (40, 20)))
     with NoFloat64():
-        _, mean, rstd = fastvae.fallback.group_norm.group_norm_forward(ForwardArguments(x, 3, weight, weight, 1e-5, 1))
-        fastvae.fallback.group_norm.group_norm_backward(x, x, mean, rstd, weight, weight, 3, 1)
+        _, mean, rstd = fastvae.fallback.group_norm.group_norm_forward(group_norm.ForwardArguments(x, 3, weight, weight, 1e-5, 1))
+        fastvae.fallback.group_norm.group_norm_backward(group_norm.BackwardArguments(x, x, mean, rstd, weight, weight, 3, 1))
         # Codes that float32 cannot tell apart are what a more precise search would be for.
-        indices, _ = codebook.codebook_nearest(rows, torch.cat([codes, codes + 1e-6])[None], True)
-        codebook.codebook_quantize(rows, codes[None], 1, 4, 1.0)
-        latent.latent_forward(mu, mu, None, None, None, torch.tensor(3), None, True, 4, 0.0, -30.0, 20.0, True)
+        indices, _ = codebook.codebook_nearest(codebook.ops.NearestArguments(rows, torch.cat([codes, codes + 1e-6])[None], True))
+        codebook.codebook_quantize(codebook.ops.QuantizeArguments(rows, codes[None], 1, 4, 1.0))
+        noise = None, torch.tensor(3), None
+        latent.latent_forward(latent.ops.ForwardArguments(mu, mu, None, None, *noise, True, 4, 0.0, -30.0, 20.0, True))
     assert indices.max() < 18
     assert mean.dtype == rstd.dtype == torch.float32
 

@@ -8,7 +8,6 @@
 #include "codebook_device.cuh"
 
 namespace fastvae {
-namespace {
 
 // grad_loss: one value for each element, for each sample, or for all. At most one pointer is set; without a grad_loss both are nullptr.
 template <class T>
@@ -125,5 +124,4 @@ __global__ void __launch_bounds__(kThreads) codebook_quantize_backward_kernel(co
   }
 }
 
-}  // namespace
 }  // namespace fastvae

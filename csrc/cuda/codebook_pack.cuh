@@ -14,7 +14,6 @@
 #include "codebook_partition.h"
 
 namespace fastvae {
-namespace {
 
 // The codes as the screen reads them: minus their mean, times a power of two. Codes that are not finite, codes that are equal to an earlier
 // one, and padding are 0 and never nearest.
@@ -148,5 +147,4 @@ __global__ void __launch_bounds__(kThreads) codebook_pack_kernel(const __grid_co
   p.codes.error[number] = error;
 }
 
-}  // namespace
 }  // namespace fastvae

@@ -7,7 +7,6 @@
 #include "codebook_screen.cuh"
 
 namespace fastvae {
-namespace {
 
 struct CodebookRecheckParams {
   CodebookView x;  // (heads, rows, dim)
@@ -130,5 +129,4 @@ __global__ void __launch_bounds__(kThreads, 8) codebook_recheck_kernel(const __g
   }
 }
 
-}  // namespace
 }  // namespace fastvae

@@ -13,7 +13,6 @@
 #include "codebook_pack.cuh"
 
 namespace fastvae {
-namespace {
 
 // Rows that the screen could not decide, numbered over the heads.
 struct CodebookWorklist {
@@ -281,5 +280,4 @@ __global__ void __launch_bounds__(kThreads, 3) codebook_screen_kernel(const __gr
   finish_rows(p, place, row_best, row_norm);
 }
 
-}  // namespace
 }  // namespace fastvae

@@ -15,7 +15,6 @@
 #include "codebook_partition.h"
 
 namespace fastvae {
-namespace {
 
 struct CodebookFiniteRowsParams {
   CodebookView x;  // (heads, rows, dim)
@@ -230,5 +229,4 @@ __global__ void __launch_bounds__(kThreads) codebook_join_pieces_kernel(const __
   }
 }
 
-}  // namespace
 }  // namespace fastvae
