@@ -220,9 +220,9 @@ def test_a_codebook_of_equal_codes_leaves_one_candidate_a_row(monkeypatch):
     """What a codebook holds before its first update must not cost a distance for each pair."""
     seen, decide = [], codebook._Search._lowest_of_the_nearest
 
-    def record(self, rows, row, code):
+    def record(self, codes, rows, row, code):
         seen.append(code.shape[0])
-        return decide(self, rows, row, code)
+        return decide(self, codes, rows, row, code)
 
     monkeypatch.setattr(codebook._Search, "_lowest_of_the_nearest", record)
     assert FV.vq_nearest(torch.randn(200, 8), torch.zeros(100, 8)).tolist() == [0] * 200
