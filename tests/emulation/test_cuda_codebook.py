@@ -272,10 +272,6 @@ def test_results_do_not_depend_on_the_order_of_blocks(emulated, data):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_operators_keep_their_schemas():
-    contract.test_operators_keep_their_schemas(EMULATED)
-
-
 @pytest.fixture(scope="module")
 def call(emulated):
     def function(name, *arguments, out):
