@@ -83,7 +83,8 @@ def may_use_written(grad_output: Tensor) -> bool:
 
 def without_autocast(device: torch.device):
     """A context without autocast; a device that has none, such as meta, needs no context."""
-    if torch.amp.is_autocast_available(device.type):
+    # torch.compile of torch 2.11 cannot trace the question, which need not be asked of these devices.
+    if device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
