@@ -186,13 +186,13 @@ def reparameterize_kl(
 def latent_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     """The operator, differentiable any number of times in either mode where it is called as this function."""
     # torch.compile of torch 2.10 traces the fields of a named tuple, and no property.
-    *posterior, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise = arguments
-    mu, dtype = arguments.mu, accumulation_dtype(arguments.mu.dtype)
-    wide_mu, wide_logvar, *prior = _prepare(posterior, (clamp_min, clamp_max))
+    mu, logvar, prior_mu, prior_logvar, eps, seed, num_samples, with_kl, reduction, free_bits, clamp_min, clamp_max, keep_noise = arguments
+    dtype = accumulation_dtype(mu.dtype)
+    wide_mu, wide_logvar, *prior = _prepare((mu, logvar, prior_mu, prior_logvar), (clamp_min, clamp_max))
     z, kl, active, noise = mu.new_empty((0,)), mu.new_empty((0,), dtype=dtype), mu.new_empty((0,), dtype=torch.bool), None
     if eps is not None or seed is not None:
         shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
-        noise = normal(seed, shape, dtype) if eps is None else eps.to(dtype)
+        noise = normal(cast("Tensor", seed), shape, dtype) if eps is None else eps.to(dtype)
         z = (wide_mu + torch.exp(0.5 * wide_logvar) * noise).to(mu.dtype)
     if with_kl:
         kl, active = _reduce_kl(kl_elements(wide_mu, wide_logvar, *prior), reduction, free_bits, mu.dtype)

@@ -203,8 +203,8 @@ def _gradients(grad_elements: Tensor, operands, likelihood: int, with_target: bo
 @in_plain_torch(ops.Reconstruction)
 def _in_plain_torch(arguments: ops.ForwardArguments) -> tuple[Tensor]:
     # torch.compile of torch 2.10 traces the fields of a named tuple, and no property.
-    *operands, likelihood, reduction, _, _ = arguments
-    return (loss(*operands, likelihood, reduction),)
+    input, target, weight, pos_weight, logvar, likelihood, reduction, _, _ = arguments
+    return (loss(input, target, weight, pos_weight, logvar, likelihood, reduction),)
 
 
 @ops.forward.implement("reference")
