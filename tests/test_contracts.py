@@ -1,4 +1,4 @@
-"""What torch asks of a function, asked of every public one: a row of tests/_calls.py is a function, a column here is a contract."""
+"""Every public function meets every contract of torch: a row of tests/_calls.py is a function, a column here is a contract."""
 
 import contextlib
 import copy
@@ -234,7 +234,7 @@ def gives_the_same_without_gradients(call, place):
 
 
 def in_16_bits(call: Call, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What autocast makes of the tensors: the activations are bfloat16."""
+    """The tensors as autocast leaves them: the activations are bfloat16."""
     return {name: t.detach().bfloat16().requires_grad_(t.requires_grad) if name in call.activations else t for name, t in tensors.items()}
 
 
@@ -270,7 +270,7 @@ class Operands(TorchDispatchMode):
 
 
 def operators_behind(call: Call, tensors: dict[str, Tensor]) -> list[tuple[torch._ops.OpOverload, tuple]]:
-    """What the forward and backward pass run, with each shape of the result."""
+    """The operators that the forward and backward pass run, with each shape of the result."""
     with Operands() as operands:
         call.results(tensors)
         for reduction in call.reductions:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason=
 MODULES = {"faiss-cpu": "faiss", "pytest-benchmark": "benchmark", "scikit-learn": "sklearn"}
 # Commands, and plugins that pytest finds by itself; no code imports them.
 COMMANDS = {"clang-format", "mypy", "pre-commit", "pytest-benchmark", "pytest-xdist", "ruff"}
-# What a build needs, and what comes with pip and torch.
+# The packages that a build needs, and those that come with pip and torch.
 OF_THE_BUILD = {"setuptools", "wheel", "pybind11", "ninja"}
 
 

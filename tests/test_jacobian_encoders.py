@@ -396,7 +396,7 @@ def test_autocast(place, method, dtype):
 
 @each_place(GRAM)
 def test_backward_under_autocast(place):
-    """Of single norms, which the backward pass computes again."""
+    """The gradients of single norms, which the backward pass computes again."""
     encoder, x = (t.to(place.device) for t in ENCODERS["gram"]())
     results = []
     for enabled in (True, False):

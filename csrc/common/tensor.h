@@ -105,7 +105,7 @@ inline CodebookRows codebook_rows_of(const Tensor& tensor, Copies& copies) {
   return {vectors.const_data_ptr(), dtype_of(vectors), vectors.stride(0), vectors.stride(1)};
 }
 
-// How many adjacent elements of `shape` read the same value of an operand that broadcasts to it: element e reads value
+// The number of adjacent elements of `shape` that read one value of an operand that broadcasts to it: element e reads value
 // (e / inner) % numel of the operand. The dimensions in which it is not broadcast have to be adjacent, which the public functions check.
 inline int64_t broadcast_inner(const Tensor& operand, const Sizes& shape) {
   int64_t inner = 1;

@@ -40,7 +40,7 @@ def reduced_shape(shape: torch.Size, reduction: int) -> tuple:
 
 
 def reduced_count(shape: torch.Size, reduction: int) -> int:
-    """How many terms the sum over all elements is a mean of. An empty batch has the loss 0, not the NaN of 0 / 0."""
+    """The divisor of the sum over all elements. It is 1 for an empty batch, which has the loss 0 and not the NaN of 0 / 0."""
     if reduction == REDUCTIONS["mean"]:
         return max(shape.numel(), 1)
     if reduction == REDUCTIONS["batchmean"]:

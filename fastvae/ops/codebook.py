@@ -87,8 +87,8 @@ class SumsResults(NamedTuple):
 
 
 class SumsArguments(NamedTuple):
-    """How many rows of ``x`` fell on each code, and their sums. A negative index leaves its row out, and so does a row with NaN or infinite
-    values."""
+    """Counts the rows of ``x`` that fell on each code, and sums them. A negative index leaves its row out, and so does a row with NaN or
+    infinite values."""
 
     x: Tensor
     indices: Tensor
