@@ -71,7 +71,7 @@ def at(pointer, first, added, column, stride):
     if stride is None:
         return pointer + first + column
     else:
-        return pointer + first * stride + (added.to(tl.int64) * stride + column)
+        return pointer + ((first + added) * stride + column)
 
 
 @triton.jit
