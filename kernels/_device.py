@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastvae._gpu import architecture
 from fastvae.kernels._launch import Machine
 from fastvae.ops._operator import Operator
 
@@ -32,9 +33,7 @@ def machine(device: torch.device) -> Machine:
 
 @functools.cache
 def _machine(index: int) -> Machine:
-    properties = torch.cuda.get_device_properties(index)
-    architecture = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return Machine(architecture, properties.multi_processor_count)
+    return Machine(architecture(index), torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def on(device: torch.device):

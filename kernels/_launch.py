@@ -3,6 +3,8 @@ Triton and never depend on data."""
 
 from dataclasses import dataclass
 
+from fastvae._gpu import MIN_TENSOR_CORE_DIM
+
 # A sum over a program ends in barriers among its warps. Few warps wait less; several programs on each multiprocessor make up for them.
 WARPS = 4
 
@@ -137,8 +139,6 @@ def column_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Mat
 # each of 128 threads. With few rows the tiles are shorter, so that no multiprocessor is idle, but not below the 16 rows that a tensor core
 # takes. A product without tensor cores (False) keeps its factors in registers too, and has half the rows.
 SCREEN_ROWS, MIN_SCREEN_ROWS, SCREEN_CODES = {True: 64, False: 32}, 16, 64
-# Tensor cores multiply 16 elements at a time. For shorter vectors the padding costs more than they gain.
-MIN_TENSOR_CORE_DIM = 16
 # A score carries the number of its tile in its low bits: at most so many, with half precision products (True) and with single precision
 # ones, because the precision that they take from the score has to stay small beside the rounding error of the product. More tiles are
 # screened in rounds, each of which ends with a reduction over the slots.

@@ -52,7 +52,7 @@ def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 STAND_IN = """#!/usr/bin/env bash
 # Writes down when it starts and ends, and makes the file that it is asked for.
 case "$*" in
-  *--list-gpu-arch*) printf 'compute_80\\ncompute_90\\ncompute_100\\n'; exit ;;
+  *--list-gpu-arch*) printf 'compute_80\\ncompute_90\\ncompute_120\\n'; exit ;;
   *--version*) echo 'release 13.0, V13.0.48'; exit ;;
   *-fsyntax-only*) exit ;;
 esac
@@ -65,7 +65,7 @@ echo end >> {log}
 
 
 class StandIns:
-    """A compiler and an nvcc that write down how they are called; nvcc knows 8.0, 9.0 and 10.0."""
+    """A compiler and an nvcc that write down how they are called; nvcc knows 8.0, 9.0 and 12.0."""
 
     def __init__(self, folder: Path):
         self.folder, self.log = folder, folder / "calls"
@@ -101,7 +101,7 @@ def test_architectures_are_those_that_torch_s_own_extensions_are_built_for(stand
 @needs_source
 @pytest.mark.parametrize("environment", [{}, {"TORCH_CUDA_ARCH_LIST": ""}], ids=["not set", "empty"])
 def test_architectures_are_those_of_the_default_that_nvcc_knows(stand_ins, environment):
-    assert architectures(stand_ins.build(**environment)) == {"sm_80", "sm_90", "sm_100", "compute_100"}
+    assert architectures(stand_ins.build(**environment)) == {"sm_80", "sm_90", "sm_120", "compute_120"}
 
 
 @needs_source
@@ -180,6 +180,16 @@ def test_library_loads_and_registers_beside_a_stand_in_for_torch_s_cuda_library(
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == list(OPERATORS)
+
+
+@needs_source
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the kernels run")
+def test_without_a_driver_the_library_says_that_no_kernel_runs(library, objects):
+    program = f"from fastvae import _load; _load.CUDA_LIBRARY = {str(library)!r}; print(_load.cuda_refusal())"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(objects)}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert re.match(r"its kernels, of nvcc .*, do not run on this GPU: (CUDA driver version|no CUDA-capable)", result.stdout), result.stderr
 
 
 @needs_source
