@@ -114,7 +114,6 @@ class Gpu:
     refusals: dict[str, str]
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def gpu(index: int | None) -> Gpu:
     """The facts about the GPU of that number, which are asked for once."""
@@ -125,19 +124,34 @@ def gpu(index: int | None) -> Gpu:
     return Gpu(architecture(index), {name: reason for name, reason in refusals.items() if reason})
 
 
+# Constants for torch.compile, which does not trace how the facts are found.
+@torch.compiler.assume_constant_result
+def _refusal_on_gpu(backend: str, index: int | None) -> str | None:
+    return gpu(index).refusals.get(backend)
+
+
+@torch.compiler.assume_constant_result
+def _order_on_gpu(index: int | None) -> tuple[str, ...]:
+    return tuple(name for name in _preferences["cuda"] if name not in gpu(index).refusals)
+
+
+@torch.compiler.assume_constant_result
+def _architecture(index: int | None) -> str:
+    return gpu(index).architecture
+
+
 def _refusal(backend: str, device: torch.device) -> str | None:
-    return gpu(device.index).refusals.get(backend) if device.type == "cuda" else None
+    return _refusal_on_gpu(backend, device.index) if device.type == "cuda" else None
 
 
 def _order(device: torch.device, multiply_adds: int, dim: int) -> tuple[str, ...]:
     """The backends that are chosen on a device, in the order in which they are asked."""
-    order = _preferences.get(device.type, ("fallback",))
     if device.type != "cuda":
-        return order
-    if multiply_adds and searches_on_tensor_cores(multiply_adds, dim, gpu(device.index).architecture):
-        order = "triton", *order
-    refusals = gpu(device.index).refusals
-    return tuple(name for name in order if name not in refusals) if refusals else order
+        return _preferences.get(device.type, ("fallback",))
+    order = _order_on_gpu(device.index)
+    if multiply_adds and "triton" in order and searches_on_tensor_cores(multiply_adds, dim, _architecture(device.index)):
+        return "triton", *order
+    return order
 
 
 def resolve(op: str, device: torch.device, dtype: torch.dtype, multiply_adds: int = 0, dim: int = 0) -> str:
