@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from fastvae import _load, ops
 from fastvae._gpu import architecture, searches_on_tensor_cores
 from fastvae._torch_private import has_kernel
+from fastvae._types import BackendName
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -202,7 +204,7 @@ _from_environment = _check_name(os.environ.get("FASTVAE_BACKEND"), "FASTVAE_BACK
 
 
 @contextmanager
-def use_backend(name: str | None):
+def use_backend(name: BackendName | Literal["auto"] | None):
     """Forces a backend for the calling thread: ``with fastvae.use_backend("reference"): ...``.
 
     Args:

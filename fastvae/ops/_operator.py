@@ -12,7 +12,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("cpp", "cuda", "triton", "fallback", "reference")
+from fastvae._types import BackendName
+
+BACKENDS = typing.get_args(BackendName)
 
 # The type of a number that torch.compile may make symbolic where shapes are dynamic.
 Size = Annotated[int, "SymInt"]
