@@ -34,7 +34,7 @@ def emulated_backend(emulated):
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
 def test_nearest_is_exact(data):
     for n, d, k in SIZES:
-        x, codebook = data(Source("cpu"), min(n, 12) if data in UNDECIDED else n, d, k)
+        x, codebook = data(Source("cpu"), min(n, 6) if data in UNDECIDED else n, d, k)
         assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
 
