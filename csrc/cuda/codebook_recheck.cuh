@@ -60,7 +60,6 @@ __device__ __forceinline__ double block_min(double value) {
 __device__ __forceinline__ bool row_to_double(const CodebookView& rows, int64_t head, int64_t row, int64_t dim, double* to) {
   int64_t first = rows.offset(head, row);
   int not_finite = 0;
-#pragma unroll 4
   for (int64_t d = threadIdx.x; d < dim; d += kThreads) {
     double value = element_as_double(rows, first + d);
     to[d] = value;
@@ -251,7 +250,7 @@ class CodebookRecheck {
     double square = 0.0, product = 0.0;
     if (searched) {
       const C* from = static_cast<const C*>(p_.codes.source.data) + p_.codes.source.offset(head_, code);
-#pragma unroll 4
+#pragma unroll 2
       for (int64_t d = group_.member; d < layout_.dim; d += group_.width) {
         double value = to_double(from[d]);
         square = fma(value, value, square);
@@ -276,7 +275,7 @@ class CodebookRecheck {
     if (searched) {
       FASTVAE_COUNT(distances, group_.member == 0);
       const C* from = static_cast<const C*>(p_.codes.source.data) + p_.codes.source.offset(head_, code);
-#pragma unroll 4
+#pragma unroll 2
       for (int64_t d = group_.member; d < layout_.dim; d += group_.width) {
         double difference = x_[d] - to_double(from[d]);
         total = fma(difference, difference, total);
