@@ -6,6 +6,10 @@
 //
 // Where there are fewer rows than blocks, several blocks share the codes of a row, and the last of them to finish decides between the
 // candidates that they found.
+//
+// A row for which the screen left two codes reads those alone. Any other row that was screened reads the packed codes, 4 bytes an element:
+// 256 KiB of 1,024 codes of 64 elements, which 4 blocks share, and 8 MiB of 8,192 codes of 256, which 32 share. A row that was not screened
+// reads the codebook itself in float64. Each candidate then costs one distance in float64.
 #pragma once
 
 #include "codebook_screen.cuh"

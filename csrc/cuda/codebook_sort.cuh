@@ -3,7 +3,7 @@
 // kernel                        grid                        reads                       writes
 // codebook_finite_rows_kernel   (blocks of rows)            x, indices                  indices, -1 for rows that are not finite
 // codebook_count_kernel         (blocks of 4 parts)         indices                     counts of each part
-// codebook_part_offsets_kernel  (blocks of 8 codes)          counts                      counts, totals, the counts of codes in starts
+// codebook_part_offsets_kernel  (blocks of 8 codes)         counts                      counts, totals, the counts of codes in starts
 // codebook_code_offsets_kernel  (heads)                     starts                      starts
 // codebook_sort_kernel          (blocks of 4 parts)         indices, counts, starts     order, sorted
 // codebook_sum_pieces_kernel    (blocks of pieces)          x, order, sorted, starts    sums, partial

@@ -313,6 +313,22 @@ def test_sums_are_those_of_the_rows_in_their_order(dtype, dim):
     torch.testing.assert_close(sums.double(), oracle[1], rtol=1e-6, atol=1e-6)
 
 
+def test_more_parts_of_a_sort_and_more_codes_than_a_thread_loads_at_a_time():
+    """157 parts, which 16 threads share; 1,500 codes, of which a block handles 1,024 at a time."""
+    source = Source("cpu")
+    x, indices = source.normal(1, 40_000, 1), torch.randint(0, 1500, (1, 40_000), generator=source.generator)
+    results = [OPERATORS["codebook_sums"].overloads[backend](x, indices, 1500) for backend in ("cuda", "reference")]
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
+    states = []
+    for backend, (counts, sums) in zip(("cuda", "reference"), results, strict=True):
+        state = torch.ones(1, 1500, 1), torch.arange(1500.0)[None], torch.ones(1, 1500, 1)
+        OPERATORS["codebook_ema_"].overloads[backend](*state, counts, sums, 0.9, 1e-5)
+        states.append(state)
+    for ours, theirs in zip(*states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_are_added_in_their_order():
     """1e17 + 1 is 1e17 in float64, so the sum tells the order."""
     x = torch.tensor([1.0, 1e17, 2.0, -1e17, 3.0] * 12, dtype=torch.float32).view(1, 60, 1)
