@@ -34,6 +34,8 @@ AOTITorchError emulated_delete_device_guard(DeviceGuardHandle) { return AOTI_TOR
 __attribute__((visibility("default"))) void set_capturing(int capturing) { emulation::capturing = capturing != 0; }
 
 __attribute__((visibility("default"))) int64_t emulated_wide_additions() { return emulation::wide_additions; }
+
+__attribute__((visibility("default"))) int64_t emulated_distances() { return emulation::distances; }
 }
 
 // The functions below expose the arithmetic of csrc/cuda/partition.h, codebook_partition.h, group_norm_partition.h and noise.cuh.
@@ -154,12 +156,15 @@ EXPORT void emulated_crosses_pieces(int64_t start, int64_t end, int64_t* out) { 
 
 EXPORT void emulated_piece_slot(int64_t piece, int64_t start, int64_t* out) { out[0] = fastvae::piece_slot(piece, start); }
 
-// Finds the two smallest of `count` scores: those before `cut` and those from `cut` on are searched apart, and the results are merged.
-EXPORT void emulated_best(const float* scores, int64_t count, int64_t cut, float* out) {
-  fastvae::TwoSmallest first = fastvae::no_scores(), rest = fastvae::no_scores();
-  for (int64_t i = 0; i < count; ++i) fastvae::insert_score(i < cut ? first : rest, scores[i], static_cast<int32_t>(i));
-  fastvae::merge_smallest(first, rest);
-  out[0] = first.smallest;
-  out[1] = first.second;
-  out[2] = static_cast<float>(first.code);
+// Finds the two codes with the smallest of `count` scores. Score i is one of those of thread i % threads.
+EXPORT void emulated_best(const float* scores, int64_t count, int64_t threads, float* out) {
+  std::vector<fastvae::TwoSmallest> seen(threads, fastvae::no_scores());
+  for (int64_t i = 0; i < count; ++i) fastvae::insert_score(seen[i % threads], scores[i], static_cast<int32_t>(i));
+  fastvae::NearestTwo best = fastvae::nearest_two(fastvae::no_scores());
+  for (const fastvae::TwoSmallest& scores_of_thread : seen) fastvae::merge_nearest(best, fastvae::nearest_two(scores_of_thread));
+  out[0] = best.smallest;
+  out[1] = best.second;
+  out[2] = best.rest;
+  out[3] = static_cast<float>(best.code);
+  out[4] = static_cast<float>(best.second_code);
 }

@@ -24,9 +24,26 @@ SIZES = [(0, 4, 3), (1, 1, 1), (5, 3, 1), (7, 8, 33), (40, 4, 70), (20, 15, 130)
 def test_nearest_is_exact(data, size):
     n, d, k = size
     # For each row of these all codes are compared exactly, which takes the interpreter long.
-    compared = data in (test_codebook.far_rows, test_codebook.permuted_ties)
-    x, codebook = data(Source("cpu"), min(n, 5) if compared else n, d, k)
+    rows = {test_codebook.far_rows: 5, test_codebook.permuted_ties: 5, test_codebook.beside_huge_codes: 1}.get(data, n)
+    x, codebook = data(Source("cpu"), min(n, rows), d, k)
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
+
+
+def test_error_bounds_do_not_underflow():
+    test_codebook.check_underflow(FV.vq_nearest, rows=1)
+
+
+@pytest.mark.parametrize("dim", [3, 20])
+def test_a_score_that_underflows_beside_the_number_of_its_tile(dim):
+    """Scaled to the huge codes, which fill the first tile but for one code, the scores of all other codes are 0."""
+    tile = _launch.SCREEN_CODES
+    codebook = torch.zeros(3 * tile, dim)
+    codebook[1 : tile - 1, 0] = 2.0**127 * (1 - 2 * (torch.arange(tile - 2) % 2)) * (1 - torch.arange(tile - 2) // 2 * 2.0**-20)
+    codebook[0, 1], codebook[tile - 1, 1] = 2.0**-40, 2.0**-40
+    codebook[tile:, 1] = 2.0**-40 * torch.arange(2, 2 + 2 * tile)
+    x = torch.zeros(1, dim)
+    x[0, 1] = 2.0**-20
+    assert FV.vq_nearest(x, codebook).tolist() == [3 * tile - 1]
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -199,7 +199,12 @@ namespace emulation {
 // Counts the atomic additions to 64-bit counters. The search for nearest codes makes one for each row that it leaves to its second kernel,
 // which tests look at.
 inline int64_t wide_additions = 0;
+
+// Counts the squared distances in float64 that the second kernel of that search computes, see FASTVAE_COUNT in codebook_recheck.cuh.
+inline int64_t distances = 0;
 }  // namespace emulation
+
+#define FASTVAE_COUNT(event, number) (emulation::event += (number))
 
 template <class T>
 T atomicAdd(T* address, T value) {
