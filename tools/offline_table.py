@@ -194,8 +194,8 @@ def gram(reduce=False, batched=False, with_grad=True):
     return call
 
 
-# Inputs of GroupNorm: groups that are read in pieces, groups that fit on chip, and an input without positions.
-PIECES, WHOLE, FLAT, GROUPS = (16, 256, 64, 64), (256, 512, 8, 16), (256, 65536), 32
+# Inputs of GroupNorm: groups that are read in pieces, small groups and the largest that fit on chip, and an input without positions.
+PIECES, WHOLE, HALF, LARGE, FLAT, GROUPS = (16, 256, 64, 64), (256, 512, 8, 16), (64, 512, 16, 32), (64, 512, 32, 32), (256, 65536), 32
 
 
 def normalise(shape=PIECES, last=False, activation="silu", affine=True):
@@ -355,6 +355,9 @@ CASES = (
     Case("GroupNorm, channels last", NORM_IN_PIECES, normalise(last=True, activation="none", affine=False), WIDE, ONE),
     Case("GroupNorm, SiLU, small groups", (NORM_WHOLE,), normalise(WHOLE), ALL),
     Case("GroupNorm, SiLU, small groups, channels last", (NORM_WHOLE,), normalise(WHOLE, last=True), ALL),
+    Case("GroupNorm, SiLU, groups of 8,192", (NORM_WHOLE,), normalise(HALF), BRIEF),
+    Case("GroupNorm, SiLU, groups of 16,384", (NORM_WHOLE,), normalise(LARGE), ALL),
+    Case("GroupNorm, SiLU, groups of 16,384, channels last", (NORM_WHOLE,), normalise(LARGE, last=True), ALL),
     Case("GroupNorm of one position", (NORM_WHOLE,), normalise(FLAT, activation="none", affine=False), WIDE, ONE),
     Case("gradients of GroupNorm, SiLU", (*NORM_BACKWARD_IN_PIECES, NORM_PARAMETERS), normalise_backward()),
     Case("gradients of GroupNorm, SiLU, 16 bits", (*NORM_BACKWARD_IN_PIECES, NORM_PARAMETERS), normalise_backward(), HALVES, ONE),
@@ -371,6 +374,14 @@ CASES = (
         "gradients of GroupNorm, SiLU, small groups, channels last",
         (NORM_BACKWARD_WHOLE, NORM_PARAMETERS),
         normalise_backward(WHOLE, last=True),
+        ALL,
+    ),
+    Case("gradients of GroupNorm, SiLU, groups of 8,192", (NORM_BACKWARD_WHOLE, NORM_PARAMETERS), normalise_backward(HALF), BRIEF),
+    Case("gradients of GroupNorm, SiLU, groups of 16,384", (NORM_BACKWARD_WHOLE, NORM_PARAMETERS), normalise_backward(LARGE), ALL),
+    Case(
+        "gradients of GroupNorm, SiLU, groups of 8,192, channels last",
+        (NORM_BACKWARD_WHOLE, NORM_PARAMETERS),
+        normalise_backward(HALF, last=True),
         ALL,
     ),
     Case(

@@ -24,7 +24,15 @@ LIBRARY = BUILD / "emulated_cuda.so"
 # An access to a vector that is not aligned, an error on a GPU, traps.
 SANITIZE = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", *SANITIZE)
-DEFINES = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFASTVAE_MAX_NORM_BLOCKS=16", "-include", "cuda_runtime.h")
+DEFINES = (
+    "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DFASTVAE_MAX_NORM_BLOCKS=16",
+    "-DFASTVAE_NORM_GROUP_BYTES=16384",
+    "-DFASTVAE_MANY_NORM_GROUPS=8",
+    "-include",
+    "cuda_runtime.h",
+)
 
 
 def build() -> None:

@@ -130,8 +130,9 @@ def elements(launch: Launch) -> float:
     return arguments["input"].numel() if "input" in arguments else math.inf
 
 
-def elements_per_thread(launch: Launch, threads: int) -> int:
+def elements_per_thread(launch: Launch, machine: _launch.Machine) -> int:
     arguments = launch.by_name()
+    threads = arguments["num_warps"] * machine.warp_size
     if "TILES" in arguments:
         return arguments["TILES"] * _launch.NOISE_TILE // threads
     return arguments.get("BLOCK", arguments.get("ROWS", 1) * arguments.get("COLUMNS", 1)) // threads
@@ -172,9 +173,8 @@ def vectorised(launch: Launch, operands: dict[str, torch.Tensor]) -> list[torch.
 @each_job
 def test_accesses_of_16_bytes_on_every_operand(job, binaries):
     """As many as a thread's elements of all operands fill, in the loop over full blocks."""
-    threads = TARGETS[job.target][1].threads
     for launch, (row, _) in zip(job.launches(), binaries[job], strict=True):
-        per_thread = elements_per_thread(launch, threads)
+        per_thread = elements_per_thread(launch, TARGETS[job.target][1])
         assert all(per_thread * tensor.element_size() >= _launch.ACCESS_BYTES for tensor in streamed(launch).values())
         loads, stores = (
             sum(per_thread * tensor.element_size() for tensor in vectorised(launch, operands)) // _launch.ACCESS_BYTES
@@ -285,11 +285,17 @@ BYTES = {
     "GroupNorm, SiLU, channels last": {"float32": 12, "bfloat16": 6, "float16": 6},
     "GroupNorm, SiLU, small groups": {"float32": 8, "bfloat16": 4, "float16": 4},
     "GroupNorm, SiLU, small groups, channels last": {"float32": 8, "bfloat16": 4, "float16": 4},
+    "GroupNorm, SiLU, groups of 8,192": {"float32": 8, "bfloat16": 4},
+    "GroupNorm, SiLU, groups of 16,384": {"float32": 8, "bfloat16": 4, "float16": 4},
+    "GroupNorm, SiLU, groups of 16,384, channels last": {"float32": 8, "bfloat16": 4, "float16": 4},
     "gradients of GroupNorm, SiLU": {"float32": 20},
     "gradients of GroupNorm, SiLU, 16 bits": {"bfloat16": 10, "float16": 10},
     "gradients of GroupNorm, SiLU, channels last": {"float32": 20, "bfloat16": 10, "float16": 10},
     "gradients of GroupNorm, SiLU, small groups": {"float32": 12, "bfloat16": 6, "float16": 6},
     "gradients of GroupNorm, SiLU, small groups, channels last": {"float32": 12, "bfloat16": 6, "float16": 6},
+    "gradients of GroupNorm, SiLU, groups of 8,192": {"float32": 12, "bfloat16": 6},
+    "gradients of GroupNorm, SiLU, groups of 16,384": {"float32": 12, "bfloat16": 6, "float16": 6},
+    "gradients of GroupNorm, SiLU, groups of 8,192, channels last": {"float32": 12, "bfloat16": 6, "float16": 6},
 }
 
 

@@ -11,6 +11,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -32,6 +34,9 @@
 #include <torch/csrc/stable/library.h>
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m, C10_UID)
+
+// The dynamic shared memory of a block.
+#define FASTVAE_DYNAMIC_SHARED(name) unsigned char* name = emulation::dynamic_shared()
 
 struct dim3 {
   unsigned x, y, z;
@@ -68,8 +73,11 @@ struct Machine {
   std::mt19937 random{2026};
   unsigned paused_warps = 0;  // one bit for each warp
   dim3 block_index, block_size, grid_size;
+  std::unique_ptr<std::max_align_t[]> shared;  // as many bytes as the launch asks for, rounded up
 };
 inline Machine machine;
+
+inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(machine.shared.get()); }
 
 // Suspends the running thread in this state until the scheduler sets it to ready again.
 inline void wait(State state) {
@@ -141,13 +149,17 @@ inline void run_block(unsigned threads) {
   }
 }
 
-inline void run_grid(dim3 grid, dim3 block, std::function<void()> kernel) {
+inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
   machine.kernel = std::move(kernel);
   machine.block_size = block;
   machine.grid_size = grid;
   if (machine.fibers.size() < block.x) machine.fibers.resize(block.x);
   for (unsigned i : shuffled(grid.x * grid.y)) {
     machine.block_index = dim3(i % grid.x, i / grid.x);
+    // NaN in every floating dtype: what a kernel reads before it writes shows in a result.
+    size_t units = (shared_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t);
+    machine.shared.reset(new std::max_align_t[units]);
+    memset(machine.shared.get(), 0xff, units * sizeof(std::max_align_t));
     run_block(block.x);
   }
 }
@@ -269,9 +281,35 @@ cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
   return cudaSuccess;
 }
 
+// The emulated GPU has little shared memory, so that kernels which keep what fits into it keep a part of small tensors.
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 32768,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 24576,
+  cudaDevAttrReservedSharedMemoryPerBlock = 1024,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute;
+  return cudaSuccess;
+}
+
+namespace emulation {
+// The dynamic shared memory that each kernel has been permitted.
+inline std::map<const void*, size_t> permitted_shared;
+}  // namespace emulation
+
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > cudaDevAttrMaxSharedMemoryPerBlockOptin) emulation::fail("a kernel is permitted more shared memory than there is");
+  emulation::permitted_shared[kernel] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
 template <class Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t shared_bytes, cudaStream_t) {
+  if (shared_bytes > 0 && shared_bytes > emulation::permitted_shared[reinterpret_cast<const void*>(kernel)])
+    emulation::fail("a block asks for more shared memory than its kernel is permitted");
   const Params& params = *static_cast<const Params*>(arguments[0]);
-  emulation::run_grid(grid, block, [&] { kernel(params); });
+  emulation::run_grid(grid, block, shared_bytes, [&] { kernel(params); });
   return cudaSuccess;
 }
