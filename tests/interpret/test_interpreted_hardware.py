@@ -10,17 +10,33 @@ import torch
 from _calls import CALLS
 from _helpers import NOISE_TOLERANCE, Source
 from test_codebook import DATA, assert_nearest
+from test_interpreted_codebook import COMPARED
+from test_interpreted_contracts import FAMILIES
 from test_interpreted_helpers import losses
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastvae import functional as FV
-from fastvae.kernels import _device, _launch, _reduce
+from fastvae.kernels import _device, _launch
 from fastvae.reference import latent as reference
 
 ROWS = 21
 
-# The interpreter takes seconds for a large feature map.
-each_call = pytest.mark.parametrize("call", [call for call in CALLS if not call.name.startswith("GroupNorm and SiLU")], ids=str)
+# The interpreter takes seconds for a large feature map. One call of each family, and in the long proof every other.
+each_call = pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(call, marks=[] if call.name in FAMILIES else pytest.mark.prove, id=str(call))
+        for call in CALLS
+        if not call.name.startswith("GroupNorm and SiLU")
+    ],
+)
+
+
+# The rest is for the long proof.
+QUICK = test_codebook.random, test_codebook.nearly_duplicated, test_codebook.midway, test_codebook.mixed_rows
+each_data = pytest.mark.parametrize(
+    "data", [pytest.param(data, marks=[] if data in QUICK else pytest.mark.prove, id=data.__name__) for data in DATA]
+)
 
 
 def assert_same_bits(results: dict, others: dict) -> None:
@@ -54,13 +70,12 @@ def test_the_order_of_programs_changes_no_bit(monkeypatch, call):
     assert_same_bits(call.results(call.tensors("cpu", ROWS)), expected)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("data", [test_codebook.nearly_duplicated, test_codebook.clustered, test_codebook.midway], ids=lambda f: f.__name__)
-def test_the_order_of_programs_changes_no_index(monkeypatch, data, seed):
+def test_the_order_of_programs_changes_no_index(monkeypatch, data):
     """Rows that several programs decide together."""
     monkeypatch.setattr(_launch, "RECHECK_TILES", 1)
-    run_in_another_order(monkeypatch, seed)
-    x, codebook = data(Source("cpu", seed=seed), 12, 20, 64 * 5 + 1)
+    run_in_another_order(monkeypatch, seed=1)
+    x, codebook = data(Source("cpu"), 6, 20, 64 * 2 + 1)
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
 
@@ -101,7 +116,12 @@ def test_lanes_outside_a_mask_reach_no_result(monkeypatch, call):
     assert_same_bits(call.results(call.tensors("cpu", ROWS)), expected)
 
 
-@pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in losses()])
+QUICK_LOSSES = "codebook", "reconstruction, samples", "jacobian, samples"
+
+
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, marks=[] if name in QUICK_LOSSES else pytest.mark.prove, id=name) for name, call in losses()]
+)
 def test_lanes_outside_a_mask_reach_no_sum(monkeypatch, call):
     """Sums over several programs, the last of which has few elements."""
     torch.manual_seed(0)
@@ -116,16 +136,6 @@ def test_there_are_lanes_outside_masks(monkeypatch):
     counts = poison_masked_lanes(monkeypatch)
     FV.kl_normal(torch.randn(3, 20), torch.randn(3, 20))
     assert sum(counts) > 0
-
-
-@pytest.mark.parametrize("on_amd", [False, True])
-def test_slots_are_stored_on_either_kind_of_gpu(monkeypatch, on_amd):
-    """An exchange stores what a store does."""
-    monkeypatch.setattr(_reduce, "ON_AMD", on_amd)
-    mu, logvar = Source("cpu").normal(40, 300), Source("cpu", seed=1).normal(40, 300)
-    elements = FV.kl_normal(mu, logvar, reduction="none").double()
-    torch.testing.assert_close(FV.kl_normal(mu, logvar, reduction="sum").double(), elements.sum(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(FV.kl_normal(mu, logvar, reduction="sample").double(), elements.sum(1), rtol=1e-6, atol=0)
 
 
 def off_by_an_ulp(patch: pytest.MonkeyPatch, *names: str) -> None:
@@ -151,7 +161,7 @@ APPROXIMATE = ("create_sqrt", "create_fdiv", "create_exp", "create_exp2")
 
 
 def test_noise_with_approximate_roots(monkeypatch):
-    zero = torch.zeros(8, 1000)
+    zero = torch.zeros(3, 700)
     exact = FV.reparameterize(zero, zero, seed=5)
     off_by_an_ulp(monkeypatch, *APPROXIMATE)
     noise = FV.reparameterize(zero, zero, seed=5)
@@ -159,11 +169,11 @@ def test_noise_with_approximate_roots(monkeypatch):
     torch.testing.assert_close(noise, reference.normal(torch.tensor(5), zero.shape), rtol=0, atol=NOISE_TOLERANCE)
 
 
-@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dim", [7, 33])
+@each_data
+@pytest.mark.parametrize("dim", [pytest.param(7, marks=pytest.mark.prove), 33])
 def test_indices_with_approximate_roots(monkeypatch, data, dim):
     off_by_an_ulp(monkeypatch, *APPROXIMATE)
-    x, codebook = data(Source("cpu"), 6, dim, 70)
+    x, codebook = data(Source("cpu"), 1 if data in COMPARED else 4, dim, 70)
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
 
@@ -206,11 +216,18 @@ def truncated_most(source, n, d, k):
     return x, codes
 
 
-@pytest.mark.parametrize("data", [*DATA, truncated_most], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dim", [16, 130])
+@pytest.mark.parametrize("dim", [16, pytest.param(130, marks=pytest.mark.prove)])
+def test_indices_of_codes_that_truncation_hides(monkeypatch, dim):
+    on_tensor_cores(monkeypatch)
+    x, codebook = truncated_most(Source("cpu"), 4, dim, 70)
+    assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
+
+
+@each_data
+@pytest.mark.parametrize("dim", [16, pytest.param(130, marks=pytest.mark.prove)])
 def test_indices_with_truncated_sums(monkeypatch, data, dim):
     on_tensor_cores(monkeypatch)
-    x, codebook = data(Source("cpu"), 6, dim, 70)
+    x, codebook = data(Source("cpu"), 1 if data in COMPARED else 4, dim, 70)
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
 
@@ -240,4 +257,5 @@ def test_the_bound_covers_truncated_sums(make, dim):
     plan = _launch.screen(1, 8, 8, dim, _device.machine(torch.device("cpu")))
     sums = plan.rounding - plan.unit - plan.half_norm_rounding
     assert (error <= sums * norms).all()
-    assert make is not all_bits_set or (error > 0.05 * sums * norms).any()
+    # A single block truncates little.
+    assert make is not all_bits_set or dim == BLOCK or (error > 0.05 * sums * norms).any()
