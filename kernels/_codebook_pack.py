@@ -75,6 +75,21 @@ def round_off(value, HALF: tl.constexpr):
         return value
 
 
+@triton.jit
+def lower_bound(product, half_norm, error_weight, minus_scale, minus_error):
+    """A lower bound of a score, from the product of a packed row and a packed code, the code's half_norm and error_weight, and minus the
+    row's product_scale and row_error."""
+    score = minus_scale * product + half_norm
+    return minus_error * error_weight + score
+
+
+@triton.jit
+def upper_bound(lower, half_norm, error_weight, row_error, half_norm_rounding):
+    """The upper bound of a score, which is twice its error above the lower bound. The factor is a little more, for the rounding of this
+    sum."""
+    return lower + 2.01 * (row_error * error_weight + half_norm_rounding * half_norm)
+
+
 @triton.jit(do_not_specialize=["codes"])
 def codebook_measure_kernel(
     codebook, mean, max_quarter, hashes, code_head_stride, code_stride, codes, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr

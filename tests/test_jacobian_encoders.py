@@ -102,6 +102,26 @@ def test_a_batch_of_many_chunks(place, monkeypatch):
     compare_with_the_oracle(mlp((20, 8, 6, 5)).to(place.device), x, "gram")
 
 
+@pytest.fixture
+def rounded_products():
+    """float32 products that torch may make of factors in TF32."""
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(previous)
+
+
+@each_place(GRAM)
+@pytest.mark.usefixtures("rounded_products")
+@pytest.mark.parametrize("sizes", [(20, 8, 5), (5, 9, 6, 8, 4)], ids=str)
+def test_gram_follows_the_precision_of_torchs_products(place, sizes):
+    """The documented error, and the setting as the caller chose it."""
+    encoder, x = mlp(sizes).to(place.device), Source(place.device).normal(40, sizes[0])
+    norms = FV.jacobian_frobenius(encoder, x, method="gram", reduction="sample")
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.testing.assert_close(norms.double(), oracle_norms(encoder.double(), x.double()), rtol=1e-3, atol=0)
+
+
 @each_place(GRAM, dtype=torch.float64)
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "sample"])
 def test_gradcheck_of_gram(place, reduction):
