@@ -11,16 +11,16 @@ ON_AMD = tl.constexpr(torch.version.hip is not None)
 
 @triton.jit
 def store_slots(pointers, values, mask):
-    """Stores values that the last program reads, see :func:`is_last`; every kernel stores its slots with it.
+    """Stores values of 32 bits that the last program reads, see :func:`is_last`; every kernel stores its slots with it.
 
     The barrier of is_last waits for the stores of all threads on NVIDIA's GPUs alone. On AMD's a wavefront passes it while its stores are
-    under way, and only the wavefront that takes the ticket waits for its own. An atomic exchange that acquires is complete before the
-    wavefront goes on.
+    under way, and only the wavefront that takes the ticket waits for its own. So an atomic operation follows that changes nothing: it
+    releases, for which the wavefront has to wait for its stores, and acquires, for which it has to wait for the operation.
     """
+    tl.store(pointers, values, mask=mask)
     if ON_AMD:
-        tl.atomic_xchg(pointers, values, mask=mask, sem="acq_rel", scope="gpu")
-    else:
-        tl.store(pointers, values, mask=mask)
+        bits = pointers.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.atomic_or(bits, 0, mask=mask, sem="acq_rel", scope="gpu")
 
 
 @triton.jit

@@ -122,7 +122,9 @@ GOOD_PTX = """
     @%p6 ld.global.cg.b32 { %r4 }, [ %rd3 + 0 ];
 """
 GOOD_AMDGCN = """
-    global_atomic_swap v[0:1], v2, off
+    global_store_dword v[0:1], v2, off
+    s_waitcnt vmcnt(0)
+    global_atomic_or v[0:1], v3, off
     s_waitcnt vmcnt(0)
     s_barrier
     global_atomic_add v0, v1, v2, s[0:1] sc0
@@ -145,9 +147,9 @@ def test_what_is_wrong_is_found():
     assert not reads_past_the_first_cache(steps(GOOD_PTX.replace(".cg", ""), PTX), 2, False)
     assert not reads_past_the_first_cache([*ptx, LOAD], 2, True)
     amdgcn = steps(GOOD_AMDGCN, AMDGCN)
-    assert amdgcn == [STORE, WAIT, BARRIER, TICKET, WAIT, INVALIDATE, BARRIER, LOAD]
-    assert waits_before_barrier(amdgcn, 3)
-    assert invalidates_the_cache(amdgcn, 3)
+    assert amdgcn == [STORE, WAIT, STORE, WAIT, BARRIER, TICKET, WAIT, INVALIDATE, BARRIER, LOAD]
+    assert waits_before_barrier(amdgcn, 5)
+    assert invalidates_the_cache(amdgcn, 5)
     assert not invalidates_the_cache([TICKET, BARRIER, INVALIDATE], 0)
     assert not waits_before_barrier([STORE, BARRIER, TICKET], 2)
     assert not waits_before_barrier([WAIT, STORE, BARRIER, TICKET], 3)
