@@ -19,7 +19,7 @@ TESTS ?= all
 NATIVE := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 
-.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang sanitize bench results compat lint format build setup clean gpu-pass
+.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang sanitize prove bench results compat lint format build setup clean gpu-pass
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -55,6 +55,11 @@ test-clang: setup
 sanitize: setup
 	$(RUN) tests/cpp/build.py g++ clang++ --sanitize address undefined thread
 	$(RUN) tests/cpp/operators.py g++ --sanitize address undefined
+
+# The tests that are marked as long proofs.
+prove: build
+	$(RUN) -m pytest tests $(addprefix --ignore=tests/,cuda emulation interpret offline) -m prove
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret -m prove --numprocesses auto
 
 # Some gigabytes and many minutes, in a .venv-compat-* of its own; PYTHON says for which Python.
 compat: build
