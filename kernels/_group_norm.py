@@ -58,10 +58,14 @@ class GroupLimits:
 # Elements of a group for each thread of its program, below the limit of threads.
 GROUP_THREAD_ELEMENTS = 16
 # Of the largest groups a thread of the forward pass has 32 elements, which leaves a multiprocessor room for two programs in 16 bits. Of the
-# backward pass it has 16 of each operand; more would spill, as would 1024 threads, which have 64 registers each, in channels-last memory,
-# where a thread keeps the weight and the bias of several channels.
+# backward pass it has 16 of each operand; more would spill. So would 1024 threads, which have 64 registers each, in float32, and in
+# channels-last memory, where a thread keeps the weight and the bias of several channels.
 FORWARD_LIMITS = GroupLimits(16_384, 512)
-BACKWARD_LIMITS, CHANNELS_LAST_BACKWARD_LIMITS = GroupLimits(16_384, 1024), GroupLimits(8192, 512)
+BACKWARD_LIMITS, WIDE_BACKWARD_LIMITS = GroupLimits(8192, 512), GroupLimits(16_384, 1024)
+
+
+def backward_limits(channels_last: bool, itemsize: int) -> GroupLimits:
+    return BACKWARD_LIMITS if channels_last or itemsize > 2 else WIDE_BACKWARD_LIMITS
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,10 @@ import triton.language as tl
 
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._group_norm import (
-    BACKWARD_LIMITS,
-    CHANNELS_LAST_BACKWARD_LIMITS,
     FORWARD_LIMITS,
     GroupLimits,
     activate,
+    backward_limits,
     block_offsets,
     blocks,
     differentiate,
@@ -381,7 +380,7 @@ def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     sample_sums = input.new_empty((call.batch * call.channels * 2,), dtype=torch.float64) if has_parameters else None
     sizes = call.channels, call.positions
     with _device.on(input.device):
-        group_options = call.group_options(CHANNELS_LAST_BACKWARD_LIMITS if call.channels_last else BACKWARD_LIMITS)
+        group_options = call.group_options(backward_limits(call.channels_last, input.element_size()))
         if group_options is not None:
             group_norm_backward_group_kernel[(call.batch * num_groups,)](
                 grad_output, call.input, grad_input, mean, rstd, *parameters, sample_sums, *sizes, num_groups,

@@ -32,8 +32,8 @@ def test_matches_float64(case, dtype):
 @pytest.mark.parametrize(("shape", "groups"), [((2, 6, 5, 50), 3), ((19, 40, 3, 3), 1), ((1, 3, 70, 50), 1)], ids=str)
 def test_groups_that_are_not_kept_on_chip(monkeypatch, layout, shape, groups):
     """With partial sums of several splits, of more channels than a program of the combining kernel takes splits of, and of many samples."""
-    for name in ("FORWARD_LIMITS", "BACKWARD_LIMITS", "CHANNELS_LAST_BACKWARD_LIMITS"):
-        monkeypatch.setattr(group_norm, name, _group_norm.GroupLimits(64, 128))
+    monkeypatch.setattr(group_norm, "FORWARD_LIMITS", _group_norm.GroupLimits(64, 128))
+    monkeypatch.setattr(_group_norm, "BACKWARD_LIMITS", _group_norm.GroupLimits(64, 128))
     check(Place("cpu", "triton"), torch.float32, Case(shape, groups, layout=layout, grad_layout=layout))
 
 
@@ -47,6 +47,7 @@ def test_groups_that_are_not_kept_on_chip(monkeypatch, layout, shape, groups):
         ((8, 1024, True, 4), 512, 512),
         ((16, 1024, False, 2), 512, 1024),
         ((16, 1024, True, 2), 512, 0),
+        ((16, 1024, False, 4), 512, 0),
         ((17, 1024, False, 2), 0, 0),
         ((16, 1025, False, 2), 0, 0),
         # Less than a sector.
@@ -57,7 +58,7 @@ def test_groups_that_are_not_kept_on_chip(monkeypatch, layout, shape, groups):
     ids=str,
 )
 def test_programs_of_whole_groups(sizes, forward, backward):
-    backward_limits = _group_norm.CHANNELS_LAST_BACKWARD_LIMITS if sizes[2] else _group_norm.BACKWARD_LIMITS
+    backward_limits = _group_norm.backward_limits(*sizes[2:])
     for machine in (Machine("sm_90", 132), Machine("gfx942", 304)):
         for limits, threads in ((_group_norm.FORWARD_LIMITS, forward), (backward_limits, backward)):
             config = _group_norm.whole_group(*sizes, limits, machine)

@@ -266,7 +266,7 @@ BYTES = {
     "gradients of GroupNorm, SiLU, small groups": {"float32": 12, "bfloat16": 6, "float16": 6},
     "gradients of GroupNorm, SiLU, small groups, channels last": {"float32": 12, "bfloat16": 6, "float16": 6},
     "gradients of GroupNorm, SiLU, groups of 8,192": {"float32": 12, "bfloat16": 6},
-    "gradients of GroupNorm, SiLU, groups of 16,384": {"float32": 12, "bfloat16": 6, "float16": 6},
+    "gradients of GroupNorm, SiLU, groups of 16,384": {"bfloat16": 6, "float16": 6},
     "gradients of GroupNorm, SiLU, groups of 8,192, channels last": {"float32": 12, "bfloat16": 6, "float16": 6},
 }
 
