@@ -331,10 +331,10 @@ def test_the_table_is_that_of_this_code(binaries):
 
 
 def test_the_table_is_complete_and_spills_nothing_with_any_version():
-    """Of the oldest Triton that is promised, torch 2.10's and 2.11's, and of the pinned torch's."""
+    """Of the pinned torch's Triton, and of each other one that the table was made with."""
     table = offline_table.read_table()
     versions = {row.triton for row in table}
-    assert versions == {"3.6.0", "3.9.0"}
+    assert "3.9.0" in versions
     expected = [(job.case.name, kernel, job.dtype, job.target) for job in JOBS for kernel in job.case.kernels]
     for version in versions:
         rows = [row for row in table if row.triton == version]
