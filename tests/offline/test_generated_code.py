@@ -80,7 +80,7 @@ def invalidates_the_cache(found: list[str], ticket: int) -> bool:
 
 @each_job
 def test_the_last_program_reads_what_the_others_wrote(job, binaries):
-    """What follows the ticket reads slots alone, but for the search, which reads vectors too."""
+    """The code after the ticket reads slots alone, but for the search, which reads vectors too."""
     on_amd = job.target.startswith("gfx")
     for launch, code in zip(job.launches(), binaries[job], strict=True):
         if not takes_tickets(launch):
