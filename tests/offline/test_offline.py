@@ -160,8 +160,9 @@ WIDENS = ("arith.addi", "arith.subi", "arith.remsi", "arith.divsi", "arith.selec
 
 
 def narrow_products(code: str) -> list[str]:
-    """Products in 32 bits of what comes from a program's number: they overflow where a tensor has more than 2^31 elements."""
-    from_program, products = set(), []
+    """Products in 32 bits of what comes from a program's number: they overflow where a tensor has more than 2^31 elements. The product of
+    such numbers and sizes of the grid, which is the number of a program of the whole grid, does not."""
+    from_program, of_grid, products = set(), set(), []
     for line in code.splitlines():
         match = re.match(r"\s*(%\S+) = (\S+)(.*)", line)
         if match is None:
@@ -169,7 +170,9 @@ def narrow_products(code: str) -> list[str]:
         result, operation, rest = match.groups()
         narrow = not re.search(r"i64>?$", re.sub(r" loc\(.*", "", rest).split(" : ")[-1].split("->")[-1].strip())
         operands = set(re.findall(r"%[\w#]+", rest))
-        if operation == "tt.get_program_id":
+        if operation in ("tt.get_program_id", "tt.get_num_programs"):
+            of_grid.add(result)
+        if operation == "tt.get_program_id" or (operation == "arith.muli" and operands <= of_grid and operands & from_program):
             from_program.add(result)
         elif operation == "scf.for":
             bound = re.search(r"(%\S+) = (%\S+) to", rest)
