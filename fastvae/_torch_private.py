@@ -79,3 +79,10 @@ def processor_multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products of bfloat16."""
     supported: tuple[Callable[[], bool], ...] = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
     return any(ask() for ask in supported)
+
+
+def constant_when_compiled(function):
+    """Decorates a function whose result torch.compile takes as a constant. torch.compiler.assume_constant_result does no more, but imports
+    all of torch.compile."""
+    function._dynamo_marked_constant = True
+    return function
