@@ -1,5 +1,5 @@
-"""What the generated code has to contain, where a mistake would be a race or a rounding that no test on a CPU shows: how slots are handed
-from the programs of a launch to its last one, and the precision of the screens."""
+"""The generated code hands slots from the programs of a launch to its last one without a race, and keeps the precision of the screens.
+No test on a CPU would show a mistake there."""
 
 import re
 

@@ -334,7 +334,7 @@ def test_the_table_is_that_of_this_code(binaries):
 
 
 def test_the_table_is_complete_and_spills_nothing_with_any_version():
-    """Of the pinned torch's Triton, and of each other one that the table was made with."""
+    """This holds for the pinned torch's Triton, and for each other one that the table was made with."""
     table = offline_table.read_table()
     versions = {row.triton for row in table}
     assert "3.9.0" in versions
