@@ -15,6 +15,7 @@ from fastvae.functional._checks import check_nonnegative
 from fastvae.models import _networks
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
+from fastvae.models._recipe import ready_made
 from fastvae.nn.corruption import GaussianNoise
 from fastvae.ops._results import accumulation_dtype
 
@@ -68,6 +69,7 @@ class AE(nn.Module):
         self.register_buffer("threshold", torch.tensor(math.nan), persistent=False)
 
     @classmethod
+    @ready_made
     def mlp(
         cls: type[AnyAE],
         data_shape: int | Sequence[int] = (1, 28, 28),
@@ -90,9 +92,11 @@ class AE(nn.Module):
             output: activation of the reconstruction, by the range of the data; ``"identity"`` for logits.
             options: those of the class.
         """
-        return cls(*_networks.mlp(data_shape, hidden, latent_dim, activation=activation, code=code, output=output), **options)
+        encoder, decoder = _networks.mlp(data_shape, hidden, latent_dim, activation=activation, code=code, output=output)
+        return cls(encoder, decoder, **options)
 
     @classmethod
+    @ready_made
     def linear(cls: type[AnyAE], data_shape: int | Sequence[int], latent_dim: int, **options) -> AnyAE:
         """One linear layer each way. With squared error it reaches the error of a principal component analysis with as many components
         (Baldi and Hornik 1989).
@@ -103,13 +107,15 @@ class AE(nn.Module):
         return cls.mlp(data_shape, (), latent_dim, output="identity", **options)
 
     @classmethod
+    @ready_made
     def conv(cls: type[AnyAE], latent_dim: int = 32, *, output: LayerActivation = "sigmoid", **options) -> AnyAE:
         """Two convolutions of stride 2 and two linear layers each way, for images of 1 x 28 x 28; see :meth:`fastvae.models.VAE.conv`.
 
         Args:
             latent_dim, output, options: see :meth:`mlp`.
         """
-        return cls(*_networks.conv(latent_dim, output=output), **options)
+        encoder, decoder = _networks.conv(latent_dim, output=output)
+        return cls(encoder, decoder, **options)
 
     def extra_repr(self) -> str:
         return f"recon_loss={self.recon_loss!r}"

@@ -12,6 +12,7 @@ from fastvae._torch_private import processor_multiplies_bfloat16
 from fastvae._types import Precision, check_choice
 from fastvae.functional._modules import owns_output
 from fastvae.models._inputs import as_float, parameter_dtype
+from fastvae.models._recipe import ready_made
 from fastvae.models.vae import VAE
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 
@@ -161,6 +162,7 @@ class ImageVAE(VAE):
         self.precision = precision
 
     @classmethod
+    @ready_made
     def residual(
         cls: type[AnyImageVAE],
         in_channels: int = 3,

@@ -14,6 +14,7 @@ from fastvae.functional._checks import check_nonnegative
 from fastvae.models import _networks
 from fastvae.models._inputs import as_float, parameter_dtype
 from fastvae.models._reading import reading
+from fastvae.models._recipe import ready_made
 from fastvae.nn import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty
 from fastvae.nn.schedules import Schedule
 
@@ -87,6 +88,7 @@ class VAE(nn.Module):
         self.num_samples = num_samples
 
     @classmethod
+    @ready_made
     def conv(cls: type[AnyVAE], latent_dim: int = 20, **options) -> AnyVAE:
         """The convolutional VAE of many tutorials for images of 1 x 28 x 28; the decoder gives logits.
 
@@ -97,9 +99,11 @@ class VAE(nn.Module):
             latent_dim: size of ``z``: 20 for quality, 2 for pictures of the latent space.
             options: those of the class.
         """
-        return cls(*_networks.conv(latent_dim, code_dim=2 * latent_dim), latent_dim, **options)
+        encoder, decoder = _networks.conv(latent_dim, code_dim=2 * latent_dim)
+        return cls(encoder, decoder, latent_dim, **options)
 
     @classmethod
+    @ready_made
     def mlp(
         cls: type[AnyVAE],
         data_shape: int | Sequence[int] = (1, 28, 28),
@@ -118,8 +122,8 @@ class VAE(nn.Module):
             activation: of the hidden layers: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"sigmoid"``, ``"tanh"`` or ``"identity"``.
             options: those of the class.
         """
-        networks = _networks.mlp(data_shape, hidden, latent_dim, code_dim=2 * latent_dim, activation=activation)
-        return cls(*networks, latent_dim, **options)
+        encoder, decoder = _networks.mlp(data_shape, hidden, latent_dim, code_dim=2 * latent_dim, activation=activation)
+        return cls(encoder, decoder, latent_dim, **options)
 
     def extra_repr(self) -> str:
         return f"latent_shape={self.latent_shape}, free_bits={self.free_bits}, num_samples={self.num_samples}"

@@ -9,6 +9,7 @@ from fastvae import functional as FV
 from fastvae._pytree import exportable
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
+from fastvae.models._recipe import ready_made
 from fastvae.nn import VectorQuantizer
 
 
@@ -97,6 +98,7 @@ class VQVAE(nn.Module):
         self.encoder, self.decoder, self.quantizer, self.data_variance = encoder, decoder, quantizer, data_variance
 
     @classmethod
+    @ready_made
     def conv(
         cls: type[AnyVQVAE],
         in_channels: int = 3,
@@ -191,6 +193,7 @@ class VQVAE2(nn.Module):
         self.data_variance = data_variance
 
     @classmethod
+    @ready_made
     def conv(
         cls: type[AnyVQVAE2],
         in_channels: int = 3,

@@ -1,0 +1,87 @@
+"""The recipe of a ready-made network: the class, the network and the options that make it again."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from torch import nn
+
+from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
+from fastvae.nn.losses import GaussianNLL
+from fastvae.nn.schedules import CapacitySchedule, CosineSchedule, CyclicalSchedule, LinearSchedule
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Options that are objects, and the arguments that make each again.
+_CORRUPTIONS: dict[type, tuple[str, ...]] = {GaussianNoise: ("sigma",), Masking: ("fraction",), SaltAndPepper: ("fraction", "low", "high")}
+_SCHEDULES = (LinearSchedule, CosineSchedule, CyclicalSchedule, CapacitySchedule)
+_PARTS: dict[str, type] = {part.__name__: part for part in (*_CORRUPTIONS, *_SCHEDULES, GaussianNLL)}
+
+
+class Recipe(NamedTuple):
+    """A call of a ready-made network: ``model`` is the class, ``network`` the classmethod, ``options`` its arguments by name."""
+
+    model: str
+    network: str
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}.{self.network}"
+
+
+def ready_made(make: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a classmethod that makes a model: the model keeps its :class:`Recipe` in the attribute ``recipe``.
+
+    A checkpoint holds tensors alone. With the recipe it can be read without the program that trained it.
+    """
+    signature = inspect.signature(make)
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+
+    @functools.wraps(make)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = make(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        (_, cls), *options = bound.arguments.items()
+        named = dict(options)
+        named |= named.pop(rest, {})
+        # A network that is made by another one has the recipe of the outer call, which is written last.
+        model.recipe = Recipe(cls.__name__, make.__name__, named)  # type: ignore[attr-defined]
+        return model
+
+    wrapper.is_ready_made = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def to_plain(name: str, value: Any) -> Any:
+    """An option as JSON has it: an object becomes ``{"class": its name, ...its arguments}``.
+
+    Raises:
+        ValueError: for an object that no recipe can hold, naming the option.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [to_plain(name, item) for item in value]
+    if type(value) in _SCHEDULES:
+        return {"class": type(value).__name__, **dataclasses.asdict(value)}
+    if type(value) in _CORRUPTIONS:
+        return {"class": type(value).__name__, **{argument: getattr(value, argument) for argument in _CORRUPTIONS[type(value)]}}
+    if type(value) is GaussianNLL and value.logvar.ndim == 0:
+        learned = isinstance(value.logvar, nn.Parameter)
+        return {"class": "GaussianNLL", "logvar": float(value.logvar), "learned": learned, "reduction": value.reduction}
+    raise ValueError(f"{name}: got {type(value).__name__}, a stored model takes numbers, strings, sequences or one of {', '.join(_PARTS)}")
+
+
+def from_plain(value: Any) -> Any:
+    """The option that :func:`to_plain` was given."""
+    if isinstance(value, list):
+        return tuple(from_plain(item) for item in value)
+    if isinstance(value, Mapping):
+        arguments = dict(value)
+        return _PARTS[arguments.pop("class")](**arguments)
+    return value

@@ -1,0 +1,224 @@
+"""The training of any autoencoder by Lightning."""
+
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastvae
+from fastvae._types import check_choice
+from fastvae.models import registry
+from fastvae.nn import _processes
+from fastvae.nn.schedules import ScheduledKL
+from fastvae.training._extras import extra
+from fastvae.training.errors import CheckpointError
+from fastvae.training.optimizers import (
+    OptimizerName,
+    ScheduleName,
+    learning_rate_factor,
+    leave_unscaling_to_the_scaler,
+    make_optimizer,
+    make_schedule,
+    skip_step_where,
+)
+from fastvae.training.preprocessing import Preprocessing
+
+with extra("train"):
+    from lightning.pytorch import LightningModule
+
+Interval = Literal["step", "epoch"]
+
+# The entry of a checkpoint that says what the weights belong to, and the number of its layout.
+ENTRY = "fastvae"
+FORMAT = 1
+
+
+def data_of(batch: Any) -> Tensor:
+    """The data of a batch: a tensor, the first of several, or the entry ``x`` of a mapping."""
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, dict):
+        if "x" not in batch:
+            raise ValueError(f"batch: got a mapping of {', '.join(map(str, batch))}, takes one with x")
+        return batch["x"]
+    return batch[0]
+
+
+def scalars(output: Any) -> dict[str, Tensor]:
+    """The fields of a model's output that are numbers, by name; those of several levels are numbered, ``perplexity_0``."""
+    found: dict[str, Tensor] = {}
+    for name, value in output._asdict().items():
+        parts = {name: value} if isinstance(value, Tensor) else {f"{name}_{i}": part for i, part in enumerate(value)}
+        found |= {key: part.detach() for key, part in parts.items() if part.ndim == 0}
+    return found
+
+
+def step_seed(*numbers: int) -> int:
+    """A seed that depends on all of the numbers, each combination giving another."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class LitAutoencoder(LightningModule):
+    """Trains a network whose call gives a named tuple with ``loss``; its fields that are numbers are logged under their names.
+
+    The noise of a batch is a function of the seed, the process, the epoch and the batch: a training that is resumed from a checkpoint goes
+    on with the noise that it would have drawn, and each process draws its own. Every validation draws the same.
+
+    A step with a loss that is NaN or infinite changes no weight and no state of the optimizer, on any process, and is counted in
+    ``skipped_steps``. Schedules go on. The host does not wait for the device to find out.
+
+    Args:
+        network: the autoencoder.
+        optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"``.
+        learning_rate: at the top of its schedule.
+        weight_decay: of all weights: decoupled from the gradient with ``"adamw"``, added to it with the others.
+        momentum: of ``"sgd"``.
+        schedule: of the learning rate after its warm-up: ``"constant"``, or ``"cosine"`` or ``"linear"`` down to 0 at the last step.
+        warmup_steps: optimizer steps in which the learning rate rises from 0.
+        advance_kl: when the schedules of KL weight and capacity advance: each optimizer ``"step"``, or each ``"epoch"``.
+    """
+
+    skipped_steps: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        optimizer: OptimizerName = "adam",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        schedule: ScheduleName = "constant",
+        warmup_steps: int = 0,
+        advance_kl: Interval = "step",
+    ):
+        super().__init__()
+        check_choice("optimizer", optimizer, get_args(OptimizerName))
+        check_choice("schedule", schedule, get_args(ScheduleName))
+        check_choice("advance_kl", advance_kl, get_args(Interval))
+        self.network = network
+        self.optimizer, self.learning_rate, self.weight_decay, self.momentum = optimizer, learning_rate, weight_decay, momentum
+        self.schedule, self.warmup_steps, self.advance_kl = schedule, warmup_steps, advance_kl
+        self.preprocessing = Preprocessing()
+        self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
+        self._noise_seed: int | None = None
+        # Whether a batch since the last optimizer step had a loss that is not finite; no buffer, because those of the first process
+        # replace the others' in each forward pass of DistributedDataParallel.
+        self._non_finite: Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        if self._noise_seed is None:
+            self._noise_seed = torch.initial_seed()
+        make = getattr(self.trainer.datamodule, "make_preprocessing", None)  # type: ignore[attr-defined]
+        if make is not None and stage == "fit":
+            self.preprocessing = make().to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay, "momentum": self.momentum}
+        optimizer = make_optimizer(self.optimizer, self.network.parameters(), **rates)
+        if self.trainer.gradient_clip_val:
+            leave_unscaling_to_the_scaler(optimizer)
+        total = self.trainer.estimated_stepping_batches if self.schedule != "constant" else float("inf")
+        scheduler = make_schedule(optimizer, learning_rate_factor(self.schedule, self.warmup_steps, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(self.preprocessing(x))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._seed_noise(0, self.trainer.current_epoch, batch_idx)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._seed_noise(1, batch_idx)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._seed_noise(2, batch_idx)
+
+    def _seed_noise(self, *position: int) -> None:
+        torch.manual_seed(step_seed(cast("int", self._noise_seed), self.global_rank, *position))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self._step("train", batch)
+        finite = torch.isfinite(loss.detach())
+        self._non_finite = ~finite if self._non_finite is None else self._non_finite | ~finite
+        self.log("skipped_steps", self.skipped_steps.float(), on_step=True, on_epoch=False)
+        # A loss that overflowed may have a finite gradient. A GradScaler looks at the gradients alone, so they all become NaN.
+        return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._step("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._step("test", batch)
+
+    def _step(self, stage: str, batch: Any) -> Tensor:
+        x = data_of(batch)
+        output = self(x)
+        training = stage == "train"
+        for name, value in scalars(output).items():
+            options = {"on_step": training, "on_epoch": not training, "sync_dist": not training, "batch_size": len(x)}
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", **options)
+        return output.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        flag = cast("Tensor", self._non_finite).float()
+        # A process whose own loss is finite has the gradients of the others in its own.
+        _processes.all_reduce(flag)
+        skipped = flag > 0
+        self.skipped_steps += skipped
+        skip_step_where(optimizer, skipped)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._non_finite = None
+        if self.advance_kl == "step":
+            self._advance_kl_schedules()
+
+    def on_train_epoch_end(self) -> None:
+        if self.advance_kl == "epoch":
+            self._advance_kl_schedules()
+
+    def _advance_kl_schedules(self) -> None:
+        for module in self.network.modules():
+            if isinstance(module, ScheduledKL):
+                module.step()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            description = registry.describe(self.network)
+        except ValueError:
+            # A network of one's own modules can be trained and resumed. Only its program can make it again.
+            description = None
+        checkpoint[ENTRY] = {
+            "format": FORMAT,
+            "version": fastvae.__version__,
+            "network": description,
+            "preprocessing": self.preprocessing.describe(),
+            "noise_seed": self._noise_seed,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        entry = check_entry(checkpoint)
+        ours = getattr(self.network, "recipe", None)
+        stored = entry["network"]
+        if stored is not None and ours is not None and stored["network"] != ours.name:
+            raise CheckpointError(f"checkpoint: holds the weights of {stored['network']}, this training is of {ours.name}")
+        self._noise_seed = entry["noise_seed"]
+
+
+def check_entry(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its model.
+
+    Raises:
+        CheckpointError: for one of another program, or of another layout.
+    """
+    entry = checkpoint.get(ENTRY)
+    if entry is None:
+        raise CheckpointError("checkpoint: has no entry of fastvae, takes one that LitAutoencoder wrote")
+    if entry["format"] != FORMAT:
+        raise CheckpointError(
+            f"checkpoint: got format {entry['format']}, which fastvae {entry['version']} wrote; "
+            f"this is fastvae {fastvae.__version__}, which takes format {FORMAT}"
+        )
+    return entry
