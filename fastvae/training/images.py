@@ -1,0 +1,56 @@
+"""Image files: finding them, and reading them in one size and one mode."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from fastvae._types import check_choice
+from fastvae.training._extras import extra
+from fastvae.training.errors import DataError
+
+with extra("train"):
+    from PIL import Image, ImageOps
+
+ColorMode = Literal["rgb", "grey"]
+
+
+def find_images(root: Path) -> list[Path]:
+    """The files in a folder whose names end like those of images, in the order of their names."""
+    if not root.is_dir():
+        raise DataError(f"root: got {root}, takes a folder")
+    endings = Image.registered_extensions().keys()
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    if not paths:
+        raise DataError(f"root: {root} holds no images, takes a folder with files such as .png or .jpg")
+    return paths
+
+
+def loader(size: int, mode: ColorMode) -> Callable[[Path], np.ndarray]:
+    """A function from a path to a uint8 array ``(channels, size, size)``."""
+    check_choice("mode", mode, get_args(ColorMode))
+    if size < 1:
+        raise ValueError(f"size: got {size}, takes an integer >= 1")
+    # A partial of a module's function, which a worker process can be sent.
+    return partial(load, size=size, mode=mode)
+
+
+def load(path: Path, size: int, mode: ColorMode) -> np.ndarray:
+    with Image.open(path) as file:
+        image = ImageOps.fit(_in_8_bits(ImageOps.exif_transpose(file), mode), (size, size), Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    return pixels[None] if mode == "grey" else np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+
+
+def _in_8_bits(image: Any, mode: ColorMode) -> Any:
+    wanted = "L" if mode == "grey" else "RGB"
+    if image.mode.startswith("I"):
+        # Pillow clips the values of a 16-bit image at 255 when it converts it.
+        image = Image.fromarray((np.asarray(image, dtype=np.uint32).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        # What lies under transparent pixels is arbitrary.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(wanted)
