@@ -1,25 +1,75 @@
-"""The command line: ``python -m fastvae``."""
+"""The command line: ``fastvae``, or ``python -m fastvae``."""
 
 import sys
 
 from fastvae import info
 from fastvae.training._extras import MissingExtraError, extra
-from fastvae.training.demo import demo
+from fastvae.training.errors import TrainingError
+
+HELP = """usage: fastvae COMMAND [options]
+
+Training:
+  fit           trains a network: fastvae fit --config configs/vae.yaml, or --network VAE_conv --data MNISTDigits
+  validate      evaluates a checkpoint on the validation part of the data
+  test          evaluates a checkpoint on the test part
+
+With a checkpoint: fastvae COMMAND CHECKPOINT --out DIR
+  sample        pictures of draws from the prior
+  reconstruct   pictures of test samples above their reconstructions
+  interpolate   pictures of ways between test samples
+  traverse      pictures of single latent dimensions
+  encode        the latents of a data set as .npz, with labels and file names
+
+  demo          trains VAEs on real digits with plain torch losses and with fastvae, and writes pictures and a report
+  info          versions, instruction sets and backends of this machine
+
+Each command has its own --help."""
+
+TRAININGS = ("fit", "validate", "test")
+AFTER_TRAINING = ("sample", "reconstruct", "interpolate", "traverse", "encode")
+# The exit status that a shell gives a process that Ctrl-C ended.
+INTERRUPTED = 128 + 2
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a subcommand; ``arguments`` are those of the process by default."""
+    """Runs a command; ``arguments`` are those of the process by default."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == ["info"]:
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        print("fastvae: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (MissingExtraError, TrainingError) as error:
+        # A worker process sends its traceback along; the error itself is the last line.
+        sys.exit(f"fastvae: {str(error).strip().splitlines()[-1]}")
+
+
+def run(arguments: list[str]) -> None:
+    """Imports what the command needs, and nothing else."""
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(HELP)
+    elif command == "info" and len(arguments) == 1:
         # Needs nothing that is optional, so that it can tell what is missing.
         info.main()
-        return
-    try:
+    elif command in TRAININGS:
+        from fastvae.training import cli
+
+        cli.main(arguments)
+    elif command in AFTER_TRAINING:
+        from fastvae.training import commands
+
+        commands.main(arguments)
+    elif command in ("demo", "info"):
+        from fastvae.training.demo import demo
+
         with extra("train"):
             from jsonargparse import auto_cli
         auto_cli({"demo": demo, "info": info.main}, args=arguments, prog="fastvae", as_positional=False)
-    except MissingExtraError as error:
-        sys.exit(f"fastvae: {error}")
+    else:
+        from fastvae.models.registry import nearest
+
+        raise TrainingError(f"command: got {command!r}, {nearest(command, [*TRAININGS, *AFTER_TRAINING, 'demo', 'info'])}")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,10 @@ class AutoencoderData(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader(self.test_part())
 
+    def whole_dataloader(self) -> DataLoader:
+        """The whole data set in its own order, without a test part that is a data set of its own."""
+        return self._loader(self.source)
+
     def test_part(self) -> Any:
         """The test samples, as a data set whose batches are made by ``__getitems__``."""
         return self._part(self.indices.test) if self.test_source is None else self.test_source

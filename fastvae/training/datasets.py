@@ -251,7 +251,5 @@ class Arrays(AutoencoderData):
         return loaded[key]
 
 
-DATA_MODULES: dict[str, type[AutoencoderData]] = {
-    module.__name__: module
-    for module in (MNISTDigits, FashionMNIST, SklearnDigits, PhotographPatches, TorchvisionImages, ImageFolder, Arrays)
-}
+_MODULES = (MNISTDigits, FashionMNIST, SklearnDigits, PhotographPatches, TorchvisionImages, ImageFolder, Arrays)
+DATA_MODULES: dict[str, type[AutoencoderData]] = {module.__name__: module for module in _MODULES}

@@ -139,27 +139,28 @@ class LitAutoencoder(LightningModule):
         torch.manual_seed(step_seed(cast("int", self._noise_seed), self.global_rank, *position))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self._step("train", batch)
+        loss = self._step("train", batch).loss
         finite = torch.isfinite(loss.detach())
         self._non_finite = ~finite if self._non_finite is None else self._non_finite | ~finite
         self.log("skipped_steps", self.skipped_steps.float(), on_step=True, on_epoch=False)
         # A loss that overflowed may have a finite gradient. A GradScaler looks at the gradients alone, so they all become NaN.
         return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._step("val", batch)
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return self._step("val", batch)._asdict()
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._step("test", batch)
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return self._step("test", batch)._asdict()
 
-    def _step(self, stage: str, batch: Any) -> Tensor:
+    def _step(self, stage: str, batch: Any) -> Any:
+        """The network's output for a batch; its numbers are logged."""
         x = data_of(batch)
         output = self(x)
         training = stage == "train"
         for name, value in scalars(output).items():
             options = {"on_step": training, "on_epoch": not training, "sync_dist": not training, "batch_size": len(x)}
             self.log(f"{stage}/{name}", value, prog_bar=name == "loss", **options)
-        return output.loss
+        return output
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         flag = cast("Tensor", self._non_finite).float()
@@ -204,7 +205,17 @@ class LitAutoencoder(LightningModule):
         stored = entry["network"]
         if stored is not None and ours is not None and stored["network"] != ours.name:
             raise CheckpointError(f"checkpoint: holds the weights of {stored['network']}, this training is of {ours.name}")
+        self._check_shapes(checkpoint["state_dict"], stored)
+        self.preprocessing = Preprocessing(**entry["preprocessing"]).to(self.device)
         self._noise_seed = entry["noise_seed"]
+
+    def _check_shapes(self, state: dict[str, Tensor], stored: dict[str, Any] | None) -> None:
+        for name, tensor in self.network.state_dict(prefix="network.").items():
+            if name in state and state[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"checkpoint: {name} has shape {tuple(state[name].shape)}, this network takes {tuple(tensor.shape)}; "
+                    f"the checkpoint is of {stored or 'a network of modules of its own'}"
+                )
 
 
 def check_entry(checkpoint: dict[str, Any]) -> dict[str, Any]:

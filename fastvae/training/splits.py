@@ -32,7 +32,7 @@ def stratified_order(count: int, labels: Tensor | None, seed: int) -> Tensor:
 
 
 def split(order: Tensor, val: float, test: float) -> Indices:
-    """Cuts an order into three parts; ``val`` and ``test`` are shares of the whole. The training part is the first, the test part the last."""
+    """Cuts an order into training, validation and test part; ``val`` and ``test`` are shares of the whole."""
     count = len(order)
     tests = round(test * count)
     vals = round(val * count)

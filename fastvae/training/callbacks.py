@@ -1,0 +1,138 @@
+"""Pictures, curves and speed of a training."""
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae import functional as FV
+from fastvae.nn import _processes
+from fastvae.training import latents, pictures
+from fastvae.training._extras import extra
+from fastvae.training.module import LitAutoencoder, data_of
+
+with extra("train"):
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+# More curves than this of single latent dimensions cannot be told apart.
+MAX_CURVES = 32
+# A latent dimension is active where its mean has a larger variance over the data (Burda et al., Importance Weighted Autoencoders, 2016).
+ACTIVE_VARIANCE = 0.01
+
+
+class Pictures(Callback):
+    """PNG files of reconstructions, samples, interpolations and traversals, which TensorBoard shows too.
+
+    They are made of the first validation batch, or the last training batch where there is no validation, and lie in ``pictures`` of the
+    run's folder, a folder for each epoch. What a network does not have, such as samples of a plain autoencoder, is left out.
+
+    Args:
+        every_n_epochs: epochs from one set of pictures to the next; 0 for none.
+        count: images of a picture's row.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, count: int = 8):
+        if every_n_epochs < 0 or count < 2:
+            raise ValueError(f"every_n_epochs, count: got {every_n_epochs}, {count}, takes integers >= 0 and >= 2")
+        self.every_n_epochs, self.count = every_n_epochs, count
+        self._x: Tensor | None = None
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if batch_idx == 0:
+            self._x = data_of(batch)[: self.count]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not trainer.enable_validation:
+            self._x = data_of(batch)[: self.count]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if not due or self._x is None or not trainer.is_global_zero or not pictures.are_images(self._x):
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures" / f"epoch_{trainer.current_epoch:04d}"
+        for name, picture in draw_pictures(pl_module, self._x).items():
+            pictures.save_png(picture, folder / f"{name}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(name, picture, trainer.global_step)
+
+
+def draw_pictures(lit: LitAutoencoder, x: Tensor) -> dict[str, Tensor]:
+    """The pictures that a network has, by name."""
+    count = len(x)
+    drawn = {"reconstructions": pictures.pairs(x, latents.reconstruct(lit, x), count)}
+    if latents.can_sample(lit.network):
+        drawn["samples"] = pictures.grid(latents.sample(lit, count * count, seed=0), count)
+    if latents.is_continuous(lit.network):
+        drawn["interpolations"] = pictures.grid(latents.interpolate(lit, x, x.flip(0), count), count)
+        drawn["traversals"] = pictures.grid(latents.traverse(lit, x, dimensions=count, span=3.0, steps=count), count)
+    return drawn
+
+
+class LatentCurves(Callback):
+    """Curves of a VAE's validation: ``val/active_units``, and the KL of each latent dimension, ``val/kl_dim_0``, where they are few."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._sums = []
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if not isinstance(outputs, dict) or not {"mu", "logvar"} <= outputs.keys():
+            return
+        mu, logvar = outputs["mu"].flatten(1), outputs["logvar"].flatten(1)
+        kl = FV.kl_normal(mu, logvar, reduction="none").float()
+        mu = mu.float()
+        sums = [torch.full_like(mu[0], len(mu)), mu.sum(0), (mu * mu).sum(0), kl.sum(0)]
+        self._sums = sums if not self._sums else [a + b for a, b in zip(self._sums, sums, strict=True)]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not self._sums or trainer.sanity_checking:
+            return
+        _processes.all_reduce(*self._sums)
+        count, mean, square, kl = self._sums[0], *(total / self._sums[0] for total in self._sums[1:])
+        variance = (square - mean * mean) * count / (count - 1).clamp(min=1)
+        pl_module.log("val/active_units", (variance > ACTIVE_VARIANCE).float().sum())
+        if len(kl) <= MAX_CURVES:
+            pl_module.log_dict({f"val/kl_dim_{i}": value for i, value in enumerate(kl)})
+
+
+class Speed(Callback):
+    """Logs ``images_per_second`` of all processes together, and ``peak_memory_mib``: of the GPU's allocator, or of the process on a CPU.
+
+    Both are read at the intervals of the logger, when its figures are waited for anyway.
+    """
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._images, self._started = 0, time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._restart()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._images += len(data_of(batch)) * trainer.world_size
+        if (batch_idx + 1) % trainer.log_every_n_steps:
+            return
+        rate = self._images / (time.perf_counter() - self._started)
+        pl_module.log_dict({"images_per_second": rate, "peak_memory_mib": peak_memory_mib(pl_module.device)})
+        self._restart()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory that was in use at once, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,43 @@
+"""Reading a checkpoint without the program and the configuration that wrote it."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvae.models import registry
+from fastvae.training.errors import CheckpointError
+from fastvae.training.module import LitAutoencoder, check_entry
+from fastvae.training.preprocessing import Preprocessing
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, of tensors and plain data alone: nothing that a file says is run."""
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: {path} is no file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"checkpoint: {path} cannot be read as one: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"checkpoint: {path} holds a {type(content).__name__}, takes a checkpoint of fastvae fit")
+    return content
+
+
+def build_network(entry: dict[str, Any]) -> Any:
+    """The network that a checkpoint's entry describes, with new weights."""
+    if entry["network"] is None:
+        raise CheckpointError("checkpoint: its network was made of modules of one's own, which only its program can make again")
+    return registry.build(entry["network"])
+
+
+def load(path: Path) -> LitAutoencoder:
+    """The network of a checkpoint with its weights and preprocessing, in evaluation mode on the CPU."""
+    content = read(path)
+    entry = check_entry(content)
+    lit = LitAutoencoder(build_network(entry))
+    lit.preprocessing = Preprocessing(**entry["preprocessing"])
+    lit.load_state_dict(content["state_dict"])
+    return lit.eval()

@@ -1,0 +1,159 @@
+"""The commands after a training: ``fastvae sample | reconstruct | interpolate | traverse | encode CHECKPOINT --out DIR``."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvae.training import checkpoints, latents, pictures
+from fastvae.training._extras import extra
+from fastvae.training.data_module import AutoencoderData
+from fastvae.training.datasets import MNISTDigits
+from fastvae.training.errors import TrainingError
+from fastvae.training.module import LitAutoencoder
+
+
+def sample(checkpoint: Path, out: Path = Path("out"), count: int = 64, columns: int = 8, seed: int = 0) -> None:
+    """Draws from the prior of a VAE: samples.png, or samples.npy for data that are no images.
+
+    Args:
+        checkpoint: a file that fastvae fit wrote.
+        out: folder of the results.
+        count: number of samples.
+        columns: images in a row.
+        seed: decides the draws.
+    """
+    _write(out, "samples", latents.sample(checkpoints.load(checkpoint), count, seed), columns)
+
+
+def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 32, columns: int = 8) -> None:
+    """Reconstructs test samples: reconstructions.png, each row below its originals, or reconstructions.npy.
+
+    Args:
+        checkpoint: a file that fastvae fit wrote.
+        out: folder of the results.
+        data: the data set; MNISTDigits by default.
+        count: number of samples.
+        columns: images in a row.
+    """
+    lit = checkpoints.load(checkpoint)
+    x = _test_samples(lit, data, count)
+    recon = latents.reconstruct(lit, x)
+    if pictures.are_images(recon):
+        _save(pictures.pairs(x, recon, columns), out / "reconstructions.png")
+    else:
+        _write(out, "reconstructions", recon, columns)
+
+
+def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 8, steps: int = 10) -> None:
+    """Walks between the latents of pairs of test samples, a row for each: interpolations.png or interpolations.npy.
+
+    Args:
+        checkpoint: a file that fastvae fit wrote.
+        out: folder of the results.
+        data: the data set; MNISTDigits by default.
+        count: number of pairs.
+        steps: points on the way, both ends included.
+    """
+    lit = checkpoints.load(checkpoint)
+    latents.check_continuous(lit.network, "interpolate")
+    x = _test_samples(lit, data, 2 * count)
+    start, end = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
+    _write(out, "interpolations", latents.interpolate(lit, start, end, steps), steps)
+
+
+def traverse(
+    checkpoint: Path,
+    out: Path = Path("out"),
+    data: AutoencoderData | None = None,
+    dimensions: int = 10,
+    span: float = 3.0,
+    steps: int = 10,
+) -> None:
+    """Moves one latent dimension of a test sample after the other, a row for each: traversals.png or traversals.npy.
+
+    Args:
+        checkpoint: a file that fastvae fit wrote.
+        out: folder of the results.
+        data: the data set; MNISTDigits by default.
+        dimensions: number of dimensions, from the first.
+        span: a dimension goes from -span to span.
+        steps: points on the way.
+    """
+    lit = checkpoints.load(checkpoint)
+    latents.check_continuous(lit.network, "traverse")
+    _write(out, "traversals", latents.traverse(lit, _test_samples(lit, data, 1), dimensions, span, steps), steps)
+
+
+def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None) -> None:
+    """Writes the latents of the whole data set: latents.npz with z (or indices, one array a level), label, index and name.
+
+    Args:
+        checkpoint: a file that fastvae fit wrote.
+        out: folder of the results.
+        data: the data set; MNISTDigits by default.
+    """
+    lit = checkpoints.load(checkpoint)
+    data = _prepared(data)
+    parts: dict[str, list[np.ndarray]] = {}
+    for batch in data.whole_dataloader():
+        for name, value in _encoded(lit, data.on_before_batch_transfer(batch, 0)).items():
+            parts.setdefault(name, []).append(value.numpy())
+    arrays = {name: np.concatenate(values) for name, values in parts.items()}
+    # Another sample of its batch stands where a broken one was.
+    arrays = {name: array[np.unique(arrays["index"], return_index=True)[1]] for name, array in arrays.items()}
+    assert data.source is not None
+    if data.source.names is not None:
+        arrays["name"] = np.array(data.source.names)[arrays["index"]]
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / "latents.npz", **arrays)  # type: ignore[arg-type]
+    print(f"{out / 'latents.npz'}: {len(arrays['index'])} samples, {', '.join(arrays)}")
+    data.teardown("predict")
+
+
+def _encoded(lit: LitAutoencoder, batch: dict[str, Any]) -> dict[str, Tensor]:
+    codes = latents.encode(lit, batch["x"])
+    names = ["z"] if latents.is_continuous(lit.network) else [f"indices_{i}" if len(codes) > 1 else "indices" for i in range(len(codes))]
+    return dict(zip(names, codes, strict=True)) | {name: batch[name] for name in ("index", "label") if name in batch}
+
+
+def _prepared(data: AutoencoderData | None) -> AutoencoderData:
+    data = MNISTDigits() if data is None else data
+    data.setup()
+    return data
+
+
+def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int) -> Tensor:
+    """The first samples of the test part."""
+    if count < 1:
+        raise TrainingError(f"count: got {count}, takes an integer >= 1")
+    part = _prepared(data).test_part()
+    return part.__getitems__(list(range(min(count, len(part)))))["x"]
+
+
+def _write(out: Path, name: str, x: Tensor, columns: int) -> None:
+    if pictures.are_images(x):
+        _save(pictures.grid(x, columns), out / f"{name}.png")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    np.save(out / f"{name}.npy", x.numpy())
+    print(out / f"{name}.npy")
+
+
+def _save(picture: Tensor, path: Path) -> None:
+    pictures.save_png(picture, path)
+    print(path)
+
+
+COMMANDS = {"sample": sample, "reconstruct": reconstruct, "interpolate": interpolate, "traverse": traverse, "encode": encode}
+
+
+def main(arguments: list[str]) -> None:
+    """Runs one of the commands."""
+    with extra("train"):
+        from jsonargparse import auto_cli
+    torch.set_grad_enabled(False)
+    name = arguments[0]
+    auto_cli(COMMANDS[name], args=arguments[1:], prog=f"fastvae {name}", as_positional=True)
