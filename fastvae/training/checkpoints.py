@@ -18,9 +18,10 @@ def read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint: {path} is no file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"checkpoint: {path} cannot be read as one: {reason}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"checkpoint: {path} is none, or holds more than tensors and plain data, which is not read") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint: {path} holds a {type(content).__name__}, takes a checkpoint of fastvae fit")
     return content
@@ -39,5 +40,6 @@ def load(path: Path) -> LitAutoencoder:
     entry = check_entry(content)
     lit = LitAutoencoder(build_network(entry))
     lit.preprocessing = Preprocessing(**entry["preprocessing"])
+    lit.sample_shape, lit.data_name = entry["sample_shape"], entry["data"]
     lit.load_state_dict(content["state_dict"])
     return lit.eval()

@@ -1,19 +1,17 @@
 """``fastvae fit | validate | test``: Lightning's command line for our networks and data."""
 
-import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from fastvae.models.registry import nearest
 from fastvae.training import checkpoints, networks
 from fastvae.training._extras import extra
 from fastvae.training.callbacks import LatentCurves, Pictures, Speed
 from fastvae.training.data_module import AutoencoderData
-from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.errors import CheckpointError
 from fastvae.training.module import LitAutoencoder, check_entry
+from fastvae.training.parsing import Parser
 
 with extra("train"):
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -22,36 +20,6 @@ with extra("train"):
 
 # The exit status that a shell gives a process that SIGTERM ended.
 TERMINATED = 128 + 15
-
-# How the parser's messages name what they do not know.
-_UNKNOWN_CLASS = re.compile(r'key "(?:\w+\.)?(network|data)".*Given value: .*?(\w+)\W*$')
-_UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: -*|Option '|[Kk]ey '|does not accept nested key ')([\w.]+)")
-
-
-class Parser(LightningArgumentParser):
-    """A parser whose errors are one line, with the nearest names for one that does not exist."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Ends the program."""
-        sys.exit(f"fastvae: {self._explain(' '.join(message.split()))}")
-
-    def _explain(self, message: str) -> str:
-        if found := _UNKNOWN_CLASS.search(message):
-            known = networks.NETWORKS if found[1] == "network" else DATA_MODULES
-            if found[2] not in known:
-                return f"{found[1]}: got {found[2]!r}, {nearest(found[2], list(known))}"
-        if found := _UNKNOWN_OPTION.search(message):
-            return f"{message}: {nearest(found[1].rpartition('.')[2], sorted(self._option_names()))}"
-        return message
-
-    def _option_names(self) -> set[str]:
-        """The last parts of the names of all options, those of every network and data module among them."""
-        classes = (*networks.NETWORKS.values(), *DATA_MODULES.values())
-        parsers = [LightningArgumentParser() for _ in classes]
-        for parser, theclass in zip(parsers, classes, strict=True):
-            parser.add_class_arguments(theclass, fail_untyped=False)
-        keys = [key for parser in (self, *parsers) for key in vars(parser.get_defaults(skip_validation=True).as_flat())]
-        return {key.rpartition(".")[2] for key in keys}
 
 
 class CommandLine(LightningCLI):
@@ -64,7 +32,7 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         names = ", ".join(networks.NETWORKS)
         parser.add_subclass_arguments(networks.BASES, "network", help=f"One of {names}. Its options: --network.help NAME.")
-        parser.set_defaults({"network": "VAE_conv", "data": "MNISTDigits", "trainer.log_every_n_steps": 10})
+        parser.set_defaults({"network": "VAE_conv", "data": "MNISTDigits", "trainer.log_every_n_steps": 10, "trainer.max_epochs": 20})
         parser.link_arguments("network", "model.network", apply_on="instantiate")
         for callback, key in ((ModelCheckpoint, "checkpoint"), (Pictures, "pictures"), (LatentCurves, "curves"), (Speed, "speed")):
             parser.add_lightning_class_args(callback, key)

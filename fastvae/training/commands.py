@@ -13,6 +13,7 @@ from fastvae.training.data_module import AutoencoderData
 from fastvae.training.datasets import MNISTDigits
 from fastvae.training.errors import TrainingError
 from fastvae.training.module import LitAutoencoder
+from fastvae.training.parsing import Parser
 
 
 def sample(checkpoint: Path, out: Path = Path("out"), count: int = 64, columns: int = 8, seed: int = 0) -> None:
@@ -99,6 +100,7 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     data = _prepared(data)
     parts: dict[str, list[np.ndarray]] = {}
     for batch in data.whole_dataloader():
+        _check_shape(lit, data, batch["x"])
         for name, value in _encoded(lit, data.on_before_batch_transfer(batch, 0)).items():
             parts.setdefault(name, []).append(value.numpy())
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
@@ -129,8 +131,19 @@ def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int)
     """The first samples of the test part."""
     if count < 1:
         raise TrainingError(f"count: got {count}, takes an integer >= 1")
-    part = _prepared(data).test_part()
-    return part.__getitems__(list(range(min(count, len(part)))))["x"]
+    data = _prepared(data)
+    part = data.test_part()
+    x = part.__getitems__(list(range(min(count, len(part)))))["x"]
+    _check_shape(lit, data, x)
+    return x
+
+
+def _check_shape(lit: LitAutoencoder, data: AutoencoderData, x: Tensor) -> None:
+    if lit.sample_shape is not None and list(x.shape[1:]) != lit.sample_shape:
+        raise TrainingError(
+            f"data: {type(data).__name__} has samples of shape {tuple(x.shape[1:])}, "
+            f"the checkpoint was trained on {lit.data_name or 'samples'} of shape {tuple(lit.sample_shape)}"
+        )
 
 
 def _write(out: Path, name: str, x: Tensor, columns: int) -> None:
@@ -156,4 +169,4 @@ def main(arguments: list[str]) -> None:
         from jsonargparse import auto_cli
     torch.set_grad_enabled(False)
     name = arguments[0]
-    auto_cli(COMMANDS[name], args=arguments[1:], prog=f"fastvae {name}", as_positional=True)
+    auto_cli(COMMANDS[name], args=arguments[1:], prog=f"fastvae {name}", as_positional=True, parser_class=Parser)

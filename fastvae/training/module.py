@@ -102,6 +102,9 @@ class LitAutoencoder(LightningModule):
         self.schedule, self.warmup_steps, self.advance_kl = schedule, warmup_steps, advance_kl
         self.preprocessing = Preprocessing()
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
+        # What the network has been trained on, for the checkpoint.
+        self.sample_shape: list[int] | None = None
+        self.data_name: str | None = None
         self._noise_seed: int | None = None
         # Whether a batch since the last optimizer step had a loss that is not finite; no buffer, because those of the first process
         # replace the others' in each forward pass of DistributedDataParallel.
@@ -110,7 +113,9 @@ class LitAutoencoder(LightningModule):
     def setup(self, stage: str) -> None:
         if self._noise_seed is None:
             self._noise_seed = torch.initial_seed()
-        make = getattr(self.trainer.datamodule, "make_preprocessing", None)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.data_name = None if data is None else type(data).__name__
+        make = getattr(data, "make_preprocessing", None)
         if make is not None and stage == "fit":
             self.preprocessing = make().to(self.device)
 
@@ -155,6 +160,7 @@ class LitAutoencoder(LightningModule):
     def _step(self, stage: str, batch: Any) -> Any:
         """The network's output for a batch; its numbers are logged."""
         x = data_of(batch)
+        self.sample_shape = list(x.shape[1:])
         output = self(x)
         training = stage == "train"
         for name, value in scalars(output).items():
@@ -196,6 +202,8 @@ class LitAutoencoder(LightningModule):
             "version": fastvae.__version__,
             "network": description,
             "preprocessing": self.preprocessing.describe(),
+            "data": self.data_name,
+            "sample_shape": self.sample_shape,
             "noise_seed": self._noise_seed,
         }
 
