@@ -121,7 +121,7 @@ class Speed(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._restart()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._images += len(data_of(batch)) * trainer.world_size
         if (batch_idx + 1) % trainer.log_every_n_steps:
             return

@@ -1,5 +1,6 @@
 """The commands after a training: ``fastvae sample | reconstruct | interpolate | traverse | encode CHECKPOINT --out DIR``."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,13 @@ def _save(picture: Tensor, path: Path) -> None:
     print(path)
 
 
-COMMANDS = {"sample": sample, "reconstruct": reconstruct, "interpolate": interpolate, "traverse": traverse, "encode": encode}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "sample": sample,
+    "reconstruct": reconstruct,
+    "interpolate": interpolate,
+    "traverse": traverse,
+    "encode": encode,
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -139,7 +139,9 @@ class AutoencoderData(LightningDataModule):
         """The epoch and the batch with which a training that is resumed goes on."""
         assert self.trainer is not None
         loop = self.trainer.fit_loop
-        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.ready
+        # Lightning declares the type of a tracker that has fewer counts.
+        epochs: Any = loop.epoch_progress.current
+        batches = loop.epoch_loop.batch_progress.current.ready
         if epochs.processed == epochs.started or batches >= self.trainer.num_training_batches:
             return {"epoch": max(epochs.processed, epochs.started), "batches": 0}
         return {"epoch": epochs.processed, "batches": batches}

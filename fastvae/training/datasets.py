@@ -154,12 +154,12 @@ class TorchvisionImages(AutoencoderData):
         super().__init__(**options)
         if name not in get_args(TorchvisionName):
             raise DataError(f"name: got {name!r}, {nearest(name, get_args(TorchvisionName))}")
-        self.name, self.root, self.size = name, root, size
+        self.data_set, self.root, self.size = name, root, size
 
     def load(self) -> tuple[Source, Source | None]:
-        if self.name == "CelebA":
+        if self.data_set == "CelebA":
             return self._faces("train"), self._faces("test")
-        train, test = (torchvision_data_set(self.name, self.root, part) for part in ("train", "test"))
+        train, test = (torchvision_data_set(self.data_set, self.root, part) for part in ("train", "test"))
         return in_memory(train), in_memory(test)
 
     def _faces(self, part: str) -> ImageFiles:
@@ -221,9 +221,7 @@ class Arrays(AutoencoderData):
         finite = torch.ones(len(x), dtype=torch.bool) if x.dtype == torch.uint8 else x.flatten(1).isfinite().all(1)
         bad = int((~finite).sum())
         if bad and self.non_finite == "stop":
-            raise DataError(
-                f"path: {bad} of {len(x)} samples of {self.path} hold NaN or infinite values, takes non_finite=skip to leave them out"
-            )
+            raise DataError(f"path: {bad} of {len(x)} samples of {self.path} hold NaN or infinite values; non_finite=skip leaves them out")
         self.broken |= {f"sample {i}" for i in (~finite).nonzero().flatten().tolist()}
         names = [str(i) for i in finite.nonzero().flatten().tolist()]
         return InMemory(x[finite], None if labels is None else labels[finite], names), None

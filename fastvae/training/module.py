@@ -164,7 +164,7 @@ class LitAutoencoder(LightningModule):
         output = self(x)
         training = stage == "train"
         for name, value in scalars(output).items():
-            options = {"on_step": training, "on_epoch": not training, "sync_dist": not training, "batch_size": len(x)}
+            options: dict[str, Any] = {"on_step": training, "on_epoch": not training, "sync_dist": not training, "batch_size": len(x)}
             self.log(f"{stage}/{name}", value, prog_bar=name == "loss", **options)
         return output
 
