@@ -3,7 +3,7 @@
 import sys
 
 from fastvae import info
-from fastvae.training._extras import MissingExtraError, extra
+from fastvae._extras import MissingExtraError, extra
 from fastvae.training.errors import TrainingError
 
 HELP = """usage: fastvae COMMAND [options]

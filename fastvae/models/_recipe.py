@@ -73,7 +73,7 @@ def to_plain(name: str, value: Any) -> Any:
         return {"class": type(value).__name__, **{argument: getattr(value, argument) for argument in _CORRUPTIONS[type(value)]}}
     if type(value) is GaussianNLL and value.logvar.ndim == 0:
         learned = isinstance(value.logvar, nn.Parameter)
-        return {"class": "GaussianNLL", "logvar": float(value.logvar), "learned": learned, "reduction": value.reduction}
+        return {"class": "GaussianNLL", "logvar": value.logvar.item(), "learned": learned, "reduction": value.reduction}
     raise ValueError(f"{name}: got {type(value).__name__}, a stored model takes numbers, strings, sequences or one of {', '.join(_PARTS)}")
 
 

@@ -13,6 +13,7 @@ from fastvae._pytree import exportable
 from fastvae._types import LayerActivation, ReconLoss, SparsePenalty, check_choice
 from fastvae.functional._checks import check_nonnegative
 from fastvae.models import _networks
+from fastvae.models._hub import Pretrained
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
@@ -43,7 +44,7 @@ class AEOutput(NamedTuple):
 AnyAE = TypeVar("AnyAE", bound="AE")
 
 
-class AE(nn.Module):
+class AE(nn.Module, Pretrained):
     r"""An autoencoder of any encoder and decoder: the mean over samples of :math:`\sum_i \ell(\hat x_i, x_i)`, :math:`\hat x = g(f(x))`.
 
     :meth:`encode` and :meth:`decode` are parts of a call: differentiable, in the model's mode. The other methods read: they have no

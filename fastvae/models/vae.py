@@ -12,6 +12,7 @@ from fastvae._pytree import exportable
 from fastvae._types import LayerActivation, Likelihood, check_choice
 from fastvae.functional._checks import check_nonnegative
 from fastvae.models import _networks
+from fastvae.models._hub import Pretrained
 from fastvae.models._inputs import as_float, parameter_dtype
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
@@ -41,7 +42,7 @@ class VAEOutput(NamedTuple):
 AnyVAE = TypeVar("AnyVAE", bound="VAE")
 
 
-class VAE(nn.Module):
+class VAE(nn.Module, Pretrained):
     r"""A VAE of any encoder and decoder with a standard normal prior.
 
     .. math:: -\mathbb{E}_{q(z|x)} \log p(x|z) + \beta\, KL(q(z|x) \| N(0, I)), \quad q(z|x) = N(\mu, \mathrm{diag}(\sigma^2))

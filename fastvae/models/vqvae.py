@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae._pytree import exportable
+from fastvae.models._hub import Pretrained
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
@@ -78,7 +79,7 @@ def conv_decoder(
 AnyVQVAE = TypeVar("AnyVQVAE", bound="VQVAE")
 
 
-class VQVAE(nn.Module):
+class VQVAE(nn.Module, Pretrained):
     r"""A VQ-VAE of any encoder and decoder (van den Oord et al., *Neural Discrete Representation Learning*, 2017).
 
     .. math:: \tfrac{1}{\sigma^2} \mathrm{MSE}(x, \hat x) + L_{vq}
@@ -155,7 +156,7 @@ class VQVAE(nn.Module):
 AnyVQVAE2 = TypeVar("AnyVQVAE2", bound="VQVAE2")
 
 
-class VQVAE2(nn.Module):
+class VQVAE2(nn.Module, Pretrained):
     """Two levels: a coarse code of the whole and a fine one that is given it (Razavi et al., *VQ-VAE-2*, 2019, section 3.1).
 
     A call trains; :meth:`encode`, :meth:`decode` and :meth:`reconstruct` read, as those of :class:`VQVAE`.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastvae import functional as FV
+from fastvae._extras import extra
 from fastvae.nn import _processes
 from fastvae.training import latents, pictures
-from fastvae.training._extras import extra
 from fastvae.training.module import LitAutoencoder, data_of
 
 with extra("train"):

@@ -5,8 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fastvae._extras import extra
 from fastvae.training import checkpoints, networks
-from fastvae.training._extras import extra
 from fastvae.training.callbacks import LatentCurves, Pictures, Speed
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.errors import CheckpointError

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, pictures
-from fastvae.training._extras import extra
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.datasets import MNISTDigits
 from fastvae.training.errors import TrainingError

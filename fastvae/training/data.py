@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.training._extras import extra
+from fastvae._extras import extra
 
 SPLIT_SEED = 0
 

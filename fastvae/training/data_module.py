@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from fastvae._extras import extra
 from fastvae._types import check_choice
-from fastvae.training._extras import extra
 from fastvae.training.errors import DataError
 from fastvae.training.preprocessing import Binarization, Preprocessing, Scaling
 from fastvae.training.sources import InMemory, Source, as_it_is

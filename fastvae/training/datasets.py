@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvae._extras import MissingExtraError, extra
 from fastvae.models.registry import nearest
-from fastvae.training._extras import MissingExtraError, extra
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.errors import DataError
 from fastvae.training.images import ColorMode, find_images, loader

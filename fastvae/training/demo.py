@@ -9,8 +9,8 @@ from typing import cast
 import torch
 
 from fastvae import _backend, info
+from fastvae._extras import extra
 from fastvae.models import VAE
-from fastvae.training._extras import extra
 from fastvae.training.comparison import measure_loss_lines, measure_step_memory
 from fastvae.training.data import SPLIT_SEED, Split, mnist_subset
 from fastvae.training.loop import LEARNING_RATE, Training, as_floats, batch_size, evaluate, train

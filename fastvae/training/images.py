@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fastvae._extras import extra
 from fastvae._types import check_choice
-from fastvae.training._extras import extra
 from fastvae.training.errors import DataError
 
 with extra("train"):

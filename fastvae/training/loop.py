@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvae._extras import extra
 from fastvae.models import VAE, VAEOutput
-from fastvae.training._extras import extra
 from fastvae.training.comparison import Contender, compare, draw_noise, make_contenders, relative_differences
 from fastvae.training.data import Split
 

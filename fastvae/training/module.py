@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import fastvae
+from fastvae._extras import extra
 from fastvae._types import check_choice
 from fastvae.models import registry
 from fastvae.nn import _processes
 from fastvae.nn.schedules import ScheduledKL
-from fastvae.training._extras import extra
 from fastvae.training.errors import CheckpointError
 from fastvae.training.optimizers import (
     OptimizerName,

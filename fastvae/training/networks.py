@@ -5,8 +5,8 @@ A class path is a name of modules and a class, so a classmethod has none; and it
 
 from torch import nn
 
+from fastvae._extras import extra
 from fastvae.models import AE, VAE, VQVAE, VQVAE2, registry
-from fastvae.training._extras import extra
 
 with extra("train"):
     from jsonargparse import class_from_function

@@ -4,9 +4,9 @@ import re
 import sys
 from typing import Any
 
+from fastvae._extras import extra
 from fastvae.models.registry import nearest
 from fastvae.training import networks
-from fastvae.training._extras import extra
 from fastvae.training.callbacks import Pictures
 from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.module import LitAutoencoder

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.training._extras import extra
+from fastvae._extras import extra
 
 with extra("train"):
     from PIL import Image

@@ -1,0 +1,67 @@
+"""Weights and recipe of a model in a folder, as the Hugging Face hub has them: ``model.safetensors`` and ``config.json``.
+
+:func:`save_pretrained` and :func:`from_pretrained` are methods of every model too. A model is made again by its ready-made network, so its
+file holds no code.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastvae._extras import extra
+from fastvae.models import registry
+
+# The names that huggingface_hub gives the two files.
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+    """Writes a model that a ready-made network made.
+
+    Raises:
+        ValueError: for a model of modules of one's own.
+    """
+    with extra("train"):
+        from safetensors.torch import save_model
+    description = registry.describe(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / WEIGHTS))
+    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
+    """The model of a folder, or of a repository of the hub, ``"owner/name"``, in evaluation mode.
+
+    Args:
+        source: the folder or the repository.
+        download: options of ``huggingface_hub.hf_hub_download``, such as ``revision`` and ``token``.
+
+    Raises:
+        ValueError: for a config that does not describe a network of this package.
+        FileNotFoundError: for a folder without the two files.
+    """
+    with extra("train"):
+        from safetensors.torch import load_model
+    config, weights = (_find(source, name, download) for name in (CONFIG, WEIGHTS))
+    description = json.loads(config.read_text())
+    if not isinstance(description, dict) or not {"network", "options"} <= description.keys():
+        raise ValueError(f"source: {config} describes no network of fastvae, takes one with network and options")
+    model = registry.build(description)
+    load_model(model, str(weights))
+    return model.eval()
+
+
+def _find(source: str | Path, name: str, download: dict[str, Any]) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"source: {path} has no {name}")
+        return path / name
+    if str(source).count("/") != 1:
+        raise FileNotFoundError(f"source: got {str(source)!r}, takes a folder, or a repository of the hub as owner/name")
+    with extra("train"):
+        from huggingface_hub import hf_hub_download
+    return Path(hf_hub_download(str(source), name, **download))

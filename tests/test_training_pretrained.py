@@ -1,0 +1,90 @@
+"""Models by the names of their networks, and in folders as the Hugging Face hub has them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+for package in ("safetensors", "huggingface_hub"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[train]")
+
+from torch import nn  # noqa: E402
+
+from fastvae.models import AE, VAE, VQVAE, VQVAE2, DenoisingAE, ImageVAE, SparseAE, pretrained, registry  # noqa: E402
+from fastvae.nn import CapacitySchedule, GaussianNLL, LinearSchedule, Masking  # noqa: E402
+
+SMALL = {"num_codes": 8, "dim": 4, "channels": 8, "hidden": 4, "blocks": 1}
+MODELS = {
+    "AE": lambda: AE.mlp((1, 8, 8), (6,), 3),
+    "linear": lambda: AE.linear(16, 3),
+    "DenoisingAE": lambda: DenoisingAE.mlp(16, (6,), 3, corruption=Masking(0.2)),
+    "SparseAE": lambda: SparseAE.mlp(16, (6,), 3, code="sigmoid", rho=0.1),
+    "VAE": lambda: VAE.mlp(16, (6,), 3, beta=LinearSchedule(7), capacity=CapacitySchedule(9)),
+    "learned variance": lambda: VAE.mlp(16, (6,), 3, likelihood=GaussianNLL(learned=True)),
+    "ImageVAE": lambda: ImageVAE.residual(3, (8, 16), 1, 4, image_size=(16, 8)),
+    "VQVAE": lambda: VQVAE.conv(3, **SMALL, cosine=True),
+    "VQVAE2": lambda: VQVAE2.conv(3, **SMALL),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_made_again(name, tmp_path):
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    again = type(model).from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    assert repr(again) == repr(model)
+    assert not again.training
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+def test_every_network_can_be_described():
+    made = {name: make(16, 3) if name.endswith("linear") else make() for name, make in registry.networks().items()}
+    assert len(made) == 22
+    for name, model in made.items():
+        description = json.loads(json.dumps(registry.describe(model)))
+        assert description["network"] == name
+        assert registry.build(description).recipe.name == name
+
+
+def test_a_model_of_another_class_is_an_error(tmp_path):
+    AE.mlp(16, (6,), 3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^source: .* holds a AE, takes a VAE$"):
+        VAE.from_pretrained(tmp_path)
+
+
+def test_what_cannot_be_stored_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^model: got AE of modules of one's own"):
+        AE(nn.Linear(4, 2), nn.Linear(2, 4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^corruption: got Dropout, a stored model takes"):
+        DenoisingAE.mlp(16, corruption=nn.Dropout()).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["missing", "a/b/c"])
+def test_sources_that_are_not_there(tmp_path, source):
+    with pytest.raises(FileNotFoundError, match=r"^source: got .*takes a folder, or a repository"):
+        pretrained.from_pretrained(str(tmp_path / source))
+
+
+def test_folders_that_hold_something_else(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json$"):
+        pretrained.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="describes no network of fastvae"):
+        pretrained.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"network": "VAE.cnv", "options": {}}')
+    with pytest.raises(ValueError, match=r"^network: got 'VAE.cnv', did you mean VAE.conv"):
+        pretrained.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"network": "VAE.conv", "options": {"latent": 3}}')
+    with pytest.raises(ValueError, match=r"^network: VAE.conv of this version does not take the stored options"):
+        pretrained.from_pretrained(tmp_path)
+
+
+def test_models_import_without_the_hub():
+    code = "import sys, fastvae.models; print({'huggingface_hub', 'safetensors', 'lightning'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
