@@ -1,6 +1,7 @@
 """Reading a checkpoint without the program and the configuration that wrote it."""
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content, of tensors and plain data alone: nothing that a file says is run."""
     if not path.is_file():
         raise CheckpointError(f"checkpoint: {path} is no file")
+    if not zipfile.is_zipfile(path):
+        # torch.load would take the file for one of its old format, and fail in as many ways as there are files.
+        raise CheckpointError(f"checkpoint: {path} was not written by torch.save")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"checkpoint: {path} is none, or holds more than tensors and plain data, which is not read") from error
+        raise CheckpointError(f"checkpoint: {path} holds more than tensors and plain data, which is not read") from error
     except (RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"checkpoint: {path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from error
     if not isinstance(content, dict):
