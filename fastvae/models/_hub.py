@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-AnyModel = TypeVar("AnyModel", bound=nn.Module)
+AnyModel = TypeVar("AnyModel", bound="Pretrained")
 
 
 class Pretrained:

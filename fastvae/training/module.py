@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import fastvae
+from fastvae import __version__
 from fastvae._extras import extra
 from fastvae._types import check_choice
 from fastvae.models import registry
@@ -105,14 +105,12 @@ class LitAutoencoder(LightningModule):
         # What the network has been trained on, for the checkpoint.
         self.sample_shape: list[int] | None = None
         self.data_name: str | None = None
-        self._noise_seed: int | None = None
+        self._noise_seed = torch.initial_seed()
         # Whether a batch since the last optimizer step had a loss that is not finite; no buffer, because those of the first process
         # replace the others' in each forward pass of DistributedDataParallel.
         self._non_finite: Tensor | None = None
 
     def setup(self, stage: str) -> None:
-        if self._noise_seed is None:
-            self._noise_seed = torch.initial_seed()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.data_name = None if data is None else type(data).__name__
         make = getattr(data, "make_preprocessing", None)
@@ -141,7 +139,7 @@ class LitAutoencoder(LightningModule):
         self._seed_noise(2, batch_idx)
 
     def _seed_noise(self, *position: int) -> None:
-        torch.manual_seed(step_seed(cast("int", self._noise_seed), self.global_rank, *position))
+        torch.manual_seed(step_seed(self._noise_seed, self.global_rank, *position))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self._step("train", batch).loss
@@ -199,7 +197,7 @@ class LitAutoencoder(LightningModule):
             description = None
         checkpoint[ENTRY] = {
             "format": FORMAT,
-            "version": fastvae.__version__,
+            "version": __version__,
             "network": description,
             "preprocessing": self.preprocessing.describe(),
             "data": self.data_name,
@@ -238,6 +236,6 @@ def check_entry(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if entry["format"] != FORMAT:
         raise CheckpointError(
             f"checkpoint: got format {entry['format']}, which fastvae {entry['version']} wrote; "
-            f"this is fastvae {fastvae.__version__}, which takes format {FORMAT}"
+            f"this is fastvae {__version__}, which takes format {FORMAT}"
         )
     return entry
