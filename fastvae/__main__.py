@@ -1,5 +1,6 @@
 """The command line: ``fastvae``, or ``python -m fastvae``."""
 
+import re
 import sys
 
 from fastvae import info
@@ -40,8 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
         print("fastvae: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (MissingExtraError, TrainingError) as error:
-        # A worker process sends its traceback along; the error itself is the last line.
-        sys.exit(f"fastvae: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"fastvae: {in_one_line(error)}")
+
+
+def in_one_line(error: Exception) -> str:
+    """The message; that of a worker process is a traceback, whose last line has the error's class before it."""
+    return re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])
 
 
 def run(arguments: list[str]) -> None:

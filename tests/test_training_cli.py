@@ -183,6 +183,8 @@ def test_there_is_a_config_for_each_kind_of_model():
         (["fit", "--network.latnt_dim=3"], "'latnt_dim' is not accepted: did you mean latent_dim"),
         (["fit", "--model.learning_rate=fast"], "model.learning_rate.*float.*fast"),
         (["fit", "--config=missing.yaml"], "missing.yaml"),
+        (["fit", "--data.batch_size=0"], "batch_size: got 0, takes"),
+        (["fit", "--network.beta=-1"], "beta: got -1.0, takes"),
         (["sample", "missing.ckpt"], "checkpoint: missing.ckpt is no file"),
         (["encode", "missing.ckpt", "--data=MNISTDigit"], "data: got 'MNISTDigit', did you mean MNISTDigits"),
     ],
@@ -192,6 +194,17 @@ def test_names_that_do_not_exist(arguments, message):
     with pytest.raises(SystemExit, match=rf"^fastvae: .*{message}") as ended:
         command_line.main(arguments)
     assert "\n" not in ended.value.code
+
+
+def test_a_broken_image_in_a_worker_process_is_one_line(tmp_path):
+    for number in range(4):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_text("no image")
+    data = ["--data=ImageFolder", f"--data.root={tmp_path}", "--data.size=8", "--data.mode=grey", "--data.broken=stop", "--data.workers=1"]
+    network = ["--network=VAE_mlp", "--network.data_shape=[1,8,8]", "--network.hidden=[8]"]
+    quiet = ["--trainer.logger=false", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1"]
+    with pytest.raises(SystemExit, match=r"^fastvae: .*/broken.png: cannot identify image file [^\n]*$"):
+        command_line.main(["fit", *data, "--data.val=0.4", *network, *quiet])
 
 
 def test_files_that_are_no_checkpoints(tmp_path):

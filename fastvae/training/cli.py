@@ -1,5 +1,6 @@
 """``fastvae fit | validate | test``: Lightning's command line for our networks and data."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ from fastvae._extras import extra
 from fastvae.training import checkpoints, networks
 from fastvae.training.callbacks import LatentCurves, Pictures, Speed
 from fastvae.training.data_module import AutoencoderData
-from fastvae.training.errors import CheckpointError
+from fastvae.training.errors import CheckpointError, TrainingError
 from fastvae.training.module import LitAutoencoder, check_entry
 from fastvae.training.parsing import Parser
 
@@ -41,6 +42,14 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # The parser puts all arguments around the line in which a network or a data module names the one that does not fit.
+            found = re.search(r"\w[\w, ]*: got .+", str(error))
+            raise TrainingError(found[0] if found else str(error)) from error
 
     def before_validate(self) -> None:
         self._take_network_of_checkpoint()

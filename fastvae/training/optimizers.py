@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastvae._types import check_choice
+from fastvae.training.errors import TrainingError
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine", "linear"]
@@ -67,7 +68,7 @@ def learning_rate_factor(name: ScheduleName, warmup_steps: int, total_steps: flo
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps: got {warmup_steps}, takes an integer >= 0")
     if name != "constant" and math.isinf(total_steps):
-        raise ValueError(f"schedule: got {name!r} for a training without an end, takes max_epochs or max_steps, or 'constant'")
+        raise TrainingError(f"schedule: got {name!r} for a training without an end, takes max_epochs or max_steps, or 'constant'")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
