@@ -183,6 +183,7 @@ def test_there_is_a_config_for_each_kind_of_model():
         (["fit", "--network.latnt_dim=3"], "'latnt_dim' is not accepted: did you mean latent_dim"),
         (["fit", "--model.learning_rate=fast"], "model.learning_rate.*float.*fast"),
         (["fit", "--config=missing.yaml"], "missing.yaml"),
+        (["fit", "--data=SklearnDigits"], r"network: does not take the samples of SklearnDigits, of shape \(1, 8, 8\): "),
         (["fit", "--data.batch_size=0"], "batch_size: got 0, takes"),
         (["fit", "--network.beta=-1"], "beta: got -1.0, takes"),
         (["sample", "missing.ckpt"], "checkpoint: missing.ckpt is no file"),

@@ -11,6 +11,7 @@ for package in ("lightning", "jsonargparse"):
 
 from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from fastvae.models import AE, VAE, VQVAE, AEOutput  # noqa: E402
@@ -89,6 +90,22 @@ def test_a_step_with_a_non_finite_loss_changes_nothing(optimizer, options, bad):
     assert same(weights(lit), weights(plain))
     assert same(optimizer_state(fitted), optimizer_state(plain_fitted))
     assert all(value.isfinite().all() for value in optimizer_state(fitted))
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_grad_scaler_skips_the_same_steps(optimizer, clip):
+    """An infinite loss whose gradient is finite is no overflow to a GradScaler."""
+    good = [torch.rand(4, 4) for _ in range(BATCHES)]
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    lit = LitAutoencoder(Overflow(), optimizer=optimizer)
+    fitted = trainer(max_epochs=1, plugins=[plugin], gradient_clip_val=clip)
+    fitted.fit(lit, DataLoader([*good, -torch.ones(4, 4)], batch_size=None))
+    assert lit.skipped_steps == 1
+    assert all(p.isfinite().all() for p in lit.parameters())
+    assert plugin.scaler.get_scale() == 2.0**7
+    if optimizer == "adam":
+        assert {float(state["step"]) for state in fitted.optimizers[0].state.values()} == {BATCHES}
 
 
 def test_a_bad_part_of_an_accumulated_batch_skips_the_step():

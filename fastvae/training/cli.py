@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvae._extras import extra
-from fastvae.training import checkpoints, networks
+from fastvae.training import checkpoints, latents, networks
 from fastvae.training.callbacks import LatentCurves, Pictures, Speed
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.errors import CheckpointError, TrainingError
@@ -50,6 +50,16 @@ class CommandLine(LightningCLI):
             # The parser puts all arguments around the line in which a network or a data module names the one that does not fit.
             found = re.search(r"\w[\w, ]*: got .+", str(error))
             raise TrainingError(found[0] if found else str(error)) from error
+
+    def before_fit(self) -> None:
+        """Shows the network a few samples, so that one for data of another shape fails with a message about the shape."""
+        self.datamodule.setup()
+        x = self.datamodule.first_samples(4)
+        try:
+            latents.reconstruct(self.model, x)
+        except RuntimeError as error:
+            shape, data = tuple(x.shape[1:]), type(self.datamodule).__name__
+            raise TrainingError(f"network: does not take the samples of {data}, of shape {shape}: {error}") from error
 
     def before_validate(self) -> None:
         self._take_network_of_checkpoint()

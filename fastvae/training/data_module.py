@@ -103,6 +103,11 @@ class AutoencoderData(LightningDataModule):
         """The whole data set in its own order, without a test part that is a data set of its own."""
         return self._loader(self.source)
 
+    def first_samples(self, count: int) -> Tensor:
+        """The first samples of the training part, as they are before preprocessing."""
+        part: Any = self._part(self.indices.train)
+        return part.__getitems__(list(range(min(count, len(part)))))["x"]
+
     def test_part(self) -> Any:
         """The test samples, as a data set whose batches are made by ``__getitems__``."""
         return self._part(self.indices.test) if self.test_source is None else self.test_source
