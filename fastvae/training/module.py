@@ -139,13 +139,18 @@ class LitAutoencoder(LightningModule):
         self._seed_noise(2, batch_idx)
 
     def _seed_noise(self, *position: int) -> None:
-        torch.manual_seed(step_seed(self._noise_seed, self.global_rank, *position))
+        seed = step_seed(self._noise_seed, self.global_rank, *position)
+        # torch.manual_seed visits the generators of every kind of device, which takes as long as a small network's forward pass.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self._step("train", batch).loss
         finite = torch.isfinite(loss.detach())
         self._non_finite = ~finite if self._non_finite is None else self._non_finite | ~finite
-        self.log("skipped_steps", self.skipped_steps.float(), on_step=True, on_epoch=False)
+        if self._is_logged("train"):
+            self.log("skipped_steps", self.skipped_steps.float(), on_step=True, on_epoch=False)
         # A loss that overflowed may have a finite gradient. A GradScaler looks at the gradients alone, so they all become NaN.
         return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
 
@@ -161,10 +166,15 @@ class LitAutoencoder(LightningModule):
         self.sample_shape = list(x.shape[1:])
         output = self(x)
         training = stage == "train"
-        for name, value in scalars(output).items():
+        for name, value in scalars(output).items() if self._is_logged(stage) else ():
             options: dict[str, Any] = {"on_step": training, "on_epoch": not training, "sync_dist": not training, "batch_size": len(x)}
             self.log(f"{stage}/{name}", value, prog_bar=name == "loss", **options)
         return output
+
+    def _is_logged(self, stage: str) -> bool:
+        """Whether anybody reads the figures of this batch: Lightning takes long to store them, and a logger reads some steps' alone."""
+        trainer: Any = self.trainer
+        return stage != "train" or (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         flag = cast("Tensor", self._non_finite).float()
