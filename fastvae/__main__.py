@@ -10,7 +10,7 @@ from fastvae.training.errors import TrainingError
 HELP = """usage: fastvae COMMAND [options]
 
 Training:
-  fit           trains a network: fastvae fit --config configs/vae.yaml, or --network VAE_conv --data MNISTDigits
+  fit           trains a network: fastvae fit --config configs/conv_vae_mnist.yaml, or --network VAE_conv --data MNISTDigits
   validate      evaluates a checkpoint on the validation part of the data
   test          evaluates a checkpoint on the test part
 

@@ -28,7 +28,7 @@ ACTIVE_VARIANCE = 0.01
 class Pictures(Callback):
     """PNG files of reconstructions, samples, interpolations and traversals, which TensorBoard shows too.
 
-    They are made of the first validation batch, or the last training batch where there is no validation, and lie in ``pictures`` of the
+    They are made of the first validation batch, or the first training batch where there is no validation, and lie in ``pictures`` of the
     run's folder, a folder for each epoch. What a network does not have, such as samples of a plain autoencoder, is left out.
 
     Args:
@@ -47,7 +47,7 @@ class Pictures(Callback):
             self._x = data_of(batch)[: self.count]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not trainer.enable_validation:
+        if self._x is None:
             self._x = data_of(batch)[: self.count]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:

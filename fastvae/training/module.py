@@ -1,5 +1,6 @@
 """The training of any autoencoder by Lightning."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -38,7 +39,7 @@ def data_of(batch: Any) -> Tensor:
     """The data of a batch: a tensor, the first of several, or the entry ``x`` of a mapping."""
     if isinstance(batch, Tensor):
         return batch
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         if "x" not in batch:
             raise ValueError(f"batch: got a mapping of {', '.join(map(str, batch))}, takes one with x")
         return batch["x"]
@@ -49,8 +50,9 @@ def scalars(output: Any) -> dict[str, Tensor]:
     """The fields of a model's output that are numbers, by name; those of several levels are numbered, ``perplexity_0``."""
     found: dict[str, Tensor] = {}
     for name, value in output._asdict().items():
-        parts = {name: value} if isinstance(value, Tensor) else {f"{name}_{i}": part for i, part in enumerate(value)}
-        found |= {key: part.detach() for key, part in parts.items() if part.ndim == 0}
+        levels = value if isinstance(value, tuple | list) else ()
+        parts = {name: value} | {f"{name}_{i}": part for i, part in enumerate(levels)}
+        found |= {key: part.detach() for key, part in parts.items() if isinstance(part, Tensor) and part.ndim == 0}
     return found
 
 
