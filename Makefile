@@ -15,11 +15,14 @@ STAGES ?=
 # The other torch of `make compat`, and which of the tests run with it: all, or tenth, the tenth that today's date chooses.
 TORCH ?= 2.10.0
 TESTS ?= all
+# The same of `make prove`, and which proofs; all where none is named.
+PART ?= all
+PROOFS ?=
 
 NATIVE := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 
-.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang sanitize bench results compat lint format build setup clean gpu-pass
+.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang sanitize prove bench results compat lint format build setup clean gpu-pass
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -55,6 +58,10 @@ test-clang: setup
 sanitize: setup
 	$(RUN) tests/cpp/build.py g++ clang++ --sanitize address undefined thread
 	$(RUN) tests/cpp/operators.py g++ --sanitize address undefined
+
+# The long proofs, with PART=today the part that the date chooses; PROOFS names some of them. About an hour on two cores.
+prove: build
+	$(RUN) tools/prove.py $(PROOFS) --part $(PART)
 
 # Some gigabytes and many minutes, in a .venv-compat-* of its own; PYTHON says for which Python.
 compat: build

@@ -79,3 +79,11 @@ def processor_multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products of bfloat16."""
     supported: tuple[Callable[[], bool], ...] = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
     return any(ask() for ask in supported)
+
+
+def wrap_overload(overload: Callable, wrap: Callable[[Callable], Callable]) -> None:
+    """Puts ``wrap(call)`` in the place of the call of an operator's overload, also where compiled code makes it.
+
+    To be called before anything keeps the overload in a dictionary: its hash is that of the call.
+    """
+    overload._op = wrap(overload._op)  # type: ignore[attr-defined]

@@ -14,10 +14,10 @@ constexpr int kShortCodes = 256;  // codes that are in shared memory at a time: 
 
 // About one wave of an H200, whose 132 multiprocessors each run three or four blocks of a screen at a time. Where the rows give fewer
 // blocks, the codes of each tile are split among several.
-constexpr int64_t kScreenBlocks = 512;
+constexpr int64_t kScreenBlocks = FASTVAE_GRID_LIMIT(512);
 static_assert(kScreenBlocks <= kMaxColumnBlocks, "each tile of rows whose codes are split has a ticket counter");
-constexpr int64_t kRecheckBlocks = 528;  // four for each of the 132 multiprocessors of an H200
-constexpr int64_t kMeanCodes = 128;      // about so many codes, evenly spaced, give the mean
+constexpr int64_t kRecheckBlocks = FASTVAE_GRID_LIMIT(528);  // four for each of the 132 multiprocessors of an H200
+constexpr int64_t kMeanCodes = 128;                          // about so many codes, evenly spaced, give the mean
 
 inline bool has_short_rows(int64_t dim) { return dim <= kShortDim; }
 
@@ -92,7 +92,7 @@ FASTVAE_INLINE bool is_separated(const TwoSmallest& best, float error) { return 
 
 // In the counting sort a warp handles a part of the rows of a head. Each part has a count for each code, so there are not more than
 // kMaxSortParts, and none is so small that the counts outweigh the rows.
-constexpr int64_t kMaxSortParts = 512;
+constexpr int64_t kMaxSortParts = FASTVAE_GRID_LIMIT(512);
 constexpr int64_t kMinPartRows = 256;
 
 struct CodebookSortParts {

@@ -1,0 +1,168 @@
+"""Each barrier and each fence of csrc/cuda/ is taken away in turn: the emulation misses it, or it is listed here with a reason.
+
+Only the build that watches every access can tell. A barrier is named by its file, its function, and its number there.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import test_codebook as codebook_contract
+import torch
+from _calls import CALLS
+from _helpers import Source
+
+import fastvae
+from fastvae import functional as FV
+
+pytestmark = [pytest.mark.prove, pytest.mark.build("races")]
+SOURCES = Path(__file__).resolve().parent.parent.parent / "csrc" / "cuda"
+PRIMITIVES = {"__syncthreads": "barrier", "__syncwarp": "warp barrier", "__threadfence": "fence"}
+
+# Barriers and fences without which the results would be the same, and why.
+REDUNDANT = {
+    "codebook_recheck.cuh block_min: barrier 2": "block_sum() follows each call, and its barriers come before the next call writes",
+    "codebook_recheck.cuh codebook_recheck_kernel: barrier 1": "a barrier follows the last read of a row: that of block_sum(), or of the loop in decide_exactly()",
+    "reduce.cuh column_block_sum: barrier 2": "no kernel calls it twice with one type, and each type has memory of its own",
+}
+
+
+class Site(NamedTuple):
+    file: str
+    line: int
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def sites() -> list[Site]:
+    """By scanning the sources."""
+    found, counts = [], {}
+    for path in sorted(SOURCES.iterdir()):
+        function = "?"
+        for number, text in enumerate(path.read_text().splitlines(), 1):
+            code = text.split("//")[0]
+            function = function_of(code) or function
+            for primitive, kind in PRIMITIVES.items():
+                for _ in re.finditer(primitive + r"\(\)", code):
+                    key = path.name, function, kind
+                    counts[key] = counts.get(key, 0) + 1
+                    found.append(Site(path.name, number, f"{path.name} {function}: {kind} {counts[key]}"))
+    return found
+
+
+def function_of(code: str) -> str | None:
+    """The function whose declaration has its name in this line."""
+    if re.match(r"(  )?(__global__|__device__)|    \w+_kernel\(const", code):
+        return next((name for name in re.findall(r"(\w+)\(", code) if name != "__launch_bounds__"), None)
+    return None
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def leaves(*tensors):
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+def differentiate(outputs, inputs):
+    outputs = [output for output in outputs if output.requires_grad]
+    return torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs])
+
+
+def losses(reduction, *shape):
+    x, logvar = leaves(normal(*shape), torch.zeros(1))
+    return differentiate([FV.gaussian_nll(x, normal(*shape, seed=1), logvar, reduction=reduction)], [x, logvar])
+
+
+def shared_log_variance():
+    x, logvar = leaves(normal(40, 70, 9), torch.zeros(70, 1))
+    return differentiate([FV.gaussian_nll(x, normal(40, 70, 9, seed=1), logvar)], [x, logvar])
+
+
+def several_samples():
+    mu, logvar = leaves(normal(3, 300), normal(3, 300, seed=1))
+    return differentiate(FV.reparameterize_kl(mu, logvar, num_samples=9, seed=3, free_bits=0.1), [mu, logvar])
+
+
+def group_norm(channels_last, *shape):
+    x = normal(*shape)
+    x, weight = leaves(x.to(memory_format=torch.channels_last) if channels_last else x, torch.ones(shape[1]))
+    return differentiate([FV.group_norm_silu(x, 2, weight)], [x, weight])
+
+
+def nearest(data, rows, dim, codes):
+    return FV.vq_nearest(*data(Source("cpu"), rows, dim, codes))
+
+
+def quantize(dim):
+    x, codebook = leaves(*codebook_contract.random(Source("cpu"), 300, dim, 70))
+    output = FV.vector_quantize(x, codebook, reduction="sum")
+    return differentiate([output.quantized, output.loss], [x, codebook])
+
+
+# Calls that together run every kernel, with enough blocks, steps and splits for each barrier to matter. The cheap ones come first.
+EXTRA = {
+    "a sum in several blocks": lambda: losses("sum", 5, 4099),
+    "sums of short rows": lambda: losses("sample", 1500, 9),
+    "sums of long rows": lambda: losses("sample", 3, 5000),
+    "sums of columns": shared_log_variance,
+    "several samples": several_samples,
+    "group norm": lambda: group_norm(False, 2, 16, 8, 8),
+    "group norm, channels last": lambda: group_norm(True, 2, 64, 8, 8),
+    "large groups": lambda: group_norm(False, 2, 4, 60, 50),
+    "large groups, channels last": lambda: group_norm(True, 2, 4, 60, 50),
+    "short rows": lambda: nearest(codebook_contract.random, 300, 7, 600),
+    "long rows": lambda: nearest(codebook_contract.random, 100, 33, 200),
+    "long rows in one split": lambda: nearest(codebook_contract.random, 300, 33, 200),
+    "undecided short rows": lambda: nearest(codebook_contract.permuted_ties, 12, 7, 300),
+    "undecided long rows": lambda: nearest(codebook_contract.permuted_ties, 12, 33, 150),
+    "rows that are far": lambda: nearest(codebook_contract.far_rows, 12, 33, 150),
+    "quantized short rows": lambda: quantize(7),
+    "quantized long rows": lambda: quantize(33),
+}
+
+
+def run(call) -> None:
+    """Errors are of no interest: without a barrier any number may come out."""
+    with fastvae.use_backend("cuda"):
+        if callable(call):
+            call()
+        else:
+            call.results(call.tensors("cpu", 5))
+
+
+@pytest.fixture(scope="module")
+def reaching(emulated) -> dict[tuple[str, int], list]:
+    """The calls that come to each site, where nothing is taken away; there they are without a report."""
+    emulated.reset(capturing=False)
+    found = {}
+    for name, call in {**{call.name: call for call in CALLS}, **EXTRA}.items():
+        emulated.take_reached()
+        run(call)
+        assert emulated.take_reports() == [], name
+        for site in emulated.take_reached():
+            found.setdefault(site, []).append(call)
+    return found
+
+
+@pytest.mark.parametrize("site", sites(), ids=str)
+def test_it_is_missed_or_redundant(emulated, reaching, site):
+    calls = reaching.get((site.file, site.line), [])
+    assert calls, "no call comes to it"
+    emulated.remove_site(site.file.encode(), site.line)
+    reports = []
+    for call in calls:
+        run(call)
+        reports += emulated.take_reports()
+        if reports:
+            break
+    emulated.remove_site(b"", 0)
+    assert bool(reports) != (site.name in REDUNDANT), reports
+
+
+def test_the_redundant_ones_are_there():
+    assert REDUNDANT.keys() <= {site.name for site in sites()}
