@@ -43,7 +43,7 @@ FAMILY_FLAGS = {
 if platform.machine() == "x86_64":
     # GCC does not interleave independent chains of operations by itself, and these are longer than the processor looks ahead.
     FAMILY_FLAGS["group_norm"] = ["-fschedule-insns", "-fsched-pressure"]
-CUDA_ARCHS = ("8.0", "9.0", "10.0+PTX")
+CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0+PTX")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]
 # Never -ffinite-math-only: NaN must pass through. Reductions are reassociated by `omp simd` alone.

@@ -1,16 +1,20 @@
 """The backends, and which of them serves an operator; an error says what would serve where the asked-for one cannot."""
 
+import functools
 import os
 import threading
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from fastvae import _load, ops
+from fastvae._gpu import architecture, searches_on_tensor_cores
 from fastvae._torch_private import has_kernel
+from fastvae._types import BackendName
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +25,8 @@ class Backend:
     """The facts about a set of implementations. The dispatcher knows which operators it has.
 
     ``load`` imports it and returns why it is missing, or None. ``missing`` is that reason; ``error`` the exception of a backend that is
-    installed but broken, which serves nothing, even where a part of it got registered.
+    installed but broken, which serves nothing, even where a part of it got registered. ``refusal`` says why none of its kernels runs on the
+    GPU that is the current one, or returns None.
     """
 
     load: Callable[[], str | None]
@@ -30,15 +35,16 @@ class Backend:
     devices: tuple[str, ...] | None = None
     # Whether drawn noise is stored for the backward pass, where drawing it again takes longer than reading it.
     keeps_noise: bool = True
+    refusal: Callable[[], str | None] = lambda: None
     missing: str | None = None
     error: Exception | None = None
 
 
-# resolve() asks the backends in this order. On a GPU two may serve, which were not measured one against the other: C++ comes first because
-# it takes less time to launch. The reference is the oracle of the tests and is chosen on no device: it serves where it is forced.
+# resolve() asks the backends in this order; for two of them on a GPU see _gpu.py. The reference is the oracle of the tests and is chosen
+# on no device: it serves where it is forced.
 BACKENDS = {
     "cpp": Backend(_load.load_cpp, devices=("cpu",)),
-    "cuda": Backend(_load.load_cuda, GPU_FLOATS, devices=("cuda",), keeps_noise=False),
+    "cuda": Backend(_load.load_cuda, GPU_FLOATS, devices=("cuda",), keeps_noise=False, refusal=_load.cuda_refusal),
     "triton": Backend(_load.load_triton, GPU_FLOATS, devices=("cuda",), keeps_noise=False),
     "fallback": Backend(_load.load_fallback),
     "reference": Backend(_load.load_reference, devices=()),
@@ -101,28 +107,80 @@ def preference(device_type: str) -> tuple[str, ...]:
     return tuple(name for name, backend in BACKENDS.items() if backend.devices is None or device_type in backend.devices)
 
 
-def resolve(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for ``op`` on this device and dtype: the forced one, or the first that serves them."""
+@dataclass(frozen=True)
+class Gpu:
+    """The facts about one GPU: its architecture ("sm_90", "gfx942", ...; "" where a fake tensor is on none), and why backends that are
+    loaded do not run on it."""
+
+    architecture: str
+    refusals: dict[str, str]
+
+
+@functools.cache
+def gpu(index: int | None) -> Gpu:
+    """The facts about the GPU of that number, which are asked for once."""
+    if not torch.cuda.is_available():
+        return Gpu("", {})
+    with torch.cuda.device(index):
+        refusals = {name: backend.refusal() for name, backend in BACKENDS.items() if not backend.missing}
+    return Gpu(architecture(index), {name: reason for name, reason in refusals.items() if reason})
+
+
+# Constants for torch.compile, which does not trace how the facts are found.
+@torch.compiler.assume_constant_result
+def _refusal_on_gpu(backend: str, index: int | None) -> str | None:
+    return gpu(index).refusals.get(backend)
+
+
+@torch.compiler.assume_constant_result
+def _order_on_gpu(index: int | None) -> tuple[str, ...]:
+    return tuple(name for name in _preferences["cuda"] if name not in gpu(index).refusals)
+
+
+@torch.compiler.assume_constant_result
+def _architecture(index: int | None) -> str:
+    return gpu(index).architecture
+
+
+def _refusal(backend: str, device: torch.device) -> str | None:
+    return _refusal_on_gpu(backend, device.index) if device.type == "cuda" else None
+
+
+def _order(device: torch.device, multiply_adds: int, dim: int) -> tuple[str, ...]:
+    """The backends that are chosen on a device, in the order in which they are asked."""
+    if device.type != "cuda":
+        return _preferences.get(device.type, ("fallback",))
+    order = _order_on_gpu(device.index)
+    if multiply_adds and "triton" in order and searches_on_tensor_cores(multiply_adds, dim, _architecture(device.index)):
+        return "triton", *order
+    return order
+
+
+def resolve(op: str, device: torch.device, dtype: torch.dtype, multiply_adds: int = 0, dim: int = 0) -> str:
+    """The backend for ``op`` on this device and dtype: the forced one, or the first that serves them.
+
+    ``multiply_adds`` and ``dim`` are those of a search through a codebook, see :func:`fastvae._gpu.searches_on_tensor_cores`.
+    """
     implementing = _served.get((op, device.type), ON_EVERY_DEVICE)
     forced = _forced.backend or _from_environment
     if forced is not None:
-        if forced not in implementing or dtype not in BACKENDS[forced].dtypes:
-            raise BackendError(_explain(forced, op, device.type, dtype)) from BACKENDS[forced].error
+        if forced not in implementing or dtype not in BACKENDS[forced].dtypes or _refusal(forced, device):
+            raise BackendError(_explain(forced, op, device, dtype)) from BACKENDS[forced].error
         return forced
-    for name in _preferences.get(device.type, ("fallback",)):
+    for name in _order(device, multiply_adds, dim):
         if name in implementing and dtype in BACKENDS[name].dtypes:
             break
     # Every order ends with the fallback, which serves what is left.
     return name
 
 
-def _explain(backend: str, op: str, device_type: str, dtype: torch.dtype) -> str:
-    able = ", ".join(serving(op, device_type, dtype)) or "none"
-    if backend not in _implementing(op, device_type):
-        reason = BACKENDS[backend].missing or f"it has no {op} for {device_type} tensors"
+def _explain(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
+    able = ", ".join(name for name in serving(op, device.type, dtype) if not _refusal(name, device)) or "none"
+    if backend not in _implementing(op, device.type):
+        reason = BACKENDS[backend].missing or f"it has no {op} for {device.type} tensors"
     else:
-        reason = f"it takes {', '.join(str(d) for d in BACKENDS[backend].dtypes)}"
-    return f"backend {backend!r} cannot serve {op} on {device_type} with {dtype}: {reason}. Backends that can: {able}."
+        reason = _refusal(backend, device) or f"it takes {', '.join(str(d) for d in BACKENDS[backend].dtypes)}"
+    return f"backend {backend!r} cannot serve {op} on {device.type} with {dtype}: {reason}. Backends that can: {able}."
 
 
 def check_plain_torch() -> None:
@@ -146,12 +204,12 @@ _from_environment = _check_name(os.environ.get("FASTVAE_BACKEND"), "FASTVAE_BACK
 
 
 @contextmanager
-def use_backend(name: str | None):
+def use_backend(name: BackendName | Literal["auto"] | None):
     """Forces a backend for the calling thread: ``with fastvae.use_backend("reference"): ...``.
 
     Args:
         name: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"fallback"``, ``"reference"``, or ``"auto"`` (also ``None``) for the first of them
-            that serves a call; that is never ``"reference"``.
+            that serves a call on its device and at its size; that is never ``"reference"``.
 
     A call that the backend cannot serve raises :class:`BackendError`; there is no silent fallback. A backward pass uses the backend of
     its forward pass. The environment variable ``FASTVAE_BACKEND`` does the same for a whole process.

@@ -104,6 +104,17 @@ def add_cuda(library: Path, key: str = "CUDA") -> None:
 
 def cuda_build() -> str:
     """The compiler and the architectures of the CUDA library, which has to be loaded."""
-    describe = ctypes.CDLL(str(CUDA_LIBRARY)).fastvae_cuda_build
+    return _text_from_cuda("fastvae_cuda_build") or ""
+
+
+def cuda_refusal() -> str | None:
+    """Why no kernel of the CUDA library, which has to be loaded, runs on the current GPU; or None."""
+    reason = _text_from_cuda("fastvae_cuda_refusal")
+    return f"its kernels, of {cuda_build()}, do not run on this GPU: {reason}" if reason else None
+
+
+def _text_from_cuda(function: str) -> str | None:
+    describe = getattr(ctypes.CDLL(str(CUDA_LIBRARY)), function)
     describe.restype = ctypes.c_char_p
-    return describe().decode()
+    text = describe()
+    return None if text is None else text.decode()

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Literal
 
+BackendName = Literal["cpp", "cuda", "triton", "fallback", "reference"]
 Reduction = Literal["none", "sample", "batchmean", "sum", "mean"]
 # A mean over elements would weigh pixels against latents, and an evidence lower bound has no value for an element.
 BoundReduction = Literal["batchmean", "sum", "sample"]

@@ -86,14 +86,19 @@ def _support(backend: str, device: str) -> dict:
 def _choice(device: str) -> str:
     """The order in which the backends are asked, and how it was found."""
     order = ", ".join(_backend.preference(device))
-    return f"{order}; cuda against triton is not measured" if device == "cuda" else order
+    return f"{order}; triton first for large searches; cuda against triton is not measured" if device == "cuda" else order
 
 
 def _cuda_devices() -> list[str]:
     if not torch.cuda.is_available():
         return []
-    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return [f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices]
+    return [_cuda_device(index) for index in range(torch.cuda.device_count())]
+
+
+def _cuda_device(index: int) -> str:
+    device, refusals = torch.cuda.get_device_properties(index), _backend.gpu(index).refusals
+    described = f"{device.name}, compute capability {device.major}.{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+    return "; ".join((described, *(f"not served by {backend}: {reason}" for backend, reason in refusals.items())))
 
 
 def report(facts: dict) -> str:

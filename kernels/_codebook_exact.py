@@ -85,8 +85,8 @@ def keep_smallest(candidate, values):
 
 
 @triton.jit
-def nearest_exactly(row, codebook, code, candidate, code_stride, dim, CODES: tl.constexpr, COLUMNS: tl.constexpr):
-    """The nearest candidate, the lowest where several are equally near; NO_CODE where there is none."""
+def keep_nearest(row, codebook, code, candidate, code_stride, dim, CODES: tl.constexpr, COLUMNS: tl.constexpr):
+    """The candidates at the smallest distance."""
     distance = distances(row, codebook, code, candidate, code_stride, dim, CODES, COLUMNS)
     tolerance = 1.0 + 2.0 * tl.cast(dim + 8, tl.float64) * (2.0**-52)
     close = candidate & (distance <= tl.min(distance, axis=0) * tolerance)
@@ -95,5 +95,14 @@ def nearest_exactly(row, codebook, code, candidate, code_stride, dim, CODES: tl.
         close = keep_smallest(close, units)
         for index in range(BINS):
             close = keep_smallest(close, in_bin(bins, index))
-    nearest = tl.min(tl.where(close, code, SENTINEL), axis=0)
+    return close
+
+
+@triton.jit
+def nearest_exactly(row, codebook, code, candidate, code_stride, dim, CODES: tl.constexpr, COLUMNS: tl.constexpr):
+    """The nearest candidate, the lowest where several are equally near; NO_CODE where there is none. A single candidate needs no
+    distance."""
+    if tl.sum(candidate.to(tl.int32), axis=0) > 1:
+        candidate = keep_nearest(row, codebook, code, candidate, code_stride, dim, CODES, COLUMNS)
+    nearest = tl.min(tl.where(candidate, code, SENTINEL), axis=0)
     return tl.where(nearest == SENTINEL, NO_CODE, nearest)

@@ -22,6 +22,9 @@ NEVER_NEAREST = tl.constexpr(2.0**100)
 NOT_FINITE, TOO_LARGE = tl.constexpr(-1.0), tl.constexpr(0.0)
 # Bounds what underflow takes from a norm, for vectors whose largest element is near 2^14.
 NORM_SLACK = tl.constexpr(2.0**-40)
+# Added to the error of a row. Times the error_weight of a code, which is NORM_SLACK or more, it bounds what underflow takes from a score,
+# and what the number of the tile in the low bits of a score near 0 adds: 2^-120.
+ROW_ERROR_SLACK = tl.constexpr(2.0**-80)
 MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
 MAX_HALF, SMALLEST_NORMAL_HALF = tl.constexpr(65504.0), tl.constexpr(2.0**-14)
 INFINITY = tl.constexpr(float("inf"))
@@ -70,6 +73,21 @@ def round_off(value, HALF: tl.constexpr):
         return tl.where(tl.abs(value) < SMALLEST_NORMAL_HALF, 0.0, value).to(tl.float16)
     else:
         return value
+
+
+@triton.jit
+def lower_bound(product, half_norm, error_weight, minus_scale, minus_error):
+    """A lower bound of a score, from the product of a packed row and a packed code, the code's half_norm and error_weight, and minus the
+    row's product_scale and row_error."""
+    score = minus_scale * product + half_norm
+    return minus_error * error_weight + score
+
+
+@triton.jit
+def upper_bound(lower, half_norm, error_weight, row_error, half_norm_rounding):
+    """The upper bound of a score, which is twice its error above the lower bound. The factor is a little more, for the rounding of this
+    sum."""
+    return lower + 2.01 * (row_error * error_weight + half_norm_rounding * half_norm)
 
 
 @triton.jit(do_not_specialize=["codes"])
@@ -213,4 +231,5 @@ def codebook_pack_rows_kernel(
     slot = head * padded_rows + row
     mark = tl.where(not_finite == 0, tl.where(screened, scale_to_codes, TOO_LARGE), NOT_FINITE)
     tl.store(product_scale + slot, mark, mask=row < padded_rows)
-    tl.store(row_error + slot, scale_to_codes * (residual_norm + rounding * norm) * (1.0 + 2.0**-12), mask=row < padded_rows)
+    error = scale_to_codes * (residual_norm + rounding * norm) * (1.0 + 2.0**-12) + ROW_ERROR_SLACK
+    tl.store(row_error + slot, error, mask=row < padded_rows)

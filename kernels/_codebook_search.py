@@ -4,8 +4,10 @@
 kernel                   grid                     reads                                        writes
 =======================  =======================  ===========================================  ==============================
 codebook_screen_kernel   (blocks of rows, heads)  packed rows and codes, their error bounds    indices, worklist
-codebook_recheck_kernel  (programs,)              x, codebook, half_norm, worklist             indices of the worklist's rows
 =======================  =======================  ===========================================  ==============================
+
+The kernels that pack are in :mod:`fastvae.kernels._codebook_pack`, the one that decides the worklist's rows is in
+:mod:`fastvae.kernels._codebook_recheck`.
 
 A score |c|^2 / 2 - x.c orders the codes as their distances do. The screen computes it with a product in float16, or in float32 for short
 vectors. The norms of the rounding errors bound the error of a score, so the screen leaves few codes that can be the nearest, mostly one.
@@ -23,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels import _device, _launch
-from fastvae.kernels._codebook_exact import nearest_exactly
 from fastvae.kernels._codebook_pack import (
     INFINITY,
     NEVER_NEAREST,
@@ -32,7 +33,10 @@ from fastvae.kernels._codebook_pack import (
     codebook_measure_kernel,
     codebook_pack_codes_kernel,
     codebook_pack_rows_kernel,
+    lower_bound,
+    upper_bound,
 )
+from fastvae.kernels._codebook_recheck import codebook_recheck_kernel
 
 
 @triton.jit
@@ -45,8 +49,9 @@ def products(
     row, code = tl.arange(0, ROWS), tl.arange(0, CODES)
     total = tl.zeros([ROWS, CODES], tl.float32)
     if not HALF:
-        # This loop is not unrolled, because all operands together do not fit into registers.
-        for d in range(DIM):
+        # The number of elements is an argument, DIM too, but not a constant, so that the compiler does not unroll the loop: all operands
+        # together do not fit into registers.
+        for d in range(padded_dim):
             total += tl.load(rows_packed + (row * DIM + d))[:, None] * tl.load(codes_packed + (code * DIM + d))[None, :]
     elif row_block is not None:
         column = tl.arange(0, COLUMNS)
@@ -81,20 +86,32 @@ def take_smallest(best, second, first_tile, MASK: tl.constexpr, CODES: tl.conste
     return smallest, tile * CODES + slot, tl.where(column == slot[:, None], second, best)
 
 
+@triton.jit
+def append(entries, count, step, flat, value, listed):
+    """Appends (flat, value) of the listed rows to the entries of a worklist, which are ``step`` elements apart."""
+    number = tl.where(listed, 1, 0)
+    position = tl.atomic_add(count, tl.sum(number, axis=0)) + tl.cumsum(number, axis=0) - 1
+    entry = entries + position.to(tl.int64) * step
+    tl.store(entry, flat, mask=listed)
+    tl.store(entry + 1, value.to(tl.int64), mask=listed)
+
+
 @triton.jit(do_not_specialize=["rows", "codes"])
 def codebook_screen_kernel(
-    rows_packed, product_scale, row_error, codes_packed, half_norm, error_weight, indices, worklist, worklist_count,
+    rows_packed, product_scale, row_error, codes_packed, half_norm, error_weight, indices, worklist, counts,
     rows, codes, padded_rows, padded_codes, padded_dim, half_norm_rounding,
     HALF: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, TILE_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the code with the smallest lower bound of the score for each row, and lists the rows for which another code may be as near:
-    with that code where it is the only one, otherwise with -1. Grid: (blocks of rows, heads).
+    """Writes the code with the smallest lower bound of the score for each row, and lists the rows for which another code may be as near.
+    Grid: (blocks of rows, heads).
 
     Pointers: the packed rows and codes with their bounds as :mod:`fastvae.kernels._codebook_pack` writes them; indices (heads, rows) int64;
-    worklist (heads * rows, 3) int64: head, row, other code; worklist_count, an int32 scalar.
+    worklist (heads * rows, 2) int64, which has pairs at its beginning, the row's number over all heads and its other code, and open rows
+    from its end backwards, the row's number and an upper bound of its smallest score, the bits of a float32; counts (2,) int32, the numbers
+    of pairs and of open rows.
 
     The codes are screened in tiles of CODES. Each slot, a column of the tiles, keeps its two smallest scores, whose low TILE_BITS bits hold
-    the number of the tile.
+    the number of the tile. Where the two smallest of all are in one slot, a third one there may have been lost, and the row is open.
     """
     MASK: tl.constexpr = (1 << TILE_BITS) - 1
     head, first_row = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * ROWS
@@ -122,8 +139,8 @@ def codebook_screen_kernel(
         for tile in range(first_tile, tl.minimum(first_tile + MASK + 1, tiles)):
             first_code = tl.cast(tile, tl.int64) * CODES
             product = products(rows_packed, codes_packed + first_code * padded_dim, padded_dim, row_block, HALF, DIM, COLUMNS, ROWS, CODES)
-            score = minus_scale * product + tl.load(half_norm + first_code + slot)[None, :]
-            score = minus_error * tl.load(error_weight + first_code + slot)[None, :] + score
+            norms, weights = tl.load(half_norm + first_code + slot), tl.load(error_weight + first_code + slot)
+            score = lower_bound(product, norms[None, :], weights[None, :], minus_scale, minus_error)
             score = ((score.to(tl.int32, bitcast=True) & ~MASK) | (tile - first_tile)).to(tl.float32, bitcast=True)
             second = tl.minimum(second, tl.maximum(best, score))
             best = tl.minimum(best, score)
@@ -134,45 +151,14 @@ def codebook_screen_kernel(
             )
         third = tl.minimum(third, tl.min(best, axis=1))
 
-    # The upper bound of a score is twice its error above the lower bound. The factor is a little more, for the rounding of this sum.
-    bound = smallest + 2.01 * (error * tl.load(error_weight + nearest) + half_norm_rounding * tl.load(half_norm + nearest))
+    bound = upper_bound(smallest, tl.load(half_norm + nearest), tl.load(error_weight + nearest), error, half_norm_rounding)
     finite, too_large = (row < rows) & (scale != NOT_FINITE), scale == TOO_LARGE
-    tl.store(indices + head * rows + row, tl.where(finite, tl.minimum(nearest, codes - 1), 0).to(tl.int64), mask=row < rows)
-    uncertain = finite & (too_large | (second_smallest <= bound))
-    count = tl.where(uncertain, 1, 0)
-    position = tl.atomic_add(worklist_count, tl.sum(count, axis=0)) + tl.cumsum(count, axis=0) - 1
-    entry = worklist + position.to(tl.int64) * 3
-    tl.store(entry, head + tl.zeros([ROWS], tl.int64), mask=uncertain)
-    tl.store(entry + 1, row, mask=uncertain)
-    tl.store(entry + 2, tl.where(too_large | (third <= bound), -1, next_nearest).to(tl.int64), mask=uncertain)
-
-
-@triton.jit(do_not_specialize=["rows", "codes"])
-def codebook_recheck_kernel(
-    x, codebook, half_norm, indices, worklist, worklist_count, x_head_stride, x_stride, code_head_stride, code_stride,
-    rows, codes, dim, padded_codes, CODES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Decides the rows of the worklist, between two codes or among all. It starts with float64, because on a GPU that computes it fast,
-    reading the codes takes as long. Grid: (programs,), which take entries of the worklist in turn.
-
-    Pointers: x (heads, rows, dim); codebook (heads, codes, dim); half_norm, indices and the worklist as above.
-    """
-    lane = tl.arange(0, CODES).to(tl.int64)
-    for entry in range(tl.program_id(0), tl.load(worklist_count), tl.num_programs(0)):
-        record = worklist + tl.cast(entry, tl.int64) * 3
-        head, number, other = tl.load(record), tl.load(record + 1), tl.load(record + 2)
-        index = indices + head * rows + number
-        row = x + head * x_head_stride + number * x_stride
-        head_codes, norms = codebook + head * code_head_stride, half_norm + head * padded_codes
-        nearest = tl.where(other >= 0, tl.load(index), -1)
-        # The last lane has the nearest code so far. Where the worklist names one other code, the first lane has that.
-        for first in range(0, tl.where(other >= 0, 1, codes), CODES - 1):
-            code = tl.where(other >= 0, tl.where(lane == 0, other, codes), first + lane)
-            code = tl.where(lane == CODES - 1, nearest, code)
-            inside = (code >= 0) & (code < codes)
-            candidate = tl.load(norms + code, mask=inside, other=NEVER_NEAREST) < NEVER_NEAREST
-            nearest = nearest_exactly(row, head_codes, code, candidate, code_stride, dim, CODES, COLUMNS)
-        tl.store(index, tl.maximum(nearest, 0))
+    flat = head * rows + row
+    tl.store(indices + flat, tl.where(finite, tl.minimum(nearest, codes - 1), 0).to(tl.int64), mask=row < rows)
+    is_open = finite & (too_large | (third <= bound))
+    append(worklist, counts, 2, flat, next_nearest, finite & (second_smallest <= bound) & (is_open == 0))
+    last = worklist + (tl.num_programs(1).to(tl.int64) * rows - 1) * 2
+    append(last, counts + 1, -2, flat, tl.where(too_large, INFINITY, bound).to(tl.int32, bitcast=True), is_open)
 
 
 class Rows(NamedTuple):
@@ -200,15 +186,17 @@ def nearest(x: Rows, codebook: Rows) -> Tensor:
     machine = _device.machine(device)
     plan = _launch.screen(heads, rows, codes, dim, machine)
     packed_dtype = torch.float16 if plan.half else torch.float32
-    # Counters that the kernels add to: the length of the worklist, and max_quarter of each head.
-    counters = torch.zeros((1 + heads,), dtype=torch.int32, device=device)
-    count, max_quarter = counters[:1], counters[1:]
+    # Counters that the kernels add to: the pairs and the open rows of the worklist, max_quarter of each head, the tickets of the open rows.
+    counters = torch.zeros((2 + heads + heads * rows,), dtype=torch.int32, device=device)
+    counts, max_quarter, tickets = counters.split((2, heads, heads * rows))
     mean = codebook.tensor.mean(1, dtype=torch.float32)
     hashes = new((heads, codes), dtype=torch.int64)
     packed_rows, packed_codes = (new((heads, n, plan.dim), dtype=packed_dtype) for n in (plan.rows, plan.codes))
     product_scale, row_error = new((2, heads, plan.rows), dtype=torch.float32)
     half_norm, error_weight = new((2, heads, plan.codes), dtype=torch.float32)
-    worklist = new((heads * rows, 3), dtype=torch.int64)
+    worklist = new((heads * rows, 2), dtype=torch.int64)
+    winners = new((heads * rows, plan.recheck_splits), dtype=torch.int32)
+    screened = packed_rows, product_scale, row_error, packed_codes, half_norm, error_weight
     block = {"ROWS": plan.pack_rows, "COLUMNS": plan.pack_columns, **_launch.OPTIONS}
     with _device.on(device):
         codebook_measure_kernel[triton.cdiv(codes, plan.pack_rows), heads](
@@ -223,13 +211,14 @@ def nearest(x: Rows, codebook: Rows) -> Tensor:
             HALF=plan.half, **block,
         )  # fmt: skip
         codebook_screen_kernel[plan.rows // plan.block_rows, heads](
-            packed_rows, product_scale, row_error, packed_codes, half_norm, error_weight, indices, worklist, count,
-            rows, codes, plan.rows, plan.codes, plan.dim, plan.half_norm_rounding,
+            *screened, indices, worklist, counts, rows, codes, plan.rows, plan.codes, plan.dim, plan.half_norm_rounding,
             HALF=plan.half, DIM=plan.known_dim, COLUMNS=plan.columns, ROWS=plan.block_rows, CODES=plan.block_codes,
-            TILE_BITS=plan.tile_bits, **_launch.OPTIONS,
+            TILE_BITS=plan.tile_bits, **_launch.screen_options(machine),
         )  # fmt: skip
-        codebook_recheck_kernel[(min(heads * rows, machine.programs),)](
-            x.tensor, codebook.tensor, half_norm, indices, worklist, count, *x[1:], *codebook[1:],
-            rows, codes, dim, plan.codes, CODES=plan.recheck_codes, COLUMNS=plan.recheck_columns, **_launch.recheck_options(machine),
+        codebook_recheck_kernel[plan.recheck_groups, plan.recheck_splits](
+            x.tensor, codebook.tensor, *screened, indices, worklist, counts, winners, tickets, *x[1:], *codebook[1:],
+            heads, rows, dim, plan.rows, plan.codes, plan.dim, plan.half_norm_rounding, TILE_CODES=plan.block_codes,
+            TILE_COLUMNS=plan.pack_columns, CODES=_launch.RECHECK_CODES, COLUMNS=_launch.RECHECK_COLUMNS,
+            **_launch.recheck_options(machine),
         )  # fmt: skip
     return indices

@@ -8,14 +8,15 @@ import torch
 import triton
 from torch import Tensor
 
+from fastvae._gpu import architecture
 from fastvae.kernels._launch import Machine
 from fastvae.ops._operator import Operator
 
 # Under TRITON_INTERPRET=1 Triton runs the kernels on the CPU with numpy.
 DISPATCH_KEYS = ("CUDA", "CPU") if triton.knobs.runtime.interpret else ("CUDA",)
 
-# With two multiprocessors even the small tensors of the tests are shared among several programs.
-_INTERPRETER = Machine("interpreter", 2)
+# With 16 programs even the small tensors of the tests are shared among several, each of which handles several blocks.
+_INTERPRETER = Machine("interpreter", 2, programs=16)
 
 _tickets: dict[tuple[int, int], Tensor] = {}
 
@@ -32,9 +33,7 @@ def machine(device: torch.device) -> Machine:
 
 @functools.cache
 def _machine(index: int) -> Machine:
-    properties = torch.cuda.get_device_properties(index)
-    architecture = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return Machine(architecture, properties.multi_processor_count)
+    return Machine(architecture(index), torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def on(device: torch.device):
@@ -58,13 +57,11 @@ def ticket(device: torch.device) -> Tensor:
         # Another thread allocates it, because this one may direct its allocations to the memory pool of a graph (torch.compile does so
         # before it captures), which does not outlive the graph.
         with ThreadPoolExecutor(1) as thread:
-            _tickets[key] = thread.submit(_new_ticket, device).result()
+            _tickets.setdefault(key, thread.submit(_new_ticket, torch.cuda.current_stream(device)).result())
     return _tickets[key]
 
 
-def _new_ticket(device: torch.device) -> Tensor:
-    zero = torch.zeros((), dtype=torch.int32, device=device)
-    # The zero was written on the stream of this thread, and launches on the stream of the ticket have to see it. This happens once a
-    # stream.
-    torch.cuda.current_stream(device).synchronize()
-    return zero
+def _new_ticket(stream: torch.cuda.Stream) -> Tensor:
+    # The zero is written on the stream of the launches, so that they see it and nobody waits for the device.
+    with torch.cuda.stream(stream):
+        return torch.zeros((), dtype=torch.int32, device=stream.device)

@@ -14,8 +14,6 @@ from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
 SILU = tl.constexpr(NORM_ACTIVATIONS["silu"])
 
-# Elements of a group that one program keeps on chip: 16 registers a thread for the input, and as many for the gradient.
-ON_CHIP = 2048
 # Memory delivers sectors of 32 bytes. In channels-last memory a program that reads fewer adjacent bytes would waste the rest of a sector.
 SECTOR_BYTES = 32
 
@@ -49,10 +47,47 @@ def blocks(batch: int, channels: int, positions: int, channels_last: bool, items
     return GroupNormBlocks(rows, columns, tiles, split_positions, triton.cdiv(positions, split_positions))
 
 
-def fits_on_chip(width: int, positions: int, channels_last: bool, itemsize: int) -> bool:
-    """Whether one program can keep a group of ``width`` channels on chip, so that it is read once a pass."""
+@dataclass(frozen=True)
+class GroupLimits:
+    """The elements of a group that one program keeps on chip, and the threads of such a program at most."""
+
+    elements: int
+    threads: int
+
+
+# Elements of a group for each thread of its program, below the limit of threads.
+GROUP_THREAD_ELEMENTS = 16
+# Of the largest groups a thread of the forward pass has 32 elements, which leaves a multiprocessor room for two programs in 16 bits. Of the
+# backward pass it has 16 of each operand; more would spill. So would 1024 threads, which have 64 registers each, in float32, and in
+# channels-last memory, where a thread keeps the weight and the bias of several channels.
+FORWARD_LIMITS = GroupLimits(16_384, 512)
+BACKWARD_LIMITS, WIDE_BACKWARD_LIMITS = GroupLimits(8192, 512), GroupLimits(16_384, 1024)
+
+
+def backward_limits(channels_last: bool, itemsize: int) -> GroupLimits:
+    return BACKWARD_LIMITS if channels_last or itemsize > 2 else WIDE_BACKWARD_LIMITS
+
+
+@dataclass(frozen=True)
+class WholeGroup:
+    """The block of a program that keeps a whole group, (``rows``, ``columns``) positions and channels, and the warps of the program."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def whole_group(
+    width: int, positions: int, channels_last: bool, itemsize: int, limits: GroupLimits, machine: _launch.Machine
+) -> WholeGroup | None:
+    """The configuration for groups of ``width`` channels that one program each keeps on chip, so that they are read once a pass; None where
+    they are too large for that, or so narrow that a program would waste most of each sector."""
+    rows, columns = triton.next_power_of_2(positions), triton.next_power_of_2(width)
     fills_sectors = not channels_last or positions == 1 or width * itemsize >= SECTOR_BYTES
-    return fills_sectors and triton.next_power_of_2(width) * triton.next_power_of_2(positions) <= ON_CHIP
+    if not fills_sectors or rows * columns > limits.elements:
+        return None
+    threads = min(max(rows * columns // GROUP_THREAD_ELEMENTS, machine.threads), limits.threads)
+    return WholeGroup(rows, columns, threads // machine.warp_size)
 
 
 @triton.jit

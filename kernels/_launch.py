@@ -3,6 +3,8 @@ Triton and never depend on data."""
 
 from dataclasses import dataclass
 
+from fastvae._gpu import MIN_TENSOR_CORE_DIM
+
 # A sum over a program ends in barriers among its warps. Few warps wait less; several programs on each multiprocessor make up for them.
 WARPS = 4
 
@@ -14,10 +16,11 @@ ACCESS_BYTES, ACCESSES, MAX_ELEMENTS = 16, 2, 16
 # Options of every kernel. enable_fp_fusion, which fuses a product and a sum into one rounding, is Triton's default up to 3.9 only.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
-# Eight programs of 128 threads with 64 registers each fill the register file of a multiprocessor, which has 65,536. A grid of so many
-# programs all runs in one wave. The kernels that draw 16-bit noise need up to 128 registers a thread, so that their grids run in two equal
-# waves.
-PROGRAMS_PER_MULTIPROCESSOR = 8
+# The most programs that share a tensor. Each adds its elements in a sum of its own, so their number decides the order of additions. It is
+# the same for every GPU, so that sums do not depend on the number of multiprocessors. Eight programs of 128 threads with 64 registers each
+# fill the register file of a multiprocessor, which has 65,536, and all run in one wave on the 132 of an H200. The kernels that draw 16-bit
+# noise need up to 128 registers a thread, so that their grids run in two equal waves.
+PROGRAMS = 8 * 132
 
 NOISE_TILE, NOISE_LANES = 512, 128
 
@@ -30,10 +33,12 @@ COLUMNS_PER_PROGRAM = 128
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU, or Triton's interpreter. ``architecture`` is "sm_90", "gfx942", ... or "interpreter"."""
+    """A GPU, or Triton's interpreter. ``architecture`` is "sm_90", "gfx942", ... or "interpreter"; ``programs`` is the most programs of a
+    launch whose programs share a tensor."""
 
     architecture: str
     multiprocessors: int
+    programs: int = PROGRAMS
 
     @property
     def warp_size(self) -> int:
@@ -44,11 +49,6 @@ class Machine:
     def threads(self) -> int:
         """Threads of a program."""
         return WARPS * self.warp_size
-
-    @property
-    def programs(self) -> int:
-        """Programs that run at the same time."""
-        return PROGRAMS_PER_MULTIPROCESSOR * self.multiprocessors
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,22 @@ def column_sums(rows: int, columns: int, itemsize: int, machine: Machine) -> Mat
     return Matrix(rows_block, columns_block, groups, splits)
 
 
-# The screening kernel computes scores in tiles of 64 rows by 64 codes. A tile and the two smallest scores of each slot take 96 registers of
-# each of 128 threads. With few rows the tiles are shorter, so that no multiprocessor is idle, but not below the 16 rows that a tensor core
+# The screening kernel computes scores in tiles of 64 rows by 64 codes. A tile and the two smallest scores of each slot are 96 values for
+# each of 128 threads; with addresses, factors and the final reduction these take up to 250 registers, so that two programs share a
+# multiprocessor. With few rows the tiles are shorter, so that no multiprocessor is idle, but not below the 16 rows that a tensor core
 # takes. A product without tensor cores (False) keeps its factors in registers too, and has half the rows.
 SCREEN_ROWS, MIN_SCREEN_ROWS, SCREEN_CODES = {True: 64, False: 32}, 16, 64
-# Tensor cores multiply 16 elements at a time. For shorter vectors the padding costs more than they gain.
-MIN_TENSOR_CORE_DIM = 16
 # A score carries the number of its tile in its low bits: at most so many, with half precision products (True) and with single precision
 # ones, because the precision that they take from the score has to stay small beside the rounding error of the product. More tiles are
 # screened in rounds, each of which ends with a reduction over the slots.
 MAX_TILE_BITS = {True: 8, False: 6}
 # Codes, and elements of each, that a program of the rechecking kernel loads in float64 at a time: four elements a thread.
-RECHECK_CODES, RECHECK_COLUMNS = 32, 16
-RECHECK_REGISTERS = 128
+RECHECK_CODES, RECHECK_COLUMNS = 16, 32
+# Triton 3.6 needs up to 215 registers a thread for the rechecking kernel, 3.9 up to 176.
+RECHECK_REGISTERS = 255
+# The codes of a row that the screen leaves open are split among several programs, each of which screens so many tiles again or more: fewer
+# would take less time than the programs take to find the nearest of their splits. One block of codes has the nearest of every split.
+RECHECK_TILES, MAX_RECHECK_SPLITS = 4, RECHECK_CODES
 
 # The rows of a code are summed in parts of so many rows, so that one code that has all rows does not leave the machine idle.
 PART_ROWS = 128
@@ -181,8 +184,8 @@ class Screen:
     tile_bits: int
     pack_rows: int
     pack_columns: int
-    recheck_codes: int
-    recheck_columns: int
+    recheck_groups: int
+    recheck_splits: int
 
     @property
     def known_dim(self) -> int:
@@ -213,6 +216,7 @@ def screen(heads: int, rows: int, codes: int, dim: int, machine: Machine) -> Scr
         block_rows //= 2
     tiles = _ceil_div(codes, SCREEN_CODES)
     pack_columns = min(max(_power_of_two(dim), 16), 128)
+    splits = max(1, min(tiles // RECHECK_TILES, MAX_RECHECK_SPLITS))
     return Screen(
         half=half,
         rows=_ceil_div(rows, block_rows) * block_rows,
@@ -224,9 +228,15 @@ def screen(heads: int, rows: int, codes: int, dim: int, machine: Machine) -> Scr
         tile_bits=min((tiles - 1).bit_length(), MAX_TILE_BITS[half]),
         pack_rows=8 * machine.threads // pack_columns,
         pack_columns=pack_columns,
-        recheck_codes=RECHECK_CODES,
-        recheck_columns=RECHECK_COLUMNS,
+        recheck_groups=min(heads * rows, max(machine.programs // splits, 1)),
+        recheck_splits=splits,
     )
+
+
+def screen_options(machine: Machine) -> dict:
+    """The options of the screening kernel. On AMD's GPUs it has to leave room for two wavefronts on each SIMD: Triton 3.6 takes more than
+    the 256 registers of a thread that do, unless it is told to."""
+    return OPTIONS | {"waves_per_eu": 2} if machine.architecture.startswith("gfx") else OPTIONS
 
 
 def recheck_options(machine: Machine) -> dict:

@@ -1,14 +1,32 @@
 """Sums over several programs in one launch: each program stores its partial sums in slots that no other program writes, and the last
 program to arrive, which a ticket counter tells, adds the slots in their order."""
 
+import torch
 import triton
 import triton.language as tl
+
+# Whether the kernels run on AMD's GPUs.
+ON_AMD = tl.constexpr(torch.version.hip is not None)
+
+
+@triton.jit
+def store_slots(pointers, values, mask):
+    """Stores values of 32 bits that the last program reads, see :func:`is_last`; every kernel stores its slots with it.
+
+    The barrier of is_last waits for the stores of all threads on NVIDIA's GPUs alone. On AMD's a wavefront passes it while its stores are
+    under way, and only the wavefront that takes the ticket waits for its own. So an atomic operation follows that changes nothing: it
+    releases, for which the wavefront has to wait for its stores, and acquires, for which it has to wait for the operation.
+    """
+    tl.store(pointers, values, mask=mask)
+    if ON_AMD:
+        bits = pointers.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.atomic_or(bits, 0, mask=mask, sem="acq_rel", scope="gpu")
 
 
 @triton.jit
 def is_last(ticket, programs):
     """Whether this program is the last of ``programs`` to arrive. The last one resets the ticket counter to 0 for the next launch."""
-    # The writes of all threads of this program have to be visible before it arrives.
+    # The slots of all threads of this program have to be stored before it arrives.
     tl.debug_barrier()
     last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == programs - 1
     if last:
@@ -42,7 +60,7 @@ def store_row_sums(sums, out, slots, ticket, row, rows, SPLIT: tl.constexpr):
         tl.store(out + row, sums, mask=row < rows)
     else:
         split, splits = tl.program_id(1), tl.num_programs(1)
-        tl.store(slots + split.to(tl.int64) * rows + row, sums, mask=row < rows)
+        store_slots(slots + split.to(tl.int64) * rows + row, sums, row < rows)
         if is_last(ticket, tl.num_programs(0) * splits):
             store_slot_sums(out, slots, rows, splits)
 

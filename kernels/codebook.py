@@ -29,7 +29,7 @@ from fastvae.kernels import _device, _launch
 from fastvae.kernels._codebook_gradient import codebook_backward_kernel, loss_gradient
 from fastvae.kernels._codebook_pack import MAX_FLOAT, load_tile
 from fastvae.kernels._codebook_search import nearest, rows_of
-from fastvae.kernels._reduce import is_last, sum_programs
+from fastvae.kernels._reduce import is_last, store_slots, sum_programs
 from fastvae.ops import codebook as ops
 from fastvae.ops._results import REDUCTIONS
 
@@ -68,7 +68,7 @@ def codebook_gather_kernel(
             tl.store(errors + flat, row_sum, mask=row < rows)
         total += row_sum
     if slots is not None:
-        tl.store(slots + program, tl.sum(total, axis=0))
+        store_slots(slots + program, tl.sum(total, axis=0), None)
         if is_last(ticket, programs):
             tl.store(loss, sum_programs(slots, programs) * scale)
 

@@ -40,11 +40,13 @@ import triton.language as tl
 
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._group_norm import (
+    FORWARD_LIMITS,
+    GroupLimits,
     activate,
+    backward_limits,
     block_offsets,
     blocks,
     differentiate,
-    fits_on_chip,
     load,
     load_affine,
     load_gradients,
@@ -53,12 +55,15 @@ from fastvae.kernels._group_norm import (
     program_group,
     program_split,
     two_floats,
+    whole_group,
 )
 from fastvae.ops import group_norm as ops
 from fastvae.ops._results import channels_are_last, empty_in_layout
 
-# Partial moments that a program of the combining kernel loads at a time: two for each of 128 threads.
+# Partial sums that a program of a combining kernel loads at a time: two for each of 128 threads.
 PARTIALS = 256
+# Samples and channels that a program of group_norm_parameter_gradients_kernel loads at a time. 32 channels are 512 adjacent bytes.
+SAMPLES, CHANNELS = 16, 32
 
 
 @triton.jit(do_not_specialize=["split_positions", "tiles", "splits"])
@@ -179,17 +184,21 @@ def group_norm_gradient_sums_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def group_norm_combine_gradients_kernel(
-    partial_sums, mean, rstd, weight, statistics_gradient, sample_sums, channels, positions, splits, groups, width, COLUMNS: tl.constexpr,
+    partial_sums, mean, rstd, weight, statistics_gradient, sample_sums, channels, positions, splits, groups, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Each program adds the partial sums of one group, and computes its slope and intercept. Grid: (batch * groups,)."""
     program, sample, group = program_group(groups)
     column = tl.arange(0, COLUMNS)
     channel, mask = group * width + column, column < width
-    sum_du, sum_du_x = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
-    for split in range(splits):
-        slot = partial_sums + ((sample * splits + split) * channels + channel) * 2
-        sum_du += tl.load(slot, mask=mask, other=0.0).to(tl.float64)
-        sum_du_x += tl.load(slot + 1, mask=mask, other=0.0).to(tl.float64)
+    split_du, split_du_x = tl.zeros([ROWS, COLUMNS], tl.float64), tl.zeros([ROWS, COLUMNS], tl.float64)
+    for start in range(0, splits, ROWS):
+        split = start + tl.arange(0, ROWS)
+        slot = partial_sums + ((sample * splits + split)[:, None] * channels + channel[None, :]) * 2
+        exists = (split < splits)[:, None] & mask[None, :]
+        split_du += tl.load(slot, mask=exists, other=0.0).to(tl.float64)
+        split_du_x += tl.load(slot + 1, mask=exists, other=0.0).to(tl.float64)
+    sum_du, sum_du_x = tl.sum(split_du, axis=0), tl.sum(split_du_x, axis=0)
     group_rstd = tl.load(rstd + program)
     _, rest = two_floats(tl.load(mean + program))
     sum_du_xhat = group_rstd * (sum_du_x - rest.to(tl.float64) * sum_du)
@@ -206,15 +215,18 @@ def group_norm_combine_gradients_kernel(
 
 
 @triton.jit(do_not_specialize=["batch"])
-def group_norm_parameter_gradients_kernel(sample_sums, grad_weight, grad_bias, batch, channels, COLUMNS: tl.constexpr):
+def group_norm_parameter_gradients_kernel(sample_sums, grad_weight, grad_bias, batch, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Each program sums COLUMNS channels over the batch; grad_weight and grad_bias may be None. Grid: (channels / COLUMNS,)."""
     channel = tl.cast(tl.program_id(0), tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = channel < channels
-    sum_du_xhat, sum_du = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
-    for sample in range(batch):
-        sample_slot = sample_sums + (tl.cast(sample, tl.int64) * channels + channel) * 2
-        sum_du_xhat += tl.load(sample_slot, mask=mask, other=0.0)
-        sum_du += tl.load(sample_slot + 1, mask=mask, other=0.0)
+    sums_du_xhat, sums_du = tl.zeros([ROWS, COLUMNS], tl.float64), tl.zeros([ROWS, COLUMNS], tl.float64)
+    for first in range(0, batch, ROWS):
+        sample = first + tl.arange(0, ROWS)
+        sample_slot = sample_sums + (sample.to(tl.int64)[:, None] * channels + channel[None, :]) * 2
+        exists = (sample < batch)[:, None] & mask[None, :]
+        sums_du_xhat += tl.load(sample_slot, mask=exists, other=0.0)
+        sums_du += tl.load(sample_slot + 1, mask=exists, other=0.0)
+    sum_du_xhat, sum_du = tl.sum(sums_du_xhat, axis=0), tl.sum(sums_du, axis=0)
     if grad_weight is not None:
         tl.store(grad_weight + channel, sum_du_xhat.to(tl.float32), mask=mask)
     if grad_bias is not None:
@@ -297,23 +309,25 @@ class _GroupNormCall:
         return self.input.shape[2:].numel()
 
     @property
-    def on_chip(self) -> bool:
-        return fits_on_chip(self.width, self.positions, self.channels_last, self.input.element_size())
+    def machine(self) -> _launch.Machine:
+        return _device.machine(self.input.device)
 
     def in_same_layout(self, tensor):
         """``tensor`` in the layout of the input, copied only where it has another one."""
         fits = tensor.movedim(1, -1).is_contiguous() if self.channels_last else tensor.is_contiguous()
         return tensor if fits else empty_in_layout(self.input).copy_(tensor)
 
-    def group_options(self) -> dict:
-        """The options of the kernels that keep a group on chip."""
-        rows, columns = triton.next_power_of_2(self.positions), triton.next_power_of_2(self.width)
-        return {"CHANNELS_LAST": self.channels_last, "ROWS": rows, "COLUMNS": columns, "WIDTH": self.width, **_launch.OPTIONS}
+    def group_options(self, limits: GroupLimits) -> dict | None:
+        """The options of a kernel that keeps a group on chip; None where that is not possible."""
+        config = whole_group(self.width, self.positions, self.channels_last, self.input.element_size(), limits, self.machine)
+        if config is None:
+            return None
+        sizes = {"ROWS": config.rows, "COLUMNS": config.columns, "WIDTH": self.width}
+        return _launch.OPTIONS | {"num_warps": config.warps, "CHANNELS_LAST": self.channels_last, **sizes}
 
     def blocks(self):
         """The partition, the grid and the options of the kernels that read groups in splits."""
-        machine = _device.machine(self.input.device)
-        config = blocks(self.batch, self.channels, self.positions, self.channels_last, self.input.element_size(), machine)
+        config = blocks(self.batch, self.channels, self.positions, self.channels_last, self.input.element_size(), self.machine)
         grid = (config.tiles * config.splits * self.batch,)
         return config, grid, {"CHANNELS_LAST": self.channels_last, "ROWS": config.rows, "COLUMNS": config.columns, **_launch.OPTIONS}
 
@@ -330,10 +344,11 @@ def _forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     parameters = tuple(t if t is None else t.contiguous() for t in (weight, bias))
     sizes = call.channels, call.positions
     with _device.on(input.device):
-        if call.on_chip:
+        group_options = call.group_options(FORWARD_LIMITS)
+        if group_options is not None:
             group_norm_forward_group_kernel[(call.batch * num_groups,)](
                 call.input, output, mean, rstd, *parameters, *sizes, num_groups, eps,
-                ACTIVATION=activation, **call.group_options(),
+                ACTIVATION=activation, **group_options,
             )  # fmt: skip
             return results
         config, grid, options = call.blocks()
@@ -365,18 +380,18 @@ def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     sample_sums = input.new_empty((call.batch * call.channels * 2,), dtype=torch.float64) if has_parameters else None
     sizes = call.channels, call.positions
     with _device.on(input.device):
-        if call.on_chip:
+        group_options = call.group_options(backward_limits(call.channels_last, input.element_size()))
+        if group_options is not None:
             group_norm_backward_group_kernel[(call.batch * num_groups,)](
                 grad_output, call.input, grad_input, mean, rstd, *parameters, sample_sums, *sizes, num_groups,
-                ACTIVATION=activation, **call.group_options(),
+                ACTIVATION=activation, **group_options,
             )  # fmt: skip
         else:
             _backward_in_splits(call, grad_output, grad_input, mean, rstd, parameters, sample_sums, activation)
         if has_parameters:
-            columns = 128
-            group_norm_parameter_gradients_kernel[(triton.cdiv(call.channels, columns),)](
+            group_norm_parameter_gradients_kernel[(triton.cdiv(call.channels, CHANNELS),)](
                 sample_sums, None if weight is None else grad_weight, None if bias is None else grad_bias, call.batch, call.channels,
-                COLUMNS=columns, **_launch.OPTIONS,
+                ROWS=SAMPLES, COLUMNS=CHANNELS, **_launch.OPTIONS,
             )  # fmt: skip
     return results
 
@@ -391,9 +406,10 @@ def _backward_in_splits(call, grad_output, grad_input, mean, rstd, parameters, s
     group_norm_gradient_sums_kernel[grid](
         grad_output, call.input, partial_sums, mean, rstd, *parameters, *sizes, *partition, ACTIVATION=activation, **options
     )
+    columns = triton.next_power_of_2(call.width)
     group_norm_combine_gradients_kernel[(call.batch * call.groups,)](
         partial_sums, mean, rstd, parameters[0], statistics_gradient, sample_sums, *sizes, config.splits, call.groups, call.width,
-        COLUMNS=triton.next_power_of_2(call.width), **_launch.OPTIONS,
+        ROWS=max(PARTIALS // columns, 1), COLUMNS=columns, **_launch.OPTIONS,
     )  # fmt: skip
     group_norm_backward_kernel[grid](
         grad_output, call.input, grad_input, mean, rstd, *parameters, statistics_gradient, *sizes, *partition,

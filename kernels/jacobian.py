@@ -35,7 +35,7 @@ from torch import Tensor
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._index import NONE, SAMPLE, zero_outside
 from fastvae.kernels._jacobian import block_indices, block_mask, derivatives, grad_output_of, load_block, scaled_by
-from fastvae.kernels._reduce import is_last, store_row_sums, store_slot_sums, sum_programs, sum_slots
+from fastvae.kernels._reduce import is_last, store_row_sums, store_slot_sums, store_slots, sum_programs, sum_slots
 from fastvae.ops import jacobian as ops
 from fastvae.ops._gram_chunks import gram_in_chunks
 from fastvae.ops._results import REDUCTIONS, reduction_scale
@@ -108,8 +108,12 @@ def jacobian_weight_kernel(
             store_row_sums(norm, norms, slots, ticket, row, rows, SPLIT)
         else:
             programs = tl.num_programs(0) * splits
-            tl.store((slots + split.to(tl.int64) * rows if SPLIT else norms) + row, norm, mask=row < rows)
-            tl.store(penalty_parts + tl.program_id(0).to(tl.int64) * splits + split, tl.sum(zero_outside(norm * unit_total, row < rows)))
+            if SPLIT:
+                store_slots(slots + split.to(tl.int64) * rows + row, norm, row < rows)
+            else:
+                tl.store(norms + row, norm, mask=row < rows)
+            part = penalty_parts + tl.program_id(0).to(tl.int64) * splits + split
+            store_slots(part, tl.sum(zero_outside(norm * unit_total, row < rows)), None)
             if is_last(ticket, programs):
                 if SPLIT:
                     store_slot_sums(norms, slots, rows, splits)

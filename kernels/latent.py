@@ -39,7 +39,7 @@ from fastvae.kernels._latent import (
 )
 from fastvae.kernels._layout import matrix_rows, shared_rows
 from fastvae.kernels._philox import LANES, STREAMS, TILE
-from fastvae.kernels._reduce import is_last, store_row_sums, sum_programs, sum_slots
+from fastvae.kernels._reduce import is_last, store_row_sums, store_slots, sum_programs, sum_slots
 from fastvae.ops import latent as ops
 from fastvae.ops._results import REDUCTIONS, reduction_scale
 
@@ -112,7 +112,7 @@ def latent_forward_kernel(
         last_total += forward_tiles(operands, inner, strides, limits, noise_source, outputs, kl, start, n, sample, True, TOTAL, ALIGNED, 1)
     if TOTAL:  # noqa: SIM102 (known when the kernel is compiled, unlike the sample)
         if sample == 0:
-            tl.store(slots + program, tl.sum(total) + tl.sum(last_total))
+            store_slots(slots + program, tl.sum(total) + tl.sum(last_total), None)
             if is_last(ticket, programs):
                 tl.store(kl, sum_programs(slots, programs) * scale)
 
@@ -163,7 +163,7 @@ def latent_columns_kernel(
         row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
         total += kl_block(operands, strides, (clamp_min, clamp_max), row[:, None], column[None, :], mask)
-    tl.store(slots + split * columns + column, tl.sum(total, axis=0), mask=column < columns)
+    store_slots(slots + split * columns + column, tl.sum(total, axis=0), column < columns)
     if is_last(ticket, tl.num_programs(0) * splits):
         total_kl = tl.zeros([COLUMNS], tl.float32)
         for first_column in range(0, columns, COLUMNS):

@@ -26,7 +26,7 @@ from fastvae.kernels import _device, _launch
 from fastvae.kernels._index import common_gradient, first_chunk, incoming_gradient, inside, zero_outside
 from fastvae.kernels._layout import shared_operand
 from fastvae.kernels._reconstruction import load_terms
-from fastvae.kernels._reduce import is_last, store_row_sums, sum_programs
+from fastvae.kernels._reduce import is_last, store_row_sums, store_slots, sum_programs
 from fastvae.ops import reconstruction as ops
 from fastvae.ops._results import REDUCTIONS, reduction_scale
 
@@ -80,9 +80,9 @@ def reconstruction_forward_kernel(
         rest_total += losses
         rest_total_logvar += logvar_gradients
     if TOTAL:
-        tl.store(slots + program, tl.sum(total) + tl.sum(rest_total))
+        store_slots(slots + program, tl.sum(total) + tl.sum(rest_total), None)
         if TOTAL_LOGVAR:
-            tl.store(slots + programs + program, tl.sum(total_logvar) + tl.sum(rest_total_logvar))
+            store_slots(slots + programs + program, tl.sum(total_logvar) + tl.sum(rest_total_logvar), None)
         if is_last(ticket, programs):
             tl.store(loss, sum_programs(slots, programs) * scale)
             if TOTAL_LOGVAR:
@@ -179,7 +179,7 @@ def backward_blocks(
             operands, grad_output, common, outputs, start, n, per_sample, LIKELIHOOD, REDUCTION, TOTAL_LOGVAR, True, CHUNK
         )
     if TOTAL_LOGVAR:
-        tl.store(slots + program, tl.sum(total) + tl.sum(rest_total))
+        store_slots(slots + program, tl.sum(total) + tl.sum(rest_total), None)
         if is_last(ticket, programs):
             tl.store(outputs[2], sum_programs(slots, programs))
 

@@ -1,10 +1,13 @@
 """Which backend serves a call, how one is forced, and what is said where it cannot serve."""
 
+import contextlib
+import functools
 import itertools
 import os
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ import torch
 from _helpers import DEVICES, TOLERANCES, Recorder, compiled_path, each_place, leaf, places
 
 import fastvae
-from fastvae import BackendError, _backend
+from fastvae import BackendError, _backend, _gpu
 from fastvae import functional as FV
+from fastvae._gpu import searches_on_tensor_cores
 from fastvae.ops import BACKENDS, OPERATORS
 
 ROOT = Path(fastvae.__file__).parents[1]
@@ -120,6 +124,102 @@ def test_the_choice_on_a_gpu_takes_the_first_that_serves(monkeypatch):
     assert _backend.resolve("latent_forward", gpu, torch.float64) == "fallback"
     with fastvae.use_backend("triton"):
         assert _backend.resolve("latent_forward", gpu, torch.float32) == "triton"
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """Lets cuda and triton serve every operator on a GPU of an architecture, which may refuse backends."""
+
+    def pretend(architecture: str, **refusals: str) -> None:
+        for op in OPERATORS:
+            monkeypatch.setitem(_backend._served, (op, "cuda"), ("cuda", "triton", "fallback", "reference"))
+        monkeypatch.setattr(_backend, "gpu", lambda index: _backend.Gpu(architecture, refusals))
+
+    return pretend
+
+
+def search(rows: int, codes: int, dim: int) -> dict[str, int]:
+    return {"multiply_adds": rows * codes * dim, "dim": dim}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "expected"),
+    [
+        ("sm_80", search(8192, 512, 64), "cuda"),
+        ("sm_80", search(32768, 1024, 64), "triton"),
+        ("sm_90", search(8192, 512, 64), "cuda"),
+        ("sm_90", search(16384, 8192, 256), "triton"),
+        # No tensor core multiplies so short vectors.
+        ("sm_90", search(1 << 20, 16384, 8), "cuda"),
+        # There tensor cores are no faster than what their rounding costs, or nothing is known of them.
+        ("sm_120", search(16384, 8192, 256), "cuda"),
+        ("sm_75", search(16384, 8192, 256), "cuda"),
+    ],
+)
+def test_a_search_takes_tensor_cores_where_they_save_more_than_launches_cost(pretend_gpu, architecture, size, expected):
+    pretend_gpu(architecture)
+    for op in ("codebook_nearest", "codebook_quantize"):
+        assert _backend.resolve(op, torch.device("cuda", 0), torch.float32, **size) == expected
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_all_else_takes_the_backend_that_launches_faster(pretend_gpu, architecture):
+    pretend_gpu(architecture)
+    for op in OPERATORS:
+        assert _backend.resolve(op, torch.device("cuda", 0), torch.bfloat16) == "cuda"
+
+
+def test_the_choice_grows_with_the_search_and_never_goes_back():
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        taken = [searches_on_tensor_cores(1 << bits, 64, architecture) for bits in range(60)]
+        assert taken == sorted(taken)
+        assert {False, True} == set(taken)
+
+
+def test_a_search_names_its_size(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(_backend, "_order", lambda device, multiply_adds, dim: sizes.append((multiply_adds, dim)) or ("fallback",))
+    x, codes = torch.ones(2, 5, 3), torch.ones(2, 7, 3)
+    FV.vq_nearest(x, codes)
+    FV.vector_quantize(x[0], codes[0])
+    assert sizes == [(2 * 5 * 7 * 3, 3), (5 * 7 * 3, 3)]
+
+
+def test_the_choice_on_a_gpu_is_compiled(pretend_gpu):
+    pretend_gpu("sm_90")
+    device = torch.device("cuda", 0)
+
+    def chosen(x, rows):
+        return x, _backend.resolve("codebook_nearest", device, torch.float32, **search(rows, 8192, 256))
+
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(1), 64)[1] == "cuda"
+    assert compiled(torch.ones(1), 1 << 20)[1] == "triton"
+    with fastvae.use_backend("cuda"):
+        assert compiled(torch.ones(1), 1 << 20)[1] == "cuda"
+
+
+def test_a_gpu_for_which_a_library_has_no_code_is_served_by_the_next(pretend_gpu):
+    pretend_gpu("sm_75", cuda="its kernels do not run on this GPU: no kernel image")
+    gpu = torch.device("cuda", 0)
+    assert _backend.resolve("latent_forward", gpu, torch.float32) == "triton"
+    message = r"backend 'cuda' cannot serve latent_forward on cuda .*no kernel image\. Backends that can: triton, fallback, reference\."
+    with fastvae.use_backend("cuda"), pytest.raises(BackendError, match=message):
+        _backend.resolve("latent_forward", gpu, torch.float32)
+    with fastvae.use_backend("triton"):
+        assert _backend.resolve("latent_forward", gpu, torch.float32) == "triton"
+
+
+def test_a_gpu_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(major=7, minor=5, gcnArchName="gfx942:x"))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext(asked.append(index)))
+    monkeypatch.setattr(_backend.BACKENDS["fallback"], "refusal", lambda: "it is tired")
+    monkeypatch.setattr(_backend, "architecture", _gpu.architecture.__wrapped__)
+    gpu = functools.cache(_backend.gpu.__wrapped__)
+    assert gpu(3) == gpu(3) == _backend.Gpu("gfx942" if torch.version.hip else "sm_75", {"fallback": "it is tired"})
+    assert asked == [3]
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "hpu", "privateuseone"])

@@ -3,6 +3,7 @@
 import sys
 import threading
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import functional as FV
+from fastvae.fallback import codebook as fallback
 from fastvae.functional.codebook import GRADIENTS, codebook_sums
 from fastvae.ops._results import REDUCTIONS, accumulation_dtype
 from fastvae.reference import codebook as reference
@@ -45,6 +47,7 @@ SIZES = [
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DATA_FOLDER = Path(__file__).parent / "data"
 NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 # Shorter and longer than the vectors of every instruction set, whole numbers of them and not.
 DIMS_AROUND_VECTORS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 33)
@@ -54,6 +57,11 @@ INSTRUCTION_SETS = sys.modules["fastvae._C"].instruction_sets() if "fastvae._C" 
 def squared_distance(x: Tensor, code: Tensor) -> Fraction:
     """Without rounding."""
     return sum((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(x.double().tolist(), code.double().tolist(), strict=True))
+
+
+def product(x: Tensor, code: Tensor) -> Fraction:
+    """Without rounding."""
+    return sum(Fraction(a) * Fraction(b) for a, b in zip(x.double().tolist(), code.double().tolist(), strict=True))
 
 
 def assert_nearest(x: Tensor, codebook: Tensor, indices: Tensor) -> None:
@@ -68,6 +76,10 @@ def assert_nearest(x: Tensor, codebook: Tensor, indices: Tensor) -> None:
         ours, theirs = int(indices[row]), int(oracle[row])
         distances = [squared_distance(x[row], codebook[k]) for k in (ours, theirs)]
         assert (distances[0], ours) < (distances[1], theirs)
+
+
+def exact_nearest(x: Tensor, codebook: Tensor) -> list[int]:
+    return [min(range(len(codebook)), key=lambda k: (squared_distance(row, codebook[k]), k)) for row in x]
 
 
 def ulp_steps(values: Tensor, steps: Tensor) -> Tensor:
@@ -146,9 +158,17 @@ def mixed_rows(source, n, d, k):
     return source.normal(n, d) * 10.0 ** (torch.arange(n)[:, None] % 7 - 3), source.normal(k, d)
 
 
+def beside_huge_codes(source, n, d, k):
+    """Codes of which few bits are left where the two longest are scaled to about 1, and rows that are long beside all."""
+    x, codes = source.normal(n, d) * 2.0**124, source.normal(k, d) * 2.0**-79
+    x[:, 0], codes[:2] = 0.0, 0.0
+    codes[:2, 0] = codes.new_tensor([2.0**70, -(2.0**70)])[:k]
+    return x, codes
+
+
 DATA = (
     random, clustered, duplicated, all_equal, nearly_duplicated, on_the_codes, midway, permuted_ties, offset, tiny, denormal, huge,
-    far_rows, outliers, mixed_rows,
+    far_rows, outliers, mixed_rows, beside_huge_codes,
 )  # fmt: skip
 
 
@@ -157,6 +177,27 @@ def test_nearest_is_exact(data, instruction_set):
     for n, d, k in SIZES:
         x, codebook = data(Source("cpu"), n, d, k)
         assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
+
+
+def check_underflow(nearest, rows=8):
+    """float64 cannot tell these distances apart, so the oracle is exact arithmetic."""
+    x, codebook = (torch.from_numpy(np.load(DATA_FOLDER / f"underflow_{name}.npy")) for name in ("rows", "codebook"))
+    x = x.view(-1, codebook.shape[1])
+    assert nearest(x, codebook).tolist() == exact_nearest(x, codebook)
+    for d in (5, 17):
+        x, codebook = beside_huge_codes(Source("cpu"), rows, d, 70)
+        assert nearest(x, codebook).tolist() == exact_nearest(x, codebook)
+
+
+def test_error_bounds_do_not_underflow(instruction_set):
+    check_underflow(FV.vq_nearest)
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1e-200, 1e-290])
+def test_nearest_of_float64_whose_squares_underflow(instruction_set, scale):
+    x, codebook = midway(Source("cpu", torch.float64), 40, 5, 30)
+    x, codebook = x * scale, codebook * scale
+    assert FV.vq_nearest(x, codebook).tolist() == exact_nearest(x, codebook)
 
 
 in_plain_pytorch = pytest.mark.parametrize("place", [p for p in places(OPERATOR) if p.backend == "fallback"], ids=str)
@@ -169,6 +210,18 @@ def test_nearest_is_exact_in_plain_pytorch(place, data):
     for n, d, k in SIZES:
         x, codebook = data(Source(place.device), n, d, k)
         assert_nearest_in_float64(x, codebook, FV.vq_nearest(x, codebook))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bound_of_scores_in_plain_pytorch_where_norms_underflow(dtype):
+    source, scale = Source("cpu", dtype), torch.finfo(dtype).tiny ** 0.61
+    codes, rows = source.normal(50, 9) * scale, source.normal(20, 9) * scale**-0.8
+    products = fallback._Products(codes, dtype)
+    exact = [[product(code, code) / 2 - product(row, code) for code in codes] for row in rows]
+    for scores, bound, exact_scores in zip(products.scores(rows), products.bound(rows), exact, strict=True):
+        errors = [abs(Fraction(score) - true) for score, true in zip(scores.double().tolist(), exact_scores, strict=True)]
+        assert max(errors) > 0
+        assert 2 * max(errors) <= Fraction(bound.item())
 
 
 def assert_nearest_in_float64(x: Tensor, codebook: Tensor, indices: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Every package that is declared is used, and every package that is used is declared."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def declared() -> set[str]:
     return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements} - {project["name"]}
 
 
+@functools.cache
 def imported() -> set[str]:
     """The modules that the code names in an import, or hands to ``pytest.importorskip``, by the first part of their names."""
     found = set()

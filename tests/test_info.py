@@ -103,6 +103,17 @@ def test_cuda_devices_are_those_torch_sees():
     assert len(info.collect()["cuda_devices"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
+def test_a_gpu_that_a_backend_does_not_serve_has_the_reason(monkeypatch):
+    properties = types.SimpleNamespace(name="A GPU", major=7, minor=5, total_memory=16 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(_backend, "gpu", lambda index: _backend.Gpu("sm_75", {"cuda": "no kernel image"}))
+    expected = "A GPU, compute capability 7.5, 16 GiB; not served by cuda: no kernel image"
+    assert info.collect()["cuda_devices"] == [expected]
+    assert expected in info.report(info.collect())
+
+
 @pytest.mark.parametrize("arguments", [["fastvae.info"], ["fastvae", "info"]], ids=" ".join)
 def test_command_prints_the_report(arguments):
     result = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastvae import functional as FV
 from fastvae.functional import _chain
+from fastvae.ops._gram_chunks import gram_elements
 
 MODULES = {
     "identity": nn.Identity,
@@ -88,12 +89,37 @@ def test_every_order_of_multiplication_gives_the_same(place, sizes, monkeypatch)
         compare_with_the_oracle(mlp(sizes).to(place.device), Source(place.device).normal(3, sizes[0]), "gram")
 
 
+def test_a_gpu_takes_longer_chunks():
+    """Eight times, so that launches do not count beside the work; 64 MiB of float32."""
+    assert [gram_elements(torch.device(name)) for name in ("cpu", "cuda", "mps")] == [1 << 21, 1 << 24, 1 << 24]
+
+
 @each_place(GRAM, dtype=torch.float64)
 def test_a_batch_of_many_chunks(place, monkeypatch):
-    monkeypatch.setattr("fastvae.ops._gram_chunks.GRAM_ELEMENTS", 3 * 5 * 8)
+    monkeypatch.setattr("fastvae.ops._gram_chunks.gram_elements", lambda device: 3 * 5 * 8)
     encoder, x = mlp((20, 8, 5)).to(place.device), Source(place.device).normal(11, 20)
     compare_with_the_oracle(encoder, x, "gram")
     compare_with_the_oracle(mlp((20, 8, 6, 5)).to(place.device), x, "gram")
+
+
+@pytest.fixture
+def rounded_products():
+    """float32 products that torch may make of factors in TF32."""
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(previous)
+
+
+@each_place(GRAM)
+@pytest.mark.usefixtures("rounded_products")
+@pytest.mark.parametrize("sizes", [(20, 8, 5), (5, 9, 6, 8, 4)], ids=str)
+def test_gram_follows_the_precision_of_torchs_products(place, sizes):
+    """The documented error, and the setting as the caller chose it."""
+    encoder, x = mlp(sizes).to(place.device), Source(place.device).normal(40, sizes[0])
+    norms = FV.jacobian_frobenius(encoder, x, method="gram", reduction="sample")
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.testing.assert_close(norms.double(), oracle_norms(encoder.double(), x.double()), rtol=1e-3, atol=0)
 
 
 @each_place(GRAM, dtype=torch.float64)

@@ -13,7 +13,12 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 launch = SimpleNamespace(**runpy.run_path(str(KERNELS / "_launch.py")))
 layout = SimpleNamespace(**runpy.run_path(str(KERNELS / "_layout.py")))
 
-MACHINES = [launch.Machine("sm_80", 108), launch.Machine("sm_90", 132), launch.Machine("gfx942", 304), launch.Machine("interpreter", 2)]
+MACHINES = [
+    launch.Machine("sm_80", 108),
+    launch.Machine("sm_90", 132),
+    launch.Machine("gfx942", 304),
+    launch.Machine("interpreter", 2, programs=16),
+]
 each_machine = pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.architecture)
 SIZES = (1, 2, 127, 128, 129, 511, 512, 513, 2047, 2048, 2049, 2560, 100_352, 1_000_001, 12_582_912, 2**31 - 1, 2**31, 2**33 + 7)
 
@@ -197,12 +202,17 @@ def test_a_shared_operand_may_be_absent():
 def test_screen(machine, dim, rows, codes):
     plan = launch.screen(1, rows, codes, dim, machine)
     assert plan.half == (dim >= 16)
-    assert all(is_power_of_two(n) for n in (plan.block_rows, plan.block_codes, plan.pack_rows, plan.pack_columns, plan.recheck_columns))
+    assert all(is_power_of_two(n) for n in (plan.block_rows, plan.block_codes, plan.pack_rows, plan.pack_columns))
     assert rows <= plan.rows < rows + plan.block_rows
     assert codes <= plan.codes < codes + plan.block_codes
     assert dim <= plan.dim
     assert plan.dim % plan.columns == 0
     assert plan.known_dim in (0, plan.dim)
+    # Each split has a few tiles, and one block of codes has the nearest of all.
+    assert plan.recheck_splits == 1 or plan.codes // plan.block_codes >= 4 * plan.recheck_splits
+    assert plan.recheck_splits <= launch.RECHECK_CODES
+    assert 1 <= plan.recheck_groups <= rows
+    assert plan.recheck_groups == 1 or plan.recheck_groups * plan.recheck_splits <= machine.programs
     # Tensor cores take blocks of at least 16; padding adds at most a half, or what the last block of 16 lacks.
     if plan.half:
         assert is_power_of_two(plan.columns)
@@ -236,4 +246,18 @@ def test_row_blocks(machine, rows, dim, itemsize):
 
 
 def test_registers_are_asked_for_where_they_can_be():
-    assert [launch.recheck_options(machine).get("maxnreg") for machine in MACHINES] == [128, 128, None, None]
+    assert [launch.recheck_options(machine).get("maxnreg") for machine in MACHINES] == [255, 255, None, None]
+    assert [launch.screen_options(machine).get("waves_per_eu") for machine in MACHINES] == [None, None, 2, None]
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_the_order_of_sums_does_not_depend_on_the_number_of_multiprocessors(n):
+    """An H200, and a slice of one."""
+    one, other = (launch.Machine("sm_90", multiprocessors) for multiprocessors in (132, 16))
+    assert launch.stream(n, 4, one) == launch.stream(n, 4, other)
+    assert launch.tiles(n, 3, 4, one) == launch.tiles(n, 3, 4, other)
+    for rows, columns in ((1, n), (n, 1), (7, n), (n, 33)):
+        assert launch.row_sums(rows, columns, 4, one) == launch.row_sums(rows, columns, 4, other)
+        assert launch.column_sums(rows, columns, 4, one) == launch.column_sums(rows, columns, 4, other)
+        assert launch.matrices(5, rows, columns, 4, one) == launch.matrices(5, rows, columns, 4, other)
+    assert launch.row_blocks(2, n, 64, 4, one) == launch.row_blocks(2, n, 64, 4, other)

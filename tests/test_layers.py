@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports only parts of a lower rank, and itself.
 RANKS = {
     "_torch_private": -1,
+    "_gpu": 0,
     "_pytree": 0,
     "_types": 0,
     "_outputs": 1,
@@ -65,7 +66,7 @@ def test_imports_run_one_way(path):
     if part in ASSEMBLY:
         assert imported <= {*RANKS, *IMPLEMENTATIONS, *ASSEMBLY}
     elif part in IMPLEMENTATIONS:
-        assert imported <= {"ops", "_outputs", "_torch_private", "_types", *IMPLEMENTATIONS}
+        assert imported <= {"ops", "_gpu", "_outputs", "_torch_private", "_types", *IMPLEMENTATIONS}
     else:
         # The definitions in reference serve anyone above the backends.
         beside = {"reference"} if RANKS[part] >= RANKS["functional"] else set()

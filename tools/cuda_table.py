@@ -31,10 +31,10 @@ class Kernel:
     spill_bytes: int
 
 
-def build() -> Path:
+def build(**environment: str) -> Path:
     """Builds what has changed; the folder of the objects and their logs."""
     command = [sys.executable, "setup.py", "build_ext"]
-    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "FORCE_CUDA": "1"}, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "FORCE_CUDA": "1", **environment}, capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(result.stdout + result.stderr)
     return max(ROOT.glob("build/temp*/cuda"), key=lambda folder: (folder / "workspace.o").stat().st_mtime)

@@ -2,6 +2,7 @@
 
 A case is a call of an operator. Its launcher runs on tensors without data for a machine that is only described, and what it launches is
 specialised and compiled as it would be there: the same types, alignments and constants. Needs Triton with its bundled assemblers, no GPU.
+The rows of other versions of Triton stay as they are: the tool is run once with each.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -23,6 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -31,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fastvae import ops  # noqa: E402
-from fastvae.kernels import _device, codebook, group_norm, jacobian, latent, reconstruction  # noqa: E402
+from fastvae.kernels import _device, _reduce, codebook, group_norm, jacobian, latent, reconstruction  # noqa: E402
 from fastvae.kernels._launch import Machine  # noqa: E402
 from fastvae.ops._results import REDUCTIONS  # noqa: E402
 from fastvae.ops.group_norm import NORM_ACTIVATIONS  # noqa: E402
@@ -194,8 +197,8 @@ def gram(reduce=False, batched=False, with_grad=True):
     return call
 
 
-# Inputs of GroupNorm: groups that are read in pieces, groups that fit on chip, and an input without positions.
-PIECES, WHOLE, FLAT, GROUPS = (16, 256, 64, 64), (256, 512, 8, 16), (256, 65536), 32
+# Inputs of GroupNorm: groups that are read in pieces, small groups and the largest that fit on chip, and an input without positions.
+PIECES, WHOLE, HALF, LARGE, FLAT, GROUPS = (16, 256, 64, 64), (256, 512, 8, 16), (64, 512, 16, 32), (64, 512, 32, 32), (256, 65536), 32
 
 
 def normalise(shape=PIECES, last=False, activation="silu", affine=True):
@@ -300,6 +303,7 @@ CASES = (
     Case("KL elementwise", (FORWARD,), latent_forward("none", noise=None), WIDE, ONE),
     Case("KL elementwise, free bits", (COLUMNS, FORWARD), latent_forward("none", free_bits=0.5, noise=None), WIDE, ONE),
     Case("KL by sample", (ROWS,), latent_forward("sample", noise=None), ALL),
+    Case("KL of one long sample", (ROWS,), latent_forward("sample", noise=None, shape=(1, BATCH * FEATURES))),
     Case("KL by sample, prior, free bits", (COLUMNS, ROWS), latent_forward("sample", free_bits=0.5, noise=None, prior=True), WIDE, ONE),
     Case("sample and KL, free bits", (COLUMNS, FORWARD), latent_forward(free_bits=0.5), ALL),
     Case("gradients of sample and KL", (BACKWARD,), latent_backward(), ALL),
@@ -328,7 +332,7 @@ CASES = (
     Case("BCE from logits of one long sample", (LOSS_ROWS,), loss_forward("bce_with_logits", "sample", grad=False, batch=1)),
     Case("gradients of BCE from logits by sample", (LOSS_BACKWARD,), loss_backward("bce_with_logits", "sample"), ALL),
     Case("gradients of BCE from logits", (LOSS_BACKWARD,), loss_backward("bce_with_logits", target_gradient=True)),
-    Case("gradients of Gaussian elementwise", (LOSS_BACKWARD,), loss_backward("gaussian", "none", logvar=(1, 1)), WIDE, ONE),
+    Case("gradients of Gaussian elementwise", (LOSS_BACKWARD,), loss_backward("gaussian", "none", logvar=(1, 1))),
     Case("gradients of BCE from logits in place", (LOSS_BACKWARD,), loss_backward_, ALL),
     Case("rescale in place", (RESCALE,), rescale_, ALL),
     Case("penalty", (UNITS, WEIGHT), penalty_forward(), ALL),
@@ -355,6 +359,9 @@ CASES = (
     Case("GroupNorm, channels last", NORM_IN_PIECES, normalise(last=True, activation="none", affine=False), WIDE, ONE),
     Case("GroupNorm, SiLU, small groups", (NORM_WHOLE,), normalise(WHOLE), ALL),
     Case("GroupNorm, SiLU, small groups, channels last", (NORM_WHOLE,), normalise(WHOLE, last=True), ALL),
+    Case("GroupNorm, SiLU, groups of 8,192", (NORM_WHOLE,), normalise(HALF), BRIEF),
+    Case("GroupNorm, SiLU, groups of 16,384", (NORM_WHOLE,), normalise(LARGE), ALL),
+    Case("GroupNorm, SiLU, groups of 16,384, channels last", (NORM_WHOLE,), normalise(LARGE, last=True), ALL),
     Case("GroupNorm of one position", (NORM_WHOLE,), normalise(FLAT, activation="none", affine=False), WIDE, ONE),
     Case("gradients of GroupNorm, SiLU", (*NORM_BACKWARD_IN_PIECES, NORM_PARAMETERS), normalise_backward()),
     Case("gradients of GroupNorm, SiLU, 16 bits", (*NORM_BACKWARD_IN_PIECES, NORM_PARAMETERS), normalise_backward(), HALVES, ONE),
@@ -371,6 +378,14 @@ CASES = (
         "gradients of GroupNorm, SiLU, small groups, channels last",
         (NORM_BACKWARD_WHOLE, NORM_PARAMETERS),
         normalise_backward(WHOLE, last=True),
+        ALL,
+    ),
+    Case("gradients of GroupNorm, SiLU, groups of 8,192", (NORM_BACKWARD_WHOLE, NORM_PARAMETERS), normalise_backward(HALF), BRIEF),
+    Case("gradients of GroupNorm, SiLU, groups of 16,384", (NORM_BACKWARD_WHOLE, NORM_PARAMETERS), normalise_backward(LARGE), HALVES),
+    Case(
+        "gradients of GroupNorm, SiLU, groups of 8,192, channels last",
+        (NORM_BACKWARD_WHOLE, NORM_PARAMETERS),
+        normalise_backward(HALF, last=True),
         ALL,
     ),
     Case(
@@ -517,19 +532,28 @@ def jobs() -> list[tuple[int, str, str]]:
     return [(i, dtype, target) for i, case in enumerate(CASES) for dtype in case.dtypes for target in case.targets]
 
 
-def compile_job(job: tuple[int, str, str]) -> list[tuple[Row, str]]:
-    """The rows of a job, each with its kernel's intermediate code."""
+class Code(NamedTuple):
+    """A row with the code that it is about: Triton's intermediate code, and the PTX or AMD's assembly."""
+
+    row: Row
+    intermediate: str
+    assembly: str
+
+
+def compile_job(job: tuple[int, str, str]) -> list[Code]:
+    """What the launches of a job are compiled to."""
     index, dtype, target_name = job
     case, (target, machine) = CASES[index], TARGETS[target_name]
     results = []
     for launch in launches(case, DTYPES[dtype], machine):
-        binary = compiled(launch, target)
+        with patch.object(_reduce, "ON_AMD", tl.constexpr(target.backend == "hip")):
+            binary = compiled(launch, target)
         row = Row(case.name, launch.name, dtype, target_name, triton.__version__, **facts(binary))
-        results.append((row, binary.asm["ttir"]))
+        results.append(Code(row, binary.asm["ttir"], binary.asm["amdgcn" if target.backend == "hip" else "ptx"]))
     return results
 
 
-def compile_all(processes: int = 2) -> list[tuple[Row, str]]:
+def compile_all(processes: int = 2) -> list[Code]:
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return [result for results in pool.map(compile_job, jobs()) for result in results]
 
@@ -540,11 +564,12 @@ def read_table() -> list[Row]:
 
 
 def main() -> None:
-    rows = [row for row, _ in compile_all()]
+    rows = [code.row for code in compile_all()]
+    others = [row for row in read_table() if row.triton != triton.__version__]
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(asdict(row) for row in sorted(rows + others, key=lambda row: row.triton))
     print(
         f"{len(rows)} kernels in {TABLE.relative_to(ROOT)}; most registers {max(row.registers for row in rows)}, "
         f"spilled bytes {sum(row.spill_bytes for row in rows)}"

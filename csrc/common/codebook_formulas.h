@@ -5,6 +5,7 @@
 
 #include <cfloat>
 
+#include "integers.h"
 #include "math.h"
 
 namespace fastvae {
@@ -16,8 +17,9 @@ constexpr float kNeverNearest = 1e30f;
 constexpr double kMaxCodeNorm = 0.97;
 // Rows whose scaled norm is at least this large are not screened, because their scores could overflow float32.
 constexpr float kMaxRowNorm = 0x1p60f;
-// Bounds the sum of all products of one score that underflow: 2^-149 each, for up to 2^39 dimensions.
-constexpr float kUnderflowBound = 0x1p-110f;
+// Bounds the sum of all operations on one score that underflow: 2^-126 each, where subnormal numbers are flushed to 0, for up to 2^25
+// dimensions.
+constexpr float kUnderflowBound = 0x1p-100f;
 // Bounds each product of an exact sum, so that 2^33 of them do not overflow float64.
 constexpr double kMaxProduct = 0x1p990;
 // The result of compare_distances() where float64 overflows; the others are -1, 0 and 1.
@@ -56,7 +58,8 @@ FASTVAE_INLINE uint64_t hash_of_element(double value, int64_t d) {
 // Rounding error bounds of a score in float32.
 struct ScoreErrorBounds {
   float rounding;                     // bounds the error of a sum, relative to the sum of the absolute values of its terms
-  float norm_factor, norm_underflow;  // norm * norm_factor + norm_underflow is at least the exact norm
+  float norm_factor, norm_underflow;  // norm * norm_factor + norm_underflow is at least the exact norm of a row
+  float code_underflow;               // added to the norm of a code, see code_norm_upper_bound()
 };
 
 inline ScoreErrorBounds score_error_bounds(int64_t dim) {
@@ -64,7 +67,8 @@ inline ScoreErrorBounds score_error_bounds(int64_t dim) {
   // the operations on the sum.
   double n = static_cast<double>(dim + 16) * 0x1p-24;
   float rounding = static_cast<float>(n < 0.5 ? n / (1.0 - n) : 1.0);
-  return {rounding, 1.0f + 2.0f * rounding, 0x1p-60f * sqrtf(static_cast<float>(dim))};
+  float root = sqrtf(static_cast<float>(dim));
+  return {rounding, 1.0f + 2.0f * rounding, 0x1p-60f * root, 0x1p-100f * root};
 }
 
 // An upper bound of a norm from its square in float32.
@@ -72,14 +76,31 @@ FASTVAE_INLINE float norm_upper_bound(const ScoreErrorBounds& errors, float squa
   return sqrt(square) * errors.norm_factor + errors.norm_underflow;
 }
 
+// An upper bound of the norm of a packed code, from the norm in float64. An element of a packed code that underflows is off by up to
+// 2^-126, and a row of norm 2^60 multiplies that. The last term makes the bound of the error, `rounding` times the norms of row and code,
+// cover it: `rounding` is above 2^-20. So no such product of a rounding and a code's norm underflows.
+FASTVAE_INLINE float code_norm_upper_bound(const ScoreErrorBounds& errors, double norm) {
+  return static_cast<float>(norm * (1.0 + 1e-6)) + errors.code_underflow;
+}
+
 // An upper bound of the error of a score.
 FASTVAE_INLINE float score_error_bound(const ScoreErrorBounds& errors, float half_norm, float code_norm, float row_norm) {
   return errors.rounding * (half_norm + row_norm * code_norm) + kUnderflowBound;
 }
 
+// The same for a score in float64 of a row and a code that are neither centred nor scaled. `square` is that of the code's norm. The terms
+// with powers of two cover what underflows.
+FASTVAE_INLINE double wide_score_error_bound(double square, double row_norm, int64_t dim) {
+  double n = static_cast<double>(dim + 16);
+  return n * 0x1p-52 * (0.5 * square + row_norm * (::sqrt(square) + n * 0x1p-500)) + n * 0x1p-1000;
+}
+
 // The largest squared distance in float64 whose exact value may be at most that of `smallest`: the bound covers the rounding errors of both
-// sums of `dim` squares.
-FASTVAE_INLINE double tie_bound(double smallest, int64_t dim) { return smallest * (1.0 + 2.0 * static_cast<double>(dim + 8) * 0x1p-52); }
+// sums of `dim` squares, and squares that underflow.
+FASTVAE_INLINE double tie_bound(double smallest, int64_t dim) {
+  double n = static_cast<double>(dim + 8);
+  return smallest * (1.0 + 2.0 * n * 0x1p-52) + n * 0x1p-1000;
+}
 
 // Exact arithmetic follows. The error of a rounded product or sum is computed from the rounded value, so the compiler must not fuse a
 // product and a sum into one rounding. Inlining would give it the chance, so on the host these functions are not inlined.
@@ -125,14 +146,29 @@ FASTVAE_INLINE bool add_product_exactly(ExactSum& total, double a, double b) {
   return true;
 }
 
+// The power of two, at least 1, that takes the largest element of three vectors up to about 2^480. It leaves products below kMaxProduct,
+// and keeps them and their rounding errors from underflow unless elements are 2^900 times smaller than the largest.
+FASTVAE_INLINE double scale_for_exact_products(const double* x, const double* a, const double* b, int64_t dim) {
+  double largest = 0.0;
+  for (int64_t d = 0; d < dim; ++d) {
+    largest = absolute(x[d]) > largest ? absolute(x[d]) : largest;
+    largest = absolute(a[d]) > largest ? absolute(a[d]) : largest;
+    largest = absolute(b[d]) > largest ? absolute(b[d]) : largest;
+  }
+  int exponent = static_cast<int>(double_to_bits(largest) >> 52) - 1023;
+  return power_of_two(static_cast<int>(max64(min64(480 - exponent, 1000), 0)));
+}
+
 // The sign of |x - a|^2 - |x - b|^2 = |a|^2 - |b|^2 - 2 x.a + 2 x.b, or kUndecided where a product overflows float64. `sum` is scratch
 // memory.
 FASTVAE_INLINE int compare_distances(const double* x, const double* a, const double* b, int64_t dim, ExactSum& sum) {
   sum.count = 0;
+  double scale = scale_for_exact_products(x, a, b, dim);
   for (int64_t d = 0; d < dim; ++d) {
     if (a[d] == b[d]) continue;
-    bool added = add_product_exactly(sum, a[d], a[d]) && add_product_exactly(sum, -b[d], b[d]) &&
-                 add_product_exactly(sum, -2.0 * x[d], a[d]) && add_product_exactly(sum, 2.0 * x[d], b[d]);
+    double ad = a[d] * scale, bd = b[d] * scale, xd = x[d] * scale;
+    bool added = add_product_exactly(sum, ad, ad) && add_product_exactly(sum, -bd, bd) && add_product_exactly(sum, -2.0 * xd, ad) &&
+                 add_product_exactly(sum, 2.0 * xd, bd);
     if (!added) return kUndecided;
   }
   if (sum.count == 0) return 0;

@@ -45,26 +45,21 @@ void (*screen_of(int64_t dim))(CodebookScreenParams<T>) {
 }
 
 template <class T>
-void screen(Launch& launch, const CodebookOperands& o, const PackedCodebook& packed, const CodebookWorklist& worklist, int64_t* indices,
-            Copies& memory) {
+void screen(const Launch& launch, const CodebookOperands& o, const CodebookScreenGrid& grid, const PackedCodebook& packed,
+            const CodebookWorklist& worklist, unsigned* tickets, int64_t* indices, Copies& memory) {
   CodebookScreenParams<T> p{};
   p.x = static_cast<const T*>(o.x.data);
   p.view = o.x;
   p.rows = o.rows;
-  p.grid = screen_grid(o.heads, o.rows, packed.layout);
+  p.grid = grid;
   p.codes = packed;
+  p.tickets = tickets;
   p.indices = indices;
   p.worklist = worklist;
-  if (p.grid.splits > 1) {
-    int64_t count = p.grid.splits * p.grid.tiles * p.grid.tile_rows;
-    p.tickets = launch.workspace().tickets;
-    memory.push_back(allocate_parts(launch, [&](Arena& arena) {
-      p.smallest = arena.take<float>(count);
-      p.second = arena.take<float>(count);
-      p.code = arena.take<int32_t>(count);
-    }));
-  }
-  launch.run(screen_of<T>(o.dim), p.grid.tiles, p.grid.splits, kThreads, p);
+  if (grid.splits > 1)
+    memory.push_back(
+        allocate_parts(launch, [&](Arena& arena) { p.partial = arena.take<NearestTwo>(grid.splits * grid.tiles * grid.tile_rows); }));
+  launch.run(screen_of<T>(o.dim), grid.tiles, grid.splits, kThreads, p);
 }
 
 // The second step of the search for codes of a dtype.
@@ -74,24 +69,43 @@ void (*recheck_of(DType dtype))(CodebookRecheckParams) {
   return dtype == DType::float16 ? codebook_recheck_kernel<Half> : codebook_recheck_kernel<double>;
 }
 
+// Launches the second step of the search.
+void recheck(const Launch& launch, const CodebookOperands& o, const PackedCodebook& packed, const CodebookWorklist& worklist,
+             int64_t max_splits, unsigned* tickets, int64_t* indices, Copies& memory) {
+  int64_t blocks = min64(o.heads * o.rows * max_splits, kRecheckBlocks);
+  CodebookRecheckParams p{};
+  p.x = o.x;
+  p.rows = divider(o.rows);
+  p.codes = packed;
+  p.worklist = worklist;
+  p.max_splits = max_splits;
+  memory.push_back(allocate_parts(launch, [&](Arena& arena) {
+    p.exact = arena.take<double>(blocks * 3 * o.dim);
+    p.centred = arena.take<float>(blocks * packed.layout.padded_dim);
+    p.found = arena.take<int32_t>(blocks * (1 + kSplitCandidates));
+  }));
+  p.tickets = tickets;
+  p.indices = indices;
+  launch.run(recheck_of(o.codebook.dtype), blocks, 1, kThreads, p);
+}
+
 // Launches the search, which writes the indices (heads, rows).
 void find_nearest(Launch& launch, const CodebookOperands& o, const Tensor& indices) {
   if (o.heads == 0 || o.rows == 0) return;
   Copies memory;
   auto* found = static_cast<int64_t*>(indices.mutable_data_ptr());
-  int64_t blocks = min64(o.heads * o.rows, kRecheckBlocks);
   CodebookWorklist worklist{};
-  double* buffers = nullptr;
   memory.push_back(allocate_parts(launch, [&](Arena& arena) {
     worklist.count = arena.take<unsigned long long>(1);
-    worklist.rows = arena.take<int64_t>(o.heads * o.rows);
-    buffers = arena.take<double>(blocks * 3 * o.dim);
+    worklist.rows = arena.take<CodebookListedRow>(o.heads * o.rows);
   }));
   PackedCodebook packed = pack_codes(launch, o, worklist.count, memory);
+  CodebookScreenGrid grid = screen_grid(o.heads, o.rows, packed.layout);
+  int64_t max_splits = max_recheck_splits(packed.layout);
+  unsigned* tickets = grid.splits > 1 || max_splits > 1 ? launch.workspace().tickets : nullptr;
   dispatch(o.copies[0].scalar_type(),
-           [&](auto type) { screen<typename decltype(type)::Type>(launch, o, packed, worklist, found, memory); });
-  CodebookRecheckParams p{o.x, divider(o.rows), packed, worklist, buffers, found};
-  launch.run(recheck_of(o.codebook.dtype), blocks, 1, kThreads, p);
+           [&](auto type) { screen<typename decltype(type)::Type>(launch, o, grid, packed, worklist, tickets, found, memory); });
+  recheck(launch, o, packed, worklist, max_splits, tickets, found, memory);
 }
 
 // Launches the kernel for the squared distances (heads, rows).

@@ -45,6 +45,23 @@ __device__ __forceinline__ void load(const CodebookView& rows, int64_t index, in
   }
 }
 
+// The loads that a thread issues before it uses the first of them, so that their latencies overlap.
+constexpr int kBatch = 8;
+
+// Calls store(i, load(i)) for i = first, first + step, ... below end, in this order, a batch of loads before their stores: the compiler
+// cannot move a load above a store that may be to the same address.
+template <class Load, class Store>
+__device__ __forceinline__ void load_then_store(int64_t first, int64_t end, int64_t step, Load load, Store store) {
+  for (int64_t base = first; base < end; base += kBatch * step) {
+    decltype(load(first)) values[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) values[k] = load(min64(base + k * step, end - 1));
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k)
+      if (base + k * step < end) store(base + k * step, values[k]);
+  }
+}
+
 // `width` adjacent threads of a block that share a row, a power of two up to a warp.
 struct ThreadGroup {
   int width;

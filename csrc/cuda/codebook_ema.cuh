@@ -27,15 +27,24 @@ struct CodebookEmaParams {
 __global__ void __launch_bounds__(kThreads) codebook_ema_counts_kernel(const __grid_constant__ CodebookEmaParams p) {
   int64_t first = blockIdx.x * p.codes, end = first + p.codes;
   double total = 0.0;
-  for (int64_t k = first + threadIdx.x; k < end; k += kThreads) {
-    p.ema_count[k] = static_cast<float>(moving_average(p.ema_count[k], static_cast<double>(p.counts[k]), p.decay));
-    total += p.ema_count[k];
-  }
+  struct Counts {
+    float average;
+    int64_t rows;
+  };
+  load_then_store(
+      first + threadIdx.x, end, kThreads, [&](int64_t k) { return Counts{p.ema_count[k], p.counts[k]}; },
+      [&](int64_t k, Counts counts) {
+        float average = static_cast<float>(moving_average(counts.average, static_cast<double>(counts.rows), p.decay));
+        p.ema_count[k] = average;
+        total += average;
+      });
   total = block_sum(total);
-  for (int64_t k = first + threadIdx.x; k < end; k += kThreads) {
-    double smoothed = smoothed_count(p.ema_count[k], total, p.codes, p.eps);
-    p.inverse[k] = smoothed > 0.0 ? 1.0 / smoothed : 0.0;
-  }
+  load_then_store(
+      first + threadIdx.x, end, kThreads, [&](int64_t k) { return p.ema_count[k]; },
+      [&](int64_t k, float average) {
+        double smoothed = smoothed_count(average, total, p.codes, p.eps);
+        p.inverse[k] = smoothed > 0.0 ? 1.0 / smoothed : 0.0;
+      });
 }
 
 // A thread updates one element of the sums and of the codes.

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) codebook_pack_kernel(const __grid_co
     }
   square = warp_sum(square, group.width);
   if (group.member != 0 || place.code >= layout.padded_codes) return;
-  float half_norm = static_cast<float>(0.5 * square), norm = static_cast<float>(::sqrt(square) * (1.0 + 1e-6));
+  float half_norm = static_cast<float>(0.5 * square), norm = code_norm_upper_bound(p.codes.errors, ::sqrt(square));
   float error = score_error_bound(p.codes.errors, half_norm, norm, 0.0f), start = half_norm - error;
   // A start that float32 cannot represent becomes 0: the code stays in the search, and decide_row() sends all rows to the worklist.
   p.codes.start[number] = !used ? kNeverNearest : start < kNeverNearest ? start : 0.0f;

@@ -12,12 +12,17 @@ constexpr int kTileDepth = 8;                    // dimensions whose operands ar
 constexpr int kShortDim = 16, kShortRows = 2;
 constexpr int kShortCodes = 256;  // codes that are in shared memory at a time: 16 KiB at 16 dimensions
 
-// About one wave of an H200, whose 132 multiprocessors each run three or four blocks of a screen at a time. Where the rows give fewer
-// blocks, the codes of each tile are split among several.
+// About one wave of an H200, whose 132 multiprocessors each run four blocks of a screen at a time: registers and shared memory allow no
+// more. Where the rows give fewer blocks, the codes of each tile are split among several.
 constexpr int64_t kScreenBlocks = FASTVAE_GRID_LIMIT(512);
 static_assert(kScreenBlocks <= kMaxColumnBlocks, "each tile of rows whose codes are split has a ticket counter");
-constexpr int64_t kRecheckBlocks = FASTVAE_GRID_LIMIT(528);  // four for each of the 132 multiprocessors of an H200
-constexpr int64_t kMeanCodes = 128;                          // about so many codes, evenly spaced, give the mean
+// Blocks of the second step: four for each of the 132 multiprocessors of an H200. Where there are few rows to decide, several blocks share
+// the codes of a row. Each then reads kRecheckElements elements of the packed codes or more, which take about as long as its launch does,
+// and keeps up to kSplitCandidates codes.
+constexpr int64_t kRecheckBlocks = FASTVAE_GRID_LIMIT(528), kMaxRecheckSplits = 32, kRecheckElements = 16384;
+constexpr int kSplitCandidates = 8;
+static_assert(kRecheckBlocks / 2 <= kMaxColumnBlocks, "each row whose codes are split has a ticket counter");
+constexpr int64_t kMeanCodes = 128;  // about so many codes, evenly spaced, give the mean
 
 inline bool has_short_rows(int64_t dim) { return dim <= kShortDim; }
 
@@ -65,14 +70,21 @@ inline CodebookScreenGrid screen_grid(int64_t heads, int64_t rows, const Codeboo
   return grid;
 }
 
+// The number of blocks that may share the codes of a row in the second step.
+inline int64_t max_recheck_splits(const CodebookLayout& layout) {
+  int64_t useful = layout.padded_codes * layout.padded_dim / kRecheckElements;
+  return max64(min64(min64(useful, layout.padded_codes / kTileCodes), kMaxRecheckSplits), 1);
+}
+
 // The two smallest of a row's scores, each less the bound of its error, and the code of the smallest.
 struct TwoSmallest {
   float smallest, second;
   int32_t code;
 };
 
-// Before any score both are FLT_MAX.
-FASTVAE_INLINE TwoSmallest no_scores() { return {3.402823466e38f, 3.402823466e38f, 0}; }
+constexpr float kNoScore = 3.402823466e38f;  // FLT_MAX, above every score
+
+FASTVAE_INLINE TwoSmallest no_scores() { return {kNoScore, kNoScore, 0}; }
 
 FASTVAE_INLINE void insert_score(TwoSmallest& best, float score, int32_t code) {
   best.second = fminf(best.second, fmaxf(best.smallest, score));
@@ -80,20 +92,35 @@ FASTVAE_INLINE void insert_score(TwoSmallest& best, float score, int32_t code) {
   best.smallest = fminf(best.smallest, score);
 }
 
-FASTVAE_INLINE void merge_smallest(TwoSmallest& best, const TwoSmallest& other) {
-  best.second = fminf(fminf(best.second, other.second), fmaxf(best.smallest, other.smallest));
-  best.code = other.smallest < best.smallest ? other.code : best.code;
-  best.smallest = fminf(best.smallest, other.smallest);
+// The two codes with the smallest scores among those that are named, and a lower bound of all other scores.
+struct NearestTwo {
+  float smallest, second, rest;
+  int32_t code, second_code;
+};
+
+// The code of a second smallest score is not known, so it counts among the rest.
+FASTVAE_INLINE NearestTwo nearest_two(const TwoSmallest& scores) { return {scores.smallest, kNoScore, scores.second, scores.code, 0}; }
+
+FASTVAE_INLINE void insert_code(NearestTwo& best, float score, int32_t code) {
+  bool is_first = score < best.smallest, is_second = score < best.second;
+  best.rest = fminf(best.rest, fmaxf(best.second, score));
+  best.second_code = is_first ? best.code : is_second ? code : best.second_code;
+  best.second = fminf(best.second, fmaxf(best.smallest, score));
+  best.code = is_first ? code : best.code;
+  best.smallest = fminf(best.smallest, score);
 }
 
-// Whether the code is certainly the nearest, where `error` bounds the error of its score: the upper bound of its score is below the lower
-// bounds of all others.
-FASTVAE_INLINE bool is_separated(const TwoSmallest& best, float error) { return best.second > best.smallest + 2.0f * error; }
+FASTVAE_INLINE void merge_nearest(NearestTwo& best, const NearestTwo& other) {
+  insert_code(best, other.smallest, other.code);
+  insert_code(best, other.second, other.second_code);
+  best.rest = fminf(best.rest, other.rest);
+}
 
 // In the counting sort a warp handles a part of the rows of a head. Each part has a count for each code, so there are not more than
 // kMaxSortParts, and none is so small that the counts outweigh the rows.
 constexpr int64_t kMaxSortParts = FASTVAE_GRID_LIMIT(512);
 constexpr int64_t kMinPartRows = 256;
+constexpr int kOffsetCodes = 8;  // codes of a block that sums their counts over the parts
 
 struct CodebookSortParts {
   int64_t rows_per_part, parts;  // parts of one head

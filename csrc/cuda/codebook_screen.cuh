@@ -14,10 +14,20 @@
 
 namespace fastvae {
 
-// Rows that the screen could not decide, numbered over the heads.
+// A row that the screen could not decide.
+struct alignas(16) CodebookListedRow {
+  int64_t row;          // numbered over the heads
+  float bound;          // an upper bound of the score of the code that the screen found
+  int32_t second_code;  // the only other code that can be the nearest, or one of the constants below
+};
+
+// The second_code of a row for which several codes can be the nearest beside the one that the screen found, and of one whose scores could
+// overflow, or which is not finite.
+constexpr int32_t kSeveralCodes = -1, kNotScreened = -2;
+
 struct CodebookWorklist {
   unsigned long long* count;  // scalar
-  int64_t* rows;              // (heads * rows,), of which the first `count` are set
+  CodebookListedRow* rows;    // (heads * rows,), of which the first `count` are set
 };
 
 template <class T>
@@ -27,11 +37,9 @@ struct CodebookScreenParams {
   int64_t rows;
   CodebookScreenGrid grid;
   PackedCodebook codes;
-  // (splits, tiles, rows of a tile): the TwoSmallest of each split, for the last block of a tile.
-  float *smallest, *second;
-  int32_t* code;
-  unsigned* tickets;  // (tiles,)
-  int64_t* indices;   // (heads, rows)
+  NearestTwo* partial;  // (splits, tiles, rows of a tile), for the last block of a tile
+  unsigned* tickets;    // (tiles,)
+  int64_t* indices;     // (heads, rows)
   CodebookWorklist worklist;
 };
 
@@ -62,36 +70,36 @@ __device__ __forceinline__ void load_centred(const CodebookScreenParams<T>& p, c
 
 // Writes the index of a row and, where the error bounds leave other codes, adds the row to the worklist.
 template <class T>
-__device__ __forceinline__ void decide_row(const CodebookScreenParams<T>& p, int64_t head, int64_t row, const TwoSmallest& best,
+__device__ __forceinline__ void decide_row(const CodebookScreenParams<T>& p, int64_t head, int64_t row, const NearestTwo& best,
                                            float norm) {
   const PackedCodebook& codes = p.codes;
   int64_t number = head * p.rows + row, k = head * codes.layout.padded_codes + best.code;
   bool screened = norm < kMaxRowNorm && max_norm_exponent(codes.exponent[head]) <= kMaxScaleExponent;
+  float bound = best.smallest + 2.0f * fma(codes.slope[k], norm, codes.error[k]);
   p.indices[number] = best.code;
-  if (!screened || !is_separated(best, fma(codes.slope[k], norm, codes.error[k])))
-    p.worklist.rows[atomicAdd(p.worklist.count, 1ull)] = number;
+  if (screened && best.second > bound && best.rest > bound) return;
+  CodebookListedRow listed{number, bound, !screened ? kNotScreened : best.rest > bound ? best.second_code : kSeveralCodes};
+  p.worklist.rows[atomicAdd(p.worklist.count, 1ull)] = listed;
+}
+
+// Loads what another block has written.
+__device__ __forceinline__ NearestTwo load_past_l1(const NearestTwo* from) {
+  return {__ldcg(&from->smallest), __ldcg(&from->second), __ldcg(&from->rest), __ldcg(&from->code), __ldcg(&from->second_code)};
 }
 
 // Decides the rows of a tile. With several splits every block stores its scores, and the last block of the tile merges them. Row i of a
 // thread is first_row + thread + i * kThreads.
 template <class T, int kCount>
-__device__ __forceinline__ void finish_rows(const CodebookScreenParams<T>& p, const CodebookScreenTile& place, TwoSmallest (&best)[kCount],
+__device__ __forceinline__ void finish_rows(const CodebookScreenParams<T>& p, const CodebookScreenTile& place, NearestTwo (&best)[kCount],
                                             const float (&norm)[kCount]) {
   if (p.grid.splits > 1) {
     int64_t stride = p.grid.tiles * p.grid.tile_rows, first = place.tile * p.grid.tile_rows + threadIdx.x;
-    for (int i = 0; i < kCount; ++i) {
-      int64_t slot = blockIdx.y * stride + first + i * kThreads;
-      p.smallest[slot] = best[i].smallest;
-      p.second[slot] = best[i].second;
-      p.code[slot] = best[i].code;
-    }
+    for (int i = 0; i < kCount; ++i) p.partial[blockIdx.y * stride + first + i * kThreads] = best[i];
     if (!is_last_block(p.tickets + place.tile, static_cast<unsigned>(p.grid.splits))) return;
     for (int i = 0; i < kCount; ++i) {
-      best[i] = no_scores();
-      for (int64_t split = 0; split < p.grid.splits; ++split) {
-        int64_t slot = split * stride + first + i * kThreads;
-        merge_smallest(best[i], {__ldcg(p.smallest + slot), __ldcg(p.second + slot), __ldcg(p.code + slot)});
-      }
+      best[i] = nearest_two(no_scores());
+      for (int64_t split = 0; split < p.grid.splits; ++split)
+        merge_nearest(best[i], load_past_l1(p.partial + split * stride + first + i * kThreads));
     }
   }
   for (int i = 0; i < kCount; ++i) {
@@ -150,7 +158,10 @@ __global__ void __launch_bounds__(kThreads, 4) codebook_screen_short_kernel(cons
     }
     __syncthreads();
   }
-  finish_rows(p, place, best, norm);
+  NearestTwo nearest[kShortRows];
+#pragma unroll
+  for (int i = 0; i < kShortRows; ++i) nearest[i] = nearest_two(best[i]);
+  finish_rows(p, place, nearest, norm);
 }
 
 // A thread computes 8 x 8 scores of a tile: of the rows, and of the codes, two vectors that are half a tile apart, so that the threads of a
@@ -211,14 +222,47 @@ __device__ __forceinline__ void multiply(const CodebookTileBuffer& buffer, int d
   }
 }
 
+// The smallest scores of each row of a thread. They are in shared memory, where each thread has a column, and in registers only between two
+// tiles: with them beside the scores a multiprocessor would hold three blocks, not four.
+struct CodebookThreadScores {
+  float smallest[kThreadRows][kThreads], second[kThreadRows][kThreads];
+  int32_t code[kThreadRows][kThreads];
+
+  __device__ __forceinline__ TwoSmallest load(int i) const {
+    return {smallest[i][threadIdx.x], second[i][threadIdx.x], code[i][threadIdx.x]};
+  }
+  __device__ __forceinline__ void store(int i, const TwoSmallest& scores) {
+    smallest[i][threadIdx.x] = scores.smallest;
+    second[i][threadIdx.x] = scores.second;
+    code[i][threadIdx.x] = scores.code;
+  }
+};
+
+// Merges the scores of the threads along the codes, which are adjacent.
+__device__ __forceinline__ NearestTwo merge_across(const TwoSmallest& scores) {
+  NearestTwo best = nearest_two(scores);
+#pragma unroll
+  for (int mask = kThreadsAcross / 2; mask > 0; mask /= 2) {
+    NearestTwo other;
+    other.smallest = __shfl_xor_sync(0xffffffffu, best.smallest, mask);
+    other.second = __shfl_xor_sync(0xffffffffu, best.second, mask);
+    other.rest = __shfl_xor_sync(0xffffffffu, best.rest, mask);
+    other.code = __shfl_xor_sync(0xffffffffu, best.code, mask);
+    other.second_code = __shfl_xor_sync(0xffffffffu, best.second_code, mask);
+    merge_nearest(best, other);
+  }
+  return best;
+}
+
 // Screens longer rows. A block computes tiles of kTileRows x kTileCodes products in registers; the operands come through two buffers in
 // shared memory, one of which is filled while the other is read.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) codebook_screen_kernel(const __grid_constant__ CodebookScreenParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 4) codebook_screen_kernel(const __grid_constant__ CodebookScreenParams<T> p) {
   struct Shared {
     CodebookTileBuffer buffers[2];
+    CodebookThreadScores scores;
     float norms[kTileRows];
-    TwoSmallest best[kTileRows];
+    NearestTwo best[kTileRows];
   };
   __shared__ Shared shared;
   CodebookScreenTile place(p);
@@ -228,9 +272,8 @@ __global__ void __launch_bounds__(kThreads, 3) codebook_screen_kernel(const __gr
   const T* x = p.x + p.view.offset(place.head, row);
   const float* mean = p.codes.mean + place.head * layout.padded_dim;
   float scale = static_cast<float>(scale_of(p.codes.exponent[place.head])), norm = 0.0f;
-  TwoSmallest best[kThreadRows];
 #pragma unroll
-  for (int i = 0; i < kThreadRows; ++i) best[i] = no_scores();
+  for (int i = 0; i < kThreadRows; ++i) shared.scores.store(i, no_scores());
   for (int64_t base = place.first_code; base < place.end_code; base += kTileCodes) {
     const float* panel = p.codes.elements + (first + base) * layout.padded_dim + threadIdx.x * kVector;
     CodebookStaged staged;
@@ -254,28 +297,31 @@ __global__ void __launch_bounds__(kThreads, 3) codebook_screen_kernel(const __gr
     shared.norms[threadIdx.x] = norm;
     // The norms are read below, and the first buffer of the next tile is overwritten.
     __syncthreads();
-    float row_norm[kThreadRows];
+    float row_norm[kThreadRows], start[kThreadCodes], slope[kThreadCodes];
     load_side(shared.norms, down, row_norm);
 #pragma unroll
     for (int j = 0; j < kThreadCodes; ++j) {
-      int64_t code = base + tile_element<kTileCodes>(across, j);
-      float start = p.codes.start[first + code], slope = p.codes.slope[first + code];
+      int64_t code = first + base + tile_element<kTileCodes>(across, j);
+      start[j] = p.codes.start[code];
+      slope[j] = p.codes.slope[code];
+    }
 #pragma unroll
-      for (int i = 0; i < kThreadRows; ++i) insert_score(best[i], start - fma(slope, row_norm[i], score[i][j]), static_cast<int32_t>(code));
+    for (int i = 0; i < kThreadRows; ++i) {
+      TwoSmallest best = shared.scores.load(i);
+#pragma unroll
+      for (int j = 0; j < kThreadCodes; ++j)
+        insert_score(best, start[j] - fma(slope[j], row_norm[i], score[i][j]),
+                     static_cast<int32_t>(base) + tile_element<kTileCodes>(across, j));
+      shared.scores.store(i, best);
     }
   }
 #pragma unroll
   for (int i = 0; i < kThreadRows; ++i) {
-#pragma unroll
-    for (int mask = kThreadsAcross / 2; mask > 0; mask /= 2) {
-      float other_smallest = __shfl_xor_sync(0xffffffffu, best[i].smallest, mask),
-            other_second = __shfl_xor_sync(0xffffffffu, best[i].second, mask);
-      merge_smallest(best[i], {other_smallest, other_second, __shfl_xor_sync(0xffffffffu, best[i].code, mask)});
-    }
-    if (across == 0) shared.best[tile_element<kTileRows>(down, i)] = best[i];
+    NearestTwo best = merge_across(shared.scores.load(i));
+    if (across == 0) shared.best[tile_element<kTileRows>(down, i)] = best;
   }
   __syncthreads();
-  TwoSmallest row_best[1] = {shared.best[threadIdx.x]};
+  NearestTwo row_best[1] = {shared.best[threadIdx.x]};
   float row_norm[1] = {norm};
   finish_rows(p, place, row_best, row_norm);
 }

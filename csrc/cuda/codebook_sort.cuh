@@ -3,7 +3,7 @@
 // kernel                        grid                        reads                       writes
 // codebook_finite_rows_kernel   (blocks of rows)            x, indices                  indices, -1 for rows that are not finite
 // codebook_count_kernel         (blocks of 4 parts)         indices                     counts of each part
-// codebook_part_offsets_kernel  (blocks of codes)           counts                      counts, totals, the counts of codes in starts
+// codebook_part_offsets_kernel  (blocks of 8 codes)         counts                      counts, totals, the counts of codes in starts
 // codebook_code_offsets_kernel  (heads)                     starts                      starts
 // codebook_sort_kernel          (blocks of 4 parts)         indices, counts, starts     order, sorted
 // codebook_sum_pieces_kernel    (blocks of pieces)          x, order, sorted, starts    sums, partial
@@ -82,45 +82,86 @@ struct CodebookPart {
 __global__ void __launch_bounds__(kThreads) codebook_count_kernel(const __grid_constant__ CodebookSortParams p) {
   CodebookPart place(p);
   if (!place.exists) return;
-  for (int64_t row = place.begin + threadIdx.x % kWarp; row < place.end; row += kWarp) {
-    int32_t code = code_of_row(p, place.head, row, place.end);
-    if (code >= 0) atomicAdd(place.counts(p) + code, 1u);
-  }
+  unsigned* counts = place.counts(p);
+  load_then_store(
+      place.begin + threadIdx.x % kWarp, place.end, kWarp, [&](int64_t row) { return code_of_row(p, place.head, row, place.end); },
+      [&](int64_t, int32_t code) {
+        if (code >= 0) atomicAdd(counts + code, 1u);
+      });
 }
 
-// Replaces the counts of the parts by prefix sums over the parts, and stores the count of each code in `starts` for the next kernel.
+// Replaces the counts of the parts by prefix sums over the parts, and stores the count of each code in `starts` for the next kernel. A
+// block handles kOffsetCodes adjacent codes, 32 bytes of counts; the threads of a code share its parts.
 __global__ void __launch_bounds__(kThreads) codebook_part_offsets_kernel(const __grid_constant__ CodebookSortParams p) {
-  int64_t number = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (number >= p.heads * p.codes) return;
-  int64_t head = number / p.codes, code = number - head * p.codes;
+  constexpr int kSlices = kThreads / kOffsetCodes;
+  __shared__ unsigned sums[kSlices][kOffsetCodes];
+  int64_t groups = ceil_div(p.codes, kOffsetCodes), head = blockIdx.x / groups;
+  int lane = threadIdx.x % kOffsetCodes, slice = threadIdx.x / kOffsetCodes;
+  int64_t code = (blockIdx.x - head * groups) * kOffsetCodes + lane;
   unsigned* counts = p.counts + head * p.parts.parts * p.codes + code;
-  unsigned total = 0;
+  int64_t share = ceil_div(p.parts.parts, kSlices), begin = slice * share, end = min64(begin + share, p.parts.parts);
+  if (code >= p.codes) end = begin;
+  unsigned sum = 0;
 #pragma unroll 8
-  for (int64_t part = 0; part < p.parts.parts; ++part) {
-    unsigned count = counts[part * p.codes];
-    counts[part * p.codes] = total;
-    total += count;
+  for (int64_t part = begin; part < end; ++part) sum += counts[part * p.codes];
+  sums[slice][lane] = sum;
+  __syncthreads();
+  if (code >= p.codes) return;
+  unsigned before = 0;
+  for (int i = 0; i < slice; ++i) before += sums[i][lane];
+  if (slice == kSlices - 1) {
+    p.starts[head * (p.codes + 1) + code] = before + sum;
+    if (p.totals) p.totals[head * p.codes + code] = before + sum;
   }
-  p.starts[head * (p.codes + 1) + code] = total;
-  if (p.totals) p.totals[number] = total;
+  load_then_store(
+      begin, end, 1, [&](int64_t part) { return counts[part * p.codes]; },
+      [&](int64_t part, unsigned count) {
+        counts[part * p.codes] = before;
+        before += count;
+      });
 }
 
-// Replaces the counts of the codes in `starts` by prefix sums over the codes of a head. A thread handles a range of codes.
-__global__ void __launch_bounds__(kThreads) codebook_code_offsets_kernel(const __grid_constant__ CodebookSortParams p) {
-  __shared__ int64_t shares[kThreads];
-  int64_t* starts = p.starts + static_cast<int64_t>(blockIdx.x) * (p.codes + 1);
-  int64_t share = ceil_div(p.codes, kThreads), begin = min64(threadIdx.x * share, p.codes), end = min64(begin + share, p.codes), total = 0;
-  for (int64_t code = begin; code < end; ++code) total += starts[code];
-  shares[threadIdx.x] = total;
-  __syncthreads();
-  int64_t next = 0;
-  for (int thread = 0; thread < static_cast<int>(threadIdx.x); ++thread) next += shares[thread];
-  for (int64_t code = begin; code < end; ++code) {
-    int64_t count = starts[code];
-    starts[code] = next;
-    next += count;
+// The sum over the threads before this one. `total` becomes the sum over all.
+__device__ __forceinline__ int64_t sum_before(int64_t value, int64_t& total) {
+  __shared__ int64_t sums[kWarps];
+  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int64_t before = 0, sum = value;
+  for (int mask = 1; mask < kWarp; mask *= 2) {
+    int64_t other = __shfl_xor_sync(0xffffffffu, sum, mask);
+    if (lane & mask) before += other;
+    sum += other;
   }
-  if (threadIdx.x == kThreads - 1) starts[p.codes] = next;
+  if (lane == 0) sums[warp] = sum;
+  __syncthreads();
+  total = 0;
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) before += sums[i];
+    total += sums[i];
+  }
+  __syncthreads();
+  return before;
+}
+
+// Replaces the counts of the codes in `starts` by prefix sums over the codes of a head. A thread handles kBatch adjacent codes at a time.
+__global__ void __launch_bounds__(kThreads) codebook_code_offsets_kernel(const __grid_constant__ CodebookSortParams p) {
+  int64_t* starts = p.starts + static_cast<int64_t>(blockIdx.x) * (p.codes + 1);
+  int64_t next = 0;
+  for (int64_t base = 0; base < p.codes; base += kThreads * kBatch) {
+    int64_t first = base + threadIdx.x * kBatch, counts[kBatch], sum = 0, total;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      counts[k] = first + k < p.codes ? starts[first + k] : 0;
+      sum += counts[k];
+    }
+    int64_t start = next + sum_before(sum, total);
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (first + k < p.codes) starts[first + k] = start;
+      start += counts[k];
+    }
+    next += total;
+  }
+  if (threadIdx.x == 0) starts[p.codes] = next;
 }
 
 // Writes the rows of each part to their sorted positions. The sort is stable: a warp handles 32 rows at a time, and each lane counts the
@@ -131,19 +172,24 @@ __global__ void __launch_bounds__(kThreads) codebook_sort_kernel(const __grid_co
   int lane = threadIdx.x % kWarp;
   const int64_t* starts = p.starts + place.head * (p.codes + 1);
   unsigned* counts = place.counts(p);
-  for (int64_t first = place.begin; first < place.end; first += kWarp) {
-    int64_t row = first + lane;
-    int32_t code = code_of_row(p, place.head, row, place.end);
-    unsigned peers = __match_any_sync(0xffffffffu, code);
-    int before = __popc(peers & ((1u << lane) - 1u));
-    unsigned placed = code >= 0 ? counts[code] : 0;
-    __syncwarp();
-    if (code >= 0 && before == 0) counts[code] = placed + static_cast<unsigned>(__popc(peers));
-    __syncwarp();
-    if (code < 0) continue;
-    int64_t position = place.head * p.rows + starts[code] + placed + before;
-    p.order[position] = row;
-    p.sorted[position] = code;
+  for (int64_t first = place.begin; first < place.end; first += kBatch * kWarp) {
+    int32_t codes[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) codes[k] = code_of_row(p, place.head, first + k * kWarp + lane, place.end);
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      int32_t code = codes[k];
+      unsigned peers = __match_any_sync(0xffffffffu, code);
+      int before = __popc(peers & ((1u << lane) - 1u));
+      unsigned placed = code >= 0 ? counts[code] : 0;
+      __syncwarp();
+      if (code >= 0 && before == 0) counts[code] = placed + static_cast<unsigned>(__popc(peers));
+      __syncwarp();
+      if (code < 0) continue;
+      int64_t position = place.head * p.rows + starts[code] + placed + before;
+      p.order[position] = first + k * kWarp + lane;
+      p.sorted[position] = code;
+    }
   }
 }
 

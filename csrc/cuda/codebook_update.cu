@@ -27,7 +27,7 @@ CodebookSortParams sort_by_code(const Launch& launch, const int64_t* indices, in
   }));
   int64_t part_blocks = ceil_div(heads * p.parts.parts, kWarps);
   launch.run(codebook_count_kernel, part_blocks, 1, kThreads, p);
-  launch.run(codebook_part_offsets_kernel, ceil_div(heads * codes, kThreads), 1, kThreads, p);
+  launch.run(codebook_part_offsets_kernel, heads * ceil_div(codes, kOffsetCodes), 1, kThreads, p);
   launch.run(codebook_code_offsets_kernel, heads, 1, kThreads, p);
   launch.run(codebook_sort_kernel, part_blocks, 1, kThreads, p);
   return p;

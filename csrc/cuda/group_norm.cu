@@ -1,5 +1,9 @@
 // The operators of group norm on a GPU: the parameters of the kernels, the choice of kernels, and their launches. The kernels are in
 // group_norm_forward.cuh and group_norm_backward.cuh, whose first lines list them.
+#include <algorithm>
+#include <map>
+#include <mutex>
+
 #include "../common/layout.h"
 #include "group_norm_backward.cuh"
 #include "group_norm_forward.cuh"
@@ -58,14 +62,50 @@ GroupNormParams<T> params_of(const Launch& launch, const GroupNormArguments& a, 
   p.weight = parameter_of(a.weight, 1.0f, copies);
   p.bias = parameter_of(a.bias, 0.0f, copies);
   // Vectors are aligned and whole where lines consist of whole vectors.
-  int64_t line = !a.channels_last() ? sizes.positions : p.blocks.on_chip ? sizes.width() : sizes.channels;
+  int64_t line = !a.channels_last() ? sizes.positions : p.blocks.whole_groups ? sizes.width() : sizes.channels;
   p.aligned = line % kVector == 0 && is_aligned(p.input);
   return p;
 }
 
+// Beside the dynamic shared memory a block has up to 3 KB for its sums.
+constexpr int kStaticSharedBytes = 4096;
+
+int device_attribute(int32_t device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "asking for an attribute of a device");
+  return value;
+}
+
+// The dynamic shared memory with which kGroupBlocks blocks of this kernel share a multiprocessor of this device. The first call asks the
+// device and permits it to the kernel, which otherwise may take 48 KB.
+int64_t permitted_shared_bytes(int32_t device, const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<int32_t, const void*>, int64_t> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find({device, kernel});
+  if (found != known.end()) return found->second;
+  int of_block = device_attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int of_blocks = device_attribute(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kGroupBlocks -
+                  device_attribute(device, cudaDevAttrReservedSharedMemoryPerBlock);
+  int bytes = std::min(of_block, of_blocks) - kStaticSharedBytes;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "permitting shared memory to a kernel");
+  return known[{device, kernel}] = bytes;
+}
+
+// Launches a kernel whose blocks handle whole groups. For each vector of a thread that it keeps, a block takes `vector_bytes` of shared
+// memory.
+template <class T>
+void launch_whole_groups(const Launch& launch, void (*kernel)(GroupNormParams<T>), bool channels_last, int runs, int64_t vector_bytes,
+                         GroupNormParams<T>& p) {
+  int64_t max_bytes = permitted_shared_bytes(launch.device(), reinterpret_cast<const void*>(kernel));
+  p.kept_vectors = kept_vectors(p.blocks, channels_last, runs, vector_bytes, max_bytes);
+  launch.run(kernel, p.blocks.count(), 1, p.blocks.threads, p, p.kept_vectors * p.blocks.threads * vector_bytes);
+}
+
 template <class T, bool kChannelsLast>
 void launch_forward(const Launch& launch, const GroupNormArguments& a, GroupNormParams<T>& p) {
-  if (p.blocks.on_chip) return launch.run(group_norm_forward_group_kernel<T, kChannelsLast>, p.blocks.count(), 1, kThreads, p);
+  if (p.blocks.whole_groups)
+    return launch_whole_groups(launch, group_norm_forward_group_kernel<T, kChannelsLast>, kChannelsLast, kGroupRuns, sizeof(Vector<T>), p);
   Tensor partial_moments = launch.empty(Sizes{p.blocks.batch, p.blocks.splits, p.blocks.channels, 2}, ScalarType::Double);
   p.partial_moments = static_cast<double*>(partial_moments.mutable_data_ptr());
   launch.run(group_norm_moments_kernel<T, kChannelsLast>, p.blocks.count(), 1, kThreads, p);
@@ -75,7 +115,9 @@ void launch_forward(const Launch& launch, const GroupNormArguments& a, GroupNorm
 
 template <class T, bool kChannelsLast>
 void launch_backward(const Launch& launch, const GroupNormArguments& a, GroupNormParams<T>& p) {
-  if (p.blocks.on_chip) return launch.run(group_norm_backward_group_kernel<T, kChannelsLast>, p.blocks.count(), 1, kThreads, p);
+  if (p.blocks.whole_groups)
+    return launch_whole_groups(launch, group_norm_backward_group_kernel<T, kChannelsLast>, kChannelsLast, kGroupGradientRuns<kChannelsLast>,
+                               sizeof(Vector<T>) + sizeof(Vector<float>), p);
   Tensor statistics_gradient = launch.empty(Sizes{a.groups(), 2}, ScalarType::Float);
   p.statistics_gradient = static_cast<float*>(statistics_gradient.mutable_data_ptr());
   launch.run(group_norm_gradient_sums_kernel<T, kChannelsLast>, p.blocks.count(), 1, kThreads, p);

@@ -1,8 +1,8 @@
 // The backward kernels of group norm. With xhat = (x - mean) * rstd and du = act'(u) * grad_output,
 //   grad_weight = sum of du * xhat, grad_bias = sum of du (both over samples and positions),
 //   grad_input  = du * weight * rstd + the part that flows through mean and rstd, see NormStatisticsGradient.
-// A group that one block can keep in registers takes one kernel, which reads input and grad_output once; other groups take three, which
-// read them twice. The gradients of weight and bias come from the partial sums of either.
+// A group that one block handles takes one kernel, which keeps input and du in shared memory and reads input and grad_output once; larger
+// groups take three, which read them twice. The gradients of weight and bias come from the partial sums of either.
 //
 // kernel                                grid                      reads                                  writes
 // group_norm_backward_group_kernel      (tiles * splits * batch)  input, grad_output, mean, rstd,        partial_sums, grad_input
@@ -52,14 +52,15 @@ struct GradientSums {
     });
   }
 
-  // Adds the sums of the threads of the block and stores them in `partial_sums`. Every thread of the block has to call this.
+  // Adds the sums of the threads of the block, kMaxThreads at most, and stores them in `partial_sums`. Every thread of the block has to
+  // call this.
+  template <int kMaxThreads = kThreads>
   __device__ __forceinline__ void store(const GroupNormBlocks& b, const GroupNormBlock& block,
                                         const GroupNormVectors<kChannelsLast>& vectors, float* partial_sums) const {
     float* slot = partial_sums + (block.sample * b.splits + block.split) * 2 * b.channels + vectors.first_channel;
 #pragma unroll
     for (int c = 0; c < kThreadChannels<kChannelsLast>; ++c) {
-      float block_du = channel_sum<kChannelsLast>(du[c], b.threads_per_line),
-            block_du_x = channel_sum<kChannelsLast>(du_x[c], b.threads_per_line);
+      float block_du = channel_sum<kChannelsLast, kMaxThreads>(du[c], b), block_du_x = channel_sum<kChannelsLast, kMaxThreads>(du_x[c], b);
       if (c >= vectors.channel_count || !writes_channel_sums<kChannelsLast>(b, threadIdx.x)) continue;
       slot[c] = block_du;
       slot[b.channels + c] = block_du_x;
@@ -85,21 +86,28 @@ __global__ void __launch_bounds__(kThreads) group_norm_gradient_sums_kernel(cons
   sums.store(p.blocks, block, start, p.partial_sums);
 }
 
+// The sums of weight * du and of weight * du * xhat.
+struct WeightedGradientSums {
+  double wdu = 0.0, wdu_xhat = 0.0;
+
+  __device__ __forceinline__ void operator+=(const WeightedGradientSums& other) {
+    wdu += other.wdu;
+    wdu_xhat += other.wdu_xhat;
+  }
+};
+
 // Adds the partial sums of a group, each times the weight of its channel, and stores the slope and intercept of the group; each block
 // handles one group.
 __global__ void __launch_bounds__(kThreads) group_norm_combine_gradients_kernel(const __grid_constant__ GroupNormProblem p) {
   GroupPartials partials(p);
   GroupNormStatistics s(p.moments, blockIdx.x);
-  double sum_wdu = 0.0, sum_wdu_xhat = 0.0;
-  for (int64_t i = threadIdx.x; i < partials.count; i += kThreads) {
+  WeightedGradientSums sums = sum_strided<WeightedGradientSums>(threadIdx.x, partials.count, kThreads, [&](int64_t i) {
     auto index = partials.at(p, i);
     const float* slot = p.partial_sums + (partials.sample * p.blocks.splits + index.split) * 2 * p.blocks.channels + index.channel;
     double weight = value_of(p.weight, index.channel);
-    sum_wdu += weight * slot[0];
-    sum_wdu_xhat += weight * sum_du_xhat_of(s.mean, s.centre, s.rstd, slot[0], slot[p.blocks.channels]);
-  }
-  sum_wdu = block_sum(sum_wdu);
-  sum_wdu_xhat = block_sum(sum_wdu_xhat);
+    return WeightedGradientSums{weight * slot[0], weight * sum_du_xhat_of(s.mean, s.centre, s.rstd, slot[0], slot[p.blocks.channels])};
+  });
+  double sum_wdu = block_sum(sums.wdu), sum_wdu_xhat = block_sum(sums.wdu_xhat);
   if (threadIdx.x != 0) return;
   NormStatisticsGradient gradient =
       statistics_gradient_of(s.mean, s.centre, s.rstd, sum_wdu, sum_wdu_xhat, static_cast<double>(p.groups.elements));
@@ -150,40 +158,77 @@ __global__ void __launch_bounds__(kThreads) group_norm_backward_kernel(const __g
   }
 }
 
-// Computes grad_input and the partial sums of one group, whose elements stay in the registers of the block.
-template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads) group_norm_backward_group_kernel(const __grid_constant__ GroupNormParams<T> p) {
-  GroupNormBlock block(p.blocks);
-  GroupNormVectors<kChannelsLast> vectors = thread_vectors<kChannelsLast>(p.blocks, block.sample, block.tile, 0, threadIdx.x);
-  ThreadValues<kKeptVectors> inputs, gradients;
-  load_vectors<kKeptVectors>(p.input, vectors, p.aligned, inputs);
-  load_vectors<kKeptVectors>(p.grad_output, vectors, p.aligned, gradients);
+// The statistics' part of the gradient of the group that the block handles, from the sums of each thread. Every thread of the block has to
+// call this.
+template <bool kChannelsLast>
+__device__ __forceinline__ ChannelStatisticsGradient statistics_gradient_of_group(const GroupNormProblem& p,
+                                                                                  const GroupNormVectors<kChannelsLast>& vectors,
+                                                                                  const GradientSums<kChannelsLast>& sums) {
   GroupNormStatistics s(p.moments, blockIdx.x);
-  ChannelAffine affines[kThreadChannels<kChannelsLast>];
-  load_affines(p, block.sample, vectors, affines);
-  differentiate_values<kKeptVectors, kChannelsLast>(p.activation, affines, inputs, gradients);
-  GradientSums<kChannelsLast> sums;
-  sums.add(vectors, affines, inputs, gradients);
-  sums.store(p.blocks, block, vectors, p.partial_sums);
-  double sum_wdu = 0.0, sum_wdu_xhat = 0.0;
+  double weighted[2] = {};  // the sums of weight * du and of weight * du * xhat
 #pragma unroll
   for (int c = 0; c < kThreadChannels<kChannelsLast>; ++c) {
     if (c >= vectors.channel_count) continue;
     double weight = value_of(p.weight, vectors.first_channel + c);
-    sum_wdu += weight * sums.du[c];
-    sum_wdu_xhat += weight * sum_du_xhat_of(s.mean, s.centre, s.rstd, sums.du[c], sums.du_x[c]);
+    weighted[0] += weight * sums.du[c];
+    weighted[1] += weight * sum_du_xhat_of(s.mean, s.centre, s.rstd, sums.du[c], sums.du_x[c]);
   }
-  sum_wdu = block_sum(sum_wdu);
-  sum_wdu_xhat = block_sum(sum_wdu_xhat);
+  group_sums(weighted);
   NormStatisticsGradient gradient =
-      statistics_gradient_of(s.mean, s.centre, s.rstd, sum_wdu, sum_wdu_xhat, static_cast<double>(p.groups.elements));
+      statistics_gradient_of(s.mean, s.centre, s.rstd, weighted[0], weighted[1], static_cast<double>(p.groups.elements));
+  return {static_cast<float>(gradient.slope), static_cast<float>(gradient.intercept)};
+}
+
+// Computes grad_input and the partial sums of one group. Each thread keeps its first p.kept_vectors vectors of the input, and du in
+// float32, in shared memory. It reads the others again, from the L2 cache where that has not replaced them yet; the results are the same.
+template <class T, bool kChannelsLast>
+__global__ void __launch_bounds__(kMaxGroupThreads, kGroupBlocks)
+    group_norm_backward_group_kernel(const __grid_constant__ GroupNormParams<T> p) {
+  constexpr int kCount = kGroupGradientRuns<kChannelsLast>;
+  FASTVAE_DYNAMIC_SHARED(memory);
+  GroupNormBlock block(p.blocks);
+  const GroupNormVectors<kChannelsLast> start = thread_vectors<kChannelsLast>(p.blocks, block.sample, block.tile, 0, threadIdx.x);
+  ThreadSlots<T> input_slots(memory, p.kept_vectors);
+  ThreadSlots<float> du_slots(input_slots.end(), p.kept_vectors);
+  ChannelAffine affines[kThreadChannels<kChannelsLast>];
+  load_group_affines(p, GroupNormStatistics(p.moments, blockIdx.x), start, affines);
+  // Loads inputs, and replaces gradients by du.
+  auto differentiate = [&](const GroupNormVectors<kChannelsLast>& vectors, Vector<T>(&stored)[kCount], ThreadValues<kCount>& inputs,
+                           ThreadValues<kCount>& gradients) {
+    load_stored(p.input, vectors, p.aligned, stored);
+    load_vectors<kCount>(p.grad_output, vectors, p.aligned, gradients);
+    convert_vectors(stored, inputs);
+    differentiate_values<kCount, kChannelsLast>(p.activation, affines, inputs, gradients);
+  };
+  GradientSums<kChannelsLast> sums;
+  for_each_step<kCount>(start, [&](int first, const GroupNormVectors<kChannelsLast>& vectors) {
+    Vector<T> stored[kCount];
+    ThreadValues<kCount> inputs, gradients;
+    differentiate(vectors, stored, inputs, gradients);
+    sums.add(vectors, affines, inputs, gradients);
+    if (first >= p.kept_vectors) return;
+    input_slots.store(first, stored);
+    du_slots.store(first, gradients);
+  });
+  sums.template store<kMaxGroupThreads>(p.blocks, block, start, p.partial_sums);
+  ChannelStatisticsGradient gradient = statistics_gradient_of_group(p, start, sums);
   // All channels of the block belong to one group.
   ChannelStatisticsGradient statistics[kThreadChannels<kChannelsLast>];
 #pragma unroll
-  for (int c = 0; c < kThreadChannels<kChannelsLast>; ++c)
-    statistics[c] = {static_cast<float>(gradient.slope), static_cast<float>(gradient.intercept)};
-  propagate_values<kKeptVectors, kChannelsLast>(affines, statistics, inputs, gradients);
-  store_vectors<kKeptVectors>(p.grad_input, vectors, p.aligned, gradients);
+  for (int c = 0; c < kThreadChannels<kChannelsLast>; ++c) statistics[c] = gradient;
+  for_each_step<kCount>(start, [&](int first, const GroupNormVectors<kChannelsLast>& vectors) {
+    Vector<T> stored[kCount];
+    ThreadValues<kCount> inputs, gradients;
+    if (first < p.kept_vectors) {
+      input_slots.load(first, stored);
+      du_slots.load(first, gradients);
+      convert_vectors(stored, inputs);
+    } else {
+      differentiate(vectors, stored, inputs, gradients);
+    }
+    propagate_values<kCount, kChannelsLast>(affines, statistics, inputs, gradients);
+    store_vectors<kCount>(p.grad_input, vectors, p.aligned, gradients);
+  });
 }
 
 struct GroupNormParameterGradientParams {

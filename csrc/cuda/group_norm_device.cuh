@@ -71,6 +71,7 @@ template <class T>
 struct GroupNormParams : GroupNormProblem {
   const T *input, *grad_output;
   T *output, *grad_input;
+  int kept_vectors;  // vectors of a thread that a block which handles a whole group keeps in shared memory
 };
 
 // The part of the tensor that a block handles. blockIdx.x counts tiles first, then splits, then samples.
@@ -95,38 +96,114 @@ __device__ __forceinline__ constexpr int thread_channel(int k) {
   return kChannelsLast ? k : 0;
 }
 
-// Sums over the threads of the block that read the same channel; each of them gets the sum.
-template <bool kChannelsLast, class T>
-__device__ __forceinline__ T channel_sum(T value, int threads_per_line) {
-  return kChannelsLast ? sum_across(value, threads_per_line, kThreads) : sum_across(value, 1, threads_per_line);
+// Sums over the threads of the block, kThreads or up to kMaxThreads, that read the same channel; each of them gets the sum.
+template <bool kChannelsLast, int kMaxThreads = kThreads, class T>
+__device__ __forceinline__ T channel_sum(T value, const GroupNormBlocks& b) {
+  int threads = kMaxThreads == kThreads ? kThreads : b.threads;
+  return kChannelsLast ? sum_across<kMaxThreads>(value, b.threads_per_line, threads)
+                       : sum_across<kMaxThreads>(value, 1, b.threads_per_line);
+}
+
+// Replaces each value by its sum over the threads of the block, of which there are kMaxGroupThreads at most.
+template <int kCount, class T>
+__device__ __forceinline__ void group_sums(T (&values)[kCount]) {
+  __shared__ T parts[kMaxGroupThreads / kWarp][kCount];
+  int warps = static_cast<int>(blockDim.x) / kWarp;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    T value = warp_sum(values[i], kWarp);
+    if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp][i] = value;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = parts[0][i];
+  for (int warp = 1; warp < warps; ++warp)
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] += parts[warp][i];
+  // Without this barrier the next call could overwrite `parts` before a slower warp has read it.
+  __syncthreads();
 }
 
 // The elements of `kCount` vectors of a thread, in registers.
 template <int kCount>
 using ThreadValues = float[kCount][kVector];
 
-// Loads the next kCount vectors of a thread, and 0 for elements that do not exist. All loads are issued before the first value is used, so
-// that their latencies overlap.
+// Loads the next kCount vectors of a thread as they are stored, and 0 for elements that do not exist. All loads are issued before the first
+// value is used, so that their latencies overlap.
 template <int kCount, class T, bool kChannelsLast>
-__device__ __forceinline__ void load_vectors(const T* from, const GroupNormVectors<kChannelsLast>& vectors, bool aligned,
-                                             ThreadValues<kCount>& to) {
-  Vector<T> raw[kCount];
+__device__ __forceinline__ void load_stored(const T* from, const GroupNormVectors<kChannelsLast>& vectors, bool aligned,
+                                            Vector<T> (&to)[kCount]) {
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) raw[j] = {};
+  for (int j = 0; j < kCount; ++j) to[j] = {};
   if (aligned) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      if (vectors.count(j) > 0) raw[j] = *reinterpret_cast<const Vector<T>*>(from + vectors.element + j * vectors.element_stride);
+      if (vectors.count(j) > 0) to[j] = *reinterpret_cast<const Vector<T>*>(from + vectors.element + j * vectors.element_stride);
   } else {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
       for (int k = 0; k < kVector; ++k)
-        if (k < vectors.count(j)) raw[j].v[k] = from[vectors.element + j * vectors.element_stride + k];
+        if (k < vectors.count(j)) to[j].v[k] = from[vectors.element + j * vectors.element_stride + k];
   }
+}
+
+template <int kCount, class T>
+__device__ __forceinline__ void convert_vectors(const Vector<T> (&from)[kCount], ThreadValues<kCount>& to) {
 #pragma unroll
   for (int j = 0; j < kCount; ++j)
-    for (int k = 0; k < kVector; ++k) to[j][k] = to_float(raw[j].v[k]);
+    for (int k = 0; k < kVector; ++k) to[j][k] = to_float(from[j].v[k]);
 }
+
+// Loads the next kCount vectors of a thread as float32.
+template <int kCount, class T, bool kChannelsLast>
+__device__ __forceinline__ void load_vectors(const T* from, const GroupNormVectors<kChannelsLast>& vectors, bool aligned,
+                                             ThreadValues<kCount>& to) {
+  Vector<T> stored[kCount];
+  load_stored(from, vectors, aligned, stored);
+  convert_vectors(stored, to);
+}
+
+// Slots for `count` vectors of each thread in the shared memory of the block. A thread reads no slot but its own, so that no barrier is
+// needed; the slots of adjacent threads are adjacent, so that a warp accesses all banks.
+template <class T>
+class ThreadSlots {
+ public:
+  __device__ __forceinline__ ThreadSlots(unsigned char* memory, int count)
+      : slots_(reinterpret_cast<Vector<T>*>(memory) + threadIdx.x), end_(memory + count * blockDim.x * sizeof(Vector<T>)) {}
+
+  __device__ __forceinline__ unsigned char* end() const { return end_; }
+
+  // Vector j of `from` goes into slot first + j.
+  template <int kCount>
+  __device__ __forceinline__ void store(int first, const Vector<T> (&from)[kCount]) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) slots_[(first + j) * blockDim.x] = from[j];
+  }
+  template <int kCount>
+  __device__ __forceinline__ void load(int first, Vector<T> (&to)[kCount]) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) to[j] = slots_[(first + j) * blockDim.x];
+  }
+
+  // The same for slots of float32.
+  template <int kCount>
+  __device__ __forceinline__ void store(int first, const ThreadValues<kCount>& from) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) slots_[(first + j) * blockDim.x] = {from[j][0], from[j][1], from[j][2], from[j][3]};
+  }
+  template <int kCount>
+  __device__ __forceinline__ void load(int first, ThreadValues<kCount>& to) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      Vector<T> vector = slots_[(first + j) * blockDim.x];
+      for (int k = 0; k < kVector; ++k) to[j][k] = vector.v[k];
+    }
+  }
+
+ private:
+  Vector<T>* slots_;
+  unsigned char* end_;
+};
 
 template <int kCount, class T, bool kChannelsLast>
 __device__ __forceinline__ void store_vectors(T* to, const GroupNormVectors<kChannelsLast>& vectors, bool aligned,
@@ -145,6 +222,15 @@ __device__ __forceinline__ void for_each_element(const GroupNormVectors<kChannel
   for (int j = 0; j < kCount; ++j)
     for (int k = 0; k < kVector; ++k)
       if (k < vectors.count(j)) f(j, k, thread_channel<kChannelsLast>(k));
+}
+
+// Calls f(first, vectors) for each step of kCount vectors of a thread whose vectors begin at `start`; `first` counts the vectors before the
+// step.
+template <int kCount, bool kChannelsLast, class F>
+__device__ __forceinline__ void for_each_step(const GroupNormVectors<kChannelsLast>& start, F f) {
+  int first = 0;
+  for (GroupNormVectors<kChannelsLast> vectors = start; vectors.positions_left > 0; vectors.skip(kCount), first += kCount)
+    f(first, vectors);
 }
 
 // u = (x - centre) * scale + offset for one channel of one sample.
@@ -166,6 +252,19 @@ __device__ __forceinline__ void load_affines(const GroupNormProblem& p, int64_t 
     to[c] = {};
     int64_t channel = vectors.first_channel + c;
     if (c < vectors.channel_count) to[c] = affine_at(p, GroupNormStatistics(p.moments, p.groups.of(sample, channel)), channel);
+  }
+}
+
+// The same where all channels of the block belong to one group, whose statistics are `s`.
+template <bool kChannelsLast>
+__device__ __forceinline__ void load_group_affines(const GroupNormProblem& p, const GroupNormStatistics& s,
+                                                   const GroupNormVectors<kChannelsLast>& vectors,
+                                                   ChannelAffine (&to)[kThreadChannels<kChannelsLast>]) {
+#pragma unroll
+  for (int c = 0; c < kThreadChannels<kChannelsLast>; ++c) {
+    to[c] = {};
+    if (c < vectors.channel_count) to[c] = affine_at(p, s, vectors.first_channel + c);
+    to[c].centre = static_cast<float>(s.centre);
   }
 }
 

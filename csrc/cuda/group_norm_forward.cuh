@@ -1,5 +1,5 @@
-// The forward kernels of group norm, output = act((input - mean) * rstd * weight + bias). A group that one block can keep in registers
-// takes one kernel, which reads the input once; other groups take three, which read it twice.
+// The forward kernels of group norm, output = act((input - mean) * rstd * weight + bias). A group that one block handles takes one kernel,
+// which keeps the input in shared memory and reads it once; larger groups take three, which read it twice.
 //
 // kernel                               grid                      reads                                   writes
 // group_norm_forward_group_kernel      (tiles * splits * batch)  input, weight, bias                     mean, rstd, output
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_moments_kernel(const __gr
   load_vectors<kRuns>(p.input, vectors, p.aligned, values);
   for_each_element<kRuns>(vectors, [&](int j, int k, int c) { shift[c] += values[j][k]; });
 #pragma unroll
-  for (int c = 0; c < kCount; ++c) shift[c] = channel_sum<kChannelsLast>(shift[c], threads_per_line) / first_positions;
+  for (int c = 0; c < kCount; ++c) shift[c] = channel_sum<kChannelsLast>(shift[c], p.blocks) / first_positions;
 
   int64_t first_channel = vectors.first_channel;
   int channel_count = vectors.channel_count;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_moments_kernel(const __gr
   }
 #pragma unroll
   for (int c = 0; c < kCount; ++c) {
-    double sum = channel_sum<kChannelsLast>(total[c], threads_per_line), square = channel_sum<kChannelsLast>(squares[c], threads_per_line);
+    double sum = channel_sum<kChannelsLast>(total[c], p.blocks), square = channel_sum<kChannelsLast>(squares[c], p.blocks);
     if (c >= channel_count || !writes_channel_sums<kChannelsLast>(p.blocks, threadIdx.x)) continue;
     double mean_from_shift = sum / static_cast<double>(positions), squared_deviations = square - mean_from_shift * sum;
     double* slot = p.partial_moments + ((block.sample * p.blocks.splits + block.split) * p.blocks.channels + first_channel + c) * 2;
@@ -71,13 +71,14 @@ __global__ void __launch_bounds__(kThreads) group_norm_combine_moments_kernel(co
   };
   double elements = static_cast<double>(max64(p.groups.elements, 1));
   // Means are added relative to the first one, so that equal means leave no rounding error.
-  double shift = partials.count > 0 ? *moments_of(0) : 0.0, total = 0.0, squares = 0.0;
-  for (int64_t i = threadIdx.x; i < partials.count; i += kThreads) total += size_of(i) * (moments_of(i)[0] - shift);
+  double shift = partials.count > 0 ? *moments_of(0) : 0.0;
+  double total =
+      sum_strided<double>(threadIdx.x, partials.count, kThreads, [&](int64_t i) { return size_of(i) * (moments_of(i)[0] - shift); });
   double mean_from_shift = block_sum(total) / elements;
-  for (int64_t i = threadIdx.x; i < partials.count; i += kThreads) {
+  double squares = sum_strided<double>(threadIdx.x, partials.count, kThreads, [&](int64_t i) {
     double difference = (moments_of(i)[0] - shift) - mean_from_shift;
-    squares += moments_of(i)[1] + size_of(i) * difference * difference;
-  }
+    return moments_of(i)[1] + size_of(i) * difference * difference;
+  });
   squares = block_sum(squares);
   if (threadIdx.x != 0) return;
   p.mean[blockIdx.x] = shift + mean_from_shift;
@@ -113,37 +114,63 @@ __global__ void __launch_bounds__(kThreads) group_norm_forward_kernel(const __gr
   }
 }
 
-// Computes the moments and the output of one group, whose elements stay in the registers of the block.
+// Computes the moments and the output of one group, of whose elements each thread keeps the first p.kept_vectors vectors in shared memory.
+// It reads the others again, from the L2 cache where that has not replaced them yet; the results are the same.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads) group_norm_forward_group_kernel(const __grid_constant__ GroupNormParams<T> p) {
+__global__ void __launch_bounds__(kMaxGroupThreads, kGroupBlocks)
+    group_norm_forward_group_kernel(const __grid_constant__ GroupNormParams<T> p) {
+  FASTVAE_DYNAMIC_SHARED(memory);
   GroupNormBlock block(p.blocks);
-  GroupNormVectors<kChannelsLast> vectors = thread_vectors<kChannelsLast>(p.blocks, block.sample, block.tile, 0, threadIdx.x);
-  ThreadValues<kKeptVectors> values;
-  load_vectors<kKeptVectors>(p.input, vectors, p.aligned, values);
-  float size = static_cast<float>(p.groups.elements), total = 0.0f, rest = 0.0f, squares = 0.0f;
-  for_each_element<kKeptVectors>(vectors, [&](int j, int k, int) { total += values[j][k]; });
-  float centre = block_sum(total) / size;
-  // `centre` is the mean with the rounding error of a float32 sum; the mean of the deviations from it corrects that.
-  for_each_element<kKeptVectors>(vectors, [&](int j, int k, int) { rest += values[j][k] - centre; });
-  rest = block_sum(rest) / size;
-  for_each_element<kKeptVectors>(vectors, [&](int j, int k, int) {
-    float deviation = (values[j][k] - centre) - rest;
-    squares = fma(deviation, deviation, squares);
+  const GroupNormVectors<kChannelsLast> start = thread_vectors<kChannelsLast>(p.blocks, block.sample, block.tile, 0, threadIdx.x);
+  ThreadSlots<T> slots(memory, p.kept_vectors);
+  float size = static_cast<float>(p.groups.elements), total[1] = {};
+  for_each_step<kGroupRuns>(start, [&](int first, const GroupNormVectors<kChannelsLast>& vectors) {
+    Vector<T> stored[kGroupRuns];
+    load_stored(p.input, vectors, p.aligned, stored);
+    if (first < p.kept_vectors) slots.store(first, stored);
+    ThreadValues<kGroupRuns> values;
+    convert_vectors(stored, values);
+    for_each_element<kGroupRuns>(vectors, [&](int j, int k, int) { total[0] += values[j][k]; });
   });
-  squares = block_sum(squares);
-  double mean = static_cast<double>(centre) + static_cast<double>(rest);
-  double rstd = 1.0 / ::sqrt(static_cast<double>(squares) / static_cast<double>(p.groups.elements) + p.eps);
+  group_sums(total);
+  float centre = total[0] / size;
+  auto reload = [&](int first, const GroupNormVectors<kChannelsLast>& vectors, ThreadValues<kGroupRuns>& values) {
+    Vector<T> stored[kGroupRuns];
+    if (first < p.kept_vectors)
+      slots.load(first, stored);
+    else
+      load_stored(p.input, vectors, p.aligned, stored);
+    convert_vectors(stored, values);
+  };
+  // The sums of the deviations from `centre` and of their squares. `centre` is the mean with the rounding error of a float32 sum, which the
+  // mean of the deviations corrects; it is so small beside a deviation that subtracting its square from their mean cancels nothing.
+  float sums[2] = {};
+  for_each_step<kGroupRuns>(start, [&](int first, const GroupNormVectors<kChannelsLast>& vectors) {
+    ThreadValues<kGroupRuns> values;
+    reload(first, vectors, values);
+    for_each_element<kGroupRuns>(vectors, [&](int j, int k, int) {
+      float deviation = values[j][k] - centre;
+      sums[0] += deviation;
+      sums[1] = fma(deviation, deviation, sums[1]);
+    });
+  });
+  group_sums(sums);
+  double elements = static_cast<double>(p.groups.elements), correction = static_cast<double>(sums[0]) / elements;
+  double variance = static_cast<double>(sums[1]) / elements - correction * correction;
+  // Rounding can make the difference negative. The comparison keeps NaN.
+  double mean = static_cast<double>(centre) + correction, rstd = 1.0 / ::sqrt((variance < 0.0 ? 0.0 : variance) + p.eps);
   if (threadIdx.x == 0) {
     p.mean[blockIdx.x] = mean;
     p.rstd[blockIdx.x] = rstd;
   }
-  GroupNormStatistics statistics(mean, rstd);
-  ChannelAffine affines[kThreadChannels<kChannelsLast>] = {};
-#pragma unroll
-  for (int c = 0; c < kThreadChannels<kChannelsLast>; ++c)
-    if (c < vectors.channel_count) affines[c] = affine_at(p, statistics, vectors.first_channel + c);
-  normalise_values<kKeptVectors, kChannelsLast>(p.activation, affines, values);
-  store_vectors<kKeptVectors>(p.output, vectors, p.aligned, values);
+  ChannelAffine affines[kThreadChannels<kChannelsLast>];
+  load_group_affines(p, GroupNormStatistics(mean, rstd), start, affines);
+  for_each_step<kGroupRuns>(start, [&](int first, const GroupNormVectors<kChannelsLast>& vectors) {
+    ThreadValues<kGroupRuns> values;
+    reload(first, vectors, values);
+    normalise_values<kGroupRuns, kChannelsLast>(p.activation, affines, values);
+    store_vectors<kGroupRuns>(p.output, vectors, p.aligned, values);
+  });
 }
 
 }  // namespace

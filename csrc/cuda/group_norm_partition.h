@@ -6,14 +6,37 @@
 
 namespace fastvae {
 
-// Two waves of an H200, whose 132 multiprocessors each run eight blocks of 128 threads with 64 registers at a time. Tests build with fewer,
-// so that blocks get long splits of small tensors.
+// Tests build with smaller limits, so that small tensors lie on both sides of each.
 #if !defined(FASTVAE_MAX_NORM_BLOCKS)
 #define FASTVAE_MAX_NORM_BLOCKS 2048
 #endif
-constexpr int64_t kMaxNormBlocks = FASTVAE_MAX_NORM_BLOCKS;
-// Vectors that a thread keeps in registers where a block reads its whole group once: 32 elements, twice that in the backward pass.
-constexpr int kKeptVectors = 8;
+#if !defined(FASTVAE_NORM_GROUP_BYTES)
+#define FASTVAE_NORM_GROUP_BYTES 65536
+#endif
+#if !defined(FASTVAE_MANY_NORM_GROUPS)
+#define FASTVAE_MANY_NORM_GROUPS 256
+#endif
+
+struct GroupNormLimits {
+  // Blocks of a launch that splits groups: two waves of an H200, whose 132 multiprocessors each run eight blocks of 128 threads with 64
+  // registers at a time.
+  int64_t max_blocks = FASTVAE_MAX_NORM_BLOCKS;
+  // Bytes of a group that one block handles. By count that takes no longer than the three launches for larger groups: a block reads or
+  // writes about 40 KB in a microsecond, and a launch takes about two.
+  int64_t group_bytes = FASTVAE_NORM_GROUP_BYTES;
+  // With so many groups, two blocks for each of about 128 multiprocessors, one block handles a group of twice as many bytes.
+  int64_t many_groups = FASTVAE_MANY_NORM_GROUPS;
+};
+
+// Elements of a group for each thread of its block, up to kMaxGroupThreads threads: eight vectors.
+constexpr int64_t kNormThreadElements = 32;
+// Two blocks of 512 threads with 64 registers fill the register file of a multiprocessor: while one waits for memory, the other computes.
+constexpr int kMaxGroupThreads = 512, kGroupBlocks = 2;
+// Vectors of each operand that a thread loads in a step where a block handles a whole group. The backward pass has two operands, and in
+// channels-last memory the coefficients of four channels in registers.
+constexpr int kGroupRuns = kRuns;
+template <bool kChannelsLast>
+constexpr int kGroupGradientRuns = kChannelsLast ? 1 : 2;
 // Memory delivers sectors of 32 bytes. In channels-last memory a block that reads fewer adjacent bytes would waste the rest of each sector.
 constexpr int64_t kSectorBytes = 32;
 
@@ -24,8 +47,8 @@ struct GroupNormBlocks {
   int64_t batch, channels, positions;
   int64_t tile_channels, tiles;     // channels of a tile, and tiles of a sample
   int64_t split_positions, splits;  // positions of a split, and splits of a sample
-  int threads_per_line;
-  bool on_chip;  // the tile is one group, and its block keeps all elements in registers
+  int threads, threads_per_line;    // threads of a block, and those of them that share a line
+  bool whole_groups;                // the tile is one group, and there is one split
 
   int64_t count() const { return batch * tiles * splits; }
 };
@@ -37,15 +60,20 @@ FASTVAE_INLINE int next_power_of_two(int64_t n) {
   return power;
 }
 
-// The number of positions that a block reads in a step, kRuns vectors for each thread.
+// The number of positions from one vector of a thread to the next.
+FASTVAE_INLINE int64_t position_stride_of(int threads, int threads_per_line, bool channels_last) {
+  return channels_last ? threads / threads_per_line : threads_per_line * kVector;
+}
+
+// The number of positions that a block of kThreads threads reads in a step, kRuns vectors for each thread.
 FASTVAE_INLINE int64_t positions_per_step(int threads_per_line, bool channels_last) {
-  return static_cast<int64_t>(kRuns) * (channels_last ? kThreads / threads_per_line : threads_per_line * kVector);
+  return static_cast<int64_t>(kRuns) * position_stride_of(kThreads, threads_per_line, channels_last);
 }
 
 // The partition for groups of any size, which reads every element twice. The positions of a sample are split among several blocks where its
 // channels alone would not fill the GPU.
 inline GroupNormBlocks split_group_norm_blocks(int64_t batch, int64_t channels, int64_t positions, bool channels_last, int64_t max_blocks) {
-  GroupNormBlocks b{batch, channels, positions, 0, 0, 0, 0, 0, false};
+  GroupNormBlocks b{batch, channels, positions, 0, 0, 0, 0, kThreads, 0, false};
   int64_t vectors = ceil_div(channels_last ? channels : positions, kVector);
   if (channels_last) {
     b.threads_per_line = next_power_of_two(min64(vectors, kWarp));
@@ -65,23 +93,35 @@ inline GroupNormBlocks split_group_norm_blocks(int64_t batch, int64_t channels, 
   return b;
 }
 
-// The threads_per_line with which one block can keep a group of `width` channels in registers, or 0 where it cannot.
-inline int on_chip_threads_per_line(int64_t width, int64_t positions, bool channels_last, int64_t itemsize) {
-  if (width > (channels_last ? kWarp * kVector : kThreads)) return 0;
-  if (channels_last && positions > 1 && width * itemsize < kSectorBytes) return 0;
-  int64_t vectors = ceil_div(channels_last ? width : positions, kVector);
-  int max_threads = channels_last ? kWarp : kThreads / next_power_of_two(width);
-  int threads_per_line = next_power_of_two(min64(vectors, max_threads));
-  return positions_per_step(threads_per_line, channels_last) / kRuns * kKeptVectors >= positions ? threads_per_line : 0;
+// Whether one block handles a group of `width` channels. Its threads read whole lines: they are as many as its channels, or in
+// channels-last memory as the vectors that a warp reads side by side.
+inline bool is_whole_group(int64_t width, int64_t positions, int64_t all_groups, bool channels_last, int64_t itemsize,
+                           const GroupNormLimits& limits) {
+  if (width > (channels_last ? kWarp * kVector : kMaxGroupThreads)) return false;
+  if (channels_last && positions > 1 && width * itemsize < kSectorBytes) return false;
+  int64_t max_bytes = all_groups >= limits.many_groups ? 2 * limits.group_bytes : limits.group_bytes;
+  return width * positions * itemsize <= max_bytes;
 }
 
 // The partition for these sizes, none of which may be 0.
 inline GroupNormBlocks group_norm_blocks(int64_t batch, int64_t channels, int64_t positions, int64_t groups, bool channels_last,
-                                         int64_t itemsize, int64_t max_blocks = kMaxNormBlocks) {
+                                         int64_t itemsize, const GroupNormLimits& limits = {}) {
   int64_t width = channels / groups;
-  int threads_per_line = on_chip_threads_per_line(width, positions, channels_last, itemsize);
-  if (threads_per_line == 0) return split_group_norm_blocks(batch, channels, positions, channels_last, max_blocks);
-  return {batch, channels, positions, width, groups, positions, 1, threads_per_line, true};
+  if (!is_whole_group(width, positions, batch * groups, channels_last, itemsize, limits))
+    return split_group_norm_blocks(batch, channels, positions, channels_last, limits.max_blocks);
+  int threads = kThreads;
+  while (threads < kMaxGroupThreads && (width * positions > threads * kNormThreadElements || (!channels_last && width > threads)))
+    threads *= 2;
+  int64_t vectors = ceil_div(channels_last ? width : positions, kVector);
+  int max_threads = channels_last ? kWarp : threads / next_power_of_two(width);
+  return {batch, channels, positions, width, groups, positions, 1, threads, next_power_of_two(min64(vectors, max_threads)), true};
+}
+
+// The vectors of each thread that a block which handles a whole group keeps in `shared_bytes` of shared memory, where each takes
+// `vector_bytes`: whole steps of `runs` vectors.
+inline int kept_vectors(const GroupNormBlocks& b, bool channels_last, int runs, int64_t vector_bytes, int64_t shared_bytes) {
+  int64_t steps = ceil_div(b.positions, position_stride_of(b.threads, b.threads_per_line, channels_last) * runs);
+  return static_cast<int>(min64(steps, shared_bytes / (runs * b.threads * vector_bytes))) * runs;
 }
 
 // The vectors that one thread reads. Vector i begins at element + i * element_stride. In contiguous memory it holds positions of one
@@ -112,19 +152,19 @@ FASTVAE_INLINE GroupNormVectors<kChannelsLast> thread_vectors(const GroupNormBlo
   int64_t first_channel = tile * b.tile_channels, end_channel = min64(first_channel + b.tile_channels, b.channels);
   GroupNormVectors<kChannelsLast> vectors;
   int64_t position;
+  vectors.position_stride = position_stride_of(b.threads, b.threads_per_line, kChannelsLast);
   if (kChannelsLast) {
     position = begin + line;
     vectors.first_channel = first_channel + member * kVector;
     vectors.channel_count = vector_count(end_channel - vectors.first_channel);
     vectors.element = (sample * b.positions + position) * b.channels + vectors.first_channel;
-    vectors.position_stride = kThreads / b.threads_per_line;
     vectors.element_stride = vectors.position_stride * b.channels;
   } else {
     position = begin + member * kVector;
     vectors.first_channel = first_channel + line;
     vectors.channel_count = vectors.first_channel < end_channel ? 1 : 0;
     vectors.element = (sample * b.channels + vectors.first_channel) * b.positions + position;
-    vectors.element_stride = vectors.position_stride = b.threads_per_line * kVector;
+    vectors.element_stride = vectors.position_stride;
   }
   vectors.positions_left = vectors.channel_count > 0 ? end - position : 0;
   return vectors;

@@ -155,8 +155,9 @@ FourTensors backward(const LatentArguments& a, const OptionalTensor& grad_z, con
   forbid_crossing_vectors(p);
   if (a.mu.numel() == 0) return {grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar};
   if (p.grad_z && p.samples > 1) {
-    int64_t tiles = ceil_div(a.mu.numel(), kNoiseTile);
-    launch.run(a.prior_mu ? latent_backward_samples_kernel<T, true> : latent_backward_samples_kernel<T, false>, tiles, 1,
+    int64_t tiles = ceil_div(a.mu.numel(), kNoiseTile), splits = sample_splits(tiles, p.samples);
+    if (splits > 1) p.workspace = launch.workspace();
+    launch.run(a.prior_mu ? latent_backward_samples_kernel<T, true> : latent_backward_samples_kernel<T, false>, tiles, splits,
                sample_warps(p.samples) * kWarp, p);
   } else {
     p.several_samples = false;

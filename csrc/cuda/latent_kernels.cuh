@@ -5,7 +5,7 @@
 //                                                                 active
 // latent_active_kernel            (groups, splits) of ColumnSums  mu, logvar, prior                      active
 // latent_backward_kernel          (chunks of mu)                  the same as forward, grad_z, grad_kl   the gradients
-// latent_backward_samples_kernel  (noise tiles of mu)             the same                               the gradients
+// latent_backward_samples_kernel  (noise tiles of mu, splits)     the same                               the gradients
 //
 // latent_backward_kernel serves one sample of noise, latent_backward_samples_kernel several. Shapes and dtypes are beside the members of
 // the parameter structs.
@@ -126,6 +126,7 @@ struct LatentBackwardParams : LatentInputs<T> {
   int64_t grad_kl_stride;
   float grad_kl_scale;                                           // multiplies grad_kl
   T *grad_mu, *grad_logvar, *grad_prior_mu, *grad_prior_logvar;  // (numel,)
+  Workspace workspace;                                           // of a launch that splits the samples
 };
 
 // Loads the operands of the gradients, and those that only the KL needs where there is a grad_kl.
@@ -222,8 +223,37 @@ __global__ void __launch_bounds__(kThreads, kPrior ? 3 : 4) latent_backward_kern
   }
 }
 
-// Serves several samples of noise. A block handles one noise tile of mu; its warps sum over a part of the samples each, and the partial
-// sums are added pairwise through shared memory, which is a fixed order.
+// The sums over samples that one thread has: of grad_z and of grad_z * noise.
+using SampleSums = float[kRuns][kVector];
+
+// Adds the sums of the blocks that share the samples of a noise tile. Returns true in the last of them, whose first warp gets the totals.
+// Every thread of the block has to call this.
+__device__ __forceinline__ bool add_sample_splits(const Workspace& workspace, SampleSums& grad_mu, SampleSums& grad_sigma) {
+  auto slot = [&](unsigned split, int i) {
+    return workspace.slots + ((split * gridDim.x + blockIdx.x) * kRuns * kVector + i) * 2 * kWarp + threadIdx.x;
+  };
+  bool first_warp = threadIdx.x < kWarp;
+  if (first_warp) {
+#pragma unroll
+    for (int i = 0; i < kRuns * kVector; ++i) {
+      slot(blockIdx.y, i)[0] = grad_mu[i / kVector][i % kVector];
+      slot(blockIdx.y, i)[kWarp] = grad_sigma[i / kVector][i % kVector];
+      grad_mu[i / kVector][i % kVector] = grad_sigma[i / kVector][i % kVector] = 0.0f;
+    }
+  }
+  if (!is_last_block(workspace.tickets + blockIdx.x, gridDim.y)) return false;
+  if (!first_warp) return true;
+  for (unsigned split = 0; split < gridDim.y; ++split)
+#pragma unroll
+    for (int i = 0; i < kRuns * kVector; ++i) {
+      grad_mu[i / kVector][i % kVector] += __ldcg(slot(split, i));
+      grad_sigma[i / kVector][i % kVector] += __ldcg(slot(split, i) + kWarp);
+    }
+  return true;
+}
+
+// Serves several samples of noise. A block handles one noise tile of mu over one split of the samples; its warps sum over a part of them
+// each, and the partial sums are added pairwise through shared memory, which is a fixed order, as are the sums of the splits.
 template <class T, bool kPrior>
 __global__ void __launch_bounds__(kMaxSampleWarps* kWarp, 1)
     latent_backward_samples_kernel(const __grid_constant__ LatentBackwardParams<T> p) {
@@ -234,8 +264,8 @@ __global__ void __launch_bounds__(kMaxSampleWarps* kWarp, 1)
   bool vectorized = p.aligned && place.whole();
   NoiseKey key = {0, 0};
   if (p.seed) key = noise_key(p.seed);
-  float grad_mu[kRuns][kVector] = {}, grad_sigma[kRuns][kVector] = {};
-  for (int64_t sample = warp; sample < p.samples; sample += warps) {
+  SampleSums grad_mu = {}, grad_sigma = {};
+  for (int64_t sample = blockIdx.y * warps + warp; sample < p.samples; sample += gridDim.y * warps) {
     int64_t begin = sample * p.numel.divisor;
     LatentVectors<T> grad_z, eps;
     load_contiguous(p.grad_z + begin, place, vectorized, grad_z);
@@ -275,6 +305,7 @@ __global__ void __launch_bounds__(kMaxSampleWarps* kWarp, 1)
       }
     }
   }
+  if (gridDim.y > 1 && !add_sample_splits(p.workspace, grad_mu, grad_sigma)) return;
   if (warp != 0) return;
   LatentOperands<T> operands;
   LatentVectors<T> grad_kl;

@@ -16,9 +16,10 @@ inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess) raise_cuda_error(status, what);
 }
 
-// A launch needs slots for one of three things: two scalar sums (one slot a block each), the sums of rows (two slots a block), or the sums
-// of columns (kWarp slots a block).
-constexpr int kSlots = static_cast<int>(max64(2 * max64(kMaxBlocks, kMaxRowBlocks), kMaxColumnBlocks* kWarp));
+// A launch needs slots for one of four things: two scalar sums (one slot a block each), the sums of rows (two slots a block), the sums of
+// columns (kWarp slots a block), or the sums over samples of noise (kSampleSlots a block).
+constexpr int kSlots =
+    static_cast<int>(max64(max64(2 * max64(kMaxBlocks, kMaxRowBlocks), kMaxColumnBlocks* kWarp), kMaxSampleBlocks* kSampleSlots));
 constexpr int kTickets = kMaxColumnBlocks;  // the sums of columns take one ticket for each group of columns
 
 // The workspace of a stream; launches on one stream follow each other, so they share it. Where no persistent workspace is available, this
@@ -51,12 +52,15 @@ class Launch : public Allocations<Launch> {
     if (bytes > 0) check_cuda(cudaMemsetAsync(tensor.mutable_data_ptr(), byte, bytes, stream_), "filling a tensor");
   }
 
-  // Launches a kernel, whose only parameter is a struct, on a grid (blocks_x, blocks_y).
+  int32_t device() const { return device_; }
+
+  // Launches a kernel, whose only parameter is a struct, on a grid (blocks_x, blocks_y). Each block gets `shared_bytes` of dynamic shared
+  // memory.
   template <class Params>
-  void run(void (*kernel)(Params), int64_t blocks_x, int64_t blocks_y, int threads, const Params& params) const {
+  void run(void (*kernel)(Params), int64_t blocks_x, int64_t blocks_y, int threads, const Params& params, int64_t shared_bytes = 0) const {
     dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
     void* arguments[] = {const_cast<Params*>(&params)};
-    check_cuda(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, 0, stream_), "launching a kernel");
+    check_cuda(cudaLaunchKernel(kernel, grid, dim3(threads), arguments, static_cast<size_t>(shared_bytes), stream_), "launching a kernel");
   }
 
  private:

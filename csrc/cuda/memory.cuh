@@ -9,6 +9,11 @@
 #include "../common/dtype.h"
 #include "partition.h"
 
+// Declares `name` as the dynamic shared memory of the block, bytes whose number the launch says. The emulation has its own definition.
+#if !defined(FASTVAE_DYNAMIC_SHARED)
+#define FASTVAE_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
 namespace fastvae {
 
 // Storage of the two 16-bit floating formats. They have no arithmetic of their own, so that nothing computes in them by accident.

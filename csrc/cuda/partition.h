@@ -26,8 +26,12 @@ static_assert(kWarp * kVector == kNoiseLanes && kRuns * kNoiseLanes == kNoiseTil
 constexpr int64_t kMaxBlocks = FASTVAE_GRID_LIMIT(8192);
 // One block adds the partial sums of all rows, so its work grows with the number of blocks before it.
 constexpr int64_t kMaxRowBlocks = FASTVAE_GRID_LIMIT(2048);
-// Blocks of a launch that sums columns. This is also the number of ticket counters in a workspace.
-constexpr int64_t kMaxColumnBlocks = FASTVAE_GRID_LIMIT(512);
+// Blocks of a launch that sums columns: about eight of 128 threads for each of an H200's 132 multiprocessors. With kLoadsInFlight loads of
+// four bytes a thread they have 32 KB a multiprocessor under way, what the memory delivers within its latency of about 0.8 us. This is also
+// the number of ticket counters in a workspace.
+constexpr int64_t kMaxColumnBlocks = FASTVAE_GRID_LIMIT(1024);
+// Values that a thread of a sum loads before it adds the first.
+constexpr int kLoadsInFlight = 8;
 // The rescale kernel usually returns at once, because the incoming gradient is the expected one; a small grid makes that cheap.
 constexpr int64_t kMaxRescaleBlocks = FASTVAE_GRID_LIMIT(1024);
 
@@ -123,8 +127,8 @@ struct ColumnSums {
 inline ColumnSums column_sums_of(int64_t rows, int64_t columns, int64_t inner) {
   ColumnSums c{rows, columns, divider(inner), rows, 1, 1, inner > 1 ? 1 : kWarp};
   c.groups = static_cast<int>(ceil_div(columns, c.width));
-  // A thread sums at least 8 rows, so that the reduction over the block and the partial sums stay small beside the reading.
-  int64_t useful = ceil_div(rows, kThreads / c.width * 8);
+  // A thread sums at least one step of rows, so that the reduction over the block and the partial sums stay small beside the reading.
+  int64_t useful = ceil_div(rows, kThreads / c.width * kLoadsInFlight);
   c.splits = static_cast<int>(max64(min64(useful, kMaxColumnBlocks / c.groups), 1));
   c.rows_per_split = ceil_div(rows, c.splits);
   return c;
@@ -143,6 +147,14 @@ inline int sample_warps(int64_t samples) {
   int warps = 1;
   while (warps < kMaxSampleWarps && warps < samples) warps *= 2;
   return warps;
+}
+
+// Blocks that sum over samples where a launch has fewer tiles, and the partial sums of each: two for every element of a noise tile.
+constexpr int kMaxSampleBlocks = 32, kSampleSlots = 2 * kNoiseTile;
+
+// The number of blocks that share the samples of one noise tile. Each has samples for all of its warps, but for the last.
+inline int64_t sample_splits(int64_t tiles, int64_t samples) {
+  return max64(min64(ceil_div(samples, kMaxSampleWarps), kMaxSampleBlocks / tiles), 1);
 }
 
 }  // namespace fastvae

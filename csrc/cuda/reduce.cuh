@@ -37,12 +37,12 @@ __device__ __forceinline__ T block_sum(T value) {
 }
 
 // Sums over the threads whose numbers agree in all bits but those between `from` (included) and `to` (excluded), both powers of two: for
-// example, from = 4 and to = 32 sums every fourth thread of a warp. Each thread gets the sum.
-template <class T>
+// example, from = 4 and to = 32 sums every fourth thread of a warp. Each thread of the block, kMaxThreads at most, gets the sum.
+template <int kMaxThreads = kThreads, class T>
 __device__ __forceinline__ T sum_across(T value, int from, int to) {
   for (int offset = from; offset < to && offset < kWarp; offset *= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   if (to <= kWarp) return value;
-  __shared__ T parts[kThreads];
+  __shared__ T parts[kMaxThreads];
   parts[threadIdx.x] = value;
   __syncthreads();
   int first = threadIdx.x / to * to + threadIdx.x % kWarp;
@@ -50,6 +50,25 @@ __device__ __forceinline__ T sum_across(T value, int from, int to) {
   for (int warp = 1; warp < to / kWarp; ++warp) total += parts[first + warp * kWarp];
   __syncthreads();
   return total;
+}
+
+// Sums value(i) over i = first, first + stride, ... before `end`. kLoadsInFlight values are loaded before the first is added, because a
+// thread would wait for memory after each otherwise.
+template <class T, class Value>
+__device__ __forceinline__ T sum_strided(int64_t first, int64_t end, int stride, Value value) {
+  T sums[kLoadsInFlight] = {};
+  int64_t i = first;
+  for (; i + (kLoadsInFlight - 1) * stride < end; i += kLoadsInFlight * stride) {
+    decltype(value(i)) values[kLoadsInFlight];
+#pragma unroll
+    for (int j = 0; j < kLoadsInFlight; ++j) values[j] = value(i + j * stride);
+#pragma unroll
+    for (int j = 0; j < kLoadsInFlight; ++j) sums[j] += values[j];
+  }
+  for (; i < end; i += stride) sums[0] += value(i);
+#pragma unroll
+  for (int j = 1; j < kLoadsInFlight; ++j) sums[0] += sums[j];
+  return sums[0];
 }
 
 // Returns true in the last of the `blocks` blocks that share the ticket counter to arrive here. What the others wrote before they arrived
@@ -87,8 +106,7 @@ __device__ __forceinline__ void store_partial_sum(const ScalarSum& sum, float va
 
 // Only the last block may call this. It reads past the L1 cache, which does not see what other multiprocessors wrote.
 __device__ __forceinline__ void finish_sum(const ScalarSum& sum) {
-  double total = 0.0;
-  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) total += __ldcg(sum.slots + block);
+  double total = sum_strided<double>(threadIdx.x, gridDim.x, kThreads, [&](int64_t block) { return __ldcg(sum.slots + block); });
   total = block_sum(total);
   if (threadIdx.x == 0) store_one(sum.out, 0, total * sum.scale);
 }
@@ -231,7 +249,8 @@ class LossAccumulator {
       if (owned) {
         int64_t last = last_block_of(sum_.rows, row);
         if (member == 0) total = __ldcg(sum_.row_slots + tail_slot(block - 1));
-        for (int64_t part = block + member; part <= last; part += group) total += __ldcg(sum_.row_slots + head_slot(part));
+        total +=
+            sum_strided<double>(block + member, last + 1, group, [&](int64_t part) { return __ldcg(sum_.row_slots + head_slot(part)); });
       }
       total = warp_sum(total, group);
       if (owned && member == 0) sum_.row_out[row] = static_cast<float>(total);
@@ -268,8 +287,7 @@ __device__ __forceinline__ void sum_columns(const ColumnSums& c, const Workspace
   bool inside = column < c.columns, first = thread < width;
   int64_t begin = blockIdx.y * c.rows_per_split, end = min64(begin + c.rows_per_split, c.rows);
   float value = 0.0f;
-  if (inside)
-    for (int64_t row = begin + part; row < end; row += parts) value += element(column_element(c, row, column));
+  if (inside) value = sum_strided<float>(begin + part, end, parts, [&](int64_t row) { return element(column_element(c, row, column)); });
   value = column_block_sum(value, width);
   if (c.splits == 1) {
     if (first && inside) finish(column, static_cast<double>(value));
@@ -279,7 +297,7 @@ __device__ __forceinline__ void sum_columns(const ColumnSums& c, const Workspace
   if (!is_last_block(workspace.tickets + blockIdx.x, c.splits)) return;
   double total = 0.0;
   if (inside)
-    for (int split = part; split < c.splits; split += parts) total += __ldcg(workspace.slots + split * c.columns + column);
+    total = sum_strided<double>(part, c.splits, parts, [&](int64_t split) { return __ldcg(workspace.slots + split * c.columns + column); });
   total = column_block_sum(total, width);
   if (first && inside) finish(column, total);
 }

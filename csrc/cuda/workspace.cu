@@ -7,7 +7,7 @@
 namespace fastvae {
 namespace {
 
-// Streams of a device that get a persistent workspace, 66 KiB each. On any further stream each call that sums allocates one.
+// Streams of a device that get a persistent workspace, 132 KiB each. On any further stream each call that sums allocates one.
 constexpr int kStreams = 16;
 
 struct StreamWorkspace {

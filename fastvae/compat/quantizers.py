@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae import nn as vq_nn
-from fastvae.nn.vector_quantizer import DepthDropout
+from fastvae.nn.residual_quantizer import DepthDropout
 
 _UNUSED = object()
 

@@ -5,6 +5,7 @@ at a time. Where the two smallest scores of a row are further apart than roundin
 The other rows keep the codes that rounding cannot rule out, and the squared differences of these, summed in float64, decide.
 """
 
+import math
 import os
 
 import torch
@@ -40,20 +41,22 @@ class _Products:
         self.dtype = dtype
         self.codes = codes.to(dtype)
         self.half_norms = self.codes.square().sum(1).mul_(0.5)
-        self.longest = self.half_norms.max().mul(2.0).sqrt()
         # Each of two scores is a sum of dim + 1 terms, added in any order, and the half norm among them is such a sum itself: rounding
         # moves it by (dim + 2) eps / 2 of |x| |c| + |c|^2. The rest of the 8 allows for the rounding of this bound.
         dim, finfo = codes.shape[1], torch.finfo(dtype)
         rounded = (dim + 8) * finfo.eps
         self.rounding = rounded / (1.0 - rounded) + 2.0 * _operand_rounding(codes.device, dtype)
         self.underflow = 8.0 * (dim + 1) * finfo.tiny
+        # Underflow takes up to the smallest normal number from each square of a norm.
+        self.norm_underflow = math.sqrt(dim * finfo.tiny)
+        self.longest = self.half_norms.max().mul(2.0).sqrt().add(self.norm_underflow)
 
     def scores(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.addmm(self.half_norms, rows, self.codes.T, alpha=-1.0, out=out)
 
     def bound(self, rows: Tensor) -> Tensor:
         """How much nearer than another code a code can seem to a row, or the other way round, by rounding alone."""
-        lengths = rows.square().sum(1).sqrt_()
+        lengths = rows.square().sum(1).sqrt_().add_(self.norm_underflow)
         return (lengths + self.longest).mul_(self.longest).mul_(self.rounding).add_(self.underflow)
 
 

@@ -21,6 +21,8 @@ from fastvae.ops import group_norm as ops
 from fastvae.ops._results import accumulation_dtype, channels_are_last, empty_in_layout
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
+# torch's own kernels pass over a block less often than formulas do, so that blocks that are larger, and fewer, take less time.
+_LARGER_NATIVE_BLOCKS = 8
 # The largest mean, in standard deviations, whose elements are used as they are: they lose two of float32's 24 bits at most.
 _LARGEST_MEAN = 4.0
 
@@ -47,6 +49,8 @@ class _Layout:
     def blocks(self) -> Iterator[Block]:
         """Slices of samples and of groups. Memory where channels are last is contiguous for all groups together only."""
         columns, width = (1, self.count * self.num_groups) if self.last else (self.num_groups, self.count)
+        if self.is_native:
+            width = -(-width // _LARGER_NATIVE_BLOCKS)
         for samples, groups in blocks(self.samples, columns, self.device, width):
             yield samples, slice(0, self.num_groups) if self.last or groups == slice(None) else groups
 

@@ -46,7 +46,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, return_distance: bool = False) ->
         TypeError, ValueError: for an argument that does not fit, naming it; on the CPU also for a codebook with NaN or infinite values.
     """
     rows, codes = _flatten(x, codebook)
-    backend = _backend.resolve("codebook_nearest", x.device, torch.promote_types(x.dtype, codebook.dtype))
+    backend = _resolve("codebook_nearest", rows, codes)
     indices, distance = ops.nearest.overloads[backend](rows.detach(), codes.detach(), return_distance)
     indices = indices.view(x.shape[:-1])
     return (indices, distance.view(x.shape[:-1])) if return_distance else indices
@@ -94,7 +94,7 @@ def vector_quantize(
     if codebook.ndim == 3 and reduction in ("sample", "batchmean"):
         raise ValueError(f"reduction: got {reduction!r} with several heads, takes 'none', 'sum' or 'mean'")
     batch = x.shape[0] if x.ndim > 1 else 1
-    backend = _backend.resolve("codebook_quantize", x.device, torch.promote_types(x.dtype, codebook.dtype))
+    backend = _resolve("codebook_quantize", rows, codes)
     arguments = rows, codes, batch, number, *costs, gradient == "rotation"
     quantized, indices, loss = apply(ops.VectorQuantize, arguments, backend)
     return VQ(quantized.view(x.shape), indices.view(x.shape[:-1]), loss.view(x.shape) if reduction == "none" else loss)
@@ -170,6 +170,12 @@ def codebook_ema_step_(
     for tensor, copy in zip(state, written, strict=True):
         if copy is not tensor:
             tensor.copy_(copy)
+
+
+def _resolve(op: str, rows: Tensor, codes: Tensor) -> str:
+    """The backend of a search for ``rows`` (heads, rows, dim) among ``codes`` (heads, codes, dim)."""
+    dtype = torch.promote_types(rows.dtype, codes.dtype)
+    return _backend.resolve(op, rows.device, dtype, multiply_adds=rows.numel() * codes.shape[1], dim=rows.shape[2])
 
 
 def _flatten(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

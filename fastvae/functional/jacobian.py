@@ -125,6 +125,8 @@ def jacobian_frobenius(
     * ``"gram"``: an MLP, exactly. With V the Jacobian above the first layer and G = :math:`W_1 W_1^T`, which all samples share,
       :math:`\| V W_1 \|^2 = \langle V, V G \rangle`, so a Jacobian as wide as the input is not built. Which products are formed, from
       which end, follows from the sizes: the order that takes the fewest operations.
+      The products are torch's and follow its setting: where ``torch.set_float32_matmul_precision`` allows TF32, they round their factors
+      as the encoder's own layers do, and the norm has a relative error of up to 1e-3 on a GPU.
     * ``"projection"``: any module, convolutional ones too. Unbiased: :math:`C / n \sum_i \| v_i^T J \|^2` for n directions v uniform on the
       sphere in the C dimensions of the output (Hoffman et al., *Robust Learning with Jacobian Regularization*, 2019). In one that mixes
       samples, batch-norm in training mode, the Jacobian is that of the whole batch.

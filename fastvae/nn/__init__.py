@@ -4,10 +4,11 @@ from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 from fastvae.nn.group_norm import GroupNormSiLU
 from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, ELBOLoss, GaussianNLL, KLPenalty, MSELoss
 from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
+from fastvae.nn.residual_quantizer import ResidualVectorQuantizer
 from fastvae.nn.sampling import Reparameterize, ReparameterizeKL
 from fastvae.nn.schedules import CapacitySchedule, CosineSchedule, CyclicalSchedule, LinearSchedule
 from fastvae.nn.upsampling import UpsampleConv2d
-from fastvae.nn.vector_quantizer import ResidualVectorQuantizer, VectorQuantizer, VQOutput
+from fastvae.nn.vector_quantizer import VectorQuantizer, VQOutput
 
 __all__ = [
     "BCELoss",

@@ -1,8 +1,7 @@
 """Vector quantization as a layer, with a codebook that learns by gradient or by moving averages."""
 
-import functools
 import math
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -461,100 +460,3 @@ def _histogram(indices: Tensor, shape: torch.Size) -> Tensor:
     # The last bin takes what is left out.
     counts.scatter_add_(1, torch.where(flat < 0, shape[-1], flat), torch.ones_like(flat))
     return counts[:, :-1].reshape(shape)
-
-
-class DepthDropout:
-    """How many steps of a residual quantizer a training pass takes: a random number, the same in all processes and in a recomputation."""
-
-    def __init__(self, fewest: int, most: int):
-        self.fewest, self.most = fewest, most
-        self._passes = PendingPasses()
-
-    def draw(self, x: Tensor) -> int:
-        if self.fewest == self.most:
-            return self.most
-        recomputes = is_recomputing()
-        source = fingerprint(x) if recomputes or may_be_recomputed() else None
-        drawn = _processes.draw_depth(self.fewest, self.most, x.device, shared=not recomputes)
-        if source is None:
-            return drawn
-        if recomputes:
-            seen = self._passes.recall(source)
-            return drawn if seen is None else seen
-        self._passes.remember(source, drawn)
-        return drawn
-
-
-class ResidualVectorQuantizer(nn.Module):
-    """Quantizes a vector in steps, each the error of the steps before (Zeghidour et al., *SoundStream*, 2021, algorithm 1).
-
-    The gradient of ``quantized`` reaches ``x`` once and unchanged, whatever the number of steps.
-
-    Args:
-        num_quantizers: steps.
-        num_codes, dim: of each step's :class:`VectorQuantizer`.
-        quantizer_dropout: in training each call uses a random number of steps, so that few of them give a coarse version.
-        min_quantizers: the fewest that it uses.
-        channels_first: takes ``(batch, dim, ...)`` in place of ``(..., dim)``.
-        options: of :class:`VectorQuantizer`; ``gradient`` and ``heads`` are not offered.
-    """
-
-    def __init__(
-        self,
-        num_quantizers: int,
-        num_codes: int,
-        dim: int,
-        *,
-        quantizer_dropout: bool = False,
-        min_quantizers: int = 1,
-        channels_first: bool = False,
-        **options,
-    ):
-        super().__init__()
-        for name in ("gradient", "heads", "share_codebook"):
-            if name in options:
-                raise TypeError(f"{name}: not an option of a residual quantizer")
-        if not 1 <= min_quantizers <= num_quantizers:
-            raise ValueError(f"min_quantizers: got {min_quantizers}, takes 1 to num_quantizers, {num_quantizers}")
-        self.layers = nn.ModuleList(VectorQuantizer(num_codes, dim, **options) for _ in range(num_quantizers))
-        self.quantizer_dropout, self.min_quantizers, self.channels_first = quantizer_dropout, min_quantizers, channels_first
-        self._depth = DepthDropout(min_quantizers if quantizer_dropout else num_quantizers, num_quantizers)
-
-    def _steps(self) -> list[VectorQuantizer]:
-        return cast("list[VectorQuantizer]", list(self.layers))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
-        """:class:`VQOutput`: the sum of the steps' codes and losses, indices with a last dimension for the steps (-1 for one left out),
-        perplexity and usage of each step, shape ``(num_quantizers,)`` (0 for one left out)."""
-        if self.channels_first:
-            x = x.movedim(1, -1)
-        active = self._depth.draw(x) if self.training else len(self.layers)
-        residual, total, losses, outputs = x, torch.zeros_like(x), [], []
-        for layer in self._steps()[:active]:
-            output = layer(residual, mask)
-            codes = output.quantized.detach()
-            residual, total = residual - codes, total + codes
-            losses.append(output.loss)
-            outputs.append(output)
-        for layer in self._steps()[active:]:
-            if layer.update == "gradient":
-                # DistributedDataParallel raises where a parameter gets no gradient.
-                losses.append(layer.unused_loss(x))
-        missing = len(self.layers) - active
-        indices = F.pad(torch.stack([o.indices for o in outputs], dim=-1), (0, missing), value=-1)
-        perplexity, usage = (F.pad(torch.stack([getattr(o, name) for o in outputs]), (0, missing)) for name in ("perplexity", "usage"))
-        quantized = x + (total - x).detach()
-        if mask is not None:
-            quantized = torch.where(mask[..., None], quantized, 0.0)
-        quantized = quantized.movedim(-1, 1) if self.channels_first else quantized
-        return VQOutput(quantized, indices, functools.reduce(torch.add, losses), perplexity, usage)
-
-    def extra_repr(self) -> str:
-        names = ("quantizer_dropout", "min_quantizers", "channels_first")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-    def decode(self, indices: Tensor) -> Tensor:
-        """The sum of the codes at ``indices``, the last dimension of which holds the first steps, or all."""
-        parts = [layer.decode(index) for layer, index in zip(self._steps(), indices.unbind(-1), strict=False)]
-        codes = functools.reduce(torch.add, parts)
-        return codes.movedim(-1, 1) if self.channels_first else codes

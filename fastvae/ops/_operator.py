@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastvae._torch_private import wrap_overload
+from fastvae._types import BackendName
 
-BACKENDS = ("cpp", "cuda", "triton", "fallback", "reference")
+BACKENDS = typing.get_args(BackendName)
 
 # The type of a number that torch.compile may make symbolic where shapes are dynamic.
 Size = Annotated[int, "SymInt"]

@@ -11,25 +11,20 @@ namespace {
 
 fastvae::RowSums row_sums(int64_t length, int64_t numel, int64_t chunk) { return {fastvae::divider(length), numel, chunk}; }
 
-// Counts in `visits` how often each element is read, and writes to `channels` the channel that it is taken for. Returns the largest number
-// of vectors that one thread reads.
+// Counts in `visits` how often each element is read, and writes to `channels` the channel that it is taken for.
 template <bool kChannelsLast>
-int64_t visit(const fastvae::GroupNormBlocks& blocks, int64_t* visits, int64_t* channels) {
-  int64_t max_vectors = 0;
+void visit(const fastvae::GroupNormBlocks& blocks, int64_t* visits, int64_t* channels) {
   for (int64_t block = 0; block < blocks.count(); ++block)
-    for (int thread = 0; thread < fastvae::kThreads; ++thread) {
+    for (int thread = 0; thread < blocks.threads; ++thread) {
       int64_t rest = block / blocks.tiles;
       auto vectors =
           fastvae::thread_vectors<kChannelsLast>(blocks, rest / blocks.splits, block % blocks.tiles, rest % blocks.splits, thread);
-      int64_t count = 0;
-      for (; vectors.positions_left > 0; vectors.skip(1), ++count)
+      for (; vectors.positions_left > 0; vectors.skip(1))
         for (int k = 0; k < vectors.count(0); ++k) {
           visits[vectors.element + k] += 1;
           channels[vectors.element + k] = vectors.first_channel + (kChannelsLast ? k : 0);
         }
-      max_vectors = std::max(max_vectors, count);
     }
-  return max_vectors;
 }
 
 }  // namespace
@@ -74,17 +69,27 @@ EXPORT void emulated_normals(int64_t seed, int64_t first, int lane, float* out) 
 }
 
 EXPORT void emulated_norm_blocks(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t channels_last,
-                                 int64_t itemsize, int64_t max_blocks, int64_t* out) {
-  fastvae::GroupNormBlocks b = fastvae::group_norm_blocks(batch, channels, positions, groups, channels_last != 0, itemsize, max_blocks);
-  int64_t values[] = {b.tile_channels, b.tiles, b.split_positions, b.splits, b.threads_per_line, b.on_chip};
+                                 int64_t itemsize, int64_t max_blocks, int64_t group_bytes, int64_t many_groups, int64_t* out) {
+  fastvae::GroupNormBlocks b =
+      fastvae::group_norm_blocks(batch, channels, positions, groups, channels_last != 0, itemsize, {max_blocks, group_bytes, many_groups});
+  int64_t values[] = {b.tile_channels, b.tiles, b.split_positions, b.splits, b.threads, b.threads_per_line, b.whole_groups};
   std::copy(std::begin(values), std::end(values), out);
 }
 
-EXPORT int64_t emulated_norm_visits(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t channels_last,
-                                    int64_t itemsize, int64_t max_blocks, int64_t* out) {
-  fastvae::GroupNormBlocks b = fastvae::group_norm_blocks(batch, channels, positions, groups, channels_last != 0, itemsize, max_blocks);
+// The vectors of a thread that a block keeps in `shared_bytes`, in steps of `runs` vectors of `vector_bytes`.
+EXPORT int64_t emulated_kept_vectors(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t channels_last,
+                                     int64_t itemsize, int64_t runs, int64_t vector_bytes, int64_t shared_bytes) {
+  fastvae::GroupNormBlocks b =
+      fastvae::group_norm_blocks(batch, channels, positions, groups, channels_last != 0, itemsize, {2048, 65536, 256});
+  return fastvae::kept_vectors(b, channels_last != 0, static_cast<int>(runs), vector_bytes, shared_bytes);
+}
+
+EXPORT void emulated_norm_visits(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t channels_last,
+                                 int64_t itemsize, int64_t max_blocks, int64_t group_bytes, int64_t many_groups, int64_t* out) {
+  fastvae::GroupNormBlocks b =
+      fastvae::group_norm_blocks(batch, channels, positions, groups, channels_last != 0, itemsize, {max_blocks, group_bytes, many_groups});
   int64_t numel = batch * channels * positions;
-  return channels_last ? visit<true>(b, out, out + numel) : visit<false>(b, out, out + numel);
+  channels_last ? visit<true>(b, out, out + numel) : visit<false>(b, out, out + numel);
 }
 
 EXPORT void emulated_screen_grid(int64_t heads, int64_t rows, int64_t codes, int64_t dim, int64_t* out) {
@@ -118,14 +123,17 @@ EXPORT void emulated_crosses_pieces(int64_t start, int64_t end, int64_t* out) { 
 
 EXPORT void emulated_piece_slot(int64_t piece, int64_t start, int64_t* out) { out[0] = fastvae::piece_slot(piece, start); }
 
-// Finds the two smallest of `count` scores: those before `cut` and those from `cut` on are searched apart, and the results are merged.
-EXPORT void emulated_best(const float* scores, int64_t count, int64_t cut, float* out) {
-  fastvae::TwoSmallest first = fastvae::no_scores(), rest = fastvae::no_scores();
-  for (int64_t i = 0; i < count; ++i) fastvae::insert_score(i < cut ? first : rest, scores[i], static_cast<int32_t>(i));
-  fastvae::merge_smallest(first, rest);
-  out[0] = first.smallest;
-  out[1] = first.second;
-  out[2] = static_cast<float>(first.code);
+// Finds the two codes with the smallest of `count` scores. Score i is one of those of thread i % threads.
+EXPORT void emulated_best(const float* scores, int64_t count, int64_t threads, float* out) {
+  std::vector<fastvae::TwoSmallest> seen(threads, fastvae::no_scores());
+  for (int64_t i = 0; i < count; ++i) fastvae::insert_score(seen[i % threads], scores[i], static_cast<int32_t>(i));
+  fastvae::NearestTwo best = fastvae::nearest_two(fastvae::no_scores());
+  for (const fastvae::TwoSmallest& scores_of_thread : seen) fastvae::merge_nearest(best, fastvae::nearest_two(scores_of_thread));
+  out[0] = best.smallest;
+  out[1] = best.second;
+  out[2] = best.rest;
+  out[3] = static_cast<float>(best.code);
+  out[4] = static_cast<float>(best.second_code);
 }
 
 // The tickets of the current stream's workspace that are not 0, between two operators.

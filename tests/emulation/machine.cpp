@@ -19,6 +19,7 @@ namespace emulation {
 
 Place place;
 int64_t wide_additions = 0;
+int64_t distances = 0;
 
 namespace {
 
@@ -291,3 +292,5 @@ EXPORT void take_reached(char* out, int size) {
 }
 
 EXPORT int64_t emulated_wide_additions() { return emulation::wide_additions; }
+
+EXPORT int64_t emulated_distances() { return emulation::distances; }

@@ -14,12 +14,12 @@ STEP, TILE, WARP, THREADS = 2048, 512, 32, 128
 
 @pytest.fixture(scope="module")
 def call(emulated):
-    def function(name, *arguments, out=0, returned=False):
+    def function(name, *arguments, out=0):
         symbol = getattr(emulated, f"emulated_{name}")
         symbol.restype = ctypes.c_int64
         results = (ctypes.c_int64 * max(out, 1))()
         value = symbol(*(ctypes.c_int64(a) for a in arguments), *((results,) if out else ()))
-        return (value, list(results)) if returned else list(results) if out else value
+        return list(results) if out else value
 
     return function
 
@@ -85,8 +85,8 @@ def test_column_blocks_fit_their_slots_and_tickets(call, rows, columns, inner):
     groups, splits, width, rows_per_split = call("columns", rows, columns, inner, out=4)
     assert groups * width >= columns
     assert splits * rows_per_split >= rows
-    assert splits == 1 or groups * splits <= 512
-    assert splits == 1 or splits * columns <= 16384
+    assert splits == 1 or groups * splits <= 1024
+    assert splits == 1 or splits * columns <= 32768
 
 
 @pytest.mark.parametrize("first", [0, 512, 1, 127, 128, 300, 511, 513, 5 * 512 + 400])
@@ -99,7 +99,9 @@ def test_normals_from_any_element_are_those_of_the_numbering(emulated, first):
         torch.testing.assert_close(torch.tensor(list(out)), expected, rtol=0, atol=2e-6)
 
 
-NORM_BLOCKS = ("tile_channels", "tiles", "split_positions", "splits", "threads_per_line", "on_chip")
+NORM_BLOCKS = ("tile_channels", "tiles", "split_positions", "splits", "threads", "threads_per_line", "whole_groups")
+# Blocks of a launch, bytes of a group that one block handles, and groups with which it handles one of twice as many.
+NORM_LIMITS = (2048, 65536, 256)
 each_norm_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 
 
@@ -111,18 +113,18 @@ each_norm_layout = pytest.mark.parametrize("channels_last", [False, True], ids=[
     positions=st.sampled_from((1, 2, 3, 4, 15, 16, 49, 64, 100, 256, 529, 2500)),
     itemsize=st.sampled_from((2, 4)),
     max_blocks=st.sampled_from((1, 16, 2048)),
+    group_bytes=st.sampled_from((0, 1000, 65536)),
 )
-def test_threads_read_each_element_of_a_group_once(call, channels_last, batch, groups, width, positions, itemsize, max_blocks):
+def test_threads_read_each_element_of_a_group_once(call, channels_last, batch, groups, width, positions, itemsize, max_blocks, group_bytes):
     channels = groups * width
     numel = batch * channels * positions
-    sizes = batch, channels, positions, groups, channels_last, itemsize, max_blocks
-    max_vectors, results = call("norm_visits", *sizes, out=2 * numel, returned=True)
+    limits = max_blocks, group_bytes, 4
+    sizes = batch, channels, positions, groups, channels_last, itemsize, *limits
+    results = call("norm_visits", *sizes, out=2 * numel)
     assert results[:numel] == [1] * numel
     place = torch.arange(channels).view(1, 1, -1) if channels_last else torch.arange(channels).view(1, -1, 1)
     order = (batch, positions, channels) if channels_last else (batch, channels, positions)
     assert results[numel:] == place.expand(order).flatten().tolist()
-    # On chip a thread has a fixed number of registers for them.
-    assert max_vectors <= 8 or not call("norm_blocks", *sizes, out=6)[-1]
 
 
 @each_norm_layout
@@ -134,9 +136,8 @@ def test_threads_read_each_element_of_a_group_once(call, channels_last, batch, g
     itemsize=st.sampled_from((2, 4)),
 )
 def test_blocks_of_group_norm(call, channels_last, batch, groups, width, positions, itemsize):
-    blocks = dict(
-        zip(NORM_BLOCKS, call("norm_blocks", batch, groups * width, positions, groups, channels_last, itemsize, 2048, out=6), strict=True)
-    )
+    sizes = batch, groups * width, positions, groups, channels_last, itemsize
+    blocks = dict(zip(NORM_BLOCKS, call("norm_blocks", *sizes, *NORM_LIMITS, out=7), strict=True))
     assert blocks["threads_per_line"] & (blocks["threads_per_line"] - 1) == 0
     assert blocks["tiles"] * blocks["tile_channels"] >= groups * width > (blocks["tiles"] - 1) * blocks["tile_channels"]
     assert blocks["splits"] * blocks["split_positions"] >= positions > (blocks["splits"] - 1) * blocks["split_positions"]
@@ -144,31 +145,78 @@ def test_blocks_of_group_norm(call, channels_last, batch, groups, width, positio
     assert blocks["splits"] == 1 or batch * blocks["tiles"] * blocks["splits"] <= 2 * 2048
     # Vectors of a split are aligned where those of the first are, and a warp shuffles only among its own threads.
     assert blocks["splits"] == 1 or blocks["split_positions"] % 4 == 0
-    assert blocks["threads_per_line"] <= (32 if channels_last else THREADS)
-    if blocks["on_chip"]:
-        assert (blocks["tile_channels"], blocks["tiles"], blocks["splits"]) == (width, groups, 1)
+    assert blocks["threads_per_line"] <= (32 if channels_last else blocks["threads"])
+    if not blocks["whole_groups"]:
+        assert blocks["threads"] == THREADS
+        return
+    assert (blocks["tile_channels"], blocks["tiles"], blocks["splits"]) == (width, groups, 1)
+    assert blocks["threads"] in (128, 256, 512)
+    # Every thread that there is room for has a line, and no line is left over.
+    lines = blocks["threads"] // blocks["threads_per_line"]
+    assert lines * 4 * blocks["threads_per_line"] >= width if channels_last else lines >= width
+    assert width * positions * itemsize <= 65536 * (2 if batch * groups >= 256 else 1)
 
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        # Groups of 4096 elements are held, of more or of narrow channels read twice.
-        ((2, 512, 256, 32, False, 2), {"on_chip": 1, "threads_per_line": 8}),
-        ((2, 512, 256, 32, True, 2), {"on_chip": 1, "threads_per_line": 4}),
-        ((2, 512, 512, 32, False, 2), {"on_chip": 0, "threads_per_line": 32, "tile_channels": 4}),
-        ((2, 512, 512, 32, True, 2), {"on_chip": 0, "threads_per_line": 32, "tile_channels": 128}),
-        ((2, 128, 64, 32, True, 2), {"on_chip": 0}),
-        ((2, 128, 64, 32, True, 4), {"on_chip": 0}),
-        ((2, 256, 64, 32, True, 4), {"on_chip": 1}),
+        # One block handles a group of 64 KB, or of 128 KB where there are many groups; the more elements, the more threads.
+        ((2, 512, 256, 32, False, 2), {"whole_groups": 1, "threads": 128, "threads_per_line": 8}),
+        ((2, 512, 256, 32, True, 2), {"whole_groups": 1, "threads": 128, "threads_per_line": 4}),
+        ((2, 512, 512, 32, False, 2), {"whole_groups": 1, "threads": 256, "threads_per_line": 16}),
+        ((2, 512, 1024, 32, True, 4), {"whole_groups": 1, "threads": 512, "threads_per_line": 4}),
+        ((2, 512, 1025, 32, True, 4), {"whole_groups": 0, "threads": 128, "threads_per_line": 32, "tile_channels": 128}),
+        ((7, 512, 2048, 32, False, 2), {"whole_groups": 1, "threads": 512}),
+        ((7, 512, 4096, 32, False, 2), {"whole_groups": 0, "threads_per_line": 128, "tile_channels": 1}),
+        ((8, 512, 4096, 32, False, 2), {"whole_groups": 1, "threads": 512, "threads_per_line": 32}),
+        # A group of many channels has a thread for each.
+        ((2, 400, 4, 1, False, 4), {"whole_groups": 1, "threads": 512, "threads_per_line": 1}),
+        # Narrow channels would waste sectors.
+        ((2, 128, 64, 32, True, 2), {"whole_groups": 0}),
+        ((2, 128, 64, 32, True, 4), {"whole_groups": 0}),
+        ((2, 256, 64, 32, True, 4), {"whole_groups": 1}),
         # One position: the channels lie side by side, and a group is as wide as its bytes.
-        ((64, 128, 1, 32, True, 2), {"on_chip": 1, "threads_per_line": 1}),
+        ((64, 128, 1, 32, True, 2), {"whole_groups": 1, "threads_per_line": 1}),
         # A large image: its splits fill the GPU.
-        ((1, 128, 2**20, 32, False, 2), {"on_chip": 0, "threads_per_line": 128, "tile_channels": 1, "splits": 16}),
-        ((1, 128, 2**20, 32, True, 2), {"on_chip": 0, "tiles": 1, "splits": 2048}),
-        ((64, 128, 2**14, 32, True, 2), {"on_chip": 0, "splits": 32}),
+        ((1, 128, 2**20, 32, False, 2), {"whole_groups": 0, "threads_per_line": 128, "tile_channels": 1, "splits": 16}),
+        ((1, 128, 2**20, 32, True, 2), {"whole_groups": 0, "tiles": 1, "splits": 2048}),
+        ((64, 128, 2**14, 32, True, 2), {"whole_groups": 0, "splits": 32}),
     ],
     ids=str,
 )
 def test_known_blocks_of_group_norm(call, sizes, expected):
-    blocks = dict(zip(NORM_BLOCKS, call("norm_blocks", *sizes, 2048, out=6), strict=True))
+    blocks = dict(zip(NORM_BLOCKS, call("norm_blocks", *sizes, *NORM_LIMITS, out=7), strict=True))
     assert {name: blocks[name] for name in expected} == expected
+
+
+# Bytes of dynamic shared memory with which two blocks share a multiprocessor: half of it, without what the system and the sums take.
+SHARED_BYTES = [kibibytes * 1024 // 2 - 5120 for kibibytes in (164, 228, 100)]
+
+
+@pytest.mark.parametrize(
+    ("elements", "itemsize", "forward", "backward"),
+    [
+        # Elements, their bytes, and the parts of them that each pass keeps on sm_80, on sm_90 and sm_100, and on sm_86, sm_89 and sm_120.
+        (4096, 2, (1, 1, 1), (1, 1, 1)),
+        (4096, 4, (1, 1, 1), (1, 1, 1)),
+        (8192, 2, (1, 1, 1), (1, 1, 0.75)),
+        (8192, 4, (1, 1, 1), (1, 1, 0.5)),
+        (16384, 2, (1, 1, 1), (0.75, 1, 0.25)),
+        (16384, 4, (1, 1, 0.5), (0.5, 0.75, 0.25)),
+        (32768, 2, (1, 1, 0.5), (0.375, 0.5, 0.125)),
+        (32768, 4, (0.5, 0.75, 0.25), (0.25, 0.375, 0.125)),
+        (65536, 2, (0.5, 0.75, 0.25), (0.1875, 0.25, 0.0625)),
+    ],
+)
+def test_the_part_of_a_group_that_stays_in_shared_memory(call, elements, itemsize, forward, backward):
+    """Of 256 groups of 16 channels; docs/conv_vaes.md has these parts. In channels-last memory the backward pass counts in shorter steps,
+    so that it keeps as much or up to a step more."""
+    width = 16
+    for channels_last in (False, True):
+        sizes = 8, 32 * width, elements // width, 32, channels_last, itemsize
+        threads = dict(zip(NORM_BLOCKS, call("norm_blocks", *sizes, *NORM_LIMITS, out=7), strict=True))["threads"]
+        vectors = elements // (4 * threads)
+        for runs, vector_bytes, parts in ((4, 4 * itemsize, forward), (1 if channels_last else 2, 4 * itemsize + 16, backward)):
+            kept = [call("kept_vectors", *sizes, runs, vector_bytes, shared) for shared in SHARED_BYTES]
+            more = [count - int(part * vectors) for count, part in zip(kept, parts, strict=True)]
+            assert set(more) <= ({0, 1} if runs == 1 else {0})

@@ -20,7 +20,7 @@ EMULATED = Place("cpu", "cuda")
 # Rows that a thread holds whole, of each length that there is a kernel for; tiles of scores, whole and not; codes shared out or not.
 SIZES = [(0, 4, 3), (1, 1, 1), (5, 3, 1), (300, 7, 70), (20, 16, 300), (7, 8, 33), (3, 70, 31), (130, 17, 65), (9, 200, 7)]
 # Data of which the screen decides no row: each row is work for a whole block.
-UNDECIDED = {contract.far_rows, contract.outliers, contract.permuted_ties}
+UNDECIDED = {contract.far_rows, contract.outliers, contract.permuted_ties, contract.beside_huge_codes}
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -34,15 +34,93 @@ def emulated_backend(emulated):
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
 def test_nearest_is_exact(data):
     for n, d, k in SIZES:
-        x, codebook = data(Source("cpu"), min(n, 12) if data in UNDECIDED else n, d, k)
+        x, codebook = data(Source("cpu"), min(n, 6) if data in UNDECIDED else n, d, k)
         assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
 
+def counted_search(library, x, codebook) -> tuple[torch.Tensor, int, int]:
+    """The indices, the rows that the screen lists, and the distances in float64 that the second kernel computes for them."""
+    counters = library.emulated_wide_additions, library.emulated_distances
+    for counter in counters:
+        counter.restype = ctypes.c_int64
+    before = [counter() for counter in counters]
+    indices = FV.vq_nearest(x, codebook)
+    rows, distances = (counter() - count for counter, count in zip(counters, before, strict=True))
+    return indices, rows, distances
+
+
 def rechecked(library, x, codebook) -> int:
-    library.emulated_wide_additions.restype = ctypes.c_int64
-    before = library.emulated_wide_additions()
-    FV.vq_nearest(x, codebook)
-    return library.emulated_wide_additions() - before
+    return counted_search(library, x, codebook)[1]
+
+
+def tied(source, n, d, k, ties):
+    """Rows that are equally far from ``ties`` codes, which have the same elements in another order, and further from the others."""
+    values = source.normal(d)
+    codes = torch.cat([torch.stack([values.roll(i) for i in range(ties)]), 5 * source.normal(k - ties, d)])
+    order = torch.randperm(k, generator=source.generator)
+    return (0.1 * source.normal(n, 1)).expand(n, d).contiguous(), codes[order]
+
+
+# Rows in registers, and tiles; fewer rows than blocks, whose codes several blocks share, and more.
+RECHECKED = [(5, 12, 70), (2, 16, 3000), (560, 4, 9), (4, 20, 130), (2, 64, 2000), (2, 130, 600)]
+
+
+@pytest.mark.parametrize("size", RECHECKED, ids=str)
+def test_distances_of_candidates_alone_are_computed(emulated, size):
+    """Two codes, some, and more than a block stores for the others."""
+    for ties in (2, 3, 9) if size[0] < 100 else (3,):
+        x, codebook = tied(Source("cpu"), *size, ties)
+        indices, *counts = counted_search(emulated, x, codebook)
+        assert counts == [len(x), ties * len(x)]
+        assert_nearest(x, codebook, indices)
+
+
+@pytest.mark.parametrize("data", [contract.random, contract.midway, contract.mixed_rows], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dim", [8, 64])
+def test_few_distances_are_computed(emulated, data, dim):
+    _, rows, distances = counted_search(emulated, *data(Source("cpu"), 200, dim, 300))
+    assert distances <= 4 * rows
+
+
+@pytest.mark.parametrize("dim", [3, 40, 130])
+@pytest.mark.parametrize(("data", "factor"), [(contract.far_rows, 1.0), (contract.huge, 8.0)], ids=["far rows", "huge"])
+def test_few_distances_are_computed_of_rows_that_cannot_be_screened(emulated, data, factor, dim):
+    x, codebook = (factor * tensor for tensor in data(Source("cpu"), 6, dim, 300))
+    indices, rows, distances = counted_search(emulated, x, codebook)
+    assert rows == 6
+    assert distances <= 12 * rows
+    assert_nearest(x, codebook, indices)
+
+
+@pytest.mark.parametrize("dim", [4, 40])
+def test_more_candidates_than_a_block_keeps(emulated, dim):
+    """A fifth of the codes are one code, one unit in the last place apart in one element; several blocks share them."""
+    source = Source("cpu")
+    codes = source.normal(1, dim).repeat(600, 1)
+    codes[:, 0] = contract.ulp_steps(codes[:, 0].contiguous(), torch.arange(600, dtype=torch.int32))
+    codebook = torch.cat([source.normal(2400, dim) * 3, codes])[torch.randperm(3000, generator=source.generator)]
+    x = codes[:1] + source.normal(1, dim) * 1e-2
+    indices, rows, distances = counted_search(emulated, x, codebook)
+    assert rows == 1
+    assert 150 < distances <= 600
+    assert indices.tolist() == contract.exact_nearest(x, codebook)
+
+
+def test_listed_rows_of_many_heads(emulated):
+    pairs = [tied(Source("cpu", seed=head), 2, 33, 1000, 1 + head % 3) for head in range(6)]
+    x, codebook = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+    x[4, 1, 0] = float("inf")
+    x[5] *= 1e25
+    indices = FV.vq_nearest(x, codebook)
+    assert indices[4, 1] == 0
+    x[4, 1] = x[4, 0]
+    indices[4, 1] = indices[4, 0]
+    for head in range(6):
+        assert_nearest(x[head], codebook[head], indices[head])
+
+
+def test_error_bounds_do_not_underflow():
+    contract.check_underflow(FV.vq_nearest)
 
 
 @pytest.mark.parametrize("data", [contract.random, contract.offset, contract.tiny, contract.denormal], ids=lambda f: f.__name__)
@@ -235,6 +313,22 @@ def test_sums_are_those_of_the_rows_in_their_order(dtype, dim):
     torch.testing.assert_close(sums.double(), oracle[1], rtol=1e-6, atol=1e-6)
 
 
+def test_more_parts_of_a_sort_and_more_codes_than_a_thread_loads_at_a_time():
+    """157 parts, which 16 threads share; 1,500 codes, of which a block handles 1,024 at a time."""
+    source = Source("cpu")
+    x, indices = source.normal(1, 40_000, 1), torch.randint(0, 1500, (1, 40_000), generator=source.generator)
+    results = [OPERATORS["codebook_sums"].overloads[backend](x, indices, 1500) for backend in ("cuda", "reference")]
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
+    states = []
+    for backend, (counts, sums) in zip(("cuda", "reference"), results, strict=True):
+        state = torch.ones(1, 1500, 1), torch.arange(1500.0)[None], torch.ones(1, 1500, 1)
+        OPERATORS["codebook_ema_"].overloads[backend](*state, counts, sums, 0.9, 1e-5)
+        states.append(state)
+    for ours, theirs in zip(*states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_are_added_in_their_order():
     """1e17 + 1 is 1e17 in float64, so the sum tells the order."""
     x = torch.tensor([1.0, 1e17, 2.0, -1e17, 3.0] * 12, dtype=torch.float32).view(1, 60, 1)
@@ -329,12 +423,20 @@ def test_parts_of_a_code_that_crosses_pieces_have_slots_of_their_own(call, lengt
 score = st.floats(-100, 100, width=32)
 
 
-@given(scores=st.lists(score, min_size=1, max_size=20), cut=st.integers(0, 20))
-def test_two_least_scores_are_kept_in_any_order(emulated, scores, cut):
+@given(scores=st.lists(score, min_size=1, max_size=20), threads=st.integers(1, 24))
+def test_two_smallest_scores_are_kept_in_any_order(emulated, scores, threads):
     values = (ctypes.c_float * len(scores))(*scores)
-    kept = (ctypes.c_float * 3)()
-    emulated.emulated_best(values, ctypes.c_int64(len(scores)), ctypes.c_int64(min(cut, len(scores))), kept)
-    ordered = sorted(scores)
-    assert kept[0] == ordered[0]
-    assert kept[1] == (ordered[1] if len(scores) > 1 else torch.finfo(torch.float32).max)
-    assert scores[int(kept[2])] == ordered[0]
+    kept = (ctypes.c_float * 5)()
+    emulated.emulated_best(values, ctypes.c_int64(len(scores)), ctypes.c_int64(threads), kept)
+    smallest, second, rest, code, second_code = kept
+    none = torch.finfo(torch.float32).max
+    assert smallest == min(scores) == scores[int(code)]
+    assert second == none or second == scores[int(second_code)]
+    named = {int(code)} if second == none else {int(code), int(second_code)}
+    others = [value for i, value in enumerate(scores) if i not in named]
+    # The second smallest of one thread has no code, so it is among the rest; no thread has a third.
+    assert rest <= min(others, default=none)
+    assert min(second, rest) == min(scores[: int(code)] + scores[int(code) + 1 :], default=none)
+    if threads >= len(scores):
+        assert rest == min(others, default=none)
+        assert len(scores) == 1 or len(named) == 2

@@ -48,6 +48,25 @@ def test_shapes(place, dtype, layout, shape, groups):
     check(place, dtype, replace(case, affine=False, activation="none"))
 
 
+# Groups that one block handles, and the smallest that are too large for it. The emulated GPU has shared memory for a part of them.
+LARGE_GROUPS = [
+    ((2, 9, 20, 34), 3, torch.float32),  # keeps one step of two
+    ((1, 8, 32, 32), 2, torch.float32),  # as large as a group can be
+    ((1, 4, 32, 33), 1, torch.float32),  # larger than that
+    ((1, 16, 32, 32), 2, torch.float16),
+    ((1, 64, 16, 32), 4, torch.float32),  # too large where there are few groups
+    ((2, 64, 16, 32), 4, torch.float32),  # 8,192 elements of one of many groups, 256 threads
+    ((1, 128, 32, 32), 8, torch.bfloat16),  # 16,384 elements, 512 threads
+    ((1, 400, 2, 3), 1, torch.float32),  # as many threads as channels
+]
+
+
+@each_layout
+@pytest.mark.parametrize(("shape", "groups", "dtype"), LARGE_GROUPS, ids=str)
+def test_groups_on_both_sides_of_each_limit(place, layout, shape, groups, dtype):
+    check(place, dtype, Case(shape, groups, layout=layout, grad_layout=layout, mean=3.0))
+
+
 @each_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "last", "permuted", "sliced", "offset"])
 @pytest.mark.parametrize("grad_layout", [*LAYOUTS, "last"])
@@ -78,7 +97,7 @@ def test_memory_that_is_not_aligned(place, layout, offset):
 @each_layout
 @pytest.mark.parametrize("mean", [1e2, 1e4, -1e4])
 def test_a_large_mean_with_a_small_variance(place, layout, mean):
-    for shape, groups in (((2, 24, 20, 20), 6), ((1, 8, 60, 60), 2), ((2, 8, 5, 5), 2)):
+    for shape, groups in (((2, 24, 20, 20), 6), ((1, 8, 60, 60), 2), ((2, 8, 5, 5), 2), ((1, 16, 20, 20), 2)):
         check(place, torch.float32, Case(shape, groups, layout=layout, mean=mean))
 
 
@@ -111,7 +130,7 @@ def test_extremes(place, dtype):
 
 
 @each_layout
-@pytest.mark.parametrize("length", [3, 60])
+@pytest.mark.parametrize("length", [3, 40, 60])
 def test_constant_input(place, layout, length):
     x = leaf(arrange(torch.full((2, 4, length, length), 3.3e4), layout))
     y = FV.group_norm_silu(x, 2, activation="none")
@@ -146,7 +165,7 @@ def test_what_is_kept_for_the_backward_pass(place, layout):
 
 
 @each_layout
-@pytest.mark.parametrize("shape", [(2, 8, 60, 50), (3, 16, 8, 8)], ids=["in pieces", "on chip"])
+@pytest.mark.parametrize("shape", [(2, 8, 60, 50), (3, 16, 8, 8), (3, 16, 24, 20)], ids=["in pieces", "on chip", "partly on chip"])
 def test_sums_are_the_same_in_whatever_order_blocks_run(place, emulated, layout, shape):
     """Also while a graph is captured, with a workspace of its own."""
     source = Source(place.device)
@@ -164,7 +183,7 @@ def test_sums_are_the_same_in_whatever_order_blocks_run(place, emulated, layout,
 @pytest.mark.parametrize("activation", NORM_ACTIVATIONS)
 def test_moments_are_those_of_float64(place, dtype, activation):
     """To what float32 deviations give, which is more digits than a float32 mean has."""
-    for shape in ((2, 6, 5, 7), (1, 6, 70, 50)):
+    for shape in ((2, 6, 5, 7), (1, 6, 70, 50), (1, 6, 40, 50)):
         x = (Source(place.device, torch.float64).normal(*shape) + 1000).to(dtype)
         _, mean, rstd = torch.ops.fastvae.group_norm_forward.cuda(x, 3, None, None, 1e-5, NORM_ACTIVATIONS[activation])
         groups = x.double().reshape(shape[0], 3, -1)

@@ -88,7 +88,7 @@ def test_epilogues_of_the_gram_form(place, batched, shape):
 @pytest.mark.parametrize("batched", [False, True])
 def test_norms_of_scaled_matrices(place, monkeypatch, batched, weighted):
     """In several chunks."""
-    monkeypatch.setattr("fastvae.ops._gram_chunks.GRAM_ELEMENTS", 3 * 6 * 70)
+    monkeypatch.setattr("fastvae.ops._gram_chunks.gram_elements", lambda device: 3 * 6 * 70)
     contract.check_norms(place, torch.float32, batched, weighted, (10, 6, 70))
 
 
@@ -108,7 +108,7 @@ def test_epilogues_of_operands_that_are_not_aligned(place):
 @pytest.mark.parametrize("sizes", [(20, 8, 5), (9, 7, 8, 5)], ids=str)
 def test_the_norm_of_an_mlp(place, sizes, monkeypatch):
     """Several chunks of samples, and a shared left matrix."""
-    monkeypatch.setattr("fastvae.ops._gram_chunks.GRAM_ELEMENTS", 3 * 5 * 8)
+    monkeypatch.setattr("fastvae.ops._gram_chunks.gram_elements", lambda device: 3 * 5 * 8)
     monkeypatch.setattr(_chain, "plan", lambda *_: _chain.Plan(1, 1, 0))
     encoder, x = mlp(sizes), Source(place.device).normal(11, sizes[0])
     results = []

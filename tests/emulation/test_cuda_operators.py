@@ -74,7 +74,7 @@ def test_a_kl_is_never_negative():
         check_a_kl_is_never_negative("cpu")
 
 
-@pytest.mark.parametrize("samples", [1, 2, 3, 9])
+@pytest.mark.parametrize("samples", [1, 2, 3, 9, 50])
 @pytest.mark.parametrize("shape", [(128, 20), (7, 33), (2, 512), (1, 3)], ids=str)
 @pytest.mark.parametrize("given_eps", [False, True])
 def test_several_samples(samples, shape, given_eps):

@@ -1,15 +1,17 @@
 """The codebook kernels in the interpreter: the nearest code against exact arithmetic, the rest against float64 and the C++ backend."""
 
+from collections import Counter
+
 import pytest
 import test_codebook
 import torch
 from _helpers import LAYOUTS, Place, Source, assert_close, lay_out, leaf, places
-from test_codebook import DATA, assert_nearest, check_quantize, random
+from test_codebook import DATA, assert_nearest, check_quantize, nearly_duplicated, random, ulp_steps
 
 import fastvae
 from fastvae import functional as FV
 from fastvae.functional.codebook import GRADIENTS
-from fastvae.kernels import _codebook_search, _device, _launch
+from fastvae.kernels import _codebook_exact, _codebook_search, _device, _launch
 from fastvae.ops._results import REDUCTIONS
 
 PLACE = Place("cpu", "triton")
@@ -17,16 +19,33 @@ OTHER_BACKENDS = [place.backend for place in places("codebook_quantize") if plac
 HALVES = torch.bfloat16, torch.float16
 # Below 16 dimensions in float32; above in float16, in one block or in several, padded or not.
 SIZES = [(0, 4, 3), (1, 1, 1), (5, 3, 1), (7, 8, 33), (40, 4, 70), (20, 15, 130), (35, 16, 65), (33, 17, 129), (9, 64, 100), (3, 300, 40)]
+# For each row of these all codes are compared exactly, which takes the interpreter long: so many rows of them are searched for.
+COMPARED = {test_codebook.far_rows: 5, test_codebook.permuted_ties: 5, test_codebook.beside_huge_codes: 1}
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_nearest_is_exact(data, size):
     n, d, k = size
-    # For each row of these all codes are compared exactly, which takes the interpreter long.
-    compared = data in (test_codebook.far_rows, test_codebook.permuted_ties)
-    x, codebook = data(Source("cpu"), min(n, 5) if compared else n, d, k)
+    x, codebook = data(Source("cpu"), min(n, COMPARED.get(data, n)), d, k)
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
+
+
+def test_error_bounds_do_not_underflow():
+    test_codebook.check_underflow(FV.vq_nearest, rows=1)
+
+
+@pytest.mark.parametrize("dim", [3, 20])
+def test_a_score_that_underflows_beside_the_number_of_its_tile(dim):
+    """Scaled to the huge codes, which fill the first tile but for one code, the scores of all other codes are 0."""
+    tile = _launch.SCREEN_CODES
+    codebook = torch.zeros(3 * tile, dim)
+    codebook[1 : tile - 1, 0] = 2.0**127 * (1 - 2 * (torch.arange(tile - 2) % 2)) * (1 - torch.arange(tile - 2) // 2 * 2.0**-20)
+    codebook[0, 1], codebook[tile - 1, 1] = 2.0**-40, 2.0**-40
+    codebook[tile:, 1] = 2.0**-40 * torch.arange(2, 2 + 2 * tile)
+    x = torch.zeros(1, dim)
+    x[0, 1] = 2.0**-20
+    assert FV.vq_nearest(x, codebook).tolist() == [3 * tile - 1]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -63,15 +82,15 @@ def test_more_tiles_than_their_numbers_in_a_score(monkeypatch, bits, dim):
         assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 40])
-def test_any_number_of_programs(monkeypatch, multiprocessors):
-    machine = _launch.Machine("interpreter", multiprocessors)
+@pytest.mark.parametrize(("multiprocessors", "programs"), [(1, 8), (40, 320)])
+def test_any_number_of_programs(monkeypatch, multiprocessors, programs):
+    machine = _launch.Machine("interpreter", multiprocessors, programs)
     monkeypatch.setattr(_device, "machine", lambda device: machine)
     check_quantize(PLACE, torch.float32, (150, 41, 17), "rotation", "mean")
 
 
-def listed(x, codebook) -> int:
-    """How many rows the screen leaves to the second kernel."""
+def listed(x, codebook) -> list[int]:
+    """How many pairs and how many open rows the screen leaves to the second kernel, which decides them rightly."""
     counts = []
 
     def zeros(*arguments, **options):
@@ -81,17 +100,77 @@ def listed(x, codebook) -> int:
     original = torch.zeros
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "zeros", zeros)
-        FV.vq_nearest(x, codebook)
-    return int(counts[0][0])
+        assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
+    return counts[0][:2].tolist()
 
 
 @pytest.mark.parametrize("dim", [8, 64])
 def test_few_rows_are_listed(dim):
     """Equal codes, which count once, list none."""
     x, codebook = random(Source("cpu"), 130, dim, 256)
-    assert listed(x, codebook) < 13
-    assert listed(x, torch.zeros(256, dim)) == 0
-    assert listed(x, codebook[torch.arange(256) // 8]) < 13
+    assert sum(listed(x, codebook)) < 13
+    assert sum(listed(x, torch.zeros(256, dim))) == 0
+    assert sum(listed(x, codebook[torch.arange(256) // 8])) < 13
+
+
+@pytest.fixture
+def exact_distances(monkeypatch) -> Counter:
+    """The number of exact distances of each row, by its address. The function of the kernel that computes them counts its candidates."""
+    counts, distances = Counter(), _codebook_exact.distances
+
+    def counted(row, codebook, code, candidate, *arguments):
+        counts[int(row.handle.data.item())] += int(candidate.handle.data.sum())
+        return distances(row, codebook, code, candidate, *arguments)
+
+    monkeypatch.setattr(_codebook_exact, "distances", counted)
+    return counts
+
+
+def in_one_slot(source, n, d, k):
+    """The two nearest codes of each row are in one slot of the screen, and differ by an ulp."""
+    codes = source.normal(k, d)
+    codes[64:128, 1:], codes[64:128, 0] = codes[:64, 1:], ulp_steps(codes[:64, 0].clone(), torch.ones(64, dtype=torch.int32))
+    return codes[torch.arange(n) % 64] + source.normal(n, d) * 1e-3, codes
+
+
+@pytest.mark.parametrize(("dim", "tiles"), [(8, 1), (64, 1), (64, 8)])
+def test_open_rows_take_a_handful_of_exact_distances(monkeypatch, exact_distances, dim, tiles):
+    """Four codes each that the screen cannot tell apart, of 256 codes in one split or in four."""
+    monkeypatch.setattr(_launch, "RECHECK_TILES", tiles)
+    x, codebook = nearly_duplicated(Source("cpu"), 8, dim, 256)
+    assert listed(x, codebook)[1] >= 4
+    assert max(exact_distances.values()) <= 8
+
+
+@pytest.mark.parametrize(("dim", "tiles"), [(8, 1), (64, 1), (64, 8)])
+def test_two_codes_in_one_slot_take_two_exact_distances(monkeypatch, exact_distances, dim, tiles):
+    monkeypatch.setattr(_launch, "RECHECK_TILES", tiles)
+    x, codebook = in_one_slot(Source("cpu"), 8, dim, 256)
+    assert listed(x, codebook) == [0, 8]
+    assert list(exact_distances.values()) == [2] * 8
+
+
+def test_a_pair_takes_two_exact_distances(exact_distances):
+    x, codebook = random(Source("cpu"), 5, 20, 130)
+    codebook[3] = ulp_steps(codebook[100].clone(), torch.ones(20, dtype=torch.int32))
+    x = codebook[3] + 1e-3 * x
+    assert listed(x, codebook) == [5, 0]
+    assert list(exact_distances.values()) == [2] * 5
+
+
+@pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
+def test_nearest_of_codes_in_several_splits(monkeypatch, data):
+    """Three splits of a tile each, whose nearest codes are merged; several rows for each group of programs."""
+    monkeypatch.setattr(_launch, "RECHECK_TILES", 1)
+    x, codebook = data(Source("cpu"), 1 if data in COMPARED else 6, 20, 64 * 2 + 5)
+    assert_nearest(x, codebook, FV.vq_nearest(x, codebook))
+
+
+def test_a_row_may_be_open_to_every_code(exact_distances):
+    """More codes of a tile than are compared at a time."""
+    x, codebook = test_codebook.permuted_ties(Source("cpu"), 2, 70, 70)
+    assert listed(x, codebook) == [0, 2]
+    assert min(exact_distances.values()) >= 70
 
 
 class Rehashed:

@@ -1,7 +1,9 @@
 """What the kernels are made of, each by itself: noise words, index arithmetic, scalar functions, sums over programs."""
 
 import math
+import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,7 +218,7 @@ def losses():
     yield "latent, free bits", lambda: FV.kl_normal(x, logvar, free_bits=0.1)
     yield "reconstruction", lambda: FV.mse_loss(x, target)
     yield "reconstruction, samples", lambda: FV.mse_loss(x, target, reduction="sample")
-    yield "reconstruction, backward", lambda: FV.gaussian_nll(x, target, shared, reduction="sample").sum().backward()
+    yield "reconstruction, backward", lambda: torch.autograd.grad(FV.gaussian_nll(x, target, shared, reduction="sample").sum(), shared)
     yield "jacobian", lambda: FV.contractive_penalty(torch.rand(4, 9), torch.randn(9, 5))
     yield "jacobian, samples", lambda: FV.contractive_penalty(torch.rand(2, 5000), torch.randn(5000, 3), reduction="sample")
 
@@ -242,3 +244,39 @@ def test_tickets_are_taken_on_the_device_of_the_launch(monkeypatch, call):
     call()
     assert taken
     assert all(taken)
+
+
+class Stream:
+    """A CUDA stream of which nobody asks more than its device: waiting for it is an error."""
+
+    device = torch.device("cpu")
+
+
+def test_the_first_ticket_of_a_stream_waits_for_nothing(monkeypatch):
+    """The zero is written on the stream of the launches, by a thread whose memory is in no graph's pool."""
+    stream, made = Stream(), []
+    zeros, current = torch.zeros, threading.local()
+
+    @contextmanager
+    def on_stream(stream):
+        current.stream = stream
+        yield
+        current.stream = None
+
+    def recorded(*arguments, **options):
+        made.append((current.stream, threading.get_ident()))
+        return zeros(*arguments, **options)
+
+    monkeypatch.setattr(_device, "_tickets", {})
+    monkeypatch.setattr(torch, "zeros", recorded)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 5))
+    monkeypatch.setattr(_device, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
+    device = torch.device("cuda", 0)
+    ticket = _device.ticket(device)
+    assert ticket == 0
+    assert _device.ticket(device) is ticket
+    assert [place for place, _ in made] == [stream]
+    assert made[0][1] != threading.get_ident()

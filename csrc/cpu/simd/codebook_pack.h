@@ -58,6 +58,7 @@ void pack(const CodebookSearch& s, int64_t head, const std::vector<bool>& repeat
   const PackedCodebook& packed = s.packed[head];
   int64_t stride = padded_dim(s.dim);
   Buffer<double> code(s.dim);
+  ScoreErrorBounds errors = score_error_bounds(s.dim);
   for (int64_t k = begin_panel * kPanelCodes; k < end_panel * kPanelCodes; ++k) {
     bool used = k < s.codes && !repeated[k];
     float* row = packed.rows + k * stride;
@@ -73,7 +74,7 @@ void pack(const CodebookSearch& s, int64_t head, const std::vector<bool>& repeat
       }
     }
     packed.half_norm[k] = used ? static_cast<float>(0.5 * square) : kNeverNearest;
-    packed.norm[k] = used ? static_cast<float>(std::sqrt(square) * (1.0 + 1e-6)) : 0.0f;
+    packed.norm[k] = used ? code_norm_upper_bound(errors, std::sqrt(square)) : 0.0f;
     float* column = packed.panel_rows + k / kPanelCodes * s.dim * kPanelCodes + k % kPanelCodes;
     for (int64_t d = 0; d < s.dim; ++d) column[d * kPanelCodes] = -row[d];
 #if defined(__AVX512VNNI__)

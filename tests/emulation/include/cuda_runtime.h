@@ -73,6 +73,8 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 // An access that only the functions below make: the build that watches memory knows it as an atomic one.
 #define EMULATION_UNWATCHED __attribute__((no_sanitize_thread, noinline))
 
+#define FASTVAE_COUNT(event, number) (emulation::event += (number))
+
 template <class T>
 EMULATION_UNWATCHED T atomicAdd(T* address, T value) {
   emulation::wide_additions += sizeof(T) == sizeof(int64_t);
@@ -108,6 +110,15 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAl
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 
 inline const char* cudaGetErrorString(cudaError_t error) { return emulation::error_string(error); }
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+struct cudaFuncAttributes {};
+
+template <class Kernel>
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   int capturing = 0;

@@ -49,6 +49,9 @@ void atomic_access(void* address, size_t bytes, const void* code);
 // which tests look at.
 extern int64_t wide_additions;
 
+// Counts the squared distances in float64 that the second kernel of that search computes, see FASTVAE_COUNT in codebook_recheck.cuh.
+extern int64_t distances;
+
 // The number of threads that run together, where they run, and what they run.
 struct Grid {
   dim3 blocks, threads;

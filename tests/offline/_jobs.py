@@ -1,0 +1,28 @@
+"""The jobs of tools/offline_table.py as parameters of tests."""
+
+from dataclasses import dataclass
+
+import offline_table
+import pytest
+from offline_table import CASES, DTYPES, TARGETS, Case, Launch
+
+
+@dataclass(frozen=True)
+class Job:
+    index: int
+    dtype: str
+    target: str
+
+    @property
+    def case(self) -> Case:
+        return CASES[self.index]
+
+    def launches(self) -> list[Launch]:
+        return offline_table.launches(self.case, DTYPES[self.dtype], TARGETS[self.target][1])
+
+    def __str__(self) -> str:
+        return f"{self.target}-{self.dtype}-{self.case.name}"
+
+
+JOBS = [Job(*job) for job in offline_table.jobs()]
+each_job = pytest.mark.parametrize("job", JOBS, ids=str)
