@@ -13,7 +13,7 @@ import torch
 
 from fastvae import _load, ops
 from fastvae._gpu import architecture, searches_on_tensor_cores
-from fastvae._torch_private import has_kernel
+from fastvae._torch_private import constant_when_compiled, has_kernel
 from fastvae._types import BackendName
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -127,17 +127,17 @@ def gpu(index: int | None) -> Gpu:
 
 
 # Constants for torch.compile, which does not trace how the facts are found.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _refusal_on_gpu(backend: str, index: int | None) -> str | None:
     return gpu(index).refusals.get(backend)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _order_on_gpu(index: int | None) -> tuple[str, ...]:
     return tuple(name for name in _preferences["cuda"] if name not in gpu(index).refusals)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _architecture(index: int | None) -> str:
     return gpu(index).architecture
 

@@ -16,7 +16,7 @@ MIN_TENSOR_CORE_DIM = 16
 # Multiply-adds a picosecond (10^12 a second) by the data sheets: in float32 without tensor cores, and in float16 with float32 sums on them.
 # On GPUs of the RTX line the second is twice the first, which does not outweigh that a search in float16 leaves more to float64.
 _MULTIPLY_ADDS_PER_PICOSECOND = {"sm_80": (9.7, 156.0), "sm_90": (33.5, 495.0), "sm_100": (40.0, 1125.0)}
-# What either kernel is taken to reach of that.
+# Either kernel is taken to reach this share of those.
 _EFFICIENCY = 0.5
 # A search makes six launches; from Python each takes some 20 us longer than from C++.
 _LAUNCHES_MICROSECONDS = 120.0

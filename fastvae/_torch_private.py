@@ -87,3 +87,10 @@ def wrap_overload(overload: Callable, wrap: Callable[[Callable], Callable]) -> N
     To be called before anything keeps the overload in a dictionary: its hash is that of the call.
     """
     overload._op = wrap(overload._op)  # type: ignore[attr-defined]
+
+
+def constant_when_compiled(function):
+    """Decorates a function whose result torch.compile takes as a constant. torch.compiler.assume_constant_result does no more, but imports
+    all of torch.compile."""
+    function._dynamo_marked_constant = True
+    return function

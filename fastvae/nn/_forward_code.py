@@ -95,7 +95,7 @@ def rewritten(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Cal
 
 
 def _restore(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Callable], ...]) -> nn.Module:
-    return object.__new__(rewritten(cls, source, functions))  # type: ignore[arg-type]  # as above
+    return object.__new__(rewritten(cls, source, functions))  # type: ignore[arg-type]  # mypy takes no class for hashable
 
 
 def trace(parent: nn.Module) -> fx.Graph:

@@ -13,7 +13,7 @@ from fastvae.nn.vector_quantizer import VectorQuantizer, VQOutput
 
 
 class DepthDropout:
-    """How many steps of a residual quantizer a training pass takes: a random number, the same in all processes and in a recomputation."""
+    """Draws how many steps of a residual quantizer a training pass takes. All processes and a recomputation get the same number."""
 
     def __init__(self, fewest: int, most: int):
         self.fewest, self.most = fewest, most

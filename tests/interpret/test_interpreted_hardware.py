@@ -1,4 +1,4 @@
-"""What a GPU does and the interpreter does not: it runs programs in any order, leaves anything in the lanes outside a mask, approximates
+"""A GPU does what the interpreter does not: it runs programs in any order, leaves anything in the lanes outside a mask, approximates
 roots, quotients and exponentials to a unit in the last place, and truncates the sums of tensor cores."""
 
 import math

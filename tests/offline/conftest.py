@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 @pytest.fixture(scope="session")
 def binaries() -> dict:
-    """What each job of ``_jobs.JOBS`` is compiled to now, a list of offline_table.Code, one for each launch."""
+    """Each job of ``_jobs.JOBS`` is compiled now, to a list of offline_table.Code with one for each launch."""
     import offline_table
     from _jobs import JOBS
 

@@ -1,5 +1,5 @@
-"""What the generated code has to contain, where a mistake would be a race or a rounding that no test on a CPU shows: how slots are handed
-from the programs of a launch to its last one, and the precision of the screens."""
+"""The generated code hands slots from the programs of a launch to its last one without a race, and keeps the precision of the screens.
+No test on a CPU would show a mistake there."""
 
 import re
 
@@ -80,7 +80,7 @@ def invalidates_the_cache(found: list[str], ticket: int) -> bool:
 
 @each_job
 def test_the_last_program_reads_what_the_others_wrote(job, binaries):
-    """What follows the ticket reads slots alone, but for the search, which reads vectors too."""
+    """The code after the ticket reads slots alone, but for the search, which reads vectors too."""
     on_amd = job.target.startswith("gfx")
     for launch, code in zip(job.launches(), binaries[job], strict=True):
         if not takes_tickets(launch):
