@@ -1,7 +1,6 @@
 """The CUDA library without a GPU: it compiles without a warning, spills nothing, and asks for nothing but torch's
 stable shim and the C and C++ libraries; its registers are those of a table."""
 
-import datetime
 import importlib.util
 import os
 import re
@@ -19,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 needs_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the tests are not in a checkout")
+# nvcc takes minutes, so these are proofs; CI runs them for an architecture a day, on what tools/compat.py builds.
+compiles = pytest.mark.prove
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so the CUDA kernels cannot be compiled here")
 
 
@@ -31,18 +32,10 @@ def table():
     return module
 
 
-def capability_of_today(table) -> str:
-    """One of the architectures of the table, as nvcc takes a minute for each; all of them are a proof."""
-    architectures = sorted({kernel.architecture for kernel in table.read()})
-    number = architectures[datetime.date.today().toordinal() % len(architectures)].removeprefix("sm_")
-    return f"{number[:-1]}.{number[-1]}"
-
-
-@pytest.fixture(scope="module", params=["one architecture", pytest.param("all", marks=pytest.mark.prove)])
-def objects(table, request) -> Path:
-    """Compiled with -Werror all-warnings, once: ninja compiles again what has changed."""
-    one = os.environ.get("TORCH_CUDA_ARCH_LIST") or capability_of_today(table)
-    return table.build(TORCH_CUDA_ARCH_LIST="" if request.param == "all" else one)
+@pytest.fixture(scope="module")
+def objects(table) -> Path:
+    """Compiled with -Werror all-warnings, for TORCH_CUDA_ARCH_LIST or all architectures: ninja compiles again what has changed."""
+    return table.build()
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +119,7 @@ def test_a_launcher_before_the_compiler_is_not_nvcc_s_host_compiler(stand_ins):
     assert all(f"-ccbin {compiler} " in line for line in lines if ".cu " in line)
 
 
+@compiles
 @needs_source
 @needs_nvcc
 def test_no_kernel_spills(table, objects):
@@ -134,6 +128,7 @@ def test_no_kernel_spills(table, objects):
     assert [kernel for kernel in found if kernel.spill_bytes or kernel.stack_bytes] == []
 
 
+@compiles
 @needs_source
 @needs_nvcc
 def test_registers_are_those_of_the_table(table, objects):
@@ -150,6 +145,7 @@ def test_registers_are_those_of_the_table(table, objects):
     assert all(kernel.shared_bytes <= expected[name].shared_bytes for name, kernel in found.items())
 
 
+@compiles
 @needs_source
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
@@ -163,6 +159,7 @@ def test_library_asks_for_stable_symbols_alone(library):
     assert [symbol for symbol in own if not shim.fullmatch(symbol)] == []
 
 
+@compiles
 @needs_source
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
@@ -175,6 +172,7 @@ def test_library_brings_its_own_cuda_runtime(library):
     assert re.findall(r" cuda\w+| __cuda\w+", defined) == []
 
 
+@compiles
 @needs_source
 @needs_nvcc
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a CUDA library of its own, and loads this one")
@@ -190,6 +188,7 @@ def test_library_loads_and_registers_beside_a_stand_in_for_torch_s_cuda_library(
     assert result.stdout.split() == list(OPERATORS)
 
 
+@compiles
 @needs_source
 @needs_nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the kernels run")

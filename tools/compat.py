@@ -19,8 +19,12 @@ BUILD_TOOLS = ("setuptools>=77", "wheel", "pybind11", "ninja", "numpy")
 OWN_PROCESSES = ("cuda", "emulation", "interpret", "offline")
 NATIVE_TESTS = ("tests", *(f"--ignore=tests/{folder}" for folder in OWN_PROCESSES), "-q", "--numprocesses=auto", "--dist=loadfile")
 CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-# One architecture is enough: what another torch changes are its headers.
-ONE_ARCHITECTURE = {"TORCH_CUDA_ARCH_LIST": "9.0"}
+# What another torch changes are its headers, so one architecture is enough, each on its day.
+ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+TODAY = datetime.date.today().toordinal()
+ONE_ARCHITECTURE = {"TORCH_CUDA_ARCH_LIST": ARCHITECTURES[TODAY % len(ARCHITECTURES)]}
+# The proofs of what nvcc makes, which find their objects built.
+CUDA_TESTS = ("tests/test_cuda_build.py", "-q", "-m", "prove")
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> None:
@@ -78,7 +82,7 @@ def has_nvcc() -> bool:
 
 def take_libraries(pinned: Path, source: Path) -> None:
     """The libraries that the pinned torch builds, in place of those of this one."""
-    build(pinned, ROOT)
+    build(pinned, ROOT, **ONE_ARCHITECTURE)
     newest = max(ROOT.glob("build/lib*/fastvae"), key=lambda folder: folder.stat().st_mtime)
     for library in newest.glob("*.so"):
         shutil.copy2(library, source / "fastvae")
@@ -86,9 +90,9 @@ def take_libraries(pinned: Path, source: Path) -> None:
 
 def test(python: Path, source: Path, which: str) -> None:
     """The native tests, all or the tenth that today's date chooses, on the libraries that are there."""
-    tenth = [f"--tenth={datetime.date.today().timetuple().tm_yday % 10}"] if which == "tenth" else []
+    tenth = [f"--tenth={TODAY % 10}"] if which == "tenth" else []
     run(python, "-m", "fastvae.info", cwd=source)
-    run(python, "-m", "pytest", *NATIVE_TESTS, *tenth, cwd=source, **ONE_ARCHITECTURE)
+    run(python, "-m", "pytest", *NATIVE_TESTS, *tenth, cwd=source)
 
 
 def python_version(python: Path) -> str:
@@ -111,6 +115,8 @@ def main() -> None:
     python = install(folder, options.torch, source)
     build(python, source, "--inplace", **ONE_ARCHITECTURE)
     test(python, source, options.tests)
+    if has_nvcc():
+        run(python, "-m", "pytest", *CUDA_TESTS, cwd=source, **ONE_ARCHITECTURE)
     if python_version(python) != python_version(options.pinned):
         print(f"compat: {options.pinned} is of another Python, so its library is none for this one")
         return
