@@ -162,11 +162,19 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
   return cudaSuccess;
 }
 
+#if defined(__has_builtin) && __has_builtin(__builtin_clear_padding)
+#define EMULATION_CLEAR_PADDING(object) __builtin_clear_padding(object)
+#else
+#define EMULATION_CLEAR_PADDING(object)
+#endif
+
 // A launch copies the parameters, which the host may write over while the kernel waits.
 template <class Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t shared_bytes, cudaStream_t stream) {
   static_assert(sizeof(Params) <= 4096, "a kernel takes 4 KiB of parameters at most");
-  const Params& params = *static_cast<const Params*>(arguments[0]);
+  Params params = *static_cast<const Params*>(arguments[0]);
+  // The bytes between the members may be those of an old pointer.
+  EMULATION_CLEAR_PADDING(&params);
   emulation::Grid run{grid, block, shared_bytes, [kernel, params] { kernel(params); }};
   return static_cast<cudaError_t>(emulation::launch(stream, reinterpret_cast<const void*>(kernel), &params, sizeof params, run));
 }
