@@ -141,15 +141,13 @@ bool release_block(unsigned threads) {
 }
 
 // Fills shared memory with a byte that makes NaN in every floating dtype, so that what a kernel reads before it writes shows.
-void poison_shared_memory(size_t dynamic_bytes) {
-  Range range = shared_memory();
-  memset(range.begin, 0xff, range.bytes);
-  memset(machine.dynamic_shared.get(), 0xff, dynamic_bytes);
+void poison_shared_memory() {
+  for (Range range : {shared_variables(), requested_shared_memory()}) memset(range.begin, 0xff, range.bytes);
 }
 
 // Runs all threads of the current block to their end. Returns false where they wait for each other.
 bool run_block(unsigned threads) {
-  poison_shared_memory(machine.grid->shared_bytes);
+  poison_shared_memory();
   races::begin_block(threads, machine.stacks.get(), kMaxThreads * kStackBytes);
   for (unsigned i = 0; i < threads; ++i) start(i);
   for (;;) {
@@ -179,6 +177,8 @@ void report(const std::string& what) {
 }
 
 unsigned char* dynamic_shared() { return machine.dynamic_shared.get(); }
+
+Range requested_shared_memory() { return {reinterpret_cast<char*>(dynamic_shared()), machine.grid->shared_bytes}; }
 
 void run_grid(const Grid& grid) {
   // What a kernel without a barrier leaves may keep the next ones in their loops forever.
@@ -231,10 +231,10 @@ float approximate(float value, int ulps) {
 }
 
 #if defined(__SANITIZE_ADDRESS__)
-Range shared_memory() { return {nullptr, 0}; }
+Range shared_variables() { return {nullptr, 0}; }
 #else
 // The thread-local variables of this library, all of which are shared memory of kernels.
-Range shared_memory() {
+Range shared_variables() {
   static thread_local char any = 0;
   static Range range{nullptr, 0};
   static std::thread::id owner;

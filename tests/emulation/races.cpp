@@ -102,8 +102,8 @@ bool is_watching = false;
 const char *local_begin = nullptr, *local_end = nullptr;  // the stacks of the threads
 
 bool is_shared(uintptr_t address) {
-  Range range = shared_memory();
-  return address - reinterpret_cast<uintptr_t>(range.begin) < range.bytes;
+  auto holds = [address](Range range) { return address - reinterpret_cast<uintptr_t>(range.begin) < range.bytes; };
+  return holds(shared_variables()) || holds(requested_shared_memory());
 }
 
 Page& page_of(uintptr_t number) {

@@ -95,11 +95,12 @@ void fence(unsigned thread);
 void atomic(void* address, size_t bytes, const void* code);
 }  // namespace races
 
-// The shared memory of the emulated kernels, in the builds that can tell where it is.
+// The shared memory of the emulated kernels: that of their variables, in the builds that can tell where it is, and what a launch asks for.
 struct Range {
   char* begin;
   size_t bytes;
 };
-Range shared_memory();
+Range shared_variables();
+Range requested_shared_memory();
 
 }  // namespace emulation
