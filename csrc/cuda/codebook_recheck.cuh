@@ -73,7 +73,7 @@ __device__ __forceinline__ bool row_to_double(const CodebookView& rows, int64_t 
 }
 
 // The products of the centred row and the codes of a panel. Thread t < kTileCodes gets that of code t; the result of the others has no
-// meaning. A thread multiplies kVector adjacent codes with every eighth element of the row.
+// meaning. A thread multiplies kVector adjacent codes with every eighth element of the row. A barrier has to come before the next call.
 __device__ __forceinline__ float panel_product(const float* row, const float* panel, int64_t padded_dim) {
   constexpr int kAcross = kTileCodes / kVector, kSlices = kThreads / kAcross;
   struct Parts {
@@ -93,7 +93,6 @@ __device__ __forceinline__ float panel_product(const float* row, const float* pa
   float product = 0.0f;
 #pragma unroll
   for (int i = 0; i < kSlices; ++i) product += parts.products[i][threadIdx.x % kTileCodes];
-  __syncthreads();
   return product;
 }
 

@@ -176,6 +176,8 @@ void report(const std::string& what) {
   if (reports.size() < 20) reports.push_back(what);
 }
 
+void count(int64_t& counter, int64_t number) { counter += number; }
+
 unsigned char* dynamic_shared() { return machine.dynamic_shared.get(); }
 
 Range requested_shared_memory() { return {reinterpret_cast<char*>(dynamic_shared()), machine.grid->shared_bytes}; }

@@ -24,6 +24,7 @@ PRIMITIVES = {"__syncthreads": "barrier", "__syncwarp": "warp barrier", "__threa
 REDUNDANT = {
     "codebook_recheck.cuh block_min: barrier 2": "block_sum() follows each call, and its barriers come before the next call writes",
     "codebook_recheck.cuh codebook_recheck_kernel: barrier 1": "a barrier of block_sum() or decide_exactly() follows each read",
+    "group_norm_device.cuh group_sums: barrier 2": "no kernel calls it twice with one number of sums, each of which has memory of its own",
     "reduce.cuh column_block_sum: barrier 2": "no kernel calls it twice with one type, and each type has memory of its own",
 }
 
@@ -98,8 +99,15 @@ def nearest(data, rows, dim, codes):
     return FV.vq_nearest(*data(Source("cpu"), rows, dim, codes))
 
 
-def quantize(dim):
-    x, codebook = leaves(*codebook_contract.random(Source("cpu"), 300, dim, 70))
+def two_clusters(source, rows, dim, codes):
+    """In float32 the codes of a cluster are equally far from a row; in float64 they are not."""
+    centre = 10 * source.normal(dim)
+    sign = 1 - 2 * (torch.arange(codes) % 2)[:, None]
+    return source.normal(rows, dim), sign * centre + 1e-5 * source.normal(codes, dim)
+
+
+def quantize(dim, codes=70):
+    x, codebook = leaves(*codebook_contract.random(Source("cpu"), 300, dim, codes))
     output = FV.vector_quantize(x, codebook, reduction="sum")
     return differentiate([output.quantized, output.loss], [x, codebook])
 
@@ -120,9 +128,15 @@ EXTRA = {
     "long rows in one split": lambda: nearest(codebook_contract.random, 300, 33, 200),
     "undecided short rows": lambda: nearest(codebook_contract.permuted_ties, 12, 7, 300),
     "undecided long rows": lambda: nearest(codebook_contract.permuted_ties, 12, 33, 150),
+    "rows between two codes": lambda: nearest(codebook_contract.midway, 12, 33, 150),
+    "many close codes": lambda: nearest(two_clusters, 3, 33, 100),
+    "more close codes than a block keeps": lambda: nearest(two_clusters, 3, 33, 800),
+    "a row that blocks share": lambda: nearest(codebook_contract.nearly_duplicated, 1, 33, 1100),
+    "a row that blocks share, of many close codes": lambda: nearest(two_clusters, 1, 33, 1100),
     "rows that are far": lambda: nearest(codebook_contract.far_rows, 12, 33, 150),
     "quantized short rows": lambda: quantize(7),
     "quantized long rows": lambda: quantize(33),
+    "more codes than a step of their offsets": lambda: quantize(3, 1100),
 }
 
 

@@ -73,7 +73,7 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 // An access that only the functions below make: the build that watches memory knows it as an atomic one.
 #define EMULATION_UNWATCHED __attribute__((no_sanitize_thread, noinline))
 
-#define FASTVAE_COUNT(event, number) (emulation::event += (number))
+#define FASTVAE_COUNT(event, number) emulation::count(emulation::event, number)
 
 template <class T>
 EMULATION_UNWATCHED T atomicAdd(T* address, T value) {

@@ -52,6 +52,9 @@ extern int64_t wide_additions;
 // Counts the squared distances in float64 that the second kernel of that search computes, see FASTVAE_COUNT in codebook_recheck.cuh.
 extern int64_t distances;
 
+// Adds to a counter of the emulation, which is not memory of a kernel.
+void count(int64_t& counter, int64_t number);
+
 // The number of threads that run together, where they run, and what they run.
 struct Grid {
   dim3 blocks, threads;
