@@ -16,7 +16,7 @@ constexpr int kShortCodes = 256;  // codes that are in shared memory at a time: 
 // more. Where the rows give fewer blocks, the codes of each tile are split among several.
 constexpr int64_t kScreenBlocks = FASTVAE_GRID_LIMIT(512);
 static_assert(kScreenBlocks <= kMaxColumnBlocks, "each tile of rows whose codes are split has a ticket counter");
-// Blocks of the second step: four for each of the 132 multiprocessors of an H200. Where there are few rows to decide, several blocks share
+// The recheck has four blocks for each of the 132 multiprocessors of an H200. Where there are few rows to decide, several blocks share
 // the codes of a row. Each then reads kRecheckElements elements of the packed codes or more, which take about as long as its launch does,
 // and keeps up to kSplitCandidates codes.
 constexpr int64_t kRecheckBlocks = FASTVAE_GRID_LIMIT(528), kMaxRecheckSplits = 32, kRecheckElements = 16384;
@@ -70,7 +70,7 @@ inline CodebookScreenGrid screen_grid(int64_t heads, int64_t rows, const Codeboo
   return grid;
 }
 
-// The number of blocks that may share the codes of a row in the second step.
+// The number of blocks that may share the codes of a row in the recheck.
 inline int64_t max_recheck_splits(const CodebookLayout& layout) {
   int64_t useful = layout.padded_codes * layout.padded_dim / kRecheckElements;
   return max64(min64(min64(useful, layout.padded_codes / kTileCodes), kMaxRecheckSplits), 1);

@@ -23,7 +23,7 @@ PRIMITIVES = {"__syncthreads": "barrier", "__syncwarp": "warp barrier", "__threa
 # Barriers and fences without which the results would be the same, and why.
 REDUNDANT = {
     "codebook_recheck.cuh block_min: barrier 2": "block_sum() follows each call, and its barriers come before the next call writes",
-    "codebook_recheck.cuh codebook_recheck_kernel: barrier 1": "a barrier of block_sum() or decide_exactly() follows each read",
+    "codebook_recheck.cuh codebook_recheck_kernel: barrier 1": "a barrier of block_sum() or decide() follows each read",
     "group_norm_device.cuh group_sums: barrier 2": "no kernel calls it twice with one number of sums, each of which has memory of its own",
     "reduce.cuh column_block_sum: barrier 2": "no kernel calls it twice with one type, and each type has memory of its own",
 }

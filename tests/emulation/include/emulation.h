@@ -49,7 +49,7 @@ void atomic_access(void* address, size_t bytes, const void* code);
 // which tests look at.
 extern int64_t wide_additions;
 
-// Counts the squared distances in float64 that the second kernel of that search computes, see FASTVAE_COUNT in codebook_recheck.cuh.
+// Counts the squared distances in float64 that the recheck kernel of that search computes, see FASTVAE_COUNT in codebook_recheck.cuh.
 extern int64_t distances;
 
 // Adds to a counter of the emulation, which is not memory of a kernel.
