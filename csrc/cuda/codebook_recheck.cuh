@@ -210,6 +210,8 @@ class CodebookRecheck {
   __device__ __forceinline__ void decide() {
     __shared__ double distances[kThreads];
     int count = candidates().count;
+    // Without a candidate there is no barrier between this and the write below.
+    if (count == 0) return;
     for (int base = 0; base < count; base += group_.count) {
       int index = base + group_.number;
       // A group without a candidate passes a number above every code and gets an infinite distance. It cannot skip the call, because

@@ -20,7 +20,8 @@ inline void check_cuda(cudaError_t status, const char* what) {
 // columns (kWarp slots a block), or the sums over samples of noise (kSampleSlots a block).
 constexpr int kSlots =
     static_cast<int>(max64(max64(2 * max64(kMaxBlocks, kMaxRowBlocks), kMaxColumnBlocks* kWarp), kMaxSampleBlocks* kSampleSlots));
-constexpr int kTickets = kMaxColumnBlocks;  // the sums of columns take one ticket for each group of columns
+// The sums of columns take one ticket for each group of columns, and those over samples one for each tile.
+constexpr int kTickets = static_cast<int>(max64(kMaxColumnBlocks, kMaxSampleBlocks));
 
 // The workspace of a stream; launches on one stream follow each other, so they share it. Where no persistent workspace is available, this
 // allocates one, which `owner` then owns.
