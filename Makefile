@@ -15,6 +15,9 @@ STAGES ?=
 # The other torch of `make compat`, and which of the tests run with it: all, or tenth, the tenth that today's date chooses.
 TORCH ?= 2.10.0
 TESTS ?= all
+# The same of `make prove`, and which proofs; all where none is named.
+PART ?= all
+PROOFS ?=
 
 NATIVE := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
@@ -56,10 +59,9 @@ sanitize: setup
 	$(RUN) tests/cpp/build.py g++ clang++ --sanitize address undefined thread
 	$(RUN) tests/cpp/operators.py g++ --sanitize address undefined
 
-# The tests that are marked as long proofs.
+# The long proofs, with PART=today the part that the date chooses; PROOFS names some of them. About an hour on two cores.
 prove: build
-	$(RUN) -m pytest tests $(addprefix --ignore=tests/,cuda emulation interpret offline) -m prove
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpret -m prove --numprocesses auto
+	$(RUN) tools/prove.py $(PROOFS) --part $(PART)
 
 # Some gigabytes and many minutes, in a .venv-compat-* of its own; PYTHON says for which Python.
 compat: build

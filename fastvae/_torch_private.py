@@ -81,6 +81,14 @@ def processor_multiplies_bfloat16() -> bool:
     return any(ask() for ask in supported)
 
 
+def wrap_overload(overload: Callable, wrap: Callable[[Callable], Callable]) -> None:
+    """Puts ``wrap(call)`` in the place of the call of an operator's overload, also where compiled code makes it.
+
+    To be called before anything keeps the overload in a dictionary: its hash is that of the call.
+    """
+    overload._op = wrap(overload._op)  # type: ignore[attr-defined]
+
+
 def constant_when_compiled(function):
     """Decorates a function whose result torch.compile takes as a constant. torch.compiler.assume_constant_result does no more, but imports
     all of torch.compile."""

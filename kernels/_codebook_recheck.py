@@ -1,9 +1,9 @@
-"""The second kernel of the exact search: it decides the rows that the screen lists.
+"""The last kernel of the exact search decides the rows that the screen lists.
 
 =======================  ================  =======================================================  =============================
 kernel                   grid              reads                                                    writes
 =======================  ================  =======================================================  =============================
-codebook_recheck_kernel  (groups, splits)  x, codebook, the packed vectors with bounds, worklist    indices of the worklist's rows
+codebook_recheck_kernel  (groups, splits)  x, codebook, the packed vectors with bounds, worklist    indices, winners, tickets
 =======================  ================  =======================================================  =============================
 
 The worklist contains pairs, rows for which the screen left two codes, and open rows, for which it left more or cannot say how many. One
@@ -22,7 +22,7 @@ from fastvae.kernels._reduce import is_last, store_slots
 
 @triton.jit
 def decide_pair(row, codebook, half_norm, one, other, code_stride, dim, COLUMNS: tl.constexpr):
-    """The nearer of two codes."""
+    """Returns the nearer of two codes."""
     code = tl.where(tl.arange(0, 2) == 0, one, other)
     return nearest_exactly(row, codebook, code, tl.load(half_norm + code) < NEVER_NEAREST, code_stride, dim, 2, COLUMNS)
 
@@ -31,8 +31,8 @@ def decide_pair(row, codebook, half_norm, one, other, code_stride, dim, COLUMNS:
 def decide_candidates(
     nearest, row, codebook, code, candidate, code_stride, dim, CODES: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """The nearest of the candidates among ``code`` and of the code ``nearest``, which may be NO_CODE. The candidates are moved to the first
-    lanes of blocks of CODES, whose last lane has ``nearest``, so that nothing is computed for the other codes."""
+    """Returns the nearest of the candidates among ``code`` and of the code ``nearest``, which may be NO_CODE. The candidates move to the
+    first lanes of blocks of CODES, whose last lane has ``nearest``, so that nothing is computed for the other codes."""
     lane = tl.arange(0, CODES)
     number = tl.cumsum(candidate.to(tl.int32), axis=0)
     for first in range(0, tl.max(number, axis=0), CODES - 1):
@@ -45,7 +45,7 @@ def decide_candidates(
 
 @triton.jit
 def packed_products(row_packed, codes_packed, padded_dim, CODES: tl.constexpr, COLUMNS: tl.constexpr):
-    """The products (CODES,) of a packed row and the packed codes that begin at the pointer."""
+    """Returns the products (CODES,) of a packed row and the packed codes that begin at the pointer."""
     code = tl.arange(0, CODES)
     total = tl.zeros([CODES], tl.float32)
     for first in range(0, padded_dim, COLUMNS):
@@ -63,8 +63,8 @@ def nearest_of_split(
     code_stride, dim, padded_codes, padded_dim, half_norm_rounding,
     TILE_CODES: tl.constexpr, TILE_COLUMNS: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The nearest code of one split, which has every ``splits``-th tile of codes; NO_CODE where none is a candidate. ``bound`` is an upper
-    bound of the smallest score, infinite where the row has no scores."""
+    """Returns the nearest code of one split, which has every ``splits``-th tile of codes, or NO_CODE where none is a candidate. ``bound``
+    is an upper bound of the smallest score, infinite where the row has no scores."""
     lane = tl.arange(0, TILE_CODES)
     nearest = tl.cast(NO_CODE, tl.int64)
     no_scores = tl.where(scale == TOO_LARGE, INFINITY, 0.0)

@@ -380,10 +380,12 @@ def is_copied_and_pickled(call, place):
 
 
 PAIRS = [pair for device in DEVICES for pair in calls_on(device)]
+# The reference computes in float64 what takes the others a tenth of its time.
+MARKED = [pytest.param(call, place, marks=pytest.mark.prove if place.backend == "reference" else ()) for call, place in PAIRS]
 
 
 @pytest.mark.parametrize("name", CONTRACTS)
-@pytest.mark.parametrize(("call", "place"), PAIRS, ids=str)
+@pytest.mark.parametrize(("call", "place"), MARKED, ids=str)
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 def test_contract(name, call, place):
     CONTRACTS[name](call, place)
@@ -423,7 +425,7 @@ def test_every_row_has_every_contract():
     ]
     tested = {mark.args[0]: mark.args[1] for mark in test_contract.pytestmark if mark.name == "parametrize"}
     assert list(tested["name"]) == list(CONTRACTS)
-    pairs = {(str(call), str(place)) for call, place in tested["call", "place"]}
+    pairs = {tuple(map(str, parameter.values)) for parameter in tested["call", "place"]}
     assert pairs == {(str(call), str(place)) for call in CALLS for place in places(*call.operators)}
 
 

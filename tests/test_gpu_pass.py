@@ -75,10 +75,10 @@ def test_cuda_is_built_for_this_gpu_alone():
     assert "TORCH_CUDA_ARCH_LIST" not in gpu_pass.stages(NO_GPU, Path("out"))["build"].commands[0].environment
 
 
-def test_sanitizer_looks_for_bad_accesses_and_for_races():
-    memcheck, racecheck = commands(GPU, "sanitize")
-    assert "--tool=memcheck" in memcheck
-    assert "--tool=racecheck" in racecheck
+def test_sanitizer_looks_for_bad_accesses_races_barriers_and_unwritten_memory():
+    tools = ("memcheck", "racecheck", "synccheck", "initcheck")
+    for command, tool in zip(commands(GPU, "sanitize"), tools, strict=True):
+        assert f"--tool={tool}" in command
 
 
 @pytest.mark.parametrize("family", sorted(path.stem for path in (ROOT / "fastvae/functional").glob("[!_]*.py")))

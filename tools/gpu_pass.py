@@ -42,6 +42,9 @@ ON_GPU, ELSEWHERE = "cuda- and not cuda-fallback and not cuda-reference", "not c
 BRIEF = "--hypothesis-profile=brief"
 # compute-sanitizer slows kernels down so much that it gets one small test of each family.
 SANITIZED_TESTS = ("pytest", *FAMILY_TESTS, "-q", "--tb=short", BRIEF, "-k", f"odd_sizes and float32 and {ON_GPU}")
+# In the order of what they find: accesses out of bounds, races in shared memory, barriers that not all threads reach, reads of memory that
+# nothing has written.
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def _sanitize(machine: Machine) -> Stage:
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     prefix = (machine.sanitizer, "--error-exitcode=1", "--target-processes=application-only")
     tests = (sys.executable, "-m", *SANITIZED_TESTS)
-    return Stage("sanitize", 2, tuple(Command((*prefix, f"--tool={tool}", *tests), environment) for tool in ("memcheck", "racecheck")))
+    return Stage("sanitize", 2, tuple(Command((*prefix, f"--tool={tool}", *tests), environment) for tool in SANITIZER_TOOLS))
 
 
 def _benchmarks(machine: Machine, out: Path) -> tuple[Command, ...]:

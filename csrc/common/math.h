@@ -111,6 +111,9 @@ FASTVAE_INLINE Exponential<double> bounded_exponential(double x) { return expone
 #if defined(__CUDA_ARCH__)
 // This has an error of two units in the last place and takes one instruction of the special function unit.
 FASTVAE_INLINE float exp(float x) { return ::expf(x); }
+#elif defined(FASTVAE_APPROXIMATE)
+// Tests build with the errors of the GPU's instructions here and below.
+FASTVAE_INLINE float exp(float x) { return FASTVAE_APPROXIMATE(exponential(x).value, 2); }
 #else
 FASTVAE_INLINE float exp(float x) { return exponential(x).value; }
 #endif
@@ -174,6 +177,10 @@ FASTVAE_INLINE float divide(float a, float b) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));
   return a * reciprocal;
 }
+#elif defined(FASTVAE_APPROXIMATE)
+FASTVAE_INLINE float flush_denormal(float x) { return ::fabsf(x) < 1.17549435e-38f ? ::copysignf(0.0f, x) : x; }
+FASTVAE_INLINE float sqrt(float x) { return FASTVAE_APPROXIMATE(::sqrtf(flush_denormal(x)), 1); }
+FASTVAE_INLINE float divide(float a, float b) { return a * flush_denormal(FASTVAE_APPROXIMATE(1.0f / flush_denormal(b), 1)); }
 #else
 FASTVAE_INLINE float sqrt(float x) { return ::sqrtf(x); }
 FASTVAE_INLINE float divide(float a, float b) { return a / b; }

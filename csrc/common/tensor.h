@@ -73,8 +73,45 @@ inline int64_t batch_of(const Tensor& tensor) { return tensor.dim() > 0 ? tensor
 
 inline Output output_of(const Tensor& tensor) { return {tensor.mutable_data_ptr(), dtype_of(tensor)}; }
 
+// Raises the error of an allocation of so many bytes that failed. The stable ABI reports a failure without its reason, so each backend says
+// what it knows of it.
+[[noreturn]] void raise_failed_allocation(int64_t bytes);
+
+// This calls the C shim, which takes a fourth of the time of the dispatcher's aten::empty.
+inline Tensor allocate_strided(const Sizes& shape, const Sizes& strides, ScalarType dtype, int32_t device_type, int32_t device_index) {
+  AtenTensorHandle handle = nullptr;
+  AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), shim_dtype(dtype),
+                                                  device_type, device_index, &handle);
+  if (error != AOTI_TORCH_SUCCESS) {
+    int64_t bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(shim_dtype(dtype)));
+    for (int64_t size : shape) bytes *= size;
+    raise_failed_allocation(bytes);
+  }
+  return Tensor(handle);
+}
+
+inline Sizes contiguous_strides(const Sizes& shape) {
+  Sizes strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= shape[d] > 0 ? shape[d] : 1;
+  }
+  return strides;
+}
+
+// A contiguous copy in a dtype. torch::stable::contiguous() and to() would allocate it themselves and lose the reason of a failure.
+inline Tensor contiguous_copy(const Tensor& tensor, ScalarType dtype) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+  Sizes shape = shape_of(tensor);
+  Tensor copy = allocate_strided(shape, contiguous_strides(shape), dtype, device_type, tensor.get_device_index());
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
 // The tensor itself where it is contiguous, otherwise a contiguous copy.
-inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : contiguous_copy(tensor, tensor.scalar_type()); }
 
 // Owns the copies of operands until their kernels have run, or on a GPU have been launched.
 using Copies = std::vector<Tensor>;
@@ -96,7 +133,7 @@ inline bool has_contiguous_rows(const Tensor& tensor) {
 // The tensor itself where the elements of its last dimension are contiguous, otherwise a contiguous copy; `copies` owns it.
 inline const Tensor& with_contiguous_vectors(const Tensor& tensor, Copies& copies) {
   int64_t last = tensor.dim() - 1;
-  return copies.emplace_back(tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor));
+  return copies.emplace_back(tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : contiguous_copy(tensor, tensor.scalar_type()));
 }
 
 // The view of a tensor (heads, rows, dim).
@@ -117,24 +154,6 @@ inline int64_t broadcast_inner(const Tensor& operand, const Sizes& shape) {
 inline Sizes reduced_shape(const Tensor& like, int64_t batch, Reduction reduction) {
   if (reduction == Reduction::none) return shape_of(like);
   return reduction == Reduction::sample && like.dim() > 0 ? Sizes{batch} : Sizes{};
-}
-
-// This calls the C shim, which takes a fourth of the time of the dispatcher's aten::empty.
-inline Tensor allocate_strided(const Sizes& shape, const Sizes& strides, ScalarType dtype, int32_t device_type, int32_t device_index) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), shim_dtype(dtype),
-                                                  device_type, device_index, &handle));
-  return Tensor(handle);
-}
-
-inline Sizes contiguous_strides(const Sizes& shape) {
-  Sizes strides(shape.size());
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= shape[d] > 0 ? shape[d] : 1;
-  }
-  return strides;
 }
 
 // The allocations of an operator in terms of one function of the device, empty_strided(shape, strides, dtype).

@@ -101,9 +101,9 @@ std::tuple<Tensor, Tensor> jacobian_backward(const Tensor& grad_output, const Te
   p.norms_known = true;
   p.grad_scale = reduction_scale(reduction, p.batch, p.batch * p.units);
   if (reduction == Reduction::none)
-    p.element_weights = rows_of(grad_output, copies);
+    p.element_grad_output = rows_of(grad_output, copies);
   else if (reduction == Reduction::sample)
-    p.sample_weights = incoming.const_data_ptr();
+    p.sample_grad_output = incoming.const_data_ptr();
   else
     p.grad_scale *= scalar_value(grad_output);
   if (with_grad_hidden) p.grad_hidden = output_of(grad_hidden);

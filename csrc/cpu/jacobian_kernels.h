@@ -8,8 +8,8 @@
 
 namespace fastvae {
 
-// The hidden units of a block, which is what one thread takes at a time: columns of the hidden values and rows of the weight. It is a
-// multiple of the lanes of every vector register, so that loops over a block have a constant length and no remainder.
+// The number of hidden units of a block, which is what one thread takes at a time. It is a multiple of the lanes of every vector register,
+// so that loops over a block have a constant length and no remainder. A unit is a column of the hidden values and a row of the weight.
 constexpr int64_t kBlockUnits = 32;
 
 // A matrix whose rows are contiguous; `stride` is the number of elements from one row to the next.
@@ -32,16 +32,16 @@ struct ContractivePenalty {
   void* squared_norms;  // (units,) of T: read where norms_known, written otherwise
   bool norms_known;
 
-  // The forward pass requests one of these.
+  // The forward pass requests one of these. `sums` begins at 0, because the kernel adds to it.
   Output elements;      // (batch, units)
   double* sums;         // (blocks,)
   double* sample_sums;  // (blocks, batch)
 
-  // The gradients are multiplied by grad_scale and, where there is one, by the grad_output of the sample or of the element.
+  // The gradients are multiplied by grad_scale and, where one of the two is set, by the grad_output of the sample or of the element.
   double grad_scale;
-  const void* sample_weights;       // (batch,) of T
-  JacobianRows element_weights;     // (batch, units)
-  Output grad_hidden, grad_weight;  // (batch, units) and (units, inputs)
+  const void* sample_grad_output;    // (batch,) of T
+  JacobianRows element_grad_output;  // (batch, units)
+  Output grad_hidden, grad_weight;   // (batch, units) and (units, inputs)
 
   int64_t blocks() const { return (units + kBlockUnits - 1) / kBlockUnits; }
 };

@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace fastvae {
 
@@ -12,6 +14,8 @@ std::atomic<bool> poison{false};
 }  // namespace
 
 void set_poison(bool on) { poison.store(on); }
+
+void raise_failed_allocation(int64_t bytes) { throw std::runtime_error("fastvae: allocating " + std::to_string(bytes) + " bytes failed"); }
 
 Tensor Cpu::empty_strided(const Sizes& shape, const Sizes& strides, ScalarType dtype) const {
   Tensor tensor = allocate_strided(shape, strides, dtype, aoti_torch_device_type_cpu(), 0);

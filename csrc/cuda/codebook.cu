@@ -62,14 +62,14 @@ void screen(const Launch& launch, const CodebookOperands& o, const CodebookScree
   launch.run(screen_of<T>(o.dim), grid.tiles, grid.splits, kThreads, p);
 }
 
-// The second step of the search for codes of a dtype.
+// Returns the recheck kernel for codes of a dtype.
 void (*recheck_of(DType dtype))(CodebookRecheckParams) {
   if (dtype == DType::float32) return codebook_recheck_kernel<float>;
   if (dtype == DType::bfloat16) return codebook_recheck_kernel<BFloat16>;
   return dtype == DType::float16 ? codebook_recheck_kernel<Half> : codebook_recheck_kernel<double>;
 }
 
-// Launches the second step of the search.
+// Launches the recheck, which decides the rows that the screen put on the worklist.
 void recheck(const Launch& launch, const CodebookOperands& o, const PackedCodebook& packed, const CodebookWorklist& worklist,
              int64_t max_splits, unsigned* tickets, int64_t* indices, Copies& memory) {
   int64_t blocks = min64(o.heads * o.rows * max_splits, kRecheckBlocks);
@@ -80,7 +80,7 @@ void recheck(const Launch& launch, const CodebookOperands& o, const PackedCodebo
   p.worklist = worklist;
   p.max_splits = max_splits;
   memory.push_back(allocate_parts(launch, [&](Arena& arena) {
-    p.exact = arena.take<double>(blocks * 3 * o.dim);
+    p.vectors = arena.take<double>(blocks * 3 * o.dim);
     p.centred = arena.take<float>(blocks * packed.layout.padded_dim);
     p.found = arena.take<int32_t>(blocks * (1 + kSplitCandidates));
   }));

@@ -55,7 +55,8 @@ __device__ __forceinline__ void load_then_store(int64_t first, int64_t end, int6
   for (int64_t base = first; base < end; base += kBatch * step) {
     decltype(load(first)) values[kBatch];
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) values[k] = load(min64(base + k * step, end - 1));
+    for (int k = 0; k < kBatch; ++k)
+      if (base + k * step < end) values[k] = load(base + k * step);
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)
       if (base + k * step < end) store(base + k * step, values[k]);

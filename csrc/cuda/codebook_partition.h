@@ -14,12 +14,12 @@ constexpr int kShortCodes = 256;  // codes that are in shared memory at a time: 
 
 // About one wave of an H200, whose 132 multiprocessors each run four blocks of a screen at a time: registers and shared memory allow no
 // more. Where the rows give fewer blocks, the codes of each tile are split among several.
-constexpr int64_t kScreenBlocks = 512;
+constexpr int64_t kScreenBlocks = FASTVAE_GRID_LIMIT(512);
 static_assert(kScreenBlocks <= kMaxColumnBlocks, "each tile of rows whose codes are split has a ticket counter");
-// Blocks of the second step: four for each of the 132 multiprocessors of an H200. Where there are few rows to decide, several blocks share
+// The recheck has four blocks for each of the 132 multiprocessors of an H200. Where there are few rows to decide, several blocks share
 // the codes of a row. Each then reads kRecheckElements elements of the packed codes or more, which take about as long as its launch does,
 // and keeps up to kSplitCandidates codes.
-constexpr int64_t kRecheckBlocks = 528, kMaxRecheckSplits = 32, kRecheckElements = 16384;
+constexpr int64_t kRecheckBlocks = FASTVAE_GRID_LIMIT(528), kMaxRecheckSplits = 32, kRecheckElements = 16384;
 constexpr int kSplitCandidates = 8;
 static_assert(kRecheckBlocks / 2 <= kMaxColumnBlocks, "each row whose codes are split has a ticket counter");
 constexpr int64_t kMeanCodes = 128;  // about so many codes, evenly spaced, give the mean
@@ -70,7 +70,7 @@ inline CodebookScreenGrid screen_grid(int64_t heads, int64_t rows, const Codeboo
   return grid;
 }
 
-// The number of blocks that may share the codes of a row in the second step.
+// The number of blocks that may share the codes of a row in the recheck.
 inline int64_t max_recheck_splits(const CodebookLayout& layout) {
   int64_t useful = layout.padded_codes * layout.padded_dim / kRecheckElements;
   return max64(min64(min64(useful, layout.padded_codes / kTileCodes), kMaxRecheckSplits), 1);
@@ -118,7 +118,7 @@ FASTVAE_INLINE void merge_nearest(NearestTwo& best, const NearestTwo& other) {
 
 // In the counting sort a warp handles a part of the rows of a head. Each part has a count for each code, so there are not more than
 // kMaxSortParts, and none is so small that the counts outweigh the rows.
-constexpr int64_t kMaxSortParts = 512;
+constexpr int64_t kMaxSortParts = FASTVAE_GRID_LIMIT(512);
 constexpr int64_t kMinPartRows = 256;
 constexpr int kOffsetCodes = 8;  // codes of a block that sums their counts over the parts
 

@@ -1,15 +1,16 @@
-// The second step of the exact search: one kernel decides the rows of the worklist. It finds the codes that can be the nearest of a row,
-// its candidates, and decides between them alone: by squared distances in float64, and where those are too close, exactly.
+// The recheck of the exact search: one kernel decides the rows that the screen put on the worklist. It finds the codes that can be the
+// nearest of a row, its candidates, and decides between them alone: by squared distances in float64, and where those are too close, by
+// exact sums. Where exact products would overflow float64, see order_of(), the distances in float64 decide.
 //
 // kernel                   grid      reads                                                            writes
-// codebook_recheck_kernel  (blocks)  x, codebook, the packed codes, the worklist, indices of pairs    indices
+// codebook_recheck_kernel  (blocks)  x, codebook, the packed codes, the worklist, indices of pairs    indices; its scratch memory, tickets
 //
-// Where there are fewer rows than blocks, several blocks share the codes of a row, and the last of them to finish decides between the
-// candidates that they found.
+// Where the worklist has at most half as many rows as the grid has blocks, several blocks share the codes of a row. Each searches one part
+// of them, a split, and the last block to finish decides between the candidates of all splits.
 //
-// A row for which the screen left two codes reads those alone. Any other row that was screened reads the packed codes, 4 bytes an element:
-// 256 KiB of 1,024 codes of 64 elements, which 4 blocks share, and 8 MiB of 8,192 codes of 256, which 32 share. A row that was not screened
-// reads the codebook itself in float64. Each candidate then costs one distance in float64.
+// A row for which the screen left two codes, a pair, reads those alone. Any other row that was screened reads the packed codes, 4 bytes an
+// element: 256 KiB of 1,024 codes of 64 elements, which up to 4 blocks share, or 8 MiB of 8,192 codes of 256 elements, which up to 32
+// share. A row that was not screened reads the codebook itself in float64. Each candidate then costs one distance in float64.
 #pragma once
 
 #include "codebook_screen.cuh"
@@ -26,21 +27,26 @@ struct CodebookRecheckParams {
   Divider rows;
   PackedCodebook codes;
   CodebookWorklist worklist;
-  int64_t max_splits;  // blocks that share a row, at most
-  // Scratch memory of each block: a row and two codes in float64, a row as the screen reads it, and the candidates of a split.
-  double* exact;      // (blocks, 3, dim)
-  float* centred;     // (blocks, padded dim)
-  int32_t* found;     // (blocks, 1 + kSplitCandidates): the number of candidates, then their codes
-  unsigned* tickets;  // (blocks,), where max_splits > 1
-  int64_t* indices;   // (heads, rows)
+  int64_t max_splits;  // the most blocks that may share the codes of a row
+  // Each block has scratch memory for a row and two codes in float64, for the row minus the mean and scaled, and for what it found in a
+  // split: the number of candidates, then their codes. A number above kSplitCandidates says that not all of them are stored.
+  double* vectors;  // (blocks, 3, dim)
+  float* centred;   // (blocks, padded dim)
+  int32_t* found;   // (blocks, 1 + kSplitCandidates)
+  // Each entry of the worklist whose codes are shared has a ticket counter, which is 0 before and after the launch, see is_last_block().
+  unsigned* tickets;
+  int64_t* indices;  // (heads, rows): the screen wrote the first code of each pair
 };
 
-// The number of candidates that a block keeps before it decides between them. A step of a scan adds at most one for each thread.
+// The number of candidates that a block keeps before it decides between them. A step of scan() adds at most one for each thread.
 constexpr int kCandidates = 2 * kThreads;
+// A block that stops before the end of its split stores this as the number of candidates.
+constexpr int kCandidateOverflow = kCandidates;
+static_assert(kCandidateOverflow > kSplitCandidates, "load_candidates() sees that candidates are missing");
 static_assert(kMaxRecheckSplits * kSplitCandidates <= kCandidates, "the candidates of all splits fit");
 static_assert(kMaxRecheckSplits <= kThreads, "a thread reads the candidates of one split");
 
-// Codes that may be the nearest, in any order.
+// The list of the codes that may be the nearest, in any order.
 struct CodebookCandidates {
   int count;
   int32_t codes[kCandidates];
@@ -48,7 +54,7 @@ struct CodebookCandidates {
   __device__ __forceinline__ void add(int64_t code) { codes[atomicAdd(&count, 1)] = static_cast<int32_t>(code); }
 };
 
-// The minimum over the threads of the block; each thread gets it.
+// Returns the minimum over the threads of the block to each of them.
 __device__ __forceinline__ double block_min(double value) {
   __shared__ double parts[kWarps];
   for (int offset = kWarp / 2; offset > 0; offset /= 2) value = fmin(value, __shfl_xor_sync(0xffffffffu, value, offset));
@@ -60,7 +66,7 @@ __device__ __forceinline__ double block_min(double value) {
   return result;
 }
 
-// Writes the elements of a row as double, and returns whether all are finite. Every thread of the block has to call this.
+// Writes the elements of row number `row` as double, and returns whether all are finite. Every thread of the block has to call this.
 __device__ __forceinline__ bool row_to_double(const CodebookView& rows, int64_t head, int64_t row, int64_t dim, double* to) {
   int64_t first = rows.offset(head, row);
   int not_finite = 0;
@@ -72,9 +78,10 @@ __device__ __forceinline__ bool row_to_double(const CodebookView& rows, int64_t 
   return block_sum(not_finite) == 0;
 }
 
-// The products of the centred row and the codes of a panel. Thread t < kTileCodes gets that of code t; the result of the others has no
-// meaning. A thread multiplies kVector adjacent codes with every eighth element of the row.
-__device__ __forceinline__ float panel_product(const float* row, const float* panel, int64_t padded_dim) {
+// Returns the product of the centred row and code threadIdx.x % kTileCodes of a panel of kTileCodes codes, see CodebookLayout. A thread
+// multiplies kVector adjacent codes by every kSlices-th element of the row, and then adds the partial sums of one code. Every thread of the
+// block has to call this, and a barrier has to come before the next call, which overwrites the partial sums.
+__device__ __forceinline__ float panel_product(const float* centred, const float* panel, int64_t padded_dim) {
   constexpr int kAcross = kTileCodes / kVector, kSlices = kThreads / kAcross;
   struct Parts {
     alignas(16) float products[kSlices][kTileCodes];
@@ -85,30 +92,29 @@ __device__ __forceinline__ float panel_product(const float* row, const float* pa
 #pragma unroll 8
   for (int64_t d = slice; d < padded_dim; d += kSlices) {
     Vector<float> code = *reinterpret_cast<const Vector<float>*>(panel + d * kTileCodes + first);
-    float x = row[d];
+    float x = centred[d];
     for (int k = 0; k < kVector; ++k) total[k] = fma(x, code.v[k], total[k]);
   }
-  store(&parts.products[slice][first], kVector, true, total);
+  store(&parts.products[slice][first], kVector, /*vectorized=*/true, total);
   __syncthreads();
   float product = 0.0f;
 #pragma unroll
   for (int i = 0; i < kSlices; ++i) product += parts.products[i][threadIdx.x % kTileCodes];
-  __syncthreads();
   return product;
 }
 
-// The product of the centred row and a code that is packed by itself.
-__device__ __forceinline__ float short_product(const float* row, const float* code, int64_t padded_dim) {
+// Returns the product of the centred row and a short code, which is a panel by itself. Each thread has a code of its own.
+__device__ __forceinline__ float short_product(const float* centred, const float* code, int64_t padded_dim) {
   float total = 0.0f;
   for (int64_t d = 0; d < padded_dim; d += kVector) {
     Vector<float> values = *reinterpret_cast<const Vector<float>*>(code + d);
-    for (int k = 0; k < kVector; ++k) total = fma(row[d + k], values.v[k], total);
+    for (int k = 0; k < kVector; ++k) total = fma(centred[d + k], values.v[k], total);
   }
   return total;
 }
 
-// The nearest code of one row of the worklist, which a block searches. C is the dtype of the codes. Every thread of the block has to call
-// each function, and has the same values in all members.
+// Searches the nearest code of one row of the worklist on one block. C is the dtype of the codebook. Every thread of the block has to call
+// each public function, because most contain barriers. All members but group_ have the same values in all threads.
 template <class C>
 class CodebookRecheck {
  public:
@@ -119,28 +125,31 @@ class CodebookRecheck {
         listed_(listed),
         head_(quotient(p.rows, listed.row)),
         first_code_(head_ * layout_.padded_codes),
-        x_(p.exact + blockIdx.x * 3 * layout_.dim),
+        x_(p.vectors + blockIdx.x * 3 * layout_.dim),
         centred_(p.centred + blockIdx.x * layout_.padded_dim) {}
 
-  // Loads the row. Returns false where it is not finite.
+  // Loads the row and, unless it has a pair, what its scores need. Returns false where an element is not finite.
   __device__ __forceinline__ bool load_row() {
     if (threadIdx.x == 0) candidates().count = 0;
     bool finite = row_to_double(p_.x, head_, listed_.row - head_ * p_.rows.divisor, layout_.dim, x_);
+    // A pair, whose second code is known, needs no scores.
     if (!finite || listed_.second_code >= 0) return finite;
     const float* mean = p_.codes.mean + head_ * layout_.padded_dim;
     double scale = scale_of(p_.codes.exponent[head_]), square = 0.0;
-    bool screened = listed_.second_code != kNotScreened;
+    // add_by_double() scores a row that was not screened as it is: its norm is not centred either, and nothing reads centred_.
+    bool screened = is_screened();
     for (int64_t d = threadIdx.x; d < layout_.padded_dim; d += kThreads) {
       double x = d < layout_.dim ? x_[d] : 0.0, value = screened && d < layout_.dim ? (x - mean[d]) * scale : x;
       centred_[d] = static_cast<float>(value);
       square += value * value;
     }
     square = block_sum(square);
+    // The factor is above the relative rounding error of the sum and the root, about dim * 2^-54.
     norm_ = ::sqrt(square) * (1.0 + 1e-6);
     return true;
   }
 
-  // The candidates are the two codes that the screen left.
+  // Adds the two codes that the screen left as candidates.
   __device__ __forceinline__ void add_pair() {
     if (threadIdx.x == 0) {
       candidates().add(p_.indices[listed_.row]);
@@ -149,15 +158,16 @@ class CodebookRecheck {
     __syncthreads();
   }
 
-  // Finds the candidates among the codes [begin, end), which are whole panels, until there is no room for those of another step. Returns
-  // the code before which it stopped.
+  // Finds the candidates among the codes [begin, end), both multiples of kTileCodes, until the list may have no room for those of another
+  // step. Returns the code before which it stopped.
   __device__ __forceinline__ int64_t scan(int64_t begin, int64_t end) {
-    bool screened = listed_.second_code != kNotScreened;
+    bool screened = is_screened();
+    // A step handles one code for each group of threads, one short code for each thread, or one panel.
     int64_t step = !screened ? group_.count : layout_.panel_codes == 1 ? kThreads : kTileCodes;
     double bound = INFINITY;
     for (int64_t base = begin; base < end; base += step) {
       int count = candidates().count;
-      // This step adds to the count.
+      // Every thread has to read the count before another one adds to it below.
       __syncthreads();
       if (count > kCandidates - kThreads) return base;
       if (screened)
@@ -169,15 +179,17 @@ class CodebookRecheck {
     return end;
   }
 
-  // Stores the candidates of this block for the last one that shares the row.
+  // Stores the candidates of this block's split for the last block that shares the row. Where there are more than kSplitCandidates, that
+  // block sees the count and searches again. `complete` says that the scan reached the end of the split.
   __device__ __forceinline__ void store_candidates(bool complete) const {
     int count = candidates().count;
     int32_t* to = found_by(blockIdx.x);
-    if (threadIdx.x == 0) to[0] = complete ? count : kCandidates;
+    if (threadIdx.x == 0) to[0] = complete ? count : kCandidateOverflow;
     if (threadIdx.x < min64(count, kSplitCandidates)) to[1 + threadIdx.x] = candidates().codes[threadIdx.x];
   }
 
-  // Loads the candidates that blocks [first, first + count) stored. Returns false where one of them found more than it could store.
+  // Loads the candidates that blocks [first, first + count) stored. Returns false, with an empty list, where one of them found more than it
+  // could store. __ldcg() bypasses the L1 cache, which does not see what other multiprocessors wrote.
   __device__ __forceinline__ bool load_candidates(int64_t first, int64_t count) {
     int overflow = 0;
     if (threadIdx.x == 0) candidates().count = 0;
@@ -194,13 +206,17 @@ class CodebookRecheck {
     return false;
   }
 
-  // Decides between the candidates, and the nearest of those before them, and removes them.
+  // Decides between the candidates and the nearest code of earlier calls, and empties the list of candidates.
   __device__ __forceinline__ void decide() {
     __shared__ double distances[kThreads];
     int count = candidates().count;
+    // Without a candidate there is no barrier between this and the write below.
+    if (count == 0) return;
     for (int base = 0; base < count; base += group_.count) {
-      int place = base + group_.number;
-      double distance = distance_to(place < count ? candidates().codes[place] : layout_.codes);
+      int index = base + group_.number;
+      // A group without a candidate passes a number above every code and gets an infinite distance. It cannot skip the call, because
+      // distance_to() shuffles among all threads of a warp.
+      double distance = distance_to(index < count ? candidates().codes[index] : layout_.codes);
       if (group_.member == 0) distances[group_.number] = distance;
       __syncthreads();
       for (int i = 0; i < group_.count && base + i < count; ++i) keep_nearer(candidates().codes[base + i], distances[i]);
@@ -210,7 +226,7 @@ class CodebookRecheck {
     __syncthreads();
   }
 
-  // Writes the index. Where no code has a finite distance, it is 0.
+  // Writes the index of the nearest code, or 0 where no code has a finite distance.
   __device__ __forceinline__ void write_index() const {
     if (threadIdx.x == 0) p_.indices[listed_.row] = max64(nearest_, 0);
   }
@@ -223,12 +239,16 @@ class CodebookRecheck {
 
   __device__ __forceinline__ int32_t* found_by(int64_t block) const { return p_.found + block * (1 + kSplitCandidates); }
 
+  __device__ __forceinline__ bool is_screened() const { return listed_.second_code != kNotScreened; }
+
+  // Returns whether a code can be the nearest. The start of padding, and of codes that are not finite or are equal to an earlier one, is
+  // kNeverNearest.
   __device__ __forceinline__ bool is_searched(int64_t code) const {
     return code < layout_.codes && p_.codes.start[first_code_ + code] < kNeverNearest;
   }
 
-  // Adds the candidates of one step from code `base` on: those whose lower bound of the score, computed as in the screen, is at most the
-  // upper bound of the score of the code that the screen found.
+  // Adds the candidates of one step from code `base` on: those whose lower bound of the score, start - slope * norm - product as in the
+  // screen, is at most the upper bound of the score of the code that the screen found.
   __device__ __forceinline__ void add_by_float(int64_t base, int64_t end) {
     int64_t code = base + threadIdx.x;
     const float* elements = p_.codes.elements + first_code_ * layout_.padded_dim;
@@ -242,12 +262,14 @@ class CodebookRecheck {
     }
     if (!inside || !is_searched(code)) return;
     float norm = static_cast<float>(norm_) * p_.codes.errors.norm_factor + p_.codes.errors.norm_underflow;
-    float lowered = p_.codes.start[first_code_ + code] - fma(p_.codes.slope[first_code_ + code], norm, product);
-    if (!(lowered > listed_.bound)) candidates().add(code);
+    float lower = p_.codes.start[first_code_ + code] - fma(p_.codes.slope[first_code_ + code], norm, product);
+    // A NaN would make the code a candidate, which is safe.
+    if (!(lower > listed_.bound)) candidates().add(code);
   }
 
-  // The same for a row that was not screened, in float64 from the inputs. `bound` is an upper bound of the smallest score of earlier codes;
-  // it returns that of these codes too.
+  // Adds the candidates of one step for a row that was not screened. Scores are computed in float64 from the inputs. `bound` is an upper
+  // bound of the smallest score of the codes of earlier steps. The function returns that bound with the codes of this step included, and
+  // compares their lower bounds with it.
   __device__ __forceinline__ double add_by_double(int64_t base, int64_t end, double bound) {
     int64_t code = base + group_.number;
     bool searched = code < end && is_searched(code);
@@ -271,8 +293,8 @@ class CodebookRecheck {
     return bound;
   }
 
-  // The squared distance of the row to a code, infinite where the code is not searched. A group of threads computes it; each gets the
-  // result.
+  // Returns the squared distance of the row to a code, or infinity where the code is not searched. The threads of a group share the sum,
+  // and each gets the result.
   __device__ __forceinline__ double distance_to(int64_t code) const {
     double total = 0.0;
     bool searched = is_searched(code);
@@ -298,7 +320,8 @@ class CodebookRecheck {
     distance_ = distance;
   }
 
-  // Whether a code is nearer than the nearest so far (negative), as near (0), or not (positive).
+  // Compares a code with the nearest one so far. Returns a negative number where the code is nearer, 0 where it is as near, and a positive
+  // number where it is farther. A distance above the tie_bound() of another one is larger in exact arithmetic too.
   __device__ __forceinline__ int order_of(int64_t code, double distance) {
     __shared__ ExactSum sum;
     __shared__ int order;
@@ -310,6 +333,7 @@ class CodebookRecheck {
     if (threadIdx.x == 0) order = compare_distances(x_, x_ + dim, x_ + 2 * dim, dim, sum);
     __syncthreads();
     if (order != kUndecided) return order;
+    // A product overflows only where a float64 codebook has elements of 2^495 or more.
     return distance < distance_ ? -1 : distance > distance_;
   }
 
@@ -318,48 +342,50 @@ class CodebookRecheck {
   ThreadGroup group_;
   CodebookListedRow listed_;
   int64_t head_, first_code_;
-  double* x_;       // (3, dim): the row, and scratch memory for two codes
-  float* centred_;  // (padded dim,): the row as the screen reads it
-  double norm_ = 0.0;
-  int64_t nearest_ = -1;
-  double distance_ = INFINITY;  // of the nearest code
+  double* x_;             // (3, dim): the row, and scratch memory for two codes
+  float* centred_;        // (padded dim,): the row minus the mean and scaled, as the screen reads it; unused where it was not screened
+  double norm_ = 0.0;     // an upper bound of the norm of the centred row, or of the row itself where it was not screened
+  int64_t nearest_ = -1;  // the nearest code so far, -1 where there is none
+  double distance_ = INFINITY;  // the squared distance of the nearest code in float64
 };
 
-// Decides one row. With several splits each block searches a part of the codes, and the last one decides between what all have found, or
-// searches all codes where a block has found more than it can store.
+// Decides one row. Where several blocks share its codes, each searches one split. The last of them decides between the candidates of all
+// splits, or searches all codes itself where a split has more candidates than its block can store.
 template <class C>
 __device__ __forceinline__ void recheck_row(const CodebookRecheckParams& p, int64_t entry, int64_t split, int64_t splits) {
   CodebookListedRow listed = p.worklist.rows[entry];
   bool is_pair = listed.second_code >= 0, is_shared = !is_pair && splits > 1;
   if (is_pair && split > 0) return;
-  CodebookRecheck<C> row(p, listed);
-  if (!row.load_row()) {
-    if (split == 0) row.write_index();
+  CodebookRecheck<C> search(p, listed);
+  if (!search.load_row()) {
+    if (split == 0) search.write_index();
     return;
   }
-  int64_t codes = p.codes.layout.padded_codes, share = ceil_div(codes / kTileCodes, splits) * kTileCodes;
-  int64_t code = is_shared ? split * share : 0, end = is_shared ? min64(code + share, codes) : codes;
+  int64_t codes = p.codes.layout.padded_codes, codes_per_split = ceil_div(codes / kTileCodes, splits) * kTileCodes;
+  // The codes [next, end) are still to be scanned.
+  int64_t next = is_shared ? split * codes_per_split : 0, end = is_shared ? min64(next + codes_per_split, codes) : codes;
   if (is_pair) {
-    row.add_pair();
-    code = end;
+    search.add_pair();
+    next = end;
   }
   for (;;) {
-    code = row.scan(code, end);
+    next = search.scan(next, end);
     if (is_shared) {
-      row.store_candidates(code >= end);
+      search.store_candidates(next >= end);
       if (!is_last_block(p.tickets + entry, static_cast<unsigned>(splits))) return;
       is_shared = false;
-      code = row.load_candidates(blockIdx.x - split, splits) ? codes : 0;
+      next = search.load_candidates(blockIdx.x - split, splits) ? codes : 0;
       end = codes;
-      if (code < end) continue;
+      if (next < end) continue;
     }
-    row.decide();
-    if (code >= end) break;
+    search.decide();
+    if (next >= end) break;
   }
-  row.write_index();
+  search.write_index();
 }
 
-// Where there are fewer rows than blocks, the blocks of a row are adjacent; otherwise blocks take rows in turn.
+// Adjacent blocks share a row where there are two or more for each; otherwise every block takes whole rows, gridDim.x entries apart. The
+// launch bounds limit the registers, so that four blocks run on a multiprocessor at a time, as many as kRecheckBlocks has for each.
 template <class C>
 __global__ void __launch_bounds__(kThreads, 4) codebook_recheck_kernel(const __grid_constant__ CodebookRecheckParams p) {
   int64_t count = static_cast<int64_t>(*p.worklist.count);

@@ -9,16 +9,19 @@
 
 namespace fastvae {
 
+// Raises the error of a call of the CUDA runtime; `what` names what was under way.
+[[noreturn]] void raise_cuda_error(cudaError_t status, const char* what);
+
 inline void check_cuda(cudaError_t status, const char* what) {
-  STD_TORCH_CHECK(status == cudaSuccess, "fastvae: ", what, ": ", cudaGetErrorString(status));
+  if (status != cudaSuccess) raise_cuda_error(status, what);
 }
 
 // A launch needs slots for one of four things: two scalar sums (one slot a block each), the sums of rows (two slots a block), the sums of
 // columns (kWarp slots a block), or the sums over samples of noise (kSampleSlots a block).
-constexpr int kSlots = kMaxColumnBlocks * kWarp;
-constexpr int kTickets = kMaxColumnBlocks;  // the sums of columns take one ticket for each group of columns
-static_assert(2 * kMaxBlocks <= kSlots && 2 * kMaxRowBlocks <= kSlots && kMaxSampleBlocks * kSampleSlots <= kSlots,
-              "each kind of sum has its slots");
+constexpr int kSlots =
+    static_cast<int>(max64(max64(2 * max64(kMaxBlocks, kMaxRowBlocks), kMaxColumnBlocks* kWarp), kMaxSampleBlocks* kSampleSlots));
+// The sums of columns take one ticket for each group of columns, and those over samples one for each tile.
+constexpr int kTickets = static_cast<int>(max64(kMaxColumnBlocks, kMaxSampleBlocks));
 
 // The workspace of a stream; launches on one stream follow each other, so they share it. Where no persistent workspace is available, this
 // allocates one, which `owner` then owns.
@@ -37,7 +40,12 @@ class Launch : public Allocations<Launch> {
     return allocate_strided(shape, strides, dtype, aoti_torch_device_type_cuda(), device_);
   }
 
-  Workspace workspace() { return workspace_of(device_, stream_, &workspace_owner_); }
+  // The scratch memory that all launches of the operator share, because they follow each other on one stream. It is taken once: a second
+  // temporary workspace would free the first, to which a kernel may hold pointers.
+  Workspace workspace() {
+    if (!workspace_.slots) workspace_ = workspace_of(device_, stream_, &workspace_owner_);
+    return workspace_;
+  }
 
   // Sets every byte of a contiguous tensor.
   void fill(const Tensor& tensor, int byte) const {
@@ -59,7 +67,8 @@ class Launch : public Allocations<Launch> {
  private:
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
-  Tensor workspace_owner_;  // owns the workspace where that is not persistent
+  Tensor workspace_owner_;                 // owns the workspace where that is not persistent
+  Workspace workspace_{nullptr, nullptr};  // without slots until an operator asks for it
   cudaStream_t stream_ = nullptr;
 };
 

@@ -16,19 +16,24 @@ constexpr int kStep = kWarps * kNoiseTile;  // elements that a block handles in 
 
 static_assert(kWarp * kVector == kNoiseLanes && kRuns * kNoiseLanes == kNoiseTile, "a warp reads one noise tile");
 
+// Tests build with smaller limits, so that small tensors reach the loops over more work than the blocks of one grid take at a time.
+#if !defined(FASTVAE_GRID_LIMIT)
+#define FASTVAE_GRID_LIMIT(blocks) (blocks)
+#endif
+
 // About seven waves of an H200, whose 132 multiprocessors each run nine blocks of 128 threads with 56 registers at a time: the last wave,
 // which leaves some of them idle, is then a small part of the run.
-constexpr int64_t kMaxBlocks = 8192;
+constexpr int64_t kMaxBlocks = FASTVAE_GRID_LIMIT(8192);
 // One block adds the partial sums of all rows, so its work grows with the number of blocks before it.
-constexpr int64_t kMaxRowBlocks = 2048;
+constexpr int64_t kMaxRowBlocks = FASTVAE_GRID_LIMIT(2048);
 // Blocks of a launch that sums columns: about eight of 128 threads for each of an H200's 132 multiprocessors. With kLoadsInFlight loads of
 // four bytes a thread they have 32 KB a multiprocessor under way, what the memory delivers within its latency of about 0.8 us. This is also
 // the number of ticket counters in a workspace.
-constexpr int64_t kMaxColumnBlocks = 1024;
+constexpr int64_t kMaxColumnBlocks = FASTVAE_GRID_LIMIT(1024);
 // Values that a thread of a sum loads before it adds the first.
 constexpr int kLoadsInFlight = 8;
 // The rescale kernel usually returns at once, because the incoming gradient is the expected one; a small grid makes that cheap.
-constexpr int64_t kMaxRescaleBlocks = 1024;
+constexpr int64_t kMaxRescaleBlocks = FASTVAE_GRID_LIMIT(1024);
 
 // The number of elements in a vector that begins `rest` elements before the end: 0 to kVector.
 FASTVAE_INLINE int vector_count(int64_t rest) { return static_cast<int>(max64(min64(rest, kVector), 0)); }

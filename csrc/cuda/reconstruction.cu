@@ -18,7 +18,7 @@ template <class T>
 BroadcastOperand operand_of(const Tensor& tensor, const Sizes& shape, int64_t numel, Copies& copies) {
   DType dtype = dtype_of(tensor);
   bool is_readable = dtype == DType::float32 || dtype == kDTypeOf<T>;
-  const Tensor& values = readable(is_readable ? tensor : torch::stable::to(tensor, ScalarType::Float), copies);
+  const Tensor& values = is_readable ? readable(tensor, copies) : copies.emplace_back(contiguous_copy(tensor, ScalarType::Float));
   BroadcastOperand operand;
   operand.data = values.const_data_ptr();
   operand.is_float32 = dtype_of(values) == DType::float32;

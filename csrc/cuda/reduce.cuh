@@ -73,15 +73,20 @@ __device__ __forceinline__ T sum_strided(int64_t first, int64_t end, int stride,
 
 // Returns true in the last of the `blocks` blocks that share the ticket counter to arrive here. What the others wrote before they arrived
 // is visible to it then. It resets the counter for the next launch.
+//
+// In the memory model of PTX the barrier orders the writes of the block before the first fence, which is cumulative: together with the
+// atomic addition it releases the writes of all threads, not of thread 0 alone. A fence that another thread executes before the barrier
+// would release nothing, because that thread makes no atomic access after it. The second fence acquires what the other blocks released, and
+// the last barrier passes it on to all threads.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   __shared__ bool last;
-  // The writes of every thread have to be visible before thread 0 counts the block as arrived.
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = blocks == 1 || atomicAdd(ticket, 1u) == blocks - 1;
-    if (last && blocks > 1) *ticket = 0;
     __threadfence();
+    last = blocks == 1 || atomicAdd(ticket, 1u) == blocks - 1;
+    __threadfence();
+    // After the second fence no addition of another block can follow this store.
+    if (last && blocks > 1) *ticket = 0;
   }
   __syncthreads();
   return last;
@@ -109,7 +114,7 @@ __device__ __forceinline__ void finish_sum(const ScalarSum& sum) {
 // Describes into what a kernel reduces the elements of a loss: nothing, one sum (`all`), or one sum for each row (`row_out`).
 struct LossSum {
   ScalarSum all;
-  RowSums rows;
+  RowSums rows{};
   float* row_out = nullptr;           // (rows,)
   float* row_slots = nullptr;         // (blocks, 2): the head and the tail slot of each block
   int group = 1, crossing_group = 1;  // the results of row_group() and crossing_group()

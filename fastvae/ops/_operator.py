@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from fastvae._torch_private import wrap_overload
 from fastvae._types import BackendName
 
 BACKENDS = typing.get_args(BackendName)
@@ -53,6 +54,7 @@ class Operator:
             torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(qualified, self._of_one_object(arguments.allocate))
             self.overloads[backend] = getattr(getattr(torch.ops.fastvae, name), backend)
+        wrap_overload(self.overloads["cuda"], _with_out_of_memory_error)
         OPERATORS[name] = self
 
     def implement(self, backend: str, dispatch_keys: str = "CompositeExplicitAutograd") -> Callable:
@@ -85,6 +87,22 @@ class Operator:
             return function(arguments(*inputs))
 
         return of_inputs
+
+
+def _with_out_of_memory_error(call: Callable) -> Callable:
+    """``call`` of a CUDA operator, from which an allocation that failed comes as what torch raises elsewhere, and retry code catches."""
+
+    def checked(*arguments, **options):
+        try:
+            return call(*arguments, **options)
+        except RuntimeError as error:
+            message = str(error)
+            # The sentence of csrc/cuda/errors.cu: the stable ABI turns every exception into a RuntimeError.
+            if message.startswith("fastvae: CUDA out of memory"):
+                raise torch.OutOfMemoryError(message) from None
+            raise
+
+    return checked
 
 
 def _arguments_schema(arguments: type) -> str:

@@ -92,8 +92,8 @@ void check_penalty(const Sizes& s, Activation activation, DType dtype, Weights w
   p.grad_scale = 0.7;
   p.grad_hidden = grad_hidden.output();
   p.grad_weight = grad_weight.output();
-  if (weights == Weights::samples) p.sample_weights = sample_weights.data();
-  if (weights == Weights::elements) p.element_weights = rows_of(element_weights, s.units);
+  if (weights == Weights::samples) p.sample_grad_output = sample_weights.data();
+  if (weights == Weights::elements) p.element_grad_output = rows_of(element_weights, s.units);
   on_threads(0, p.blocks(), 1, [&](int64_t begin, int64_t end) { kernels().contractive_penalty(p, begin, end); });
   if (kind != Kind::usual) return;
 

@@ -1,42 +1,6 @@
-// The functions of torch's CUDA library that the operators call, emulated, and functions that tests call: switches and counters of the
-// emulation, and the host's arithmetic of csrc/cuda/.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
-extern "C" {
-
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
-  return AOTI_TORCH_SUCCESS;
-}
-
-// Allocations are filled with 0xff, which is NaN in every floating dtype, so that an element that no kernel writes shows in a result.
-#undef aoti_torch_empty_strided
-AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, AtenTensorHandle*);
-
-AOTITorchError emulated_empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type,
-                                      int32_t device_index, AtenTensorHandle* tensor) {
-  AOTITorchError error = aoti_torch_empty_strided(dimensions, sizes, strides, dtype, device_type, device_index, tensor);
-  void* data = nullptr;
-  int64_t bytes = 0;
-  if (error == AOTI_TORCH_SUCCESS) error = aoti_torch_get_data_ptr(*tensor, &data);
-  if (error == AOTI_TORCH_SUCCESS) error = aoti_torch_get_storage_size(*tensor, &bytes);
-  if (error == AOTI_TORCH_SUCCESS && bytes > 0) memset(data, 0xff, static_cast<size_t>(bytes));
-  return error;
-}
-
-AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
-  *guard = nullptr;
-  return AOTI_TORCH_SUCCESS;
-}
-
-AOTITorchError emulated_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
-
-__attribute__((visibility("default"))) void set_capturing(int capturing) { emulation::capturing = capturing != 0; }
-
-__attribute__((visibility("default"))) int64_t emulated_wide_additions() { return emulation::wide_additions; }
-
-__attribute__((visibility("default"))) int64_t emulated_distances() { return emulation::distances; }
-}
+// Functions for tests that expose the host's arithmetic of csrc/cuda/, and the workspace of a stream.
+#include "cuda/launch.h"
+#include "exports.h"
 
 // The functions below expose the arithmetic of csrc/cuda/partition.h, codebook_partition.h, group_norm_partition.h and noise.cuh.
 #include "cuda/codebook_partition.h"
@@ -64,8 +28,6 @@ void visit(const fastvae::GroupNormBlocks& blocks, int64_t* visits, int64_t* cha
 }
 
 }  // namespace
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int64_t emulated_quotient(int64_t divisor, int64_t n) { return fastvae::quotient(fastvae::divider(divisor), n); }
 
@@ -172,4 +134,14 @@ EXPORT void emulated_best(const float* scores, int64_t count, int64_t threads, f
   out[2] = best.rest;
   out[3] = static_cast<float>(best.code);
   out[4] = static_cast<float>(best.second_code);
+}
+
+// The tickets of the current stream's workspace that are not 0, between two operators.
+EXPORT int64_t emulated_open_tickets() {
+  torch::stable::accelerator::DeviceGuard guard(0);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(0, &stream));
+  fastvae::Tensor owner;
+  fastvae::Workspace workspace = fastvae::workspace_of(0, stream, &owner);
+  return fastvae::kTickets - std::count(workspace.tickets, workspace.tickets + fastvae::kTickets, 0u);
 }

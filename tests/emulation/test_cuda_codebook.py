@@ -39,7 +39,7 @@ def test_nearest_is_exact(data):
 
 
 def counted_search(library, x, codebook) -> tuple[torch.Tensor, int, int]:
-    """The indices, the rows that the screen lists, and the distances in float64 that the second kernel computes for them."""
+    """The indices, the rows that the screen lists, and the distances in float64 that the recheck kernel computes for them."""
     counters = library.emulated_wide_additions, library.emulated_distances
     for counter in counters:
         counter.restype = ctypes.c_int64

@@ -113,9 +113,16 @@ LOSSES = {
 }
 
 
+# The proofs have the pairs of a 16-bit input and a target of another dtype.
+PAIRS = [
+    pytest.param(dtype, target, marks=pytest.mark.prove if dtype is not torch.float32 and target != "same" else ())
+    for dtype in TOLERANCES
+    for target in ("same", "float32", "uint8")
+]
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("target", ["same", "float32", "uint8"])
+@pytest.mark.parametrize(("dtype", "target"), PAIRS, ids=str)
 def test_losses(loss, dtype, target):
     for shape, reduction in itertools.product(((7, 33), (3, 5000), (5,), (4, 3, 8, 8), (64, 784)), REDUCTIONS):
         t = random(*shape, seed=1).sigmoid()

@@ -4,8 +4,8 @@ import numpy
 import pytest
 import torch
 import triton
-import triton.language as tl
 from _helpers import TOLERANCES, places
+from _interpreter import LanguageOfALaunch, watch_memory
 from triton.runtime import interpreter
 
 import fastvae
@@ -33,28 +33,11 @@ def working_interpreter():
         pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with NumPy {numpy.__version__}: use NumPy < 2.4")
 
 
-class LanguageOfALaunch:
-    """Gives triton.language its interpreted functions once a launch. The interpreter does it again at each call of a function that is not a
-    kernel, by looking through the whole module, and that is half of the time that its programs take."""
-
-    def __init__(self):
-        self.patch, self.scope, self.patched = interpreter._patch_lang, interpreter._LangPatchScope(), set()
-
-    def __call__(self, function):
-        modules = {module.__name__ for module in (tl, tl.core) if any(value is module for value in function.__globals__.values())}
-        if not self.scope._changes:
-            self.patched.clear()
-        if not modules <= self.patched:
-            # The launch restores these changes too when it ends.
-            self.scope._changes += self.patch(function)._changes
-            self.patched |= modules
-        return self.scope
-
-
 @pytest.fixture(scope="session", autouse=True)
-def language_of_a_launch():
+def patched_interpreter():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", LanguageOfALaunch())
+        watch_memory(patch)
         yield
 
 

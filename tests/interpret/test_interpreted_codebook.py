@@ -90,7 +90,7 @@ def test_any_number_of_programs(monkeypatch, multiprocessors, programs):
 
 
 def listed(x, codebook) -> list[int]:
-    """How many pairs and how many open rows the screen leaves to the second kernel, which decides them rightly."""
+    """How many pairs and how many open rows the screen leaves to the recheck kernel, which decides them rightly."""
     counts = []
 
     def zeros(*arguments, **options):
@@ -190,7 +190,7 @@ class Rehashed:
 @pytest.mark.parametrize("hashes", [torch.arange(70), torch.zeros(70)], ids=["all different", "all equal"])
 @pytest.mark.parametrize("dim", [5, 33])
 def test_equal_codes_that_their_hashes_do_not_show(monkeypatch, dim, hashes):
-    """The second kernel gives the lowest; different codes of one hash stay different."""
+    """The recheck kernel gives the lowest; different codes of one hash stay different."""
     monkeypatch.setattr(_codebook_search, "codebook_measure_kernel", Rehashed(_codebook_search.codebook_measure_kernel, hashes))
     x, codebook = test_codebook.duplicated(Source("cpu"), 10, dim, 70)
     assert_nearest(x, codebook, FV.vq_nearest(x, codebook))

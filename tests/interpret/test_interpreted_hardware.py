@@ -7,12 +7,15 @@ import numpy
 import pytest
 import test_codebook
 import torch
+import triton
+import triton.language as tl
 from _calls import CALLS
 from _helpers import NOISE_TOLERANCE, Source
 from test_codebook import DATA, assert_nearest
 from test_interpreted_codebook import COMPARED
 from test_interpreted_contracts import FAMILIES
 from test_interpreted_helpers import losses
+from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastvae import functional as FV
@@ -114,6 +117,23 @@ def test_lanes_outside_a_mask_reach_no_result(monkeypatch, call):
     expected = call.results(call.tensors("cpu", ROWS))
     poison_masked_lanes(monkeypatch)
     assert_same_bits(call.results(call.tensors("cpu", ROWS)), expected)
+
+
+@triton.jit
+def shifted_copy_kernel(source, target, before, count, LANES: tl.constexpr):
+    lane = tl.arange(0, LANES)
+    tl.store(target + lane, tl.load(source + lane - before, mask=lane < count), mask=lane < count)
+
+
+@pytest.mark.parametrize(("before", "count", "outside"), [(0, 5, 0), (1, 4, 1), (0, 6, 1), (-2, 5, 2)])
+def test_an_access_outside_the_arguments_is_found(before, count, outside):
+    source, target = torch.arange(12.0)[3:8], torch.zeros(8)
+    if outside:
+        with pytest.raises(InterpreterError, match=f"{outside} of {count} lanes access memory outside the arguments"):
+            shifted_copy_kernel[(1,)](source, target, before, count, LANES=8)
+    else:
+        shifted_copy_kernel[(1,)](source, target, before, count, LANES=8)
+        assert target.tolist() == [3, 4, 5, 6, 7, 0, 0, 0]
 
 
 QUICK_LOSSES = "codebook", "reconstruction, samples", "jacobian, samples"

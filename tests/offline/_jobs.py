@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import offline_table
 import pytest
-from offline_table import CASES, DTYPES, TARGETS, Case, Launch
+from offline_cases import CASES, DTYPES, TARGETS, Case
+from offline_table import Launch
 
 
 @dataclass(frozen=True)

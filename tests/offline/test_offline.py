@@ -7,11 +7,13 @@ import math
 import pkgutil
 import re
 
+import offline_cases
 import offline_table
 import pytest
 import torch
 from _jobs import JOBS, each_job
-from offline_table import CASES, DTYPES, TARGETS, Launch
+from offline_cases import CASES, DTYPES, TARGETS
+from offline_table import Launch
 from triton.runtime.jit import JITFunction
 
 import fastvae.kernels
@@ -23,7 +25,7 @@ OUTPUTS = (
 )  # fmt: skip
 
 # Kernels that take float32 alone, whatever the dtype of the model.
-FLOAT32_ALONE = {offline_table.GRAM_SCALE, offline_table.GRAM_REDUCE}
+FLOAT32_ALONE = {offline_cases.GRAM_SCALE, offline_cases.GRAM_REDUCE}
 
 # The operands of the codebook's kernels that are read and written a block of rows at once, if the rows allow it: 16 bytes of each have to
 # begin at a multiple of 16 elements. The others take few numbers for each row, or, to recheck, single rows.
@@ -222,14 +224,14 @@ BYTES = {
     "sample and KL, prior": {"float32": 12},
     "sample and KL, given noise": {"float32": 16},
     "sample": {"float32": 12},
-    "several samples and KL": {"float32": 8 + 4 * offline_table.DRAWS},
+    "several samples and KL": {"float32": 8 + 4 * offline_cases.DRAWS},
     "KL elementwise": {"float32": 12},
     "KL by sample": {"float32": 8, "bfloat16": 4, "float16": 4},
     "gradients of sample and KL": {"float32": 20, "bfloat16": 10, "float16": 10},
     "gradients of sample and KL, chunks": {"float32": 20, "bfloat16": 10},
     "gradients of sample and KL by sample, free bits": {"float32": 20},
     "gradients of a given noise's sample": {"float32": 20},
-    "gradients of several samples": {"float32": 12 + 4 * offline_table.DRAWS},
+    "gradients of several samples": {"float32": 12 + 4 * offline_cases.DRAWS},
     "gradients of the KL": {"float32": 16},
     "BCE from logits": {"float32": 12, "bfloat16": 6, "float16": 6},
     "BCE from logits, uint8": {"float32": 9, "bfloat16": 5, "float16": 5},
@@ -295,8 +297,8 @@ def test_bytes_moved_by_vector_quantization(dtype, expected):
     for case in CASES:
         if case.name in ("quantize", "gradients of quantize"):
             for launch in offline_table.launches(case, DTYPES[dtype], TARGETS["sm_90"][1]):
-                if launch.name in ("codebook_pack_rows_kernel", offline_table.GATHER, offline_table.VQ_BACKWARD):
-                    large = [t for t in (*loaded(launch).values(), *stored(launch).values()) if t.shape[1] == offline_table.VECTORS]
+                if launch.name in ("codebook_pack_rows_kernel", offline_cases.GATHER, offline_cases.VQ_BACKWARD):
+                    large = [t for t in (*loaded(launch).values(), *stored(launch).values()) if t.shape[1] == offline_cases.VECTORS]
                     moved.append(sum(t.numel() * t.element_size() for t in large) / large[0].numel())
     assert tuple(moved) == expected
 

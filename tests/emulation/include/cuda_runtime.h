@@ -1,242 +1,102 @@
-// This emulates as much of CUDA on the CPU as csrc/cuda/ uses. Every thread of a block is a fiber, blocks run one after the other, and both
-// are scheduled in a shuffled order. A barrier that part of a warp or of a block never reaches ends the process, and so does a vector
-// access that is not aligned.
+// This emulates as much of CUDA on the CPU as csrc/cuda/ uses; emulation.h says how.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <map>
-#include <memory>
-#include <numeric>
-#include <random>
-#include <vector>
+
+#include "emulation.h"
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
+// Thread-local variables lie in one range of addresses, which the machine fills with NaN before each block. The address sanitizer watches
+// the bounds of ordinary ones alone.
+#if defined(__SANITIZE_ADDRESS__)
+#define __shared__ static
+#else
+#define __shared__ static thread_local
+#endif
 
-// The operators register themselves for CPU tensors, and the device guard does nothing.
+// The operators register themselves for CPU tensors, and these functions of torch are the emulation's.
 #define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
 #define aoti_torch_create_device_guard emulated_create_device_guard
 #define aoti_torch_delete_device_guard emulated_delete_device_guard
-// Allocations are filled with NaN, so that an element that no kernel writes shows in a result.
 #define aoti_torch_empty_strided emulated_empty_strided
+#define torch_call_dispatcher emulated_call_dispatcher
 #include <torch/csrc/stable/library.h>
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m, C10_UID)
 
+#if defined(EMULATION_APPROXIMATE)
+#define FASTVAE_APPROXIMATE(value, ulps) emulation::approximate(value, ulps)
+#endif
+#if defined(EMULATION_SMALL_GRIDS)
+#define FASTVAE_GRID_LIMIT(blocks) ((blocks) / 512 + 1)
+#endif
+
 // The dynamic shared memory of a block.
 #define FASTVAE_DYNAMIC_SHARED(name) unsigned char* name = emulation::dynamic_shared()
 
-struct dim3 {
-  unsigned x, y, z;
-  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
+#define threadIdx (emulation::place.thread)
+#define blockIdx (emulation::place.block)
+#define blockDim (emulation::place.block_size)
+#define gridDim (emulation::place.grid_size)
 
-namespace emulation {
-
-[[noreturn]] inline void fail(const char* what) {
-  fprintf(stderr, "emulation: %s\n", what);
-  abort();
-}
-
-enum class State { ready, at_warp_barrier, at_block_barrier, done };
-
-// One thread of a block.
-struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack;
-  State state;
-  dim3 index;         // threadIdx
-  uint64_t exchange;  // the value that this thread offers in a shuffle
-};
-
-constexpr unsigned kWarpSize = 32;
-constexpr size_t kStackBytes = 1 << 17;
-
-// The state of the launch that runs.
-struct Machine {
-  std::vector<Fiber> fibers;
-  ucontext_t scheduler;
-  Fiber* running = nullptr;
-  std::function<void()> kernel;
-  std::mt19937 random{2026};
-  unsigned paused_warps = 0;  // one bit for each warp
-  dim3 block_index, block_size, grid_size;
-  std::unique_ptr<std::max_align_t[]> shared;  // as many bytes as the launch asks for, rounded up
-};
-inline Machine machine;
-
-inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(machine.shared.get()); }
-
-// Suspends the running thread in this state until the scheduler sets it to ready again.
-inline void wait(State state) {
-  Fiber* self = machine.running;
-  self->state = state;
-  swapcontext(&self->context, &machine.scheduler);
-}
-
-inline void fiber_main() {
-  machine.kernel();
-  machine.running->state = State::done;
-  // Returning continues at uc_link, which is the scheduler.
-}
-
-// Releases the threads [begin, end) from a barrier if all of them that still run have reached it. Returns whether it released any.
-inline bool release(unsigned begin, unsigned end, State barrier) {
-  bool waiting = false;
-  for (unsigned i = begin; i < end; ++i) {
-    State state = machine.fibers[i].state;
-    if (state == State::done) continue;
-    if (state != barrier) return false;
-    waiting = true;
-  }
-  for (unsigned i = begin; i < end; ++i)
-    if (machine.fibers[i].state == barrier) machine.fibers[i].state = State::ready;
-  return waiting;
-}
-
-inline std::vector<unsigned> shuffled(unsigned count) {
-  std::vector<unsigned> order(count);
-  std::iota(order.begin(), order.end(), 0u);
-  std::shuffle(order.begin(), order.end(), machine.random);
-  return order;
-}
-
-// Runs all threads of the current block to their end.
-inline void run_block(unsigned threads) {
-  for (unsigned i = 0; i < threads; ++i) {
-    Fiber& fiber = machine.fibers[i];
-    fiber.state = State::ready;
-    fiber.index = dim3(i);
-    getcontext(&fiber.context);
-    fiber.stack.resize(kStackBytes);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &machine.scheduler;
-    makecontext(&fiber.context, fiber_main, 0);
-  }
-  for (;;) {
-    bool progress = false, finished = true;
-    // Some warps pause for many rounds, so that the others run ahead of them as far as barriers let them.
-    if (machine.random() % 16 == 0) machine.paused_warps = machine.random();
-    for (unsigned i : shuffled(threads)) {
-      Fiber& fiber = machine.fibers[i];
-      if (fiber.state == State::ready) {
-        progress = true;
-        if (!(machine.paused_warps >> (i / kWarpSize) & 1)) {
-          machine.running = &fiber;
-          swapcontext(&machine.scheduler, &fiber.context);
-        }
-      }
-      finished = finished && fiber.state == State::done;
-    }
-    if (finished) return;
-    for (unsigned warp = 0; warp < threads; warp += kWarpSize)
-      progress = release(warp, std::min(warp + kWarpSize, threads), State::at_warp_barrier) || progress;
-    progress = release(0, threads, State::at_block_barrier) || progress;
-    if (!progress) fail("threads wait at different barriers");
-  }
-}
-
-inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
-  machine.kernel = std::move(kernel);
-  machine.block_size = block;
-  machine.grid_size = grid;
-  if (machine.fibers.size() < block.x) machine.fibers.resize(block.x);
-  for (unsigned i : shuffled(grid.x * grid.y)) {
-    machine.block_index = dim3(i % grid.x, i / grid.x);
-    // NaN in every floating dtype: what a kernel reads before it writes shows in a result.
-    size_t units = (shared_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t);
-    machine.shared.reset(new std::max_align_t[units]);
-    memset(machine.shared.get(), 0xff, units * sizeof(std::max_align_t));
-    run_block(block.x);
-  }
-}
-
-// Offers `value` to the other threads of the warp and returns the value of the thread whose number differs in the bits of lane_mask.
-template <class T>
-T exchange(T value, unsigned lane_mask) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  Fiber* self = machine.running;
-  memcpy(&self->exchange, &value, sizeof value);
-  wait(State::at_warp_barrier);
-  T other;
-  memcpy(&other, &machine.fibers[self->index.x ^ lane_mask].exchange, sizeof other);
-  wait(State::at_warp_barrier);
-  return other;
-}
-
-}  // namespace emulation
-
-#define threadIdx (emulation::machine.running->index)
-#define blockIdx (emulation::machine.block_index)
-#define blockDim (emulation::machine.block_size)
-#define gridDim (emulation::machine.grid_size)
-
-inline void __syncthreads() { emulation::wait(emulation::State::at_block_barrier); }
-inline void __threadfence() {}
+#define __syncthreads() emulation::block_barrier({__FILE__, __LINE__})
+#define __syncwarp() emulation::warp_barrier({__FILE__, __LINE__})
+#define __threadfence() emulation::fence({__FILE__, __LINE__})
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
-  if (mask != 0xffffffffu) emulation::fail("only whole warps are emulated");
-  return emulation::exchange(value, static_cast<unsigned>(lane_mask));
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  bits = emulation::exchange(mask, bits, static_cast<unsigned>(lane_mask));
+  memcpy(&value, &bits, sizeof value);
+  return value;
 }
-
-inline void __syncwarp() { emulation::wait(emulation::State::at_warp_barrier); }
 
 // The mask of the lanes of the warp that have the same value as this one.
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value) {
-  if (mask != 0xffffffffu) emulation::fail("only whole warps are emulated");
   unsigned lanes = 0;
   for (unsigned other = 0; other < emulation::kWarpSize; ++other)
-    if (emulation::exchange(value, other) == value) lanes |= 1u << ((threadIdx.x ^ other) % emulation::kWarpSize);
+    if (__shfl_xor_sync(mask, value, static_cast<int>(other)) == value) lanes |= 1u << ((threadIdx.x ^ other) % emulation::kWarpSize);
   return lanes;
 }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
-namespace emulation {
-// Counts the atomic additions to 64-bit counters. The search for nearest codes makes one for each row that it leaves to its second kernel,
-// which tests look at.
-inline int64_t wide_additions = 0;
+// An access that only the functions below make: the build that watches memory knows it as an atomic one.
+#define EMULATION_UNWATCHED __attribute__((no_sanitize_thread, noinline))
 
-// Counts the squared distances in float64 that the second kernel of that search computes, see FASTVAE_COUNT in codebook_recheck.cuh.
-inline int64_t distances = 0;
-}  // namespace emulation
-
-#define FASTVAE_COUNT(event, number) (emulation::event += (number))
+#define FASTVAE_COUNT(event, number) emulation::count(emulation::event, number)
 
 template <class T>
-T atomicAdd(T* address, T value) {
+EMULATION_UNWATCHED T atomicAdd(T* address, T value) {
   emulation::wide_additions += sizeof(T) == sizeof(int64_t);
+  emulation::atomic_access(address, sizeof(T), __builtin_return_address(0));
   T before = *address;
-  *address += value;
+  *address = before + value;
   return before;
 }
 
 template <class T>
-T atomicMin(T* address, T value) {
+EMULATION_UNWATCHED T atomicMin(T* address, T value) {
+  emulation::atomic_access(address, sizeof(T), __builtin_return_address(0));
   T before = *address;
-  *address = std::min(before, value);
+  *address = before < value ? before : value;
   return before;
 }
 
 template <class T>
-T atomicMax(T* address, T value) {
+EMULATION_UNWATCHED T atomicMax(T* address, T value) {
+  emulation::atomic_access(address, sizeof(T), __builtin_return_address(0));
   T before = *address;
-  *address = std::max(before, value);
+  *address = before > value ? before : value;
   return before;
 }
 
@@ -246,15 +106,12 @@ T __ldcg(const T* address) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "no error is emulated"; }
+inline const char* cudaGetErrorString(cudaError_t error) { return emulation::error_string(error); }
 
-namespace emulation {
-// Tests set this. A launch during capture still runs, with a workspace of its own.
-inline bool capturing = false;
-}  // namespace emulation
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 struct cudaFuncAttributes {};
 
@@ -263,15 +120,20 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = emulation::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return cudaSuccess;
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  int capturing = 0;
+  auto error = static_cast<cudaError_t>(emulation::is_capturing(stream, &capturing));
+  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return error;
 }
 
-inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t count, cudaStream_t) {
-  memset(to, byte, count);
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t count, cudaStream_t stream) {
+  return static_cast<cudaError_t>(emulation::fill(stream, to, byte, count));
+}
+
+inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* all_bytes) {
+  *free_bytes = 0;
+  *all_bytes = 1;
   return cudaSuccess;
 }
 
@@ -294,22 +156,25 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-namespace emulation {
-// The dynamic shared memory that each kernel has been permitted.
-inline std::map<const void*, size_t> permitted_shared;
-}  // namespace emulation
-
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > cudaDevAttrMaxSharedMemoryPerBlockOptin) emulation::fail("a kernel is permitted more shared memory than there is");
-  emulation::permitted_shared[kernel] = static_cast<size_t>(bytes);
+  if (bytes > cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
+  emulation::permit_shared(kernel, static_cast<size_t>(bytes));
   return cudaSuccess;
 }
 
+#if defined(__has_builtin) && __has_builtin(__builtin_clear_padding)
+#define EMULATION_CLEAR_PADDING(object) __builtin_clear_padding(object)
+#else
+#define EMULATION_CLEAR_PADDING(object)
+#endif
+
+// A launch copies the parameters, which the host may write over while the kernel waits.
 template <class Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t shared_bytes, cudaStream_t) {
-  if (shared_bytes > 0 && shared_bytes > emulation::permitted_shared[reinterpret_cast<const void*>(kernel)])
-    emulation::fail("a block asks for more shared memory than its kernel is permitted");
-  const Params& params = *static_cast<const Params*>(arguments[0]);
-  emulation::run_grid(grid, block, shared_bytes, [&] { kernel(params); });
-  return cudaSuccess;
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t shared_bytes, cudaStream_t stream) {
+  static_assert(sizeof(Params) <= 4096, "a kernel takes 4 KiB of parameters at most");
+  Params params = *static_cast<const Params*>(arguments[0]);
+  // The bytes between the members may be those of an old pointer.
+  EMULATION_CLEAR_PADDING(&params);
+  emulation::Grid run{grid, block, shared_bytes, [kernel, params] { kernel(params); }};
+  return static_cast<cudaError_t>(emulation::launch(stream, reinterpret_cast<const void*>(kernel), &params, sizeof params, run));
 }
