@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 needs_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the tests are not in a checkout")
-# nvcc takes minutes, so these are proofs; CI runs them for an architecture a day, on what tools/compat.py builds.
+# nvcc takes minutes, so these are proofs; tools/compat.py runs them on what it builds, for an architecture a day.
 compiles = pytest.mark.prove
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed, so the CUDA kernels cannot be compiled here")
 
