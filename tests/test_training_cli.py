@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,16 @@ def start(folder: Path, *arguments) -> subprocess.Popen:
     (folder / "small.yaml").write_text(CONFIG)
     endless = ["--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--model.schedule=constant", "--checkpoint.every_n_train_steps=4"]
     command = [*COMMAND, "fit", "--config=small.yaml", *endless, *arguments]
-    process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so does all that it starts itself.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     waited = time.monotonic() + 300
     while not list(folder.rglob("*.ckpt")):
         assert process.poll() is None, process.communicate()
@@ -127,10 +137,18 @@ def start(folder: Path, *arguments) -> subprocess.Popen:
     return process
 
 
+def end(process: subprocess.Popen, number: signal.Signals) -> str:
+    """Sends a signal; what the process then writes to stderr."""
+    process.send_signal(number)
+    try:
+        return process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
+
+
 def test_sigterm_leaves_a_checkpoint_that_resumes(tmp_path):
     process = start(tmp_path)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=300)
+    errors = end(process, signal.SIGTERM)
     assert process.returncode == command_line_status("TERMINATED")
     assert "Traceback" not in errors
     assert errors.strip().splitlines()[-1].endswith("fastvae: ended by SIGTERM; fit --ckpt_path .../last.ckpt goes on")
@@ -151,8 +169,7 @@ def command_line_status(name: str) -> int:
 
 def test_ctrl_c_ends_without_a_traceback(tmp_path):
     process = start(tmp_path)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    errors = end(process, signal.SIGINT)
     assert process.returncode != 0
     assert "Traceback" not in errors
     assert "KeyboardInterrupt" in errors.strip().splitlines()[-1] or "interrupted" in errors
