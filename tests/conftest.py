@@ -41,6 +41,27 @@ def poisoned_memory():
         extension.set_poison(True)
 
 
+def _settings_of_torch():
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "filled memory": torch.utils.deterministic.fill_uninitialized_memory,
+        "autocast": torch.is_autocast_enabled("cpu"),
+    }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchanged_settings(poisoned_memory):
+    """Fails a file of tests that leaves torch other than it found it: the next file in its process would run with that."""
+    before = _settings_of_torch()
+    yield
+    assert _settings_of_torch() == before
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """Forces the backend of the argument ``place``. No fixture: hypothesis refuses one that is set up once a test."""

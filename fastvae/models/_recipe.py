@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -21,7 +21,8 @@ _SCHEDULES = (LinearSchedule, CosineSchedule, CyclicalSchedule, CapacitySchedule
 _PARTS: dict[str, type] = {part.__name__: part for part in (*_CORRUPTIONS, *_SCHEDULES, GaussianNLL)}
 
 
-class Recipe(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Recipe:
     """A call of a ready-made network: ``model`` is the class, ``network`` the classmethod, ``options`` its arguments by name."""
 
     model: str

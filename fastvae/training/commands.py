@@ -174,6 +174,6 @@ def main(arguments: list[str]) -> None:
     """Runs one of the commands."""
     with extra("train"):
         from jsonargparse import auto_cli
-    torch.set_grad_enabled(False)
     name = arguments[0]
-    auto_cli(COMMANDS[name], args=arguments[1:], prog=f"fastvae {name}", as_positional=True, parser_class=Parser)
+    with torch.no_grad():
+        auto_cli(COMMANDS[name], args=arguments[1:], prog=f"fastvae {name}", as_positional=True, parser_class=Parser)
