@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch
 for package in ("safetensors", "huggingface_hub"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[train]")
 
+import huggingface_hub  # noqa: E402
+from huggingface_hub import hub_mixin  # noqa: E402
 from torch import nn  # noqa: E402
 
 from fastvae.models import AE, VAE, VQVAE, VQVAE2, DenoisingAE, ImageVAE, SparseAE, pretrained, registry  # noqa: E402
@@ -33,7 +37,7 @@ MODELS = {
 def test_a_model_is_made_again(name, tmp_path):
     model = MODELS[name]()
     model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     again = type(model).from_pretrained(tmp_path)
     assert type(again) is type(model)
     assert repr(again) == repr(model)
@@ -85,6 +89,66 @@ def test_folders_that_hold_something_else(tmp_path):
         pretrained.from_pretrained(tmp_path)
 
 
-def test_models_import_without_the_hub():
-    code = "import sys, fastvae.models; print({'huggingface_hub', 'safetensors', 'lightning'} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+class Hub:
+    """In place of the hub's interface: keeps what is uploaded."""
+
+    uploaded: ClassVar[dict[str, bytes]] = {}
+
+    def __init__(self, token=None):
+        self.token = token
+
+    def create_repo(self, repo_id, **_):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, repo_id, folder_path, **_):
+        self.uploaded.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
+        return f"https://hub/{repo_id}"
+
+
+def test_a_model_is_uploaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
+    model = AE.mlp(16, (6,), 3)
+    assert model.push_to_hub("owner/digits") == "https://hub/owner/digits"
+    assert Hub.uploaded.keys() == {"README.md", "config.json", "model.safetensors"}
+    for name, content in Hub.uploaded.items():
+        (tmp_path / name).write_bytes(content)
+    assert torch.equal(AE.from_pretrained(tmp_path).encode(torch.ones(1, 16)), model.encode(torch.ones(1, 16)))
+
+
+def test_a_repository_is_downloaded_at_the_revision_that_is_asked_for(monkeypatch, tmp_path):
+    AE.mlp(16, (6,), 3).save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options["revision"]))
+        return str(tmp_path / filename)
+
+    for module in (hub_mixin, huggingface_hub):
+        monkeypatch.setattr(module, "hf_hub_download", download)
+    AE.from_pretrained("owner/digits", revision="v1")
+    assert {("owner/digits", "config.json", "v1"), ("owner/digits", "model.safetensors", "v1")} == set(asked)
+
+
+def test_weights_in_a_pickle_are_not_read(tmp_path):
+    model = AE.mlp(16, (6,), 3)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors$"):
+        AE.from_pretrained(tmp_path)
+
+
+def test_models_work_without_the_hub():
+    program = """
+import sys
+sys.modules["huggingface_hub"] = None
+from fastvae.models import AE
+model = AE.mlp(16, (6,), 3)
+for call in (lambda: model.save_pretrained("x"), lambda: AE.from_pretrained("x"), lambda: model.push_to_hub("x/y")):
+    try:
+        call()
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == 3 * "huggingface_hub is not installed: pip install fastvae-kernels[train]\n", result.stderr

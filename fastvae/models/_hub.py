@@ -1,40 +1,105 @@
-"""The methods ``save_pretrained`` and ``from_pretrained`` of every model."""
+"""The methods ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of every model."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from fastvae._extras import extra
+
 AnyModel = TypeVar("AnyModel", bound="Pretrained")
 
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ModuleNotFoundError:
+    # Models train without the hub. Their three methods say what to install.
+    if not TYPE_CHECKING:
+        PyTorchModelHubMixin = object
 
-class Pretrained:
-    """Gives a model the two functions of :mod:`fastvae.models.pretrained` as methods.
 
-    They are imported when they are called: that module knows every model.
+class Pretrained(PyTorchModelHubMixin):
+    """Keeps a model in a folder or in a repository of the Hugging Face hub: ``model.safetensors``, ``config.json`` and a model card.
+
+    The config is the model's recipe, from which a ready-made network makes it again, so its files hold no code.
     """
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``model.safetensors`` and ``config.json``; for a model that a ready-made network made."""
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Writes a model that a ready-made network made.
+
+        Args:
+            save_directory: the folder; it need not exist.
+            options: those of ``huggingface_hub.PyTorchModelHubMixin``, such as ``push_to_hub=True`` and ``repo_id``.
+
+        Raises:
+            ValueError: for a model of modules of one's own, or with an option that cannot be stored.
+            ModuleNotFoundError: without huggingface_hub, naming the extra to install.
+        """
+        _need_hub()
+        return super().save_pretrained(save_directory, **options)
+
+    @classmethod
+    def from_pretrained(cls: type[AnyModel], pretrained_model_name_or_path: str | Path, **options: Any) -> AnyModel:
+        """The model of a folder or of a repository, in evaluation mode on the CPU.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the repository as ``"owner/name"``.
+            options: those of ``huggingface_hub.PyTorchModelHubMixin``, such as ``revision`` and ``token``.
+
+        Raises:
+            FileNotFoundError: for a folder without the two files.
+            ValueError: for a model of another class, or a config that describes no network of this package.
+            ModuleNotFoundError: without huggingface_hub, naming the extra to install.
+        """
+        _need_hub()
+        from fastvae.models import pretrained
+
+        pretrained.check_source(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads a model that a ready-made network made; gives the address of the commit.
+
+        Args:
+            repo_id: the repository as ``"owner/name"``; it need not exist.
+            options: those of ``huggingface_hub.PyTorchModelHubMixin``, such as ``private`` and ``token``.
+
+        Raises:
+            ValueError: for a model of modules of one's own, or with an option that cannot be stored.
+            ModuleNotFoundError: without huggingface_hub, naming the extra to install.
+        """
+        _need_hub()
+        return super().push_to_hub(repo_id, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # It knows every model, so it is imported when all of them are.
         from fastvae.models import pretrained
 
         assert isinstance(self, nn.Module)
-        pretrained.save_pretrained(self, folder)
+        pretrained.write(self, save_directory)
 
     @classmethod
-    def from_pretrained(cls: type[AnyModel], source: str | Path, **download: Any) -> AnyModel:
-        """The model of a folder, or of a repository of the Hugging Face hub, in evaluation mode.
-
-        Args:
-            source: the folder, or ``"owner/name"``.
-            download: options of ``huggingface_hub.hf_hub_download``, such as ``revision`` and ``token``.
-
-        Raises:
-            ValueError: for a model of another class.
-        """
+    def _from_pretrained(
+        cls: type[AnyModel],
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **_: Any,
+    ) -> AnyModel:
         from fastvae.models import pretrained
 
-        model = pretrained.from_pretrained(source, **download)
+        model = pretrained.from_pretrained(
+            model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token
+        )
         if not isinstance(model, cls):
-            raise ValueError(f"source: {source} holds a {type(model).__name__}, takes a {cls.__name__}")
+            raise ValueError(f"source: {model_id} holds a {type(model).__name__}, takes a {cls.__name__}")
         return model
+
+
+def _need_hub() -> None:
+    with extra("train"):
+        import huggingface_hub  # noqa: F401
+        import safetensors.torch  # noqa: F401

@@ -1,7 +1,6 @@
 """Weights and recipe of a model in a folder, as the Hugging Face hub has them: ``model.safetensors`` and ``config.json``.
 
-:func:`save_pretrained` and :func:`from_pretrained` are methods of every model too. A model is made again by its ready-made network, so its
-file holds no code.
+Every model writes and reads them by its methods. :func:`from_pretrained` reads a model whose class is not known.
 """
 
 import json
@@ -17,26 +16,24 @@ from fastvae.models import registry
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def save_pretrained(model: nn.Module, folder: str | Path) -> None:
-    """Writes a model that a ready-made network made.
+def write(model: nn.Module, folder: Path) -> None:
+    """Writes the two files into a folder that exists.
 
     Raises:
-        ValueError: for a model of modules of one's own.
+        ValueError: for a model of modules of one's own, or with an option that cannot be stored.
     """
     with extra("train"):
         from safetensors.torch import save_model
-    description = registry.describe(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(registry.describe(model), indent=2)
     save_model(model, str(folder / WEIGHTS))
-    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+    (folder / CONFIG).write_text(config + "\n")
 
 
 def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
-    """The model of a folder, or of a repository of the hub, ``"owner/name"``, in evaluation mode.
+    """The model of a folder or of a repository, in evaluation mode on the CPU.
 
     Args:
-        source: the folder or the repository.
+        source: the folder, or the repository as ``"owner/name"``.
         download: options of ``huggingface_hub.hf_hub_download``, such as ``revision`` and ``token``.
 
     Raises:
@@ -54,14 +51,19 @@ def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
     return model.eval()
 
 
+def check_source(source: str | Path) -> None:
+    """Tells a folder that is not there from a repository, in which the hub would look for it."""
+    if not Path(source).is_dir() and str(source).count("/") != 1:
+        raise FileNotFoundError(f"source: got {str(source)!r}, takes a folder, or a repository of the hub as owner/name")
+
+
 def _find(source: str | Path, name: str, download: dict[str, Any]) -> Path:
+    check_source(source)
     path = Path(source)
     if path.is_dir():
         if not (path / name).is_file():
             raise FileNotFoundError(f"source: {path} has no {name}")
         return path / name
-    if str(source).count("/") != 1:
-        raise FileNotFoundError(f"source: got {str(source)!r}, takes a folder, or a repository of the hub as owner/name")
     with extra("train"):
         from huggingface_hub import hf_hub_download
     return Path(hf_hub_download(str(source), name, **download))
