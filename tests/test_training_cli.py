@@ -100,6 +100,12 @@ def test_pictures_of_test_samples(checkpoint, tmp_path, command, file, options, 
     assert size(tmp_path / "made" / file) == expected
 
 
+@pytest.mark.parametrize("command", ["reconstruct", "interpolate", "traverse", "encode"])
+def test_a_command_takes_the_data_of_the_training(checkpoint, tmp_path, command):
+    command_line.main([command, str(checkpoint), "--out", str(tmp_path / "made")])
+    assert len(list((tmp_path / "made").iterdir())) == 1
+
+
 def test_encode_writes_latents_labels_and_names(checkpoint, tmp_path):
     pictures = tmp_path / "pictures"
     for name in ("a/1.png", "a/2.png", "b/3.png"):
@@ -242,7 +248,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 def test_data_of_another_shape(checkpoint, tmp_path):
     with pytest.raises(SystemExit, match=r"MNISTDigits has samples of shape \(1, 28, 28\), the checkpoint was trained on SklearnDigits"):
-        command_line.main(["reconstruct", str(checkpoint), "--out", str(tmp_path)])
+        command_line.main(["reconstruct", str(checkpoint), "--data=MNISTDigits", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

@@ -15,6 +15,7 @@ from fastvae.models._inputs import as_float, parameter_dtype
 from fastvae.models._recipe import ready_made
 from fastvae.models.vae import VAE
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
+from fastvae.ops._autograd import has_autocast
 
 
 class ResidualBlock(nn.Module):
@@ -220,14 +221,14 @@ class ImageVAE(VAE):
         return recon.to(dtype)
 
     def _autocast(self, device: torch.device):
-        if self.precision == "float32" or not torch.amp.is_autocast_available(device.type) or _under_autocast(device):
+        if self.precision == "float32" or not has_autocast(device) or _under_autocast(device):
             return contextlib.nullcontext()
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16" or bfloat16_pays(device))
 
 
 def _under_autocast(device: torch.device) -> bool:
     """Whether the caller's autocast is on; a device that has none, such as meta, may not be asked."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return has_autocast(device) and torch.is_autocast_enabled(device.type)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

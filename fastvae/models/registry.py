@@ -35,7 +35,7 @@ def find_network(name: str) -> Callable[..., nn.Module]:
 
 
 def nearest(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
-    """What an error says of a name that is not known: the most similar names, or all of them where none is similar."""
+    """The end of an error about a name that is not known: the most similar names, or all of them where none is similar."""
     similar = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(similar)}?" if similar else f"takes one of {', '.join(known)}"
 

@@ -81,12 +81,15 @@ def may_use_written(grad_output: Tensor) -> bool:
     return not in_make_fx() and not is_batch_of_gradients(grad_output)
 
 
+def has_autocast(device: torch.device) -> bool:
+    """Whether torch.autocast takes the device; meta, for one, it does not."""
+    # torch.compile of torch 2.10 and 2.11 cannot trace the question, which need not be asked of these devices.
+    return device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+
+
 def without_autocast(device: torch.device):
-    """A context without autocast; a device that has none, such as meta, needs no context."""
-    # torch.compile of torch 2.11 cannot trace the question, which need not be asked of these devices.
-    if device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    """A context without autocast; a device that has none needs no context."""
+    return torch.autocast(device.type, enabled=False) if has_autocast(device) else contextlib.nullcontext()
 
 
 def scale_written(written: list[Tensor], grad_output: Tensor, expected: float) -> list[Tensor] | None:

@@ -44,6 +44,6 @@ def load(path: Path) -> LitAutoencoder:
     entry = check_entry(content)
     lit = LitAutoencoder(build_network(entry))
     lit.preprocessing = Preprocessing(**entry["preprocessing"])
-    lit.sample_shape, lit.data_name = entry["sample_shape"], entry["data"]
+    lit.sample_shape, lit.data_name, lit.data_options = entry["sample_shape"], entry["data"], entry["data_options"]
     lit.load_state_dict(content["state_dict"])
     return lit.eval()

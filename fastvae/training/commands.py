@@ -1,6 +1,7 @@
 """The commands after a training: ``fastvae sample | reconstruct | interpolate | traverse | encode CHECKPOINT --out DIR``."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, pictures
 from fastvae.training.data_module import AutoencoderData
-from fastvae.training.datasets import MNISTDigits
+from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.errors import TrainingError
 from fastvae.training.module import LitAutoencoder
 from fastvae.training.parsing import Parser
@@ -27,7 +28,7 @@ def sample(checkpoint: Path, out: Path = Path("out"), count: int = 64, columns: 
         columns: images in a row.
         seed: decides the draws.
     """
-    _write(out, "samples", latents.sample(checkpoints.load(checkpoint), count, seed), columns)
+    _write(out, "samples", latents.sample(checkpoints.load(checkpoint), count, seed), _in_rows(columns))
 
 
 def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 32, columns: int = 8) -> None:
@@ -36,17 +37,13 @@ def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     Args:
         checkpoint: a file that fastvae fit wrote.
         out: folder of the results.
-        data: the data set; MNISTDigits by default.
+        data: the data set; that of the training by default.
         count: number of samples.
         columns: images in a row.
     """
     lit = checkpoints.load(checkpoint)
     x = _test_samples(lit, data, count)
-    recon = latents.reconstruct(lit, x)
-    if pictures.are_images(recon):
-        _save(pictures.pairs(x, recon, columns), out / "reconstructions.png")
-    else:
-        _write(out, "reconstructions", recon, columns)
+    _write(out, "reconstructions", latents.reconstruct(lit, x), lambda recon: pictures.pairs(x, recon, columns))
 
 
 def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 8, steps: int = 10) -> None:
@@ -55,7 +52,7 @@ def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     Args:
         checkpoint: a file that fastvae fit wrote.
         out: folder of the results.
-        data: the data set; MNISTDigits by default.
+        data: the data set; that of the training by default.
         count: number of pairs.
         steps: points on the way, both ends included.
     """
@@ -63,7 +60,7 @@ def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     latents.check_continuous(lit.network, "interpolate")
     x = _test_samples(lit, data, 2 * count)
     start, end = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
-    _write(out, "interpolations", latents.interpolate(lit, start, end, steps), steps)
+    _write(out, "interpolations", latents.interpolate(lit, start, end, steps), _in_rows(steps))
 
 
 def traverse(
@@ -79,14 +76,14 @@ def traverse(
     Args:
         checkpoint: a file that fastvae fit wrote.
         out: folder of the results.
-        data: the data set; MNISTDigits by default.
+        data: the data set; that of the training by default.
         dimensions: number of dimensions, from the first.
         span: a dimension goes from -span to span.
         steps: points on the way.
     """
     lit = checkpoints.load(checkpoint)
     latents.check_continuous(lit.network, "traverse")
-    _write(out, "traversals", latents.traverse(lit, _test_samples(lit, data, 1), dimensions, span, steps), steps)
+    _write(out, "traversals", latents.traverse(lit, _test_samples(lit, data, 1), dimensions, span, steps), _in_rows(steps))
 
 
 def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None) -> None:
@@ -95,10 +92,10 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     Args:
         checkpoint: a file that fastvae fit wrote.
         out: folder of the results.
-        data: the data set; MNISTDigits by default.
+        data: the data set; that of the training by default.
     """
     lit = checkpoints.load(checkpoint)
-    data = _prepared(data)
+    data = _prepared(lit, data)
     parts: dict[str, list[np.ndarray]] = {}
     for batch in data.whole_dataloader():
         _check_shape(lit, data, batch["x"])
@@ -122,17 +119,23 @@ def _encoded(lit: LitAutoencoder, batch: dict[str, Any]) -> dict[str, Tensor]:
     return dict(zip(names, codes, strict=True)) | {name: batch[name] for name in ("index", "label") if name in batch}
 
 
-def _prepared(data: AutoencoderData | None) -> AutoencoderData:
-    data = MNISTDigits() if data is None else data
+def _prepared(lit: LitAutoencoder, data: AutoencoderData | None) -> AutoencoderData:
+    data = _data_of_training(lit) if data is None else data
     data.setup()
     return data
+
+
+def _data_of_training(lit: LitAutoencoder) -> AutoencoderData:
+    if lit.data_name not in DATA_MODULES:
+        raise TrainingError(f"data: the checkpoint was trained on batches of another program, takes one of {', '.join(DATA_MODULES)}")
+    return DATA_MODULES[lit.data_name](**lit.data_options)
 
 
 def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int) -> Tensor:
     """The first samples of the test part."""
     if count < 1:
         raise TrainingError(f"count: got {count}, takes an integer >= 1")
-    data = _prepared(data)
+    data = _prepared(lit, data)
     part = data.test_part()
     x = part.__getitems__(list(range(min(count, len(part)))))["x"]
     _check_shape(lit, data, x)
@@ -147,18 +150,19 @@ def _check_shape(lit: LitAutoencoder, data: AutoencoderData, x: Tensor) -> None:
         )
 
 
-def _write(out: Path, name: str, x: Tensor, columns: int) -> None:
-    if pictures.are_images(x):
-        _save(pictures.grid(x, columns), out / f"{name}.png")
-        return
+def _write(out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Writes images as the picture that ``draw`` makes of them, other data as an array."""
     out.mkdir(parents=True, exist_ok=True)
-    np.save(out / f"{name}.npy", x.numpy())
-    print(out / f"{name}.npy")
-
-
-def _save(picture: Tensor, path: Path) -> None:
-    pictures.save_png(picture, path)
+    path = out / f"{name}.png" if pictures.are_images(x) else out / f"{name}.npy"
+    if pictures.are_images(x):
+        pictures.save_png(draw(x), path)
+    else:
+        np.save(path, x.numpy())
     print(path)
+
+
+def _in_rows(columns: int) -> Callable[[Tensor], Tensor]:
+    return partial(pictures.grid, columns=columns)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -1,5 +1,6 @@
 """The base of all data modules: splits, batches and preprocessing."""
 
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -45,6 +46,9 @@ class AutoencoderData(LightningDataModule):
         scaling: Scaling = "none",
     ):
         super().__init__()
+        # The arguments of the subclass, so that a checkpoint's data can be made again. A checkpoint holds no paths.
+        self.save_hyperparameters(logger=False)
+        self.hparams.update({name: str(value) for name, value in self.hparams.items() if isinstance(value, Path)})
         check_choice("binarize", binarize, get_args(Binarization))
         check_choice("scaling", scaling, get_args(Scaling))
         if batch_size < 1:
@@ -77,7 +81,7 @@ class AutoencoderData(LightningDataModule):
         self.source, self.test_source = source, test_source
 
     def make_preprocessing(self) -> Preprocessing:
-        """What is done to each batch on the device, fitted to the training part."""
+        """Makes what each batch goes through on the device, fitted to the training part."""
         preprocessing = Preprocessing(self.binarize == "dynamic", self.scaling)
         if self.scaling != "none":
             if not isinstance(self.source, InMemory):

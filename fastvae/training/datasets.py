@@ -95,7 +95,7 @@ class FashionMNIST(AutoencoderData):
 
     def __init__(self, root: Path | None = None, download_root: Path = Path("data"), **options):
         super().__init__(**options)
-        self.root, self.download_root = root, download_root
+        self.root, self.download_root = None if root is None else Path(root), Path(download_root)
 
     def load(self) -> tuple[Source, Source | None]:
         folder = self.root or FASHION_MNIST
@@ -154,7 +154,7 @@ class TorchvisionImages(AutoencoderData):
         super().__init__(**options)
         if name not in get_args(TorchvisionName):
             raise DataError(f"name: got {name!r}, {nearest(name, get_args(TorchvisionName))}")
-        self.data_set, self.root, self.size = name, root, size
+        self.data_set, self.root, self.size = name, Path(root), size
 
     def load(self) -> tuple[Source, Source | None]:
         if self.data_set == "CelebA":

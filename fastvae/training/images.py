@@ -50,7 +50,7 @@ def _in_8_bits(image: Any, mode: ColorMode) -> Any:
         # Pillow clips the values of a 16-bit image at 255 when it converts it.
         image = Image.fromarray((np.asarray(image, dtype=np.uint32).clip(0, 65535) >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        # What lies under transparent pixels is arbitrary.
+        # Transparent pixels have arbitrary colours.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(wanted)

@@ -1,4 +1,4 @@
-"""What every autoencoder can do with its latent, whatever its class: for pictures, files and curves."""
+"""Functions of any autoencoder's latent, whatever its class: they serve pictures, files and curves."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

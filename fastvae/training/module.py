@@ -104,9 +104,10 @@ class LitAutoencoder(LightningModule):
         self.schedule, self.warmup_steps, self.advance_kl = schedule, warmup_steps, advance_kl
         self.preprocessing = Preprocessing()
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
-        # What the network has been trained on, for the checkpoint.
+        # A checkpoint says what the network has been trained on.
         self.sample_shape: list[int] | None = None
         self.data_name: str | None = None
+        self.data_options: dict[str, Any] = {}
         self._noise_seed = torch.initial_seed()
         # Whether a batch since the last optimizer step had a loss that is not finite; no buffer, because those of the first process
         # replace the others' in each forward pass of DistributedDataParallel.
@@ -114,7 +115,8 @@ class LitAutoencoder(LightningModule):
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.data_name = None if data is None else type(data).__name__
+        if data is not None:
+            self.data_name, self.data_options = type(data).__name__, dict(data.hparams)
         make = getattr(data, "make_preprocessing", None)
         if make is not None and stage == "fit":
             self.preprocessing = make().to(self.device)
@@ -213,6 +215,7 @@ class LitAutoencoder(LightningModule):
             "network": description,
             "preprocessing": self.preprocessing.describe(),
             "data": self.data_name,
+            "data_options": self.data_options,
             "sample_shape": self.sample_shape,
             "noise_seed": self._noise_seed,
         }
@@ -237,7 +240,7 @@ class LitAutoencoder(LightningModule):
 
 
 def check_entry(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its model.
+    """A checkpoint's entry about its model.
 
     Raises:
         CheckpointError: for one of another program, or of another layout.

@@ -1,4 +1,4 @@
-"""What is done to a batch on the device, before the network sees it."""
+"""The preprocessing of a batch: it runs on the device, before the network sees the batch."""
 
 from typing import Any, Literal
 
@@ -54,5 +54,5 @@ class Preprocessing(nn.Module):
         return x if self.scaler is None else self.scaler(x)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """What a network gave, in the units of the data."""
+        """Scales what a network gave back into the units of the data."""
         return x if self.scaler is None else self.scaler.inverse(x)
