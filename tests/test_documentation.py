@@ -39,7 +39,8 @@ def posterior() -> dict:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if programs(page)], ids=lambda page: page.name)
-def test_programs_run(page):
+def test_programs_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = posterior()
     exec(compile(programs(page), page.name, "exec"), names)
     assert len(names) > len(posterior())

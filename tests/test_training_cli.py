@@ -73,6 +73,18 @@ def test_fit_leaves_a_checkpoint_curves_and_pictures(run, checkpoint):
     assert drawn == {"reconstructions", "samples", "interpolations", "traversals"}
 
 
+def test_two_processes_that_torchrun_starts(tmp_path):
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", "fastvae"]
+    options = ["--config=small.yaml", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.enable_progress_bar=false"]
+    finished = subprocess.run([*launcher, "fit", *options], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    runs = list((tmp_path / "lightning_logs").iterdir())
+    assert [run.name for run in runs] == ["version_0"]
+    assert len(list((runs[0] / "pictures" / "epoch_0000").iterdir())) == 4
+    assert torch.load(runs[0] / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
 def test_evaluation_takes_the_network_of_the_checkpoint(checkpoint, tmp_path, subcommand):
     options = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--data=SklearnDigits"]

@@ -51,10 +51,13 @@ class Pictures(Callback):
             self._x = data_of(batch)[: self.count]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if not due or self._x is None or not trainer.is_global_zero or not pictures.are_images(self._x):
+        if not self.every_n_epochs or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures" / f"epoch_{trainer.current_epoch:04d}"
+        # The first process tells the others its folder, so all of them ask.
+        run = Path(trainer.log_dir or trainer.default_root_dir)
+        if not trainer.is_global_zero or self._x is None or not pictures.are_images(self._x):
+            return
+        folder = run / "pictures" / f"epoch_{trainer.current_epoch:04d}"
         for name, picture in draw_pictures(pl_module, self._x).items():
             pictures.save_png(picture, folder / f"{name}.png")
             for logger in trainer.loggers:
