@@ -53,8 +53,7 @@ class CommandLine(LightningCLI):
 
     def before_fit(self) -> None:
         """Shows the network a few samples, so that one for data of another shape fails with a message about the shape."""
-        self.datamodule.setup()
-        x = self.datamodule.first_samples(4)
+        x = self.datamodule.samples("train", 4)["x"]
         try:
             latents.reconstruct(self.model, x)
         except RuntimeError as error:
