@@ -17,7 +17,7 @@ from fastvae.training.module import LitAutoencoder
 
 with extra("train"):
     from lightning.pytorch import Callback, Trainer
-    from lightning.pytorch.callbacks import TQDMProgressBar
+    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 
 
 class LossHistory(Callback):
@@ -35,12 +35,10 @@ class LossHistory(Callback):
 
 
 class EpochBar(TQDMProgressBar):
-    """A bar of each epoch's training steps, without one for each validation, which would flicker below it."""
+    """A bar of each epoch's training steps, without one of each validation, which would flicker below it."""
 
     def init_validation_tqdm(self) -> Any:
-        bar = super().init_validation_tqdm()
-        bar.disable = True
-        return bar
+        return Tqdm(disable=True)
 
 
 @dataclass
