@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastvae.models import AE, DenoisingAE, SparseAE
-from fastvae.training.data import mnist_subset
+from fastvae.training.datasets import MNISTDigits
 
 OUT = Path(__file__).parent / "results" / "autoencoder_figures.json"
 EPOCHS, BATCH, LEARNING_RATE = 30, 128, 1e-3
@@ -65,8 +65,8 @@ def error(model: AE, images: Tensor) -> float:
 
 
 def measure(figure: Figure, seed: int = 0) -> Result:
-    split = mnist_subset(4000, 1000)
-    train_images, test_images = split.train_images / 255, split.test_images / 255
+    digits = MNISTDigits(val=0.0)
+    train_images, test_images = digits.samples("train")["x"] / 255, digits.samples("test")["x"] / 255
     every_image = torch.cat([train_images, test_images])
     started, errors = time.perf_counter(), []
     for seen, judged in ((every_image, every_image), (train_images, test_images)):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.registry import Case, Inputs, Results, Unavailable, WrongResult, compiled, forced
 from fastvae import functional as FV
 from fastvae.nn import VectorQuantizer
+from fastvae.training.plain_torch import quantize_and_move
 
 # Written by `python examples/vqvae_mnist.py --save-latents benchmarks/data`.
 TRAINED = Path(__file__).parent / "data" / "vqvae_digits.npz"
@@ -206,22 +206,6 @@ def fused_step(inputs: Inputs):
         return output.quantized, output.loss
 
     return _step(call_layer, x, inputs.incoming)
-
-
-def quantize_and_move(x, codebook, ema_count, ema_sum, decay=1.0, eps=1e-5):
-    """The step in plain PyTorch."""
-    with torch.no_grad():
-        indices = torch.cdist(x, codebook).argmin(-1)
-        codes = codebook[indices]
-    quantized = x + (codes - x).detach()
-    loss = F.mse_loss(x, codes)
-    with torch.no_grad():
-        one_hot = F.one_hot(indices, len(codebook)).type(x.dtype)
-        ema_count.lerp_(one_hot.sum(0), 1 - decay)
-        ema_sum.lerp_(one_hot.T @ x, 1 - decay)
-        total = ema_count.sum()
-        codebook.copy_(ema_sum / ((ema_count + eps) / (total + len(codebook) * eps) * total)[:, None])
-    return quantized, loss
 
 
 def plain_step(function):

@@ -9,42 +9,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from benchmarks.registry import Case, Inputs, Provider, Results, Unavailable
 from fastvae import functional as FV
 from fastvae.compat import patch_diffusers
 from fastvae.models import ImageVAE
-from fastvae.nn import GroupNormSiLU, UpsampleConv2d
+from fastvae.training.plain_torch import with_plain_layers
 
 CHANNELS = (32, 64, 128)
-
-
-class PlainGroupNormSiLU(nn.GroupNorm):
-    """The modules of torch that :class:`fastvae.nn.GroupNormSiLU` replaces."""
-
-    def forward(self, input):
-        return F.silu(super().forward(input))
-
-
-class PlainUpsampleConv2d(nn.Conv2d):
-    """The modules of torch that :class:`fastvae.nn.UpsampleConv2d` replaces."""
-
-    def forward(self, input):
-        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
-
-
-def with_plain_layers(model: nn.Module) -> nn.Module:
-    for name, module in list(model.named_modules()):
-        if type(module) is GroupNormSiLU:
-            plain = PlainGroupNormSiLU(module.num_groups, module.num_channels, module.eps)
-        elif type(module) is UpsampleConv2d:
-            plain = PlainUpsampleConv2d(module.in_channels, module.out_channels, 3, padding=1)
-        else:
-            continue
-        plain.load_state_dict(module.state_dict())
-        model.set_submodule(name, plain)
-    return model
 
 
 def plain_loss(encode, decode, x, eps):

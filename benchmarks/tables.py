@@ -12,6 +12,7 @@ from benchmarks.results import DIRECTORY, Figure, Run, short_name
 MOST_COLUMNS = 6
 HEADLINE_PLOT = "headline.png"
 NOT_MEASURED = "not measured"
+BASELINES = ("eager", "compile", "bare-loop")
 MODES = {"launch": "", "graph": ", replayed from a CUDA graph"}
 ROOFS = {"GB/s": "a copy", "GFLOP/s": "a matrix product"}
 
@@ -21,7 +22,7 @@ Where plain PyTorch has variants (memory layouts, precisions, formulas) the fast
 PROCESSORS_NOTE = """\
 Virtual machines give different processors one model name, so the extensions that decide their speed are named with it."""
 AT_A_GLANCE = """\
-The median time of fastvae, then the times of `eager` and `compile` in multiples of it: above 1x fastvae is faster."""
+The median time of fastvae, then the times of `eager`, `compile` and `bare-loop` in multiples of it: above 1x fastvae is faster."""
 TIMES_NOTE = "Median time of a call, and in brackets the multiple of fastvae's time: above 1x fastvae is faster."
 WORK_NOTE = """\
 What the fused kernels move or compute in a second, and its share of {roof} in the same rounds. Memory is the most that a call holds beside
@@ -114,7 +115,7 @@ def _at_a_glance(processors: list[list[Figure]]) -> list[str]:
 def _glance(case: Case, rows: dict[tuple[str, str], Figure]) -> str:
     if (case.id, OURS) not in rows:
         return NOT_MEASURED
-    others = [f"{name} {units.ratio(rows[case.id, name].ratio)}" for name in ("eager", "compile") if (case.id, name) in rows]
+    others = [f"{name} {units.ratio(rows[case.id, name].ratio)}" for name in BASELINES if (case.id, name) in rows]
     return f"{_time(rows[case.id, OURS])}: {', '.join(others)}" if others else _time(rows[case.id, OURS])
 
 

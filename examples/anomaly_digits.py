@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastvae.models import AE
-from fastvae.training.data import mnist_subset
+from fastvae.training.datasets import MNISTDigits
 
 LATENT_DIM, VALIDATION = 8, 400
 
@@ -44,13 +44,14 @@ def train(model: AE, images: Tensor, epochs: int, name: str) -> None:
 
 def score_with_one_digit_out(digit: int, epochs: int) -> Scores:
     """Trains on the other nine digits; the threshold passes 95 % of validation images that the training did not see."""
-    split = mnist_subset()
+    digits = MNISTDigits(val=0.0)
+    train_digits, test_digits = digits.samples("train"), digits.samples("test")
     torch.manual_seed(0)
-    normal = split.train_images[split.train_labels != digit] / 255
+    normal = train_digits["x"][train_digits["label"] != digit] / 255
     model = AE.mlp(latent_dim=LATENT_DIM)
     train(model, normal[VALIDATION:], epochs, f"without {digit}")
     threshold = model.fit_threshold(normal[:VALIDATION], quantile=0.95).item()
-    return Scores(model.anomaly_score(split.test_images / 255), split.test_labels == digit, threshold)
+    return Scores(model.anomaly_score(test_digits["x"] / 255), test_digits["label"] == digit, threshold)
 
 
 def summarise(result: Scores) -> dict[str, float]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fastvae import functional as FV
 from fastvae.models import AE, ContractiveAE, DenoisingAE
-from fastvae.training.data import mnist_subset
+from fastvae.training.datasets import MNISTDigits
 
 NOISE, CODE, LEARNING_RATE = 0.3, 256, 5e-3
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -92,8 +92,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    split = mnist_subset()
-    train_images, test_images = split.train_images / 255, split.test_images / 255
+    digits = MNISTDigits(val=0.0)
+    train_images, test_images = digits.samples("train")["x"] / 255, digits.samples("test")["x"] / 255
     models, report = make_models(), {}
     for name, model in models.items():
         train(model, train_images, arguments.epochs, name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastvae.models import VQVAE
-from fastvae.training.data import mnist_subset
+from fastvae.training.datasets import MNISTDigits
 
 PATCH = 32
 BATCH = 64
@@ -27,8 +27,8 @@ SAVED_ENCODINGS = 8192
 
 def digits() -> tuple[Tensor, Tensor]:
     """8-bit digits (count, 1, 28, 28) for training and testing."""
-    split = mnist_subset()
-    return split.train_images, split.test_images
+    data = MNISTDigits(val=0.0)
+    return data.samples("train")["x"], data.samples("test")["x"]
 
 
 def patches() -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ With a checkpoint: fastvae COMMAND CHECKPOINT --out DIR
   traverse      pictures of single latent dimensions
   encode        the latents of a data set as .npz, with labels and file names
 
-  demo          trains VAEs on real digits with plain torch losses and with fastvae, and writes pictures and a report
+  demo          trains VAEs on real digits, measures plain torch beside fastvae, and writes pictures and a report
   info          versions, instruction sets and backends of this machine
 
 Each command has its own --help."""

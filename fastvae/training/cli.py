@@ -2,12 +2,12 @@
 
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, networks
+from fastvae.training._warnings import ignore_warnings_of_lightning
 from fastvae.training.callbacks import LatentCurves, Pictures, Speed
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.errors import CheckpointError, TrainingError
@@ -53,8 +53,7 @@ class CommandLine(LightningCLI):
 
     def before_fit(self) -> None:
         """Shows the network a few samples, so that one for data of another shape fails with a message about the shape."""
-        self.datamodule.setup()
-        x = self.datamodule.first_samples(4)
+        x = self.datamodule.samples("train", 4)["x"]
         try:
             latents.reconstruct(self.model, x)
         except RuntimeError as error:
@@ -79,10 +78,7 @@ class CommandLine(LightningCLI):
 
 def main(arguments: list[str]) -> None:
     """Runs ``fit``, ``validate`` or ``test``."""
-    # Worker processes are slower than none for data in memory.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # A deprecation that Lightning's own calls meet.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    ignore_warnings_of_lightning()
     try:
         CommandLine(
             LitAutoencoder,

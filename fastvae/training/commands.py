@@ -136,8 +136,7 @@ def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int)
     if count < 1:
         raise TrainingError(f"count: got {count}, takes an integer >= 1")
     data = _prepared(lit, data)
-    part = data.test_part()
-    x = part.__getitems__(list(range(min(count, len(part)))))["x"]
+    x = data.samples("test", count)["x"]
     _check_shape(lit, data, x)
     return x
 

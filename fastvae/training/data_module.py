@@ -1,7 +1,7 @@
 """The base of all data modules: splits, batches and preprocessing."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from fastvae.training.splits import Indices, ResumableSampler, split, stratified
 with extra("train"):
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+Part = Literal["train", "val", "test"]
 
 
 class AutoencoderData(LightningDataModule):
@@ -107,10 +109,17 @@ class AutoencoderData(LightningDataModule):
         """The whole data set in its own order, without a test part that is a data set of its own."""
         return self._loader(self.source)
 
-    def first_samples(self, count: int) -> Tensor:
-        """The first samples of the training part, as they are before preprocessing."""
-        part: Any = self._part(self.indices.train)
-        return part.__getitems__(list(range(min(count, len(part)))))["x"]
+    def samples(self, part: Part, count: int | None = None) -> dict[str, Any]:
+        """The first samples of a part as one batch, before preprocessing. Loads the data set where that has not been done.
+
+        Args:
+            part: ``"train"``, ``"val"`` or ``"test"``.
+            count: number of samples; all of them by default, and where the part has fewer.
+        """
+        check_choice("part", part, get_args(Part))
+        self.setup()
+        chosen: Any = self.test_part() if part == "test" else self._part(getattr(self.indices, part))
+        return chosen.__getitems__(list(range(len(chosen)))[:count])
 
     def test_part(self) -> Any:
         """The test samples, as a data set whose batches are made by ``__getitems__``."""
