@@ -1,4 +1,4 @@
-"""Pictures, curves and speed of a training."""
+"""Pictures, curves, speed and averaged weights of a training."""
 
 import resource
 import sys
@@ -17,6 +17,7 @@ from fastvae.training.module import LitAutoencoder, data_of
 
 with extra("train"):
     from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.callbacks import EMAWeightAveraging
     from lightning.pytorch.loggers import TensorBoardLogger
 
 # More curves than this of single latent dimensions cannot be told apart.
@@ -128,6 +129,31 @@ class Speed(Callback):
         rate = self._images / (time.perf_counter() - self._started)
         pl_module.log_dict({"images_per_second": rate, "peak_memory_mib": peak_memory_mib(pl_module.device)})
         self._restart()
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """Keeps an exponential moving average of the weights, for validation, for checkpoints, and for the network when the training ends.
+
+    A checkpoint holds the average in ``state_dict``, where ``fastvae validate``, ``test`` and the commands after a training find it, and
+    the weights of the last step beside it, from which a training resumes. Buffers are those of the last step: counts of steps cannot be
+    averaged, codebooks and running statistics are averages already. Sharded weights are not supported.
+
+    Args:
+        decay: share of the old average in the new one, in [0, 1).
+        every_n_steps: optimizer steps from one update to the next.
+    """
+
+    def __init__(self, decay: float = 0.999, every_n_steps: int = 1):
+        if not 0 <= decay < 1 or every_n_steps < 1:
+            raise ValueError(f"decay, every_n_steps: got {decay}, {every_n_steps}, takes a number in [0, 1) and an integer >= 1")
+        super().__init__(use_buffers=False, decay=decay, update_every_n_steps=every_n_steps)
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        # The average is a copy of the module, so it is made where the module will train and once the module has all of its buffers: those
+        # of the preprocessing come with the data.
+        pl_module.to(trainer.strategy.root_device)
+        pl_module.setup(stage)
+        super().setup(trainer, pl_module, stage)
 
 
 def peak_memory_mib(device: torch.device) -> float:
