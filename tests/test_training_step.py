@@ -9,7 +9,7 @@ from torch import nn
 for package in ("lightning", "jsonargparse", "sklearn"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[train]")
 
-from lightning.pytorch import Trainer  # noqa: E402
+from lightning.pytorch import Callback, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
@@ -150,6 +150,69 @@ def test_channels_last_is_a_layout_of_weights_and_images_alone(name):
 def test_channels_last_leaves_vectors_as_they_are():
     lit = LitAutoencoder(AE.mlp(6, (4,), 2), channels_last=True)
     assert lit(torch.rand(3, 6)).recon.shape == (3, 6)
+
+
+class Overflow(nn.Module):
+    """Its loss is NaN for a batch that has one, and its gradient is finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(4, 4)
+
+    def forward(self, x):
+        recon = self.encoder(x.nan_to_num())
+        loss = recon.square().mean() + x.sum().detach() * 0
+        return AEOutput(loss, loss, loss, recon, recon)
+
+
+def accumulated(parts: list[torch.Tensor], count: int) -> tuple[LitAutoencoder, Trainer]:
+    torch.manual_seed(0)
+    lit = LitAutoencoder(Overflow(), optimizer="sgd", momentum=0.0, learning_rate=0.1)
+    return lit, fit(lit, DataLoader(parts, batch_size=None), max_epochs=1, accumulate_grad_batches=count)
+
+
+def test_the_last_group_of_an_epoch_counts_by_its_batches():
+    """5 batches in groups of 2: Lightning divides the fifth by 2 as well, so its step is that of half a learning rate."""
+    parts = list(torch.rand(5, 3, 4, generator=torch.Generator().manual_seed(0)))
+    lit, fitted = accumulated(parts, 2)
+    assert fitted.global_step == 3
+    torch.manual_seed(0)
+    expected = Overflow()
+    for group in (parts[:2], parts[2:4], parts[4:]):
+        loss = sum(expected(x).loss for x in group) / 2
+        gradients = torch.autograd.grad(loss, list(expected.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(expected.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
+    for ours, wanted in zip(lit.network.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("bad", range(5))
+def test_a_bad_batch_takes_its_group_alone_along(bad):
+    parts = list(torch.rand(5, 3, 4, generator=torch.Generator().manual_seed(0)))
+    group = bad // 2
+    good = [parts[:2], parts[2:4], parts[4:]]
+    del good[group]
+    plain, _ = accumulated([x for part in good for x in part], 2)
+    parts[bad] = parts[bad].clone().fill_(torch.nan)
+    lit, _ = accumulated(parts, 2)
+    assert lit.skipped_steps == 1
+    assert all(map(torch.equal, lit.network.parameters(), plain.network.parameters()))
+
+
+def test_skipped_steps_are_a_curve():
+    parts = [torch.rand(3, 4) for _ in range(3)]
+    parts[1].fill_(torch.nan)
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append(float(trainer.callback_metrics["skipped_steps"]))
+
+    options = {"callbacks": [Watch()], "enable_checkpointing": False, "log_every_n_steps": 1}
+    fit(LitAutoencoder(Overflow()), DataLoader(parts, batch_size=None), max_epochs=1, **options)
+    assert seen == [0, 0, 1], "a step's figure is of the steps before it"
 
 
 def run_digits(max_steps: int, compile: bool = True, **options) -> LitAutoencoder:
