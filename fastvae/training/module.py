@@ -6,6 +6,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from fastvae import __version__
 from fastvae._extras import extra
@@ -16,7 +17,7 @@ from fastvae.nn import _processes
 from fastvae.nn.optimize import to_channels_last
 from fastvae.nn.schedules import ScheduledKL
 from fastvae.training.activations import checkpoint_activations
-from fastvae.training.errors import CheckpointError
+from fastvae.training.errors import CheckpointError, TrainingError
 from fastvae.training.optimizers import (
     OptimizerName,
     ScheduleName,
@@ -72,6 +73,11 @@ class LitAutoencoder(LightningModule):
 
     A step with a loss that is NaN or infinite changes no weight and no state of the optimizer, on any process, and is counted in
     ``skipped_steps``. Schedules go on. The host does not wait for the device to find out.
+
+    Several processes count alike, and so do the batches of ``accumulate_grad_batches``: the gradient is the mean of theirs, whatever the
+    numbers of samples. The data modules of this package give all processes equally many, by repeating a few. A network with weights that
+    the loss does not depend on takes the strategy ``ddp_find_unused_parameters_true``. ``ModelParallelStrategy`` of Lightning shards the
+    network by FSDP2, as one unit, with Adam and AdamW; Lightning's ``fsdp`` is for GPUs alone.
 
     Args:
         network: the autoencoder.
@@ -142,6 +148,9 @@ class LitAutoencoder(LightningModule):
             self.preprocessing = make().to(self.device)
 
     def configure_optimizers(self) -> Any:
+        if self.device_mesh is not None and self.optimizer == "sgd":
+            # torch has no rule for its fused kernel on sharded weights.
+            raise TrainingError("optimizer: got 'sgd' for a network that is sharded, takes 'adam' or 'adamw'")
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay, "momentum": self.momentum}
         optimizer = make_optimizer(self.optimizer, self.network.parameters(), **rates)
         if self.trainer.gradient_clip_val:
@@ -149,6 +158,10 @@ class LitAutoencoder(LightningModule):
         total = self.trainer.estimated_stepping_batches if self.schedule != "constant" else float("inf")
         scheduler = make_schedule(optimizer, learning_rate_factor(self.schedule, self.warmup_steps, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
 
     def forward(self, x: Tensor) -> Any:
         x = self.preprocessing(x)
