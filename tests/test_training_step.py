@@ -1,18 +1,20 @@
 """How a step of LitAutoencoder is run: accumulated, compiled, in channels_last, with checkpointed activations, with averaged weights."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-for package in ("lightning", "jsonargparse", "sklearn"):
+for package in ("lightning", "jsonargparse", "sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[train]")
 
 from lightning.pytorch import Callback, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+import fastvae.__main__ as command_line  # noqa: E402
 from fastvae.models import AE, VAE, VQVAE, VQVAE2, AEOutput, ContractiveAE, ImageVAE, registry  # noqa: E402
 from fastvae.nn import LinearSchedule  # noqa: E402
 from fastvae.training import checkpoints  # noqa: E402
@@ -293,3 +295,35 @@ def test_a_training_with_averaged_weights_resumes_to_the_bit(tmp_path):
 def test_averages_that_do_not_exist(options):
     with pytest.raises(ValueError, match=r"^decay, every_n_steps: got"):
         AveragedWeights(**options)
+
+
+CONFIG = """
+network: {class_path: VAE_mlp, init_args: {data_shape: [1, 8, 8], hidden: [16], latent_dim: 3}}
+model: {channels_last: true, gradient_checkpointing: true}
+data: {class_path: SklearnDigits, init_args: {batch_size: 512, scaling: min_max}}
+trainer:
+  accelerator: cpu
+  max_steps: 4
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  accumulate_grad_batches: 2
+  callbacks: [{class_path: AveragedWeights, init_args: {decay: 0.5}}]
+"""
+
+
+def test_the_command_line_takes_every_option_of_a_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("step.yaml").write_text(CONFIG)
+    checkpoint = "--checkpoint.dirpath=kept"
+    command_line.main(["fit", "--config=step.yaml", checkpoint, "--trainer.precision=bf16-true"])
+    content = torch.load("kept/last.ckpt", weights_only=True)
+    name = "network.encoder.0.1.weight"
+    assert not torch.equal(content["state_dict"][name], content["current_model_state"][name])
+    assert torch.equal(checkpoints.load(Path("kept/last.ckpt")).state_dict()[name], content["state_dict"][name].float())
+    quiet = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--data=SklearnDigits", "--data.scaling=min_max"]
+    command_line.main(["validate", "--ckpt_path=kept/last.ckpt", *quiet])
+    assert "val/loss" in capsys.readouterr().out
+    command_line.main(["fit", "--config=step.yaml", checkpoint, "--trainer.max_steps=6", "--ckpt_path=kept/last.ckpt"])
+    command_line.main(["sample", "kept/last.ckpt", "--out=made", "--count=4"])
+    assert Path("made/samples.png").is_file()
