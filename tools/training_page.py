@@ -1,4 +1,4 @@
-"""Runs all commands of docs/training.md, as they stand there, and takes the pictures that the page shows: ``python tools/training_page.py``."""
+"""Runs all commands of docs/training.md as they stand there, and takes the pictures that the page shows."""
 
 import os
 import re

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastvae._torch_private import processor_multiplies_bfloat16
 from fastvae._types import Precision, check_choice
 from fastvae.functional._modules import owns_output
-from fastvae.models._inputs import as_float, parameter_dtype
+from fastvae.models._inputs import as_float, in_channels_last, parameter_dtype
 from fastvae.models._recipe import ready_made
 from fastvae.models.vae import VAE
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
@@ -205,7 +205,7 @@ class ImageVAE(VAE):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(mu, logvar)`` of the posterior, in float32 or wider."""
-        x = _channels_last(as_float(x, self.encoder))
+        x = in_channels_last(as_float(x, self.encoder))
         with self._autocast(x.device):
             mu, logvar = super().encode(x)
         return _widened(mu), _widened(logvar)
@@ -213,7 +213,7 @@ class ImageVAE(VAE):
     def decode(self, z: Tensor) -> Tensor:
         """The decoder's output: logits, probabilities or means, in the dtype of the parameters."""
         dtype = parameter_dtype(self.decoder)
-        z = _channels_last(z.to(dtype))
+        z = in_channels_last(z.to(dtype))
         if _under_autocast(z.device):
             return super().decode(z)
         with self._autocast(z.device):
@@ -229,11 +229,6 @@ class ImageVAE(VAE):
 def _under_autocast(device: torch.device) -> bool:
     """Whether the caller's autocast is on; a device that has none, such as meta, may not be asked."""
     return has_autocast(device) and torch.is_autocast_enabled(device.type)
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    """An image or a latent image with the channels last; a vector as it is."""
-    return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def optimize(module: nn.Module, *, channels_last: bool = False, report: Callable
         if report is not None:
             report(str(finding))
     if channels_last:
-        _to_channels_last(module)
+        to_channels_last(module)
     return module
 
 
@@ -90,7 +90,8 @@ def examine(module: nn.Module) -> list[Finding]:
     return list(_walk(module, change=False))
 
 
-def _to_channels_last(module: nn.Module) -> None:
+def to_channels_last(module: nn.Module) -> None:
+    """Puts the weights of convolutions into ``torch.channels_last`` or ``channels_last_3d``, in place; sharded ones stay as they are."""
     for layer in module.modules():
         if type(layer) in MEMORY_FORMATS and wrapped_tensor(layer) is None:
             layer.to(memory_format=MEMORY_FORMATS[type(layer)])  # type: ignore[call-overload]  # not in the annotations of torch

@@ -1,8 +1,9 @@
-"""Pictures, curves and speed of a training."""
+"""Pictures, curves, speed and averaged weights of a training."""
 
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from fastvae import functional as FV
 from fastvae._extras import extra
 from fastvae.nn import _processes
 from fastvae.training import latents, pictures
+from fastvae.training.errors import TrainingError
 from fastvae.training.module import LitAutoencoder, data_of
 
 with extra("train"):
     from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.callbacks import EMAWeightAveraging
     from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 # More curves than this of single latent dimensions cannot be told apart.
 MAX_CURVES = 32
@@ -29,7 +33,8 @@ class Pictures(Callback):
     """PNG files of reconstructions, samples, interpolations and traversals, which TensorBoard shows too.
 
     They are made of the first validation batch, or the first training batch where there is no validation, and lie in ``pictures`` of the
-    run's folder, a folder for each epoch. What a network does not have, such as samples of a plain autoencoder, is left out.
+    run's folder, a folder for each epoch. What a network does not have, such as samples of a plain autoencoder, is left out. One process
+    draws them, so there are none of a network that is sharded over several.
 
     Args:
         every_n_epochs: epochs from one set of pictures to the next; 0 for none.
@@ -51,7 +56,8 @@ class Pictures(Callback):
             self._x = data_of(batch)[: self.count]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not self.every_n_epochs or (trainer.current_epoch + 1) % self.every_n_epochs:
+        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+        if sharded or not self.every_n_epochs or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
         # The first process tells the others its folder, so all of them ask.
         run = Path(trainer.log_dir or trainer.default_root_dir)
@@ -131,6 +137,42 @@ class Speed(Callback):
         rate = self._images / (time.perf_counter() - self._started)
         pl_module.log_dict({"images_per_second": rate, "peak_memory_mib": peak_memory_mib(pl_module.device)})
         self._restart()
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """Keeps an exponential moving average of the weights, for validation, for checkpoints, and for the network when the training ends.
+
+    A checkpoint holds the average in ``state_dict``, where ``fastvae validate``, ``test`` and the commands after a training find it, and
+    the weights of the last step beside it, from which a training resumes. Buffers are those of the last step: counts of steps cannot be
+    averaged, codebooks and running statistics are averages already.
+
+    Args:
+        decay: share of the old average in the new one, in [0, 1).
+        every_n_steps: optimizer steps from one update to the next.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        TrainingError: where a strategy shards the weights.
+    """
+
+    def __init__(self, decay: float = 0.999, every_n_steps: int = 1):
+        if not 0 <= decay < 1 or every_n_steps < 1:
+            raise ValueError(f"decay, every_n_steps: got {decay}, {every_n_steps}, takes a number in [0, 1) and an integer >= 1")
+        super().__init__(use_buffers=False, decay=decay, update_every_n_steps=every_n_steps)
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise TrainingError(
+                f"callbacks: got AveragedWeights with {type(trainer.strategy).__name__}, takes a strategy with whole weights"
+            )
+        # The average is a copy of the module, so it is made where the module will train and once the module has all of its buffers: those
+        # of the preprocessing come with the data.
+        pl_module.to(trainer.strategy.root_device)
+        pl_module.setup(stage)
+        with warnings.catch_warnings():
+            # Lightning warns of every module that can be sharded.
+            warnings.filterwarnings("ignore", message=".*a model that overrides the configure_model")
+            super().setup(trainer, pl_module, stage)
 
 
 def peak_memory_mib(device: torch.device) -> float:
