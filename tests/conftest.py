@@ -88,6 +88,15 @@ def instruction_set(request):
     extension.set_instruction_set(previous)
 
 
+@pytest.fixture
+def one_thread():
+    """For tests of small networks, which several threads make slower, and whose sums then have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     with two_ranks(tmp_path_factory.mktemp("ranks")) as both:

@@ -9,6 +9,7 @@ from torch import nn
 for package in ("lightning", "jsonargparse"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[train]")
 
+from _training import quiet_trainer  # noqa: E402
 from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
@@ -22,20 +23,11 @@ from fastvae.training.errors import CheckpointError  # noqa: E402
 from fastvae.training.module import LitAutoencoder, data_of, scalars, step_seed  # noqa: E402
 from fastvae.training.optimizers import learning_rate_factor  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")]
 
 
 def trainer(**options) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "num_sanity_val_steps": 0}
-    return Trainer(**{**quiet, "enable_checkpointing": "callbacks" in options, **options})
+    return quiet_trainer(**{"enable_checkpointing": "callbacks" in options, **options})
 
 
 def tiny(**options) -> LitAutoencoder:

@@ -9,6 +9,7 @@ from torch import nn
 for package in ("lightning", "jsonargparse", "sklearn"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[train]")
 
+from _training import quiet_trainer  # noqa: E402
 from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
@@ -21,17 +22,9 @@ from fastvae.training.callbacks import LatentCurves, Pictures  # noqa: E402
 from fastvae.training.datasets import SklearnDigits  # noqa: E402
 from fastvae.training.module import LitAutoencoder  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")]
 
 LEARNING_RATE = 0.01
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def scaled(scale: float) -> dict:
@@ -41,8 +34,7 @@ def scaled(scale: float) -> dict:
 
 def fit(lit: LitAutoencoder, data, **options) -> Trainer:
     lit._noise_seed = 0
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "num_sanity_val_steps": 0}
-    fitted = Trainer(**{**quiet, "enable_checkpointing": False, "log_every_n_steps": 1, **options})
+    fitted = quiet_trainer(**{"enable_checkpointing": False, "log_every_n_steps": 1, **options})
     fitted.fit(lit, data)
     return fitted
 

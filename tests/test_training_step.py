@@ -10,6 +10,7 @@ from torch import nn
 for package in ("lightning", "jsonargparse", "sklearn", "PIL"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[train]")
 
+from _training import quiet_trainer  # noqa: E402
 from lightning.pytorch import Callback, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
@@ -22,20 +23,11 @@ from fastvae.training.callbacks import AveragedWeights  # noqa: E402
 from fastvae.training.datasets import SklearnDigits  # noqa: E402
 from fastvae.training.module import LitAutoencoder  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")]
 
 
 def fit(lit: LitAutoencoder, data, ckpt_path=None, **options) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "num_sanity_val_steps": 0}
-    fitted = Trainer(**{**quiet, "enable_checkpointing": "callbacks" in options, **options})
+    fitted = quiet_trainer(**{"enable_checkpointing": "callbacks" in options, **options})
     fitted.fit(lit, data, ckpt_path=ckpt_path, weights_only=True)
     return fitted
 
