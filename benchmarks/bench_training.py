@@ -90,7 +90,7 @@ def lightning_loop(inputs: Inputs) -> Operation:
 
 
 def flops(inputs: Inputs) -> float:
-    """Of the convolutions and matrix products of all steps, forward and backward."""
+    """The operations of the convolutions and matrix products of all steps, forward and backward."""
     steps, batch, *_ = inputs.others["size"]
     network = make_network(inputs)
     with FlopCounterMode(display=False) as counter:

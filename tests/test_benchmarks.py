@@ -106,7 +106,7 @@ def test_providers_agree(case):
     tiny = dataclasses.replace(case, size=case.tiny)
     eager = {name: provider for name, provider in tiny.providers.items() if "compile" not in name}
     contenders, absent = checked_contenders(tiny, CPU, eager)
-    # What a training costs beside its model is compared with a loop, and not with other operators.
+    # The cost of a training loop is compared with that of another loop, and not with operators.
     baselines = {"bare-loop"} if case.family == "training" else {"eager", "compile"}
     assert {*baselines, "fastvae"} <= set(case.providers)
     assert set(contenders) | set(absent) == set(eager)

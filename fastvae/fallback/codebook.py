@@ -15,6 +15,7 @@ from fastvae.fallback import _device
 from fastvae.fallback._blocks import block_elements
 from fastvae.fallback._register import implements
 from fastvae.ops import codebook as ops
+from fastvae.ops._autograd import without_autocast
 from fastvae.ops._results import REDUCTIONS, accumulation_dtype, widest_dtype
 
 # Scores of a chunk of rows, in blocks: a matrix product is faster with more rows than elementwise operations ask for.
@@ -28,7 +29,7 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     """Indices of the codes nearest to ``x`` (heads, rows, dim): the lowest where distances are equal, 0 for rows that are not finite."""
     indices = x.new_empty(x.shape[:2], dtype=torch.int64)
     # Autocast would round the operands of the products, which the bound on the rounding does not know of.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         for rows, codes, found in zip(x, codebook, indices, strict=True):
             _Search(codes, torch.promote_types(x.dtype, codebook.dtype)).run(rows, found)
     return indices

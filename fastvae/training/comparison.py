@@ -96,6 +96,6 @@ def draw_noise(model: VAE, count: int, generator: torch.Generator) -> Tensor:
 
 
 def relative_differences(contenders: dict[str, Contender]) -> list[float]:
-    """Of the losses, step by step."""
+    """The relative differences of the two contenders' losses, step by step."""
     pairs = zip(contenders["plain"].losses, contenders["fastvae"].losses, strict=True)
     return [abs(plain - fused) / abs(plain) for plain, fused in pairs]

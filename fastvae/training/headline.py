@@ -71,7 +71,7 @@ def measure(pair: Pair) -> dict[str, Any]:
 
 
 def verdict(values: dict[str, float], gain: str) -> str:
-    """How many times less time or memory fastvae takes, such as ``"1.6x faster"`` for the gain ``"faster"``, or that it does not pay."""
+    """The factor by which fastvae takes less, ``"1.6x faster"`` for the gain ``"faster"``, or the statement that it does not pay."""
     ratio = values["plain"] / values["fastvae"]
     return f"{ratio:.1f}x {gain}" if ratio >= PAYS else f"does not pay ({ratio:.2f}x)"
 

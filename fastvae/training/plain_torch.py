@@ -1,4 +1,4 @@
-"""What fastvae replaces, in plain PyTorch: the baselines of the demonstration and of the benchmarks."""
+"""The layers that fastvae replaces, in plain PyTorch: the baselines of the demonstration and of the benchmarks."""
 
 from typing import TypeVar
 
