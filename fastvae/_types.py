@@ -22,6 +22,8 @@ CodebookUpdate = Literal["ema", "gradient"]
 ImportanceGradient = Literal["standard", "doubly_reparameterized"]
 AggregateEstimator = Literal["weighted", "stratified"]
 Kernel = Literal["imq", "rbf"]
+# The covariance that a DIP-VAE draws to I: that of the posterior means, or that of z.
+DIPKind = Literal["i", "ii"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
 

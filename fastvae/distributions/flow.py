@@ -66,16 +66,18 @@ class FlowPrior(Prior):
 
 
 class TransformedNormal:
-    """The distribution of ``transform(u)``, u diagonal normal. Its ``mean`` is the transformed mean of u, its ``logvar`` that of u."""
+    """The distribution of ``transform(u)``, u diagonal normal. ``mu`` and ``logvar`` are those of u, ``mean`` is the transformed ``mu``."""
 
     def __init__(self, base: DiagonalNormal, transform: Any):
         self._base, self._transform = base, transform
 
     @property
     def mu(self) -> Tensor:
-        return self._transform(self._base.mu)
+        return self._base.mu
 
-    mean = mu
+    @property
+    def mean(self) -> Tensor:
+        return self._transform(self._base.mu)
 
     @property
     def logvar(self) -> Tensor:

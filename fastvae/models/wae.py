@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._types import Kernel, LayerActivation, ReconLoss, check_choice
-from fastvae.distributions.prior import Prior, StandardPrior
+from fastvae.distributions.prior import Prior, prior_of
 from fastvae.functional._checks import check_nonnegative
 from fastvae.models import _networks
 from fastvae.models._inputs import parameter_dtype
@@ -26,7 +26,8 @@ class WAE(AE):
 
     Args:
         encoder, decoder, recon_loss: see :class:`~fastvae.models.AE`.
-        prior: p(z) of :mod:`fastvae.distributions`.
+        latent_shape: shape of one code, an integer for a vector. A ``prior`` knows it.
+        prior: p(z) of :mod:`fastvae.distributions`, from which a batch of draws comes in each call; by default ``StandardPrior``.
         weight: :math:`\lambda`.
         kernel: of the discrepancy, ``"imq"`` or ``"rbf"``, see :func:`fastvae.models._mmd.squared_mmd`.
     """
@@ -35,14 +36,18 @@ class WAE(AE):
         self,
         encoder: nn.Module,
         decoder: nn.Module,
-        prior: Prior,
+        latent_shape: int | Sequence[int] | None = None,
         *,
+        prior: Prior | None = None,
         weight: float = 100.0,
         kernel: Kernel = "imq",
         recon_loss: ReconLoss = "mse",
     ):
         super().__init__(encoder, decoder, recon_loss=recon_loss)
-        self.prior = prior
+        given = prior_of(latent_shape, prior)
+        if given is None:
+            raise ValueError("latent_shape: got None, the discrepancy takes a model that draws from its prior")
+        self.prior = given
         self.weight = check_nonnegative("weight", weight)
         self.kernel = check_choice("kernel", kernel, get_args(Kernel))
 
@@ -60,14 +65,14 @@ class WAE(AE):
     ) -> AnyWAE:
         """An MLP and its mirror image; see :meth:`fastvae.models.AE.mlp`."""
         encoder, decoder = _networks.mlp(data_shape, hidden, latent_dim, activation=activation, output=output)
-        return cls(encoder, decoder, StandardPrior(latent_dim), **options)
+        return cls(encoder, decoder, latent_dim, **options)
 
     @classmethod
     @ready_made
     def conv(cls: type[AnyWAE], latent_dim: int = 8, *, output: LayerActivation = "sigmoid", **options) -> AnyWAE:
         """Two convolutions of stride 2 and two linear layers each way, for images of 1 x 28 x 28; see :meth:`fastvae.models.AE.conv`."""
         encoder, decoder = _networks.conv(latent_dim, output=output)
-        return cls(encoder, decoder, StandardPrior(latent_dim), **options)
+        return cls(encoder, decoder, latent_dim, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.weight}, kernel={self.kernel!r}"
@@ -79,6 +84,8 @@ class WAE(AE):
 
     def _encode_with_penalty(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         z = self.encoder(x)
+        if z.shape[1:] != self.prior.latent_shape:
+            raise ValueError(f"prior: is of shape {self.prior.latent_shape}, the encoder gave codes of shape {tuple(z.shape[1:])}")
         return z, squared_mmd(z, self.prior(self.encode).sample(len(z)), self.kernel), self.weight
 
     @reading
