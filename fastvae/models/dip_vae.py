@@ -56,7 +56,7 @@ class DIPVAE(VAE):
     ):
         super().__init__(encoder, decoder, latent_shape, **options)
         if not isinstance(self.posterior, DiagonalPosterior):
-            raise TypeError(f"posterior: got {type(self.posterior).__name__}, the covariance takes a DiagonalPosterior")
+            raise ValueError(f"posterior: got {type(self.posterior).__name__}, the covariance takes a DiagonalPosterior")
         self.kind = check_choice("kind", kind, get_args(DIPKind))
         self.off_diagonal = check_nonnegative("off_diagonal", off_diagonal)
         self.diagonal = check_nonnegative("diagonal", diagonal)

@@ -66,7 +66,7 @@ class IWAE(VAE):
         self.gradient = check_choice("gradient", gradient, get_args(ImportanceGradient))
         if gradient != "standard" and not isinstance(self.posterior, DiagonalPosterior | CholeskyPosterior):
             given = type(self.posterior).__name__
-            raise TypeError(f"posterior: got {given}, {gradient!r} takes a DiagonalPosterior or a CholeskyPosterior")
+            raise ValueError(f"posterior: got {given}, {gradient!r} takes a DiagonalPosterior or a CholeskyPosterior")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gradient={self.gradient!r}"
