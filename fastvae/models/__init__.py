@@ -4,9 +4,11 @@ A class is an objective and takes its modules: ``VAE(encoder, decoder)``. Each r
 which takes its sizes and the options of the class: ``VAE.conv(latent_dim=20, beta=4.0)``, ``ContractiveAE.mlp(weight=0.1)``.
 """
 
+from fastvae.models.ais import log_prob_ais
 from fastvae.models.autoencoder import AE, AEOutput, ContractiveAE, DenoisingAE, SparseAE, StackedAE
 from fastvae.models.beta_tc_vae import BetaTCOutput, BetaTCVAE
 from fastvae.models.dip_vae import DIPVAE, DIPOutput
+from fastvae.models.factor_vae import FactorVAE, FactorVAEOutput
 from fastvae.models.image_vae import ImageVAE
 from fastvae.models.info_vae import InfoVAE, InfoVAEOutput
 from fastvae.models.iwae import IWAE, IWAEOutput
@@ -28,6 +30,8 @@ __all__ = [
     "ContractiveAE",
     "DIPOutput",
     "DenoisingAE",
+    "FactorVAE",
+    "FactorVAEOutput",
     "IWAEOutput",
     "ImageVAE",
     "InfoVAE",
@@ -36,4 +40,5 @@ __all__ = [
     "StackedAE",
     "VAEOutput",
     "VQVAEOutput",
+    "log_prob_ais",
 ]

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,11 @@ def importance_bound(
     check_count("num_samples", num_samples)
     check_count("samples_at_once", samples_at_once)
     with torch.no_grad():
-        counts = (min(samples_at_once, num_samples - first) for first in range(0, num_samples, samples_at_once))
-        parts = (torch.logsumexp(log_weights(model, x, count, generator=generator), 0) for count in counts)
-        return functools.reduce(torch.logaddexp, parts) - math.log(num_samples)
+        return chunked_log_mean(lambda count: log_weights(model, x, count, generator=generator), num_samples, samples_at_once)
+
+
+def chunked_log_mean(make: Callable[[int], Tensor], count: int, at_once: int) -> Tensor:
+    """The log of the mean of ``count`` weights, of which ``make`` gives the logs of so many as it is asked for on a first dimension, at
+    most ``at_once``."""
+    sizes = (min(at_once, count - first) for first in range(0, count, at_once))
+    return functools.reduce(torch.logaddexp, (torch.logsumexp(make(size), 0) for size in sizes)) - math.log(count)

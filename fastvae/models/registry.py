@@ -11,6 +11,7 @@ from fastvae.models._recipe import Recipe, from_plain, to_plain
 from fastvae.models.autoencoder import AE, ContractiveAE, DenoisingAE, SparseAE, StackedAE
 from fastvae.models.beta_tc_vae import BetaTCVAE
 from fastvae.models.dip_vae import DIPVAE
+from fastvae.models.factor_vae import FactorVAE
 from fastvae.models.image_vae import ImageVAE
 from fastvae.models.info_vae import InfoVAE
 from fastvae.models.iwae import IWAE
@@ -20,7 +21,7 @@ from fastvae.models.wae import WAE
 
 MODELS: tuple[type[nn.Module], ...] = (
     *(AE, DenoisingAE, SparseAE, ContractiveAE, StackedAE, WAE),
-    *(VAE, ImageVAE, IWAE, BetaTCVAE, DIPVAE, InfoVAE),
+    *(VAE, ImageVAE, IWAE, BetaTCVAE, DIPVAE, FactorVAE, InfoVAE),
     *(VQVAE, VQVAE2),
 )
 
