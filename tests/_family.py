@@ -21,7 +21,7 @@ SHAPE, DIM = (1, 8, 8), 4
 def _maker(cls: type[nn.Module], **fixed) -> Callable[..., nn.Module]:
     def make(**options) -> nn.Module:
         torch.manual_seed(0)
-        return cls.mlp(SHAPE, (64,), DIM, **{**{name: part() if callable(part) else part for name, part in fixed.items()}, **options})
+        return cls.mlp(SHAPE, (32,), DIM, **{**{name: part() if callable(part) else part for name, part in fixed.items()}, **options})
 
     return make
 
@@ -47,8 +47,8 @@ FAMILY = {
     "DIP-VAE I": _maker(DIPVAE, kind="i"),
     "DIP-VAE II": _maker(DIPVAE, kind="ii"),
     "FactorVAE": _maker(FactorVAE, gamma=2.0, discriminator_units=16, discriminator_layers=2),
-    "InfoVAE": _maker(InfoVAE, weight=20.0),
-    "InfoVAE, mixture prior": _maker(InfoVAE, weight=20.0, alpha=0.5, kernel="rbf", prior=lambda: MixturePrior(DIM, components=3)),
+    "InfoVAE": _maker(InfoVAE, weight=2.0),
+    "InfoVAE, mixture prior": _maker(InfoVAE, weight=2.0, alpha=0.5, kernel="rbf", prior=lambda: MixturePrior(DIM, components=3)),
     "WAE": _maker(WAE, weight=10.0),
     "WAE, mixture prior": _maker(WAE, weight=10.0, prior=lambda: MixturePrior(DIM, components=3)),
 }

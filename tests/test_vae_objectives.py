@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from fastvae.distributions import DiagonalPrior
 from fastvae.models import DIPVAE, IWAE, BetaTCVAE, FactorVAE
 from fastvae.models._mmd import SCALES, squared_mmd
 from fastvae.models.beta_tc_vae import log_importance_weights
@@ -194,13 +195,12 @@ def test_the_discriminator_finds_the_total_correlation_of_a_normal():
         encoder.weight.copy_(torch.eye(4, 2))
         encoder.bias.copy_(torch.tensor([0.0, 0.0, -20.0, -20.0]))
     model = FactorVAE(encoder, nn.Linear(2, 2), 2, discriminator=Quadratic(), gamma=3.0, likelihood="gaussian")
-    output = model(correlated)
-    optimizer = torch.optim.LBFGS(model.discriminator_parameters(), max_iter=50)
+    optimizer = torch.optim.LBFGS(model.discriminator.parameters(), max_iter=50)
     generator = torch.Generator()
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = model.discriminator_loss(output, generator.manual_seed(0))
+        loss = model(correlated, generator=generator.manual_seed(0)).discriminator_loss
         loss.backward()
         return loss
 
@@ -211,14 +211,15 @@ def test_the_discriminator_finds_the_total_correlation_of_a_normal():
 
 
 def test_each_loss_of_a_factor_vae_trains_its_own_parameters():
-    model = FactorVAE.mlp(DATA, (), DIM, discriminator_units=8, discriminator_layers=2)
-    output = model(torch.rand(5, DATA))
-    output.loss.backward()
-    own, of_discriminator = list(model.encoder.parameters()), list(model.discriminator_parameters())
+    model = FactorVAE.mlp(DATA, (), DIM, discriminator_units=8, discriminator_layers=2, prior=DiagonalPrior(DIM))
+    own, of_discriminator = ([*group["params"]] for group in model.parameter_groups())
+    assert {*own, *of_discriminator} == set(model.parameters())
+    assert set(of_discriminator) == set(model.discriminator.parameters())
+    model(torch.rand(5, DATA)).loss.backward()
     assert all(parameter.grad is not None for parameter in own)
     assert all(parameter.grad is None for parameter in of_discriminator)
     model.zero_grad()
-    model.discriminator_loss(output).backward()
+    model(torch.rand(5, DATA)).discriminator_loss.backward()
     assert all(parameter.grad is None for parameter in own)
     assert all(parameter.grad.abs().sum() > 0 for parameter in of_discriminator)
 
@@ -228,9 +229,3 @@ def test_permuted_dimensions_keep_their_values_and_lose_their_company():
     permuted = permute_dimensions(z, torch.Generator().manual_seed(0))
     torch.testing.assert_close(permuted.sort(0).values, z)
     assert not torch.equal(permuted[:, 1] - permuted[:, 0], z[:, 1] - z[:, 0])
-
-
-def test_a_discriminator_takes_two_samples():
-    model = FactorVAE.mlp(DATA, (), DIM, discriminator_units=8)
-    with pytest.raises(ValueError, match=r"^output: is of a batch of 1, the discriminator takes at least 2"):
-        model.discriminator_loss(model(torch.rand(1, DATA)))

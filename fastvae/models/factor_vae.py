@@ -1,12 +1,11 @@
 """The FactorVAE (Kim and Mnih, *Disentangling by Factorising*, 2018)."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from fastvae._pytree import exportable
@@ -16,17 +15,25 @@ from fastvae.distributions.normal import widened
 from fastvae.distributions.posterior import Posterior
 from fastvae.distributions.prior import Prior, check_count
 from fastvae.functional._checks import check_nonnegative
+from fastvae.models._adversarial import with_fixed_weights
 from fastvae.models.vae import VAE, VAETerms
+
+# Adam's decay rates for the discriminator, as in the paper; torch's own serve the autoencoder.
+DISCRIMINATOR_BETAS = (0.5, 0.9)
 
 
 @exportable
 class FactorVAEOutput(NamedTuple):
-    """The terms of the loss in nats per sample, and the tensors behind them; ``total_correlation`` is without its weight."""
+    """The terms of the loss in nats per sample, and the tensors behind them.
+
+    ``total_correlation`` is without its weight. ``discriminator_loss`` is no part of ``loss``: its gradient trains the discriminator.
+    """
 
     loss: Tensor
     recon_loss: Tensor
     kl: Tensor
     total_correlation: Tensor
+    discriminator_loss: Tensor
     recon: Tensor
     z: Tensor
     mu: Tensor
@@ -39,9 +46,12 @@ class FactorVAE(VAE):
     .. math:: -ELBO + \gamma\, KL(q(z) \| \prod_j q(z_j)), \quad
         KL(q(z) \| \prod_j q(z_j)) \approx \mathbb{E}_{q(z)} \log \frac{D(z)}{1 - D(z)}
 
-    D(z) is the probability that z was drawn from q(z), and not from the product of its dimensions' distributions. It is trained beside the
-    model by an optimizer of its own: :meth:`discriminator_parameters` and :meth:`discriminator_loss`. The gradient of a call's loss does
-    not reach it.
+    D(z) is the probability that z was drawn from q(z), and not from the product of its dimensions' distributions. The discriminator is
+    trained beside the model, by the output's ``discriminator_loss``. The gradient of each loss keeps off the weights of the other, so a
+    loop takes the gradient of their sum, or two optimizers: :meth:`parameter_groups`. A batch is of at least 2 samples.
+
+    One half of a batch's z are draws from q(z) to the discriminator. In the other half each dimension is permuted over the samples by
+    itself, where the paper takes a second batch.
 
     Args:
         encoder, decoder, latent_shape, prior, posterior, likelihood: see :class:`~fastvae.models.VAE`; z is a vector.
@@ -76,41 +86,36 @@ class FactorVAE(VAE):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gamma={self.gamma}"
 
-    def discriminator_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the loss of a call does not train, but :meth:`discriminator_loss`."""
-        return self.discriminator.parameters()
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The weights of the autoencoder, and those of the discriminator with the paper's decay rates of Adam."""
+        judges = set(self.discriminator.parameters())
+        own = [parameter for parameter in self.parameters() if parameter not in judges]
+        return [{"params": own}, {"params": list(self.discriminator.parameters()), "betas": DISCRIMINATOR_BETAS}]
 
     def objective(self, terms: VAETerms) -> FactorVAEOutput:
-        _, q, _, z, kl, recon, recon_loss, _ = terms
+        _, q, _, z, kl, recon, recon_loss, generator = terms
         if z.ndim != 2:
             raise ValueError(f"encoder: gave a posterior of shape {tuple(z.shape[1:])}, the total correlation takes one of vectors")
-        frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        joint, product = widened(functional_call(self.discriminator, frozen, z)).unbind(1)
+        joint, product = widened(with_fixed_weights(self.discriminator, z)).unbind(1)
         total_correlation = (joint - product).mean()
+        discriminator_loss = self._discriminator_loss(z.detach(), generator)
         loss = recon_loss + self.kl_penalty(kl) + self.gamma * total_correlation
-        return FactorVAEOutput(loss, recon_loss, kl, total_correlation, recon, z, q.mu, q.logvar)
+        return FactorVAEOutput(loss, recon_loss, kl, total_correlation, discriminator_loss, recon, z, q.mu, q.logvar)
 
-    def discriminator_loss(self, output: FactorVAEOutput, generator: torch.Generator | None = None) -> Tensor:
-        """The cross-entropy of the discriminator in nats; its gradient reaches the discriminator alone.
-
-        One half of the batch's z are draws from q(z). The other half's dimensions are permuted over the samples, each by itself, which
-        makes them draws from the product.
-
-        Args:
-            output: of a call, whose batch is of at least 2.
-            generator: of the permutations, on the device of z.
-        """
-        joint, others = output.z.detach().tensor_split(2)
-        if not len(joint) or not len(others):
-            raise ValueError(f"output: is of a batch of {len(output.z)}, the discriminator takes at least 2 samples")
-        logits = [widened(self.discriminator(z)) for z in (joint, permute_dimensions(others, generator))]
+    def _discriminator_loss(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The cross-entropy in nats: half of the z are draws from q(z), those of the other half become draws from the product."""
+        if len(z) < 2:
+            raise ValueError(f"x: got a batch of {len(z)}, the discriminator takes at least 2 samples")
+        joint, others = z.tensor_split(2)
+        logits = [widened(self.discriminator(half)) for half in (joint, permute_dimensions(others, generator))]
         losses = [F.cross_entropy(given, given.new_full((len(given),), kind, dtype=torch.int64)) for kind, given in enumerate(logits)]
         return 0.5 * (losses[0] + losses[1])
 
 
 def permute_dimensions(z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each dimension of ``(batch, d)`` permuted over the batch by itself."""
-    order = torch.rand(z.shape, generator=generator, device=z.device).argsort(0)
+    """Each dimension of ``(batch, d)`` permuted over the batch by itself, which makes z draws from the product of its dimensions."""
+    device = z.device if generator is None else generator.device
+    order = torch.rand(z.shape, generator=generator, device=device).argsort(0).to(z.device)
     return z.gather(0, order)
 
 
