@@ -10,7 +10,7 @@
 namespace fastvae {
 
 // Positions that a kernel handles at a time.
-constexpr int64_t kMixtureTile = 128;
+constexpr int64_t kMixtureTile = 256;
 
 // A loss of one value for each position of a batch of images. Outputs that are not requested have no data.
 struct LogisticMixture {
