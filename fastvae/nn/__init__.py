@@ -2,7 +2,7 @@
 
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 from fastvae.nn.group_norm import GroupNormSiLU
-from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, ELBOLoss, GaussianNLL, KLPenalty, MSELoss
+from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, ELBOLoss, GaussianNLL, KLPenalty, LogisticMixtureNLL, MSELoss
 from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
 from fastvae.nn.residual_quantizer import ResidualVectorQuantizer
 from fastvae.nn.sampling import Reparameterize, ReparameterizeKL
@@ -22,6 +22,7 @@ __all__ = [
     "GroupNormSiLU",
     "KLPenalty",
     "LinearSchedule",
+    "LogisticMixtureNLL",
     "MSELoss",
     "Masking",
     "MinMaxScaler",
