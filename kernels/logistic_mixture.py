@@ -114,7 +114,9 @@ def _backward_(arguments: ops.BackwardInPlaceArguments) -> None:
 def _write_gradient(arguments, grad_input, expected=None):
     shape = ops.one_plane(arguments.input).shape
     if shape.numel() > 0:
-        _launch_kernel(arguments, arguments.grad_output.contiguous(), None, grad_input, (1.0, reduction_scale(shape, arguments.reduction)), expected)
+        _launch_kernel(
+            arguments, arguments.grad_output.contiguous(), None, grad_input, (1.0, reduction_scale(shape, arguments.reduction)), expected
+        )
 
 
 def _launch_kernel(arguments, grad_output, loss, grad_input, scales, expected=None):

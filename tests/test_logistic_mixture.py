@@ -1,7 +1,7 @@
 """The mixture of discretized logistics against float64 and against an independent formula: values, gradients, shapes, layouts, limits."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -93,35 +93,38 @@ def check(device: str, dtype: torch.dtype, case: Case) -> None:
     assert_close(gradient, expected, dtype, scale=size * max(1.0, largest), roundings=2 if scaled and dtype.itemsize > 2 else 1)
 
 
+# Each is checked with every reduction.
 CASES = [
-    *(Case(mixtures, channels, reduction=reduction) for mixtures in (1, 2, 10) for channels in (1, 3) for reduction in REDUCTIONS),
-    *(Case(2, channels, reduction="sample") for channels in (2, 4, 9)),
-    *(Case(2, 3, batch, spatial, reduction) for batch, spatial in ((1, (1,)), (7, ()), (3, (257,)), (2, (16, 33))) for reduction in REDUCTIONS),
-    *(Case(reduction=reduction, grad_layout="expanded") for reduction in ("none", "sample")),
-    *(Case(target_dtype=dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
-    *(Case(reduction="sum", grad_scale=scale, incoming=incoming) for scale in (1.0, 4.0) for incoming in (1.0, 4.0, 0.0)),
-]  # fmt: skip
+    *(Case(mixtures, channels) for mixtures in (1, 2, 10) for channels in (1, 3)),
+    *(Case(2, channels) for channels in (2, 9)),
+    *(Case(2, 3, batch, spatial) for batch, spatial in ((1, (1,)), (7, ()), (3, (257,)), (2, (16, 33)))),
+    # With a spread of 3 many log scales lie below the least.
+    *(Case(spread=spread) for spread in (0.0, 0.1, 3.0)),
+    Case(grad_layout="expanded"),
+]
 
 
 @each_place_and_dtype(OPERATOR)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(place, dtype, case):
-    check(place.device, dtype, case)
+    for reduction in REDUCTIONS:
+        check(place.device, dtype, replace(case, reduction=reduction))
 
 
 @each_place_and_dtype(OPERATOR)
-@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_narrow_and_wide_parameters(place, dtype, spread, reduction):
-    """With a spread of 3 many log scales lie below the least."""
-    check(place.device, dtype, Case(spread=spread, reduction=reduction))
+def test_incoming_gradients_and_floating_targets(place, dtype):
+    for target_dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        check(place.device, dtype, Case(target_dtype=target_dtype))
+    for grad_scale in (1.0, 4.0):
+        for incoming in (1.0, 4.0, 0.0):
+            check(place.device, dtype, Case(reduction="sum", grad_scale=grad_scale, incoming=incoming))
 
 
 @each_place(OPERATOR)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("reduction", ["none", "sample", "mean"])
-def test_layouts(place, layout, reduction):
-    check(place.device, torch.float32, Case(2, 3, reduction=reduction, layout=layout, grad_layout=layout))
+def test_layouts(place, layout):
+    for reduction in ("none", "sample", "mean"):
+        check(place.device, torch.float32, Case(2, 3, reduction=reduction, layout=layout, grad_layout=layout))
 
 
 def pixelcnnpp(input, target, mixtures):
@@ -229,11 +232,12 @@ def test_a_floating_target_is_its_nearest_level(place, dtype):
 
 
 @each_place_and_dtype(OPERATOR)
-@pytest.mark.parametrize("log_scale", [-1e4, -8.0, -7.0, -6.9, 0.0, 20.0, 60.0, 100.0, 1e4])
-def test_log_scales_of_every_size(place, dtype, log_scale):
-    """Bins of the width e^-100 of a scale have their probability too; below the least log scale the gradient is 0."""
-    mean, level = torch.meshgrid(torch.tensor([-3.0, -0.9, 0.0, 1.0]), torch.tensor([0.0, 1.0, 100.0, 255.0]), indexing="ij")
-    input = torch.stack((mean.reshape(-1), torch.full((16,), log_scale)))[None].to(place.device, dtype)
+def test_log_scales_of_every_size(place, dtype):
+    """A bin that is e^-100 of a scale wide has its probability too; below the least log scale the gradient is 0."""
+    log_scales = torch.tensor([-1e4, -8.0, -7.0, -6.9, 0.0, 20.0, 60.0, 100.0, 1e4])
+    means, levels = torch.tensor([-3.0, -0.9, 0.0, 1.0]), torch.tensor([0.0, 1.0, 100.0, 255.0])
+    log_scale, mean, level = torch.meshgrid(log_scales, means, levels, indexing="ij")
+    input = torch.stack((mean, log_scale)).view(1, 2, -1).to(place.device, dtype)
     target = level.reshape(1, 1, -1).to(place.device, torch.uint8)
     x, wide = leaf(input), wide_leaf(input)
     loss, expected = FV.logistic_mixture_nll(x, target, 1, "none"), reference.logistic_mixture_nll(wide, target, 1, "none")
@@ -241,9 +245,10 @@ def test_log_scales_of_every_size(place, dtype, log_scale):
     assert_close(loss, expected, dtype, scale=1e3)
     loss.sum().backward()
     expected.sum().backward()
-    inverse = math.exp(-max(log_scale, MIN_LOG_SCALE))
-    assert_close(x.grad, wide.grad, dtype, scale=4.0 * (1.0 + inverse))
-    assert (x.grad[:, 1] == 0).all() == (log_scale < MIN_LOG_SCALE)
+    assert_close(x.grad, wide.grad, dtype, scale=4.0 * math.exp(-MIN_LOG_SCALE))
+    clamped = input[:, 1] < MIN_LOG_SCALE
+    assert (x.grad[:, 1][clamped] == 0).all()
+    assert (x.grad[:, 1][~clamped & (target[:, 0] == 100)] != 0).all()
 
 
 @each_place(OPERATOR)
@@ -343,20 +348,19 @@ def test_empty(place, reduction, batch, spatial):
 
 
 @each_place_and_dtype(OPERATOR)
-@pytest.mark.parametrize("parameter", range(11))
-def test_nan_in_nan_out(place, dtype, parameter):
-    """In one parameter of two components of two channels; and in the target."""
-    input, target = make_inputs(Source(place.device, dtype), Case(2, 2, 3, (4,)))
-    values = target.to(dtype) / 255
-    poisoned = (values if parameter == 10 else input)[1, parameter % 10 if parameter < 10 else 1]
-    poisoned[2] = math.nan
-    x = leaf(input)
-    loss = FV.logistic_mixture_nll(x, values, 2, "none")
-    open_bin = target[1, :, 2].remainder(255) == 0
-    assert loss.isnan().nonzero().tolist() == [[1, 2]], open_bin
-    assert FV.logistic_mixture_nll(x, values, 2).isnan()
-    loss.sum().backward()
-    assert {tuple(place) for place in x.grad.isnan().nonzero()[:, [0, 2]].tolist()} == {(1, 2)}
+def test_nan_in_nan_out(place, dtype):
+    """Each parameter of two components of two channels, and the target."""
+    input, image = make_inputs(Source(place.device, dtype), Case(2, 2, 3, (4,)))
+    target = image.to(dtype) / 255
+    for name, row in [*(("input", row) for row in range(input.shape[1])), ("target", 0), ("target", 1)]:
+        tensors = {"input": input.clone(), "target": target.clone()}
+        tensors[name][1, row, 2] = math.nan
+        x = tensors["input"].requires_grad_()
+        loss = FV.logistic_mixture_nll(x, tensors["target"], 2, "none")
+        assert loss.isnan().nonzero().tolist() == [[1, 2]]
+        assert FV.logistic_mixture_nll(x, tensors["target"], 2).isnan()
+        loss.sum().backward()
+        assert {tuple(place) for place in x.grad.isnan().nonzero()[:, [0, 2]].tolist()} == {(1, 2)}
 
 
 def run_once(place, reduction):
@@ -392,7 +396,7 @@ def test_each_instruction_set(instruction_set, dtype):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"input": torch.zeros(2, 99, 4)}, ValueError, r"^input: got shape \(2, 99, 4\), takes \(2, 100, 4\), the parameters of 10 components"),
+        ({"input": torch.zeros(2, 99, 4)}, ValueError, r"^input: got shape .*99, 4\), takes .* the parameters of 10 components"),
         ({"input": torch.zeros(2, 100, 5)}, ValueError, r"^input: got shape \(2, 100, 5\), takes \(2, 100, 4\)"),
         ({"input": torch.zeros(2, 100, 4, dtype=torch.int64)}, TypeError, "^input: got torch.int64, takes"),
         ({"target": torch.zeros(2, 3, 4, dtype=torch.int64)}, TypeError, "^target: got torch.int64, takes"),

@@ -26,7 +26,8 @@ SCALARS = {
     "MSE": (places("reconstruction_forward"), lambda x: FV.mse_loss(x, torch.full_like(x, 0.3))),
     "Gaussian": (places("reconstruction_forward"), lambda x: FV.gaussian_nll(x, torch.full_like(x, 0.3), x.mean())),
     "mixture of logistics": (
-        places("logistic_mixture_forward"), lambda x: FV.logistic_mixture_nll(x[:, :2, None], torch.full_like(x[:, :1, None], 0.3), 1)
+        places("logistic_mixture_forward"),
+        lambda x: FV.logistic_mixture_nll(x[:, :2, None], torch.full_like(x[:, :1, None], 0.3), 1),
     ),
     "KL": (places("latent_forward"), lambda x: FV.kl_normal(x, x, free_bits=0.1)),
     "sample": (places("latent_forward"), lambda x: FV.reparameterize(x, x, seed=3).square().sum()),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from fastvae.distributions.bernoulli import BernoulliLikelihood, BernoulliProbsLikelihood
 from fastvae.distributions.gaussian import GaussianLikelihood
 from fastvae.distributions.likelihood import Likelihood
+from fastvae.distributions.logistic_mixture import DiscretizedLogisticLikelihood, LogisticMixtureLikelihood
 from fastvae.distributions.posterior import CholeskyPosterior, DiagonalPosterior, Posterior
 from fastvae.distributions.prior import DiagonalPrior, MixturePrior, Prior, StandardPrior, VampPrior
 
@@ -18,10 +19,12 @@ __all__ = [
     "CholeskyPosterior",
     "DiagonalPosterior",
     "DiagonalPrior",
+    "DiscretizedLogisticLikelihood",
     "FlowPosterior",
     "FlowPrior",
     "GaussianLikelihood",
     "Likelihood",
+    "LogisticMixtureLikelihood",
     "MixturePrior",
     "Posterior",
     "Prior",

@@ -24,9 +24,9 @@ def logistic_mixture_nll(
               \qquad \mu_{mc} = \mathrm{mean}_{mc} + \sum_{d < c} \tanh(\mathrm{coefficient}_{mcd})\, x_d
 
     for the value :math:`x_c` of channel c, scaled to [-1, 1]. The lowest bin is open below and the highest above, so that the 256
-    probabilities sum to 1. They are computed as logarithms without cancellation, however narrow a bin is beside the scale.
+    probabilities sum to 1. Their logarithms are computed without cancellation, however narrow a bin is beside the scale.
 
-    With M = ``num_mixtures`` and C channels, the parameters of a position lie on dimension 1 in this order, the component last in each part:
+    With M = ``num_mixtures`` and C channels, the parameters of a position lie on dimension 1 in this order:
 
     ===============  ===============  ==============================================================================
     part             numbers          entry
@@ -37,8 +37,8 @@ def logistic_mixture_nll(
     coefficients     C (C - 1) / 2 M  (c (c - 1) / 2 + d) M + m, of channel c on channel d < c; tanh is applied to them
     ===============  ===============  ==============================================================================
 
-    That is 10 M for RGB images and 3 M for grey ones. A single component has no logit, so grey images with ``num_mixtures=1`` have the plain
-    discretized logistic, from 2 parameters. One that treats C channels as independent is that of grey images of C times the positions:
+    That is 10 M for RGB images and 3 M for grey ones. A single component has no logit, so ``num_mixtures=1`` is the plain discretized
+    logistic, from 2 parameters for grey images. One whose C channels are independent is that of grey images of C times the positions:
     ``logistic_mixture_nll(input.unflatten(1, (2, C)), target.unsqueeze(1), 1)``.
 
     Args:
@@ -47,8 +47,8 @@ def logistic_mixture_nll(
         target: the image, ``(batch, C, ...)``: uint8, or a floating dtype with values in [0, 1], which are rounded to the nearest of the
             256 levels value / 255. It has no gradient.
         num_mixtures: M, the number of components.
-        reduction: ``"none"`` one value a position, ``(batch, ...)``, ``"sample"`` sum over all but the batch dimension, ``"batchmean"`` mean
-            of those (nats per sample), ``"sum"``, or ``"mean"`` over positions.
+        reduction: ``"none"`` one value a position, ``(batch, ...)``, ``"sample"`` sum over all but the batch dimension, ``"batchmean"``
+            mean of those (nats per sample), ``"sum"``, or ``"mean"`` over positions.
         $grad_scale
 
     Returns:

@@ -61,7 +61,8 @@ def _log_one_minus_exp(x: Tensor) -> Tensor:
 def log_probabilities(level: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
     """The log of the probability that a logistic gives to the bin of ``level``.
 
-    The bin is [a, b] in units of the scale from the mean; its probability is sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a - b)).
+    The bin is [a, b] in units of the scale from the mean; its probability is
+    sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a - b)).
     """
     log_scales = log_scales.clamp(min=MIN_LOG_SCALE)
     inverse = torch.exp(-log_scales)
