@@ -146,7 +146,7 @@ def tutorial(source, rows):
 
 
 def mixture_and_image(source, rows):
-    return {"input": source.normal(rows, 20, 3, 4) * 0.7, "target": source.image(rows, 3, 3, 4)}
+    return {"input": source.normal(rows, 20, 5, 2) * 0.7, "target": source.image(rows, 3, 5, 2)}
 
 
 def logistic_and_image(source, rows):

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) logistic_mixture_kernel(const __grid
   int64_t begin = blockIdx.y * c.rows_per_split, end = min64(begin + c.rows_per_split, c.rows);
   float total = 0.0f;
   for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) total += handle_position(p, column_element(c, row, blockIdx.x));
-  if (!p.loss_sum) return;
+  if (!p.loss_sum.data) return;
   finish_columns(c, p.workspace, total, [&](int64_t column, double sum) { store_one(p.loss_sum, column, sum * p.loss_scale); });
 }
 

@@ -45,7 +45,8 @@ class LogisticMixtureLikelihood(Likelihood):
 
     For images of C channels the decoder gives ``parameters_for(C)`` numbers for each position, 10 times ``num_mixtures`` for RGB and 3
     times for grey images; ``parameters_per_element`` is that of grey images. Data are ``(batch, C, ...)``, uint8 or floating in [0, 1],
-    rounded to the nearest level. The loss has one element a position, so ``"none"`` gives ``(batch, ...)`` and ``"mean"`` is a mean over positions.
+    rounded to the nearest level. The loss has one element a position, so ``"none"`` gives ``(batch, ...)`` and ``"mean"`` is a mean over
+    positions.
 
     Args:
         num_mixtures: the number of components.

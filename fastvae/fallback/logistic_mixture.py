@@ -126,5 +126,5 @@ def _gradient(grad_output: Tensor, input: Tensor, target: Tensor, num_mixtures: 
 @implements(ops.backward_)
 def logistic_mixture_backward_(arguments: ops.BackwardInPlaceArguments) -> None:
     # Where grad_output is what was expected, the gradient is computed again all the same: nothing here may wait for the device.
-    grad_input, grad_output, _, *operands = arguments
-    grad_input.copy_(_gradient(grad_output, *operands))
+    a = arguments
+    a.grad_input.copy_(_gradient(a.grad_output, a.input, a.target, a.num_mixtures, a.reduction))

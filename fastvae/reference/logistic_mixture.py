@@ -103,12 +103,37 @@ def _in_plain_torch(arguments: ops.ForwardArguments) -> tuple[Tensor]:
     return (loss(input, target, num_mixtures, reduction),)
 
 
+def _log_probability_gradients(level: Tensor, means: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
+    """d log probability / d (mean, log scale) of :func:`log_probabilities`."""
+    inverse = torch.exp(-log_scales.clamp(min=MIN_LOG_SCALE))
+    center = (2.0 * level - 255.0) / 255.0 - means
+    upper, lower, width = (center + 1.0 / 255.0) * inverse, (center - 1.0 / 255.0) * inverse, 2.0 / 255.0 * inverse
+    by_upper = torch.where(level == 255, 0.0, torch.sigmoid(-upper))
+    by_lower = torch.where(level == 0, 0.0, -torch.sigmoid(lower))
+    by_width = torch.where(width < 1e-12, 1.0, width / torch.expm1(width))
+    by_scale = -upper * by_upper - lower * by_lower - torch.where((level == 0) | (level == 255), 0.0, by_width)
+    return -inverse * (by_upper + by_lower), torch.where(log_scales < MIN_LOG_SCALE, 0.0, by_scale)
+
+
+def loss_gradient(input: Tensor, target: Tensor, num_mixtures: int) -> Tensor:
+    """d loss / d input of each position, in the dtype of ``input``."""
+    level = levels(target, input.dtype)
+    parameters, values = split_parameters(input, num_mixtures, target.shape[1]), (2.0 * level - 255.0) / 255.0
+    means, level = component_means(parameters, values), level.unsqueeze(2)
+    by_component = log_probabilities(level, means, parameters.log_scales).sum(1)
+    share = torch.softmax(parameters.logits + by_component, 1)
+    by_mean, by_log_scale = (-share.unsqueeze(1) * t for t in _log_probability_gradients(level, means, parameters.log_scales))
+    derivatives = (1.0 - torch.tanh(parameters.coefficients) ** 2).unbind(1)
+    pairs = [(channel, before) for channel in range(target.shape[1]) for before in range(channel)]
+    of_pairs = [d * by_mean[:, c] * values[:, b, None] for d, (c, b) in zip(derivatives, pairs, strict=True)]
+    by_logit = [torch.softmax(parameters.logits, 1) - share] if num_mixtures > 1 else []
+    return torch.cat([*by_logit, by_mean.flatten(1, 2), by_log_scale.flatten(1, 2), *of_pairs], 1)
+
+
 def _gradient(grad_output: Tensor, input: Tensor, target: Tensor, num_mixtures: int, reduction: int) -> Tensor:
     grad_elements = expand_gradient(grad_output, ops.one_plane(input).shape, reduction)
-    with torch.enable_grad():
-        wide = input.detach().to(accumulation_dtype(input.dtype)).requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_elements(wide, target, num_mixtures), wide, grad_elements)
-    return gradient.to(input.dtype).contiguous()
+    gradient = loss_gradient(input.to(accumulation_dtype(input.dtype)), target, num_mixtures)
+    return (gradient * grad_elements.unsqueeze(1)).to(input.dtype).contiguous()
 
 
 @ops.forward.implement("reference")
@@ -128,5 +153,5 @@ def _logistic_mixture_backward(arguments: ops.BackwardArguments) -> Tensor:
 
 @ops.backward_.implement("reference")
 def _logistic_mixture_backward_(arguments: ops.BackwardInPlaceArguments) -> None:
-    grad_input, grad_output, _, *operands = arguments
-    grad_input.copy_(_gradient(grad_output, *operands))
+    a = arguments
+    a.grad_input.copy_(_gradient(a.grad_output, a.input, a.target, a.num_mixtures, a.reduction))
