@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from _helpers import leaf, wide_leaf
+from _helpers import DEVICES, leaf, wide_leaf
 from _likelihoods import CASES, CHANNELS
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -55,11 +55,12 @@ def test_reductions(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", DEVICES)
 @EACH
-def test_losses_and_gradients_are_those_of_float64(name, dtype):
-    likelihood, params, x = build(name)
+def test_losses_and_gradients_are_those_of_float64(name, device, dtype):
+    likelihood, params, x = (part.to(device) for part in build(name))
     params, wide = leaf(params.to(dtype)), wide_leaf(params.to(dtype))
-    oracle = CASES[name].make().double()
+    oracle = CASES[name].make().to(device).double()
     if x.is_floating_point():
         x = x.to(dtype)
     loss, expected = likelihood(params, x), oracle(wide, x.double() if x.is_floating_point() else x)
@@ -122,11 +123,12 @@ def test_a_state_dict_restores(name):
     assert torch.equal(other(params, x), likelihood(params, x))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @EACH
-def test_mean_and_sample_have_the_shape_of_the_data(name):
-    likelihood, params, x = build(name)
+def test_mean_and_sample_have_the_shape_of_the_data(name, device):
+    likelihood, params, x = (part.to(device) for part in build(name))
     params = params.requires_grad_()
-    draws = [likelihood.sample(params, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    draws = [likelihood.sample(params, torch.Generator(device).manual_seed(seed)) for seed in (3, 3, 4)]
     assert likelihood.mean(params).shape == draws[0].shape == x.shape
     assert not draws[0].requires_grad
     assert torch.equal(draws[0], draws[1])

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # From here on the five terms of Stirling's series below have an error under 3e-13: the first that is left out is 691 / 360360 / t^11.
@@ -41,13 +42,15 @@ def log_prob(x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
 def zero_inflated_log_prob(x: Tensor, log_mean: Tensor, zero_logits: Tensor, log_dispersion: Tensor) -> Tensor:
     r"""log p(x) where a count is 0 with probability :math:`\pi = s(\mathrm{zero\_logits})` whatever the negative binomial gives."""
     inner = log_prob(x, log_mean, log_dispersion)
-    log_kept, log_extra = -torch.nn.functional.softplus(zero_logits), -torch.nn.functional.softplus(-zero_logits)
-    shown = log_kept + inner
-    # log(pi + (1 - pi) p(0)): the first form loses the digits of a probability near 1, the second those of one near 0.
+    log_extra, log_kept = F.logsigmoid(zero_logits), F.logsigmoid(-zero_logits)
+    # log(pi + (1 - pi) p(0)): the sum of logarithms loses the digits of a probability near 1, the one of the complement those near 0.
     inner_zero = torch.where(x == 0, inner, -1.0)
-    small = torch.logaddexp(log_extra, log_kept + inner_zero)
-    large = torch.log1p(log_kept.exp() * torch.expm1(inner_zero))
-    return torch.where(x == 0, torch.where(small < -0.5, small, large), shown)
+    summed = torch.logaddexp(log_extra, log_kept + inner_zero)
+    is_small = summed < -0.5
+    # The complement is replaced where it is not taken: it may be 1 there, and the gradient of log(1 - 1) is NaN.
+    complement = torch.where(is_small, 0.5, -log_kept.exp() * torch.expm1(inner_zero))
+    log_prob_zero = torch.where(is_small, summed, torch.log1p(-complement))
+    return torch.where(x == 0, log_prob_zero, log_kept + inner)
 
 
 def _log_ratio(difference: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:

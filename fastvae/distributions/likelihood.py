@@ -12,7 +12,6 @@ from fastvae.reference._reduce import reduce_elements
 from fastvae.reference.reconstruction import promote
 
 
-@documented
 class Likelihood(nn.Module):
     r"""The base of all likelihoods: :math:`p(x | z)` as a function of what a decoder gives for :math:`z`.
 
