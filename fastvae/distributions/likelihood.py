@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastvae._backend import FLOATS
 from fastvae._types import Reduction
+from fastvae.distributions._options import Stored
 from fastvae.functional._checks import check_device, check_interval, check_tensor
 from fastvae.functional._documentation import documented
 from fastvae.ops._results import accumulation_dtype, reduction_number
@@ -12,7 +13,7 @@ from fastvae.reference._reduce import reduce_elements
 from fastvae.reference.reconstruction import promote
 
 
-class Likelihood(nn.Module):
+class Likelihood(Stored, nn.Module):
     r"""The base of all likelihoods: :math:`p(x | z)` as a function of what a decoder gives for :math:`z`.
 
     A decoder gives ``params`` of shape ``(batch, parameters_per_element * channels, ...)`` for data ``x`` of shape
