@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _helpers import Recorder
 from torch import nn
 
 for package in ("lightning", "jsonargparse", "sklearn", "PIL"):
@@ -180,6 +181,23 @@ def test_the_last_group_of_an_epoch_counts_by_its_batches():
                 parameter -= 0.1 * gradient
     for ours, wanted in zip(lit.network.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, wanted)
+
+
+def test_losses_write_the_gradient_of_an_accumulated_batch():
+    """The loss kernel is told what Lightning divides the loss by, so nothing computes its gradient again."""
+    network = AE.mlp((1, 8, 8), (16,), 3)
+    for precision in ("32-true", "bf16-mixed"):
+        with Recorder() as ran:
+            fit(
+                LitAutoencoder(network),
+                DataLoader(torch.rand(6, 1, 8, 8), batch_size=1),
+                max_steps=2,
+                precision=precision,
+                accumulate_grad_batches=3,
+            )
+        names = [func._schema.name for func in ran.operators]
+        assert names.count("fastvae::reconstruction_forward") == 6
+        assert "fastvae::reconstruction_backward" not in names
 
 
 @pytest.mark.parametrize("bad", range(5))

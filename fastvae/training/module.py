@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from fastvae import __version__
 from fastvae._extras import extra
 from fastvae._types import check_choice
+from fastvae.functional._call import expected_gradient
 from fastvae.models import registry
 from fastvae.models._inputs import in_channels_last
 from fastvae.nn import _processes
@@ -186,13 +187,19 @@ class LitAutoencoder(LightningModule):
             torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self._step("train", batch).loss
+        with expected_gradient(self._loss_factor()):
+            loss = self._step("train", batch).loss
         finite = torch.isfinite(loss.detach())
         self._non_finite = ~finite if self._non_finite is None else self._non_finite | ~finite
         if self._is_logged("train"):
             self.log("skipped_steps", self.skipped_steps.float(), on_step=True, on_epoch=False)
         # A loss that overflowed may have a finite gradient. A GradScaler looks at the gradients alone, so they all become NaN.
         return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
+
+    def _loss_factor(self) -> float:
+        """What Lightning multiplies the loss with before the backward pass, where the host knows it."""
+        has_loss_scale = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return 1.0 if has_loss_scale else 1 / self.trainer.accumulate_grad_batches
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return self._step("val", batch)._asdict()
