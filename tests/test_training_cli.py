@@ -85,13 +85,34 @@ def test_two_processes_that_torchrun_starts(tmp_path):
     assert torch.load(runs[0] / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
+QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
+
+
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
-def test_evaluation_takes_the_network_of_the_checkpoint(checkpoint, tmp_path, subcommand):
-    options = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--data=SklearnDigits"]
-    printed = fastvae(subcommand, f"--ckpt_path={checkpoint}", *options, folder=tmp_path)
+def test_evaluation_takes_network_and_data_of_the_checkpoint(checkpoint, tmp_path, subcommand):
+    printed = fastvae(subcommand, checkpoint, *QUIET, folder=tmp_path)
     part = {"validate": "val", "test": "test"}[subcommand]
     assert f"{part}/loss" in printed
     assert f"{part}/kl" in printed
+
+
+def test_evaluation_on_other_data(checkpoint, capsys, monkeypatch):
+    """Other options of the data of the training, then other data, which have another shape."""
+    batches = []
+    monkeypatch.setattr("fastvae.training.module.LitAutoencoder.on_test_batch_start", lambda *_: batches.append(0))
+    command_line.main(["test", f"--ckpt_path={checkpoint}", *QUIET, "--data.batch_size=90"])
+    assert len(batches) == 4, "of 359 samples"
+    assert "test/loss" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"MNISTDigits has samples of shape \(1, 28, 28\), the checkpoint was trained on SklearnDigits"):
+        command_line.main(["test", str(checkpoint), *QUIET, "--data=MNISTDigits"])
+
+
+def test_evaluation_of_a_checkpoint_that_another_program_wrote(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["fastvae"]["data"] = None
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit, match=r"^fastvae: data: got none, takes one of MNISTDigits, "):
+        command_line.main(["test", str(tmp_path / "other.ckpt"), *QUIET])
 
 
 def test_sample(checkpoint, tmp_path):
@@ -222,6 +243,10 @@ def test_there_is_a_config_for_each_kind_of_model():
         (["fit", "--data.batch_size=0"], "batch_size: got 0, takes"),
         (["fit", "--network.beta=-1"], "beta: got -1.0, takes"),
         (["sample", "missing.ckpt"], "checkpoint: missing.ckpt is no file"),
+        (["test", "missing.ckpt"], "checkpoint: missing.ckpt is no file"),
+        (["validate"], "ckpt_path: validate takes a checkpoint of fastvae fit"),
+        (["fit", "--data=null"], "data: got none, takes one of MNISTDigits"),
+        (["fit", f"--ckpt_path={__file__}"], "checkpoint: .* was not written by torch.save"),
         (["encode", "missing.ckpt", "--data=MNISTDigit"], "data: got 'MNISTDigit', did you mean MNISTDigits"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, pictures
 from fastvae.training.data_module import AutoencoderData
-from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.errors import TrainingError
 from fastvae.training.module import LitAutoencoder
 from fastvae.training.parsing import Parser
@@ -98,7 +97,7 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     data = _prepared(lit, data)
     parts: dict[str, list[np.ndarray]] = {}
     for batch in data.whole_dataloader():
-        _check_shape(lit, data, batch["x"])
+        checkpoints.check_shape(lit, data, batch["x"])
         for name, value in _encoded(lit, data.on_before_batch_transfer(batch, 0)).items():
             parts.setdefault(name, []).append(value.numpy())
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
@@ -120,15 +119,9 @@ def _encoded(lit: LitAutoencoder, batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _prepared(lit: LitAutoencoder, data: AutoencoderData | None) -> AutoencoderData:
-    data = _data_of_training(lit) if data is None else data
+    data = checkpoints.build_data(lit.data_name, lit.data_options) if data is None else data
     data.setup()
     return data
-
-
-def _data_of_training(lit: LitAutoencoder) -> AutoencoderData:
-    if lit.data_name not in DATA_MODULES:
-        raise TrainingError(f"data: the checkpoint was trained on batches of another program, takes one of {', '.join(DATA_MODULES)}")
-    return DATA_MODULES[lit.data_name](**lit.data_options)
 
 
 def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int) -> Tensor:
@@ -137,16 +130,8 @@ def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int)
         raise TrainingError(f"count: got {count}, takes an integer >= 1")
     data = _prepared(lit, data)
     x = data.samples("test", count)["x"]
-    _check_shape(lit, data, x)
+    checkpoints.check_shape(lit, data, x)
     return x
-
-
-def _check_shape(lit: LitAutoencoder, data: AutoencoderData, x: Tensor) -> None:
-    if lit.sample_shape is not None and list(x.shape[1:]) != lit.sample_shape:
-        raise TrainingError(
-            f"data: {type(data).__name__} has samples of shape {tuple(x.shape[1:])}, "
-            f"the checkpoint was trained on {lit.data_name or 'samples'} of shape {tuple(lit.sample_shape)}"
-        )
 
 
 def _write(out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
