@@ -10,6 +10,7 @@ from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, networks
 from fastvae.training._warnings import ignore_warnings_of_lightning
 from fastvae.training.callbacks import LatentCurves, Pictures, Speed
+from fastvae.training.checkpoint_io import AtomicCheckpointIO
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.errors import CheckpointError, TrainingError
@@ -19,6 +20,7 @@ from fastvae.training.parsing import Parser
 with extra("train"):
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # The exit status that a shell gives a process that SIGTERM ended.
@@ -53,7 +55,7 @@ class CommandLine(LightningCLI):
         # A run that ends early, by a signal too, can be resumed from last.ckpt.
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_on_exception": True})
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         if args[0] != "fit":
             self._default_to_data_of_checkpoint(args)
         self.config = parser.parse_args(args)
@@ -80,6 +82,12 @@ class CommandLine(LightningCLI):
             # The parser puts all arguments around the line in which a network or a data module names the one that does not fit.
             found = re.search(r"\w[\w, ]*: got .+", str(error))
             raise TrainingError(found[0] if found else str(error)) from error
+
+    def after_instantiate_classes(self) -> None:
+        strategy = self.trainer.strategy
+        # Sharded strategies write their checkpoints themselves.
+        if not isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+            strategy.checkpoint_io = AtomicCheckpointIO()
 
     def before_fit(self) -> None:
         """Reads the checkpoint, and shows the network a few samples: what does not fit is named before the training starts."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, pictures
 from fastvae.training.data_module import AutoencoderData
-from fastvae.training.errors import TrainingError
+from fastvae.training.errors import TrainingError, writing
 from fastvae.training.module import LitAutoencoder
 from fastvae.training.parsing import Parser
 
@@ -106,8 +106,9 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     assert data.source is not None
     if data.source.names is not None:
         arrays["name"] = np.array(data.source.names)[arrays["index"]]
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "latents.npz", **arrays)  # type: ignore[arg-type]
+    with writing(out / "latents.npz"):
+        out.mkdir(parents=True, exist_ok=True)
+        np.savez(out / "latents.npz", **arrays)  # type: ignore[arg-type]
     print(f"{out / 'latents.npz'}: {len(arrays['index'])} samples, {', '.join(arrays)}")
     data.teardown("predict")
 
@@ -136,12 +137,13 @@ def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int)
 
 def _write(out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
     """Writes images as the picture that ``draw`` makes of them, other data as an array."""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.png" if pictures.are_images(x) else out / f"{name}.npy"
     if pictures.are_images(x):
         pictures.save_png(draw(x), path)
     else:
-        np.save(path, x.numpy())
+        with writing(path):
+            out.mkdir(parents=True, exist_ok=True)
+            np.save(path, x.numpy())
     print(path)
 
 
