@@ -18,6 +18,7 @@ for package in ("lightning", "jsonargparse", "tensorboard", "sklearn", "PIL"):
 from PIL import Image  # noqa: E402
 
 import fastvae.__main__ as command_line  # noqa: E402
+from fastvae.training.datasets import ImageFolder  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -258,13 +259,17 @@ def test_names_that_do_not_exist(arguments, message):
 
 
 def test_a_broken_image_in_a_worker_process_is_one_line(tmp_path):
-    for number in range(4):
+    """Those of the validation part, so that nothing has been read before."""
+    for number in range(5):
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"{number}.png")
-    (tmp_path / "broken.png").write_text("no image")
-    data = ["--data=ImageFolder", f"--data.root={tmp_path}", "--data.size=8", "--data.mode=grey", "--data.broken=stop", "--data.workers=1"]
+    folder = ImageFolder(tmp_path, val=0.4)
+    folder.setup()
+    for index in folder.indices.val:
+        folder.source.paths[index].write_text("no image")
+    data = ["--data=ImageFolder", f"--data.root={tmp_path}", "--data.size=8", "--data.mode=grey", "--data.workers=1"]
     network = ["--network=VAE_mlp", "--network.data_shape=[1,8,8]", "--network.hidden=[8]"]
     quiet = ["--trainer.logger=false", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1"]
-    with pytest.raises(SystemExit, match=r"^fastvae: .*/broken.png: cannot identify image file [^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^fastvae: none of the 2 images of a batch can be read: .*: cannot identify image file [^\n]*$"):
         command_line.main(["fit", *data, "--data.val=0.4", *network, *quiet])
 
 

@@ -192,9 +192,20 @@ def test_transparent_pixels_are_white(tmp_path):
 
 
 def test_a_broken_image_may_stop_the_run(folder):
-    data = ready(ImageFolder(folder, size=16, broken="stop", workers=0))
-    with pytest.raises(DataError, match=r"truncated.png: image file is truncated"):
-        batch(data, range(7))
+    with pytest.raises(
+        DataError, match=r"^2 of 7 images are broken: .*truncated.png: image file is truncated.*; .*words.png: cannot identi"
+    ):
+        ready(ImageFolder(folder, size=16, broken="stop"))
+    for name in ("truncated.png", "words.png"):
+        (folder / name).unlink()
+    assert len(ready(ImageFolder(folder, size=16, broken="stop")).source) == 5
+
+
+def test_a_list_of_broken_images_has_an_end(tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number:02d}.png").write_text("no image")
+    with pytest.raises(DataError, match=r"^12 of 12 images are broken: .*09.png: [^;]*; and 2 more$"):
+        ready(ImageFolder(tmp_path, broken="stop"))
 
 
 def test_a_batch_of_broken_images_is_an_error(folder):

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from _helpers import Recorder
@@ -14,13 +15,14 @@ for package in ("lightning", "jsonargparse", "sklearn", "PIL"):
 from _training import quiet_trainer  # noqa: E402
 from lightning.pytorch import Callback, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 import fastvae.__main__ as command_line  # noqa: E402
 from fastvae.models import AE, VAE, VQVAE, VQVAE2, AEOutput, ContractiveAE, ImageVAE, registry  # noqa: E402
 from fastvae.nn import LinearSchedule  # noqa: E402
 from fastvae.training import checkpoints  # noqa: E402
-from fastvae.training.callbacks import AveragedWeights  # noqa: E402
+from fastvae.training.callbacks import AveragedWeights, Pictures, draw_pictures  # noqa: E402
 from fastvae.training.datasets import SklearnDigits  # noqa: E402
 from fastvae.training.module import LitAutoencoder  # noqa: E402
 
@@ -299,6 +301,21 @@ def test_a_training_with_averaged_weights_resumes_to_the_bit(tmp_path):
     assert_same(state(whole), state(resumed))
     stored = [torch.load(tmp_path / run / "step=6.ckpt", weights_only=True)["current_model_state"] for run in ("whole", "resumed")]
     assert_same(*stored)
+
+
+def test_pictures_are_of_the_averaged_weights(tmp_path):
+    lit = LitAutoencoder(make("VAE"), learning_rate=0.1)
+    data = SklearnDigits(batch_size=512)
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3, filename="kept")
+    callbacks = [Pictures(count=4), AveragedWeights(decay=0.9), keep]
+    fit(lit, data, max_epochs=1, callbacks=callbacks, default_root_dir=tmp_path)
+    drawn = Image.open(tmp_path / "pictures/epoch_0000/reconstructions.png")
+    x = data.samples("val", 4)["x"]
+    average, last = checkpoints.load(tmp_path / "kept.ckpt"), lit
+    last.load_state_dict(torch.load(tmp_path / "kept.ckpt", weights_only=True)["current_model_state"])
+    of_average, of_last = (draw_pictures(network, x)["reconstructions"][0] for network in (average, last))
+    assert torch.equal(torch.from_numpy(np.array(drawn)), of_average)
+    assert not torch.equal(of_average, of_last)
 
 
 @pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": -0.1}, {"every_n_steps": 0}])
