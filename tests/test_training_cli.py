@@ -293,6 +293,12 @@ def test_data_of_another_shape(checkpoint, tmp_path):
         command_line.main(["reconstruct", str(checkpoint), "--data=MNISTDigits", "--out", str(tmp_path)])
 
 
+def test_downloads_without_torchvision_are_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(SystemExit, match=r"^fastvae: torchvision is not installed: pip install torchvision$"):
+        command_line.main(["fit", "--data=TorchvisionImages", "--data.name=CIFAR10", *QUIET])
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_help_names_every_command(arguments, capsys):
     command_line.main(arguments)
