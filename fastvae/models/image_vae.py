@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from fastvae._types import Precision, check_choice
 from fastvae.functional._modules import owns_output
 from fastvae.models._inputs import as_float, in_channels_last, parameter_dtype
 from fastvae.models._recipe import ready_made
-from fastvae.models.vae import VAE
+from fastvae.models.vae import VAE, network_sizes
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 from fastvae.ops._autograd import has_autocast
 
@@ -75,8 +75,9 @@ class ResidualEncoder(nn.Sequential):
         channels: of each level, from the finest to the coarsest.
         blocks: residual blocks a level.
         groups: groups of the normalisations, a divisor of every number of channels.
-        latent_channels: channels of the latent; twice as many come out.
+        latent_channels: channels of the latent.
         attention: two more residual blocks with self-attention between them at the coarsest level.
+        code_channels: channels that come out: by default a mean and a log variance for each of the latent's.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class ResidualEncoder(nn.Sequential):
         groups: int = 32,
         latent_channels: int = 4,
         attention: bool = False,
+        *,
+        code_channels: int | None = None,
     ):
         layers: list[nn.Module] = [nn.Conv2d(in_channels, channels[0], 3, padding=1)]
         previous = channels[0]
@@ -96,11 +99,15 @@ class ResidualEncoder(nn.Sequential):
             layers += _blocks(previous, width, blocks, groups)
             previous = width
         layers += _middle(previous, groups) if attention else []
-        super().__init__(*layers, GroupNormSiLU(groups, previous), nn.Conv2d(previous, 2 * latent_channels, 3, padding=1))
+        code_channels = 2 * latent_channels if code_channels is None else code_channels
+        super().__init__(*layers, GroupNormSiLU(groups, previous), nn.Conv2d(previous, code_channels, 3, padding=1))
 
 
 class ResidualDecoder(nn.Sequential):
-    """From a latent to an image: :class:`ResidualEncoder` the other way round, with the same arguments; ``in_channels`` come out."""
+    """From a latent to an image: :class:`ResidualEncoder` the other way round, with the same arguments.
+
+    ``outputs`` numbers come out for each element of the image, on dimension 1.
+    """
 
     def __init__(
         self,
@@ -110,6 +117,8 @@ class ResidualDecoder(nn.Sequential):
         groups: int = 32,
         latent_channels: int = 4,
         attention: bool = False,
+        *,
+        outputs: int = 1,
     ):
         previous = channels[-1]
         layers: list[nn.Module] = [nn.Conv2d(latent_channels, previous, 3, padding=1)]
@@ -119,7 +128,7 @@ class ResidualDecoder(nn.Sequential):
                 layers.append(UpsampleConv2d(previous, previous))
             layers += _blocks(previous, width, blocks, groups)
             previous = width
-        super().__init__(*layers, GroupNormSiLU(groups, previous), nn.Conv2d(previous, in_channels, 3, padding=1))
+        super().__init__(*layers, GroupNormSiLU(groups, previous), nn.Conv2d(previous, outputs * in_channels, 3, padding=1))
 
 
 def bfloat16_pays(device: torch.device) -> bool:
@@ -198,17 +207,19 @@ class ImageVAE(VAE):
             height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
             scale = 2 ** (len(channels) - 1)
             latent_shape = (latent_channels, height // scale, width // scale)
-        return cls(ResidualEncoder(*architecture), ResidualDecoder(*architecture), latent_shape, **options)
+        code_channels, outputs = network_sizes(latent_channels, **options)
+        encoder = ResidualEncoder(*architecture, code_channels=code_channels)
+        return cls(encoder, ResidualDecoder(*architecture, outputs=outputs), latent_shape, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision!r}"
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(mu, logvar)`` of the posterior, in float32 or wider."""
+    def _encoded(self, x: Tensor) -> Any:
+        """What the encoder gives, in float32 or wider."""
         x = in_channels_last(as_float(x, self.encoder))
         with self._autocast(x.device):
-            mu, logvar = super().encode(x)
-        return _widened(mu), _widened(logvar)
+            encoded = super()._encoded(x)
+        return _widened(encoded) if isinstance(encoded, Tensor) else tuple(map(_widened, encoded))
 
     def decode(self, z: Tensor) -> Tensor:
         """The decoder's output: logits, probabilities or means, in the dtype of the parameters."""
