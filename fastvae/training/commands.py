@@ -12,8 +12,7 @@ from torch import Tensor
 from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, pictures
 from fastvae.training.data_module import AutoencoderData
-from fastvae.training.datasets import DATA_MODULES
-from fastvae.training.errors import TrainingError
+from fastvae.training.errors import TrainingError, writing
 from fastvae.training.module import LitAutoencoder
 from fastvae.training.parsing import Parser
 
@@ -98,7 +97,7 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     data = _prepared(lit, data)
     parts: dict[str, list[np.ndarray]] = {}
     for batch in data.whole_dataloader():
-        _check_shape(lit, data, batch["x"])
+        checkpoints.check_shape(lit, data, batch["x"])
         for name, value in _encoded(lit, data.on_before_batch_transfer(batch, 0)).items():
             parts.setdefault(name, []).append(value.numpy())
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
@@ -107,8 +106,9 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     assert data.source is not None
     if data.source.names is not None:
         arrays["name"] = np.array(data.source.names)[arrays["index"]]
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "latents.npz", **arrays)  # type: ignore[arg-type]
+    with writing(out / "latents.npz"):
+        out.mkdir(parents=True, exist_ok=True)
+        np.savez(out / "latents.npz", **arrays)  # type: ignore[arg-type]
     print(f"{out / 'latents.npz'}: {len(arrays['index'])} samples, {', '.join(arrays)}")
     data.teardown("predict")
 
@@ -120,15 +120,9 @@ def _encoded(lit: LitAutoencoder, batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _prepared(lit: LitAutoencoder, data: AutoencoderData | None) -> AutoencoderData:
-    data = _data_of_training(lit) if data is None else data
+    data = checkpoints.build_data(lit.data_name, lit.data_options) if data is None else data
     data.setup()
     return data
-
-
-def _data_of_training(lit: LitAutoencoder) -> AutoencoderData:
-    if lit.data_name not in DATA_MODULES:
-        raise TrainingError(f"data: the checkpoint was trained on batches of another program, takes one of {', '.join(DATA_MODULES)}")
-    return DATA_MODULES[lit.data_name](**lit.data_options)
 
 
 def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int) -> Tensor:
@@ -137,26 +131,19 @@ def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int)
         raise TrainingError(f"count: got {count}, takes an integer >= 1")
     data = _prepared(lit, data)
     x = data.samples("test", count)["x"]
-    _check_shape(lit, data, x)
+    checkpoints.check_shape(lit, data, x)
     return x
-
-
-def _check_shape(lit: LitAutoencoder, data: AutoencoderData, x: Tensor) -> None:
-    if lit.sample_shape is not None and list(x.shape[1:]) != lit.sample_shape:
-        raise TrainingError(
-            f"data: {type(data).__name__} has samples of shape {tuple(x.shape[1:])}, "
-            f"the checkpoint was trained on {lit.data_name or 'samples'} of shape {tuple(lit.sample_shape)}"
-        )
 
 
 def _write(out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
     """Writes images as the picture that ``draw`` makes of them, other data as an array."""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.png" if pictures.are_images(x) else out / f"{name}.npy"
     if pictures.are_images(x):
         pictures.save_png(draw(x), path)
     else:
-        np.save(path, x.numpy())
+        with writing(path):
+            out.mkdir(parents=True, exist_ok=True)
+            np.save(path, x.numpy())
     print(path)
 
 
