@@ -253,7 +253,7 @@ def extensions() -> list[Extension]:
 
 setup(
     version=version(),
-    packages=["fastvae", *(f"fastvae.{p.parent.name}" for p in sorted(ROOT.glob("fastvae/*/__init__.py"))), "fastvae.kernels"],
+    packages=["fastvae", *(".".join(p.parent.relative_to(ROOT).parts) for p in sorted(ROOT.glob("fastvae/*/**/__init__.py"))), "fastvae.kernels"],
     package_dir={"fastvae.kernels": "kernels"},
     package_data={"fastvae": ["py.typed"]},
     ext_modules=extensions(),
