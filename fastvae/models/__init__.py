@@ -6,7 +6,9 @@ which takes its sizes and the options of the class: ``VAE.conv(latent_dim=20, be
 
 from fastvae.models.autoencoder import AE, AEOutput, ContractiveAE, DenoisingAE, SparseAE, StackedAE
 from fastvae.models.image_vae import ImageVAE
+from fastvae.models.sequence_vae import SequenceVAE, SequenceVAEOutput
 from fastvae.models.vae import VAE, VAEOutput
+from fastvae.models.vq_prior import IndexPrior, IndexPriorOutput
 from fastvae.models.vqvae import VQVAE, VQVAE2, VQVAEOutput
 
 __all__ = [
@@ -18,6 +20,10 @@ __all__ = [
     "ContractiveAE",
     "DenoisingAE",
     "ImageVAE",
+    "IndexPrior",
+    "IndexPriorOutput",
+    "SequenceVAE",
+    "SequenceVAEOutput",
     "SparseAE",
     "StackedAE",
     "VAEOutput",

@@ -10,10 +10,11 @@ from torch import nn
 from fastvae.models._recipe import Recipe, from_plain, to_plain
 from fastvae.models.autoencoder import AE, ContractiveAE, DenoisingAE, SparseAE, StackedAE
 from fastvae.models.image_vae import ImageVAE
+from fastvae.models.sequence_vae import SequenceVAE
 from fastvae.models.vae import VAE
 from fastvae.models.vqvae import VQVAE, VQVAE2
 
-MODELS: tuple[type[nn.Module], ...] = (AE, DenoisingAE, SparseAE, ContractiveAE, StackedAE, VAE, ImageVAE, VQVAE, VQVAE2)
+MODELS: tuple[type[nn.Module], ...] = (AE, DenoisingAE, SparseAE, ContractiveAE, StackedAE, VAE, ImageVAE, VQVAE, VQVAE2, SequenceVAE)
 
 
 def networks() -> dict[str, Callable[..., nn.Module]]:

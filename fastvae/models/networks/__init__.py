@@ -8,6 +8,7 @@ own. :class:`Layers` says how their layers are made: activation, initial weights
 from fastvae.models.networks.convolutional import conv, strided_conv
 from fastvae.models.networks.layers import Layers
 from fastvae.models.networks.mlp import mlp
+from fastvae.models.networks.recurrent import Recurrent, TokenDecoder, TokenEncoder
 from fastvae.models.networks.residual import Attention, ResidualBlock, ResidualDecoder, ResidualEncoder
 from fastvae.models.networks.transformer import KeyValueCache, TransformerBlock, transformer
 
@@ -15,9 +16,12 @@ __all__ = [
     "Attention",
     "KeyValueCache",
     "Layers",
+    "Recurrent",
     "ResidualBlock",
     "ResidualDecoder",
     "ResidualEncoder",
+    "TokenDecoder",
+    "TokenEncoder",
     "TransformerBlock",
     "conv",
     "mlp",
