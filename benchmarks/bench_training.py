@@ -128,6 +128,6 @@ def _residual(size: tuple[int, ...]) -> VAE:
 
 
 CASES = (
-    _case("conv_vae_training", _small, (30, 128, 1, 28, 28), (3, 4, 1, 28, 28)),
+    _case("conv_vae_training", _small, (100, 128, 1, 28, 28), (3, 4, 1, 28, 28)),
     _case("residual_vae_training", _residual, (10, 8, 3, 64, 64), (3, 2, 3, 8, 8)),
 )

@@ -8,11 +8,11 @@ from fastvae._backend import BackendError, load_backends, use_backend
 from fastvae.functional import vae_loss
 
 if TYPE_CHECKING:
-    from fastvae import compat, models, nn, reference
+    from fastvae import compat, distributions, models, nn, reference
     from fastvae.nn.optimize import optimize
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "compat", "functional", "models", "nn", "optimize", "reference", "use_backend", "vae_loss"]
+__all__ = ["BackendError", "compat", "distributions", "functional", "models", "nn", "optimize", "reference", "use_backend", "vae_loss"]
 
 _checkout.map_kernels()
 load_backends()

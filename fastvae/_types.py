@@ -1,7 +1,7 @@
 """The values that string options take, for signatures, where a type checker refuses any other, and their check at run time."""
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Literal, TypeVar
 
 BackendName = Literal["cpp", "cuda", "triton", "fallback", "reference"]
 Reduction = Literal["none", "sample", "batchmean", "sum", "mean"]
@@ -22,10 +22,17 @@ RecurrentCell = Literal["gru", "lstm"]
 JacobianMethodName = Literal["auto", "closed_form", "gram", "projection", "autograd"]
 QuantizerGradient = Literal["straight_through", "rotation"]
 CodebookUpdate = Literal["ema", "gradient"]
+# Estimators of the importance-weighted bound's gradient, and of the aggregate posterior.
+ImportanceGradient = Literal["standard", "doubly_reparameterized"]
+AggregateEstimator = Literal["weighted", "stratified"]
+Kernel = Literal["imq", "rbf"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
 
-def check_choice(name: str, value: str, choices: Collection[str]) -> str:
+Choice = TypeVar("Choice", bound=str)
+
+
+def check_choice(name: str, value: Choice, choices: Collection[str]) -> Choice:
     """``value``, where it is one of ``choices``; an error that names both where it is not."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(repr, choices))}")

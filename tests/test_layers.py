@@ -24,11 +24,12 @@ RANKS = {
     "functional": 4,
     "info": 4,
     "nn": 5,
-    "models": 6,
-    "compat": 6,
-    "metrics": 6,
-    "training": 7,
-    "__main__": 8,
+    "distributions": 6,
+    "models": 7,
+    "compat": 7,
+    "metrics": 7,
+    "training": 8,
+    "__main__": 9,
 }
 # These hand themselves to the operators: they know ops, the names of options and of results, and each other; only _load loads them.
 IMPLEMENTATIONS = ("fallback", "reference", "kernels", "_C")

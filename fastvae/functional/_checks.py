@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvae._backend import FLOATS
+from fastvae._torch_private import is_fake
 
 
 def check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
@@ -51,6 +52,17 @@ def check_scale(grad_scale) -> float:
     if isinstance(grad_scale, bool) or not isinstance(grad_scale, int | float) or not 0 < abs(grad_scale) < math.inf:
         raise ValueError(f"grad_scale: got {grad_scale!r}, takes a finite number other than 0")
     return float(grad_scale)
+
+
+def check_interval(name: str, values: Tensor, low: float, high: float) -> None:
+    """Raises where a tensor has values outside an interval (NaN is), with how many and where the first are: a device synchronisation."""
+    if values.is_meta or is_fake(values):
+        return
+    outside = ~((values >= low) & (values <= high))
+    if count := int(outside.sum()):
+        places = [tuple(index) for index in outside.nonzero()[:5].tolist()]
+        allowed, got = f"[{low:g}, {high:g}]", f"{count} of {values.numel()} values"
+        raise ValueError(f"{name}: got {got} outside {allowed}, the first at {places}, takes values in {allowed}")
 
 
 def check_expands(name: str, value: Tensor, like_name: str, shape: torch.Size) -> None:

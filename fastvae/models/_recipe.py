@@ -6,10 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-from torch import nn
-
+from fastvae import distributions
+from fastvae.distributions._options import Stored
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
-from fastvae.nn.losses import GaussianNLL
 from fastvae.nn.schedules import CapacitySchedule, CosineSchedule, CyclicalSchedule, LinearSchedule
 
 P = ParamSpec("P")
@@ -18,7 +17,7 @@ R = TypeVar("R")
 # Options that are objects, and the arguments that make each again.
 _CORRUPTIONS: dict[type, tuple[str, ...]] = {GaussianNoise: ("sigma",), Masking: ("fraction",), SaltAndPepper: ("fraction", "low", "high")}
 _SCHEDULES = (LinearSchedule, CosineSchedule, CyclicalSchedule, CapacitySchedule)
-_PARTS: dict[str, type] = {part.__name__: part for part in (*_CORRUPTIONS, *_SCHEDULES, GaussianNLL)}
+_PARTS: dict[str, type] = {part.__name__: part for part in (*_CORRUPTIONS, *_SCHEDULES)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +71,10 @@ def to_plain(name: str, value: Any) -> Any:
         return {"class": type(value).__name__, **dataclasses.asdict(value)}
     if type(value) in _CORRUPTIONS:
         return {"class": type(value).__name__, **{argument: getattr(value, argument) for argument in _CORRUPTIONS[type(value)]}}
-    if type(value) is GaussianNLL and value.logvar.ndim == 0:
-        learned = isinstance(value.logvar, nn.Parameter)
-        return {"class": "GaussianNLL", "logvar": value.logvar.item(), "learned": learned, "reduction": value.reduction}
-    raise ValueError(f"{name}: got {type(value).__name__}, a stored model takes numbers, strings, sequences or one of {', '.join(_PARTS)}")
+    if isinstance(value, Stored) and type(value).__name__ in distributions.__all__:
+        return {"class": type(value).__name__, **{argument: to_plain(argument, option) for argument, option in value.options.items()}}
+    parts = f"{', '.join(_PARTS)} and what fastvae.distributions has"
+    raise ValueError(f"{name}: got {type(value).__name__}, a stored model takes numbers, strings, sequences, {parts}")
 
 
 def from_plain(value: Any) -> Any:
@@ -84,5 +83,7 @@ def from_plain(value: Any) -> Any:
         return tuple(from_plain(item) for item in value)
     if isinstance(value, Mapping):
         arguments = dict(value)
-        return _PARTS[arguments.pop("class")](**arguments)
+        name = arguments.pop("class")
+        part = _PARTS[name] if name in _PARTS else getattr(distributions, name)
+        return part(**{argument: from_plain(option) for argument, option in arguments.items()})
     return value

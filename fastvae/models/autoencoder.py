@@ -98,7 +98,7 @@ class AE(nn.Module, Pretrained):
         """
         layers = networks.Layers(activation, init, dropout, spectral_norm)
         encoder, decoder = networks.mlp(data_shape, hidden, latent_dim, code=code, output=output, layers=layers)
-        return cls(encoder, decoder, **options)
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
 
     @classmethod
     @ready_made
@@ -120,7 +120,7 @@ class AE(nn.Module, Pretrained):
             latent_dim, output, options: see :meth:`mlp`.
         """
         encoder, decoder = networks.conv(latent_dim, output=output)
-        return cls(encoder, decoder, **options)
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
 
     @classmethod
     @ready_made
@@ -150,7 +150,7 @@ class AE(nn.Module, Pretrained):
         encoder, decoder = networks.strided_conv(
             image_size, in_channels, channels, hidden, latent_dim, code=code, output=output, layers=layers
         )
-        return cls(encoder, decoder, **options)
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
 
     @classmethod
     @ready_made
@@ -183,6 +183,11 @@ class AE(nn.Module, Pretrained):
         encoder, decoder = networks.transformer(
             image_size, in_channels, patch_size, width, depth, heads, latent_dim, pooling=pooling, code=code, output=output, layers=layers
         )
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
+
+    @classmethod
+    def _of_networks(cls: type[AnyAE], encoder: nn.Module, decoder: nn.Module, latent_dim: int, **options) -> AnyAE:
+        """The model of ready-made networks; a subclass that takes more than the two overrides it."""
         return cls(encoder, decoder, **options)
 
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fastvae.models._inputs import as_float, in_channels_last, parameter_dtype
 from fastvae.models._recipe import ready_made
 from fastvae.models.networks import Layers, ResidualDecoder, ResidualEncoder
 from fastvae.models.networks.layers import height_and_width
-from fastvae.models.vae import VAE
+from fastvae.models.vae import VAE, network_sizes
 from fastvae.ops._autograd import has_autocast
 
 
@@ -94,23 +94,25 @@ class ImageVAE(VAE):
             if width % groups:
                 raise ValueError(f"groups: got {groups} for {width} channels, takes a divisor of every number of channels")
         layers = Layers(activation, init, dropout, spectral_norm)
-        architecture = in_channels, channels, blocks, groups, latent_channels, attention, layers
+        architecture = in_channels, channels, blocks, groups, latent_channels, attention
         latent_shape = None
         if image_size is not None:
             height, width = height_and_width(image_size)
             scale = 2 ** (len(channels) - 1)
             latent_shape = (latent_channels, height // scale, width // scale)
-        return cls(ResidualEncoder(*architecture), ResidualDecoder(*architecture), latent_shape, **options)
+        code_channels, outputs = network_sizes(latent_channels, options)
+        encoder = ResidualEncoder(*architecture, code_channels=code_channels, layers=layers)
+        return cls(encoder, ResidualDecoder(*architecture, outputs=outputs, layers=layers), latent_shape, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision!r}"
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(mu, logvar)`` of the posterior, in float32 or wider."""
+    def _encoded(self, x: Tensor) -> Any:
+        """What the encoder gives, in float32 or wider."""
         x = in_channels_last(as_float(x, self.encoder))
         with self._autocast(x.device):
-            mu, logvar = super().encode(x)
-        return _widened(mu), _widened(logvar)
+            encoded = super()._encoded(x)
+        return _widened(encoded) if isinstance(encoded, Tensor) else tuple(map(_widened, encoded))
 
     def decode(self, z: Tensor) -> Tensor:
         """The decoder's output: logits, probabilities or means, in the dtype of the parameters."""

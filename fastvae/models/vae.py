@@ -1,25 +1,29 @@
 """Variational autoencoders (Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014)."""
 
-import itertools
-from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastvae import functional as FV
 from fastvae._pytree import exportable
-from fastvae._types import Initialisation, LayerActivation, Likelihood, Pooling, check_choice
+from fastvae._types import Initialisation, LayerActivation, Pooling
+from fastvae._types import Likelihood as LikelihoodName
+from fastvae.distributions.divergence import sample_with_kl
+from fastvae.distributions.likelihood import Likelihood
+from fastvae.distributions.names import likelihood_of
+from fastvae.distributions.normal import StandardNormal
+from fastvae.distributions.posterior import DiagonalPosterior, Posterior
+from fastvae.distributions.prior import Prior, StandardPrior, VampPrior, check_shape
 from fastvae.functional._checks import check_nonnegative
 from fastvae.models import networks
 from fastvae.models._hub import Pretrained
 from fastvae.models._inputs import as_float, parameter_dtype
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
-from fastvae.nn import BCELoss, BCEWithLogitsLoss, GaussianNLL, KLPenalty
+from fastvae.models.bounds import importance_bound
+from fastvae.nn import KLPenalty
 from fastvae.nn.schedules import Schedule
-
-LIKELIHOODS = {"bernoulli_logits": BCEWithLogitsLoss, "bernoulli": BCELoss, "gaussian": GaussianNLL}
 
 
 @exportable
@@ -27,7 +31,7 @@ class VAEOutput(NamedTuple):
     """The terms of the loss in nats per sample, and the tensors behind them.
 
     ``kl`` is without ``beta`` and ``capacity``; ``recon`` is what the decoder gave: logits, probabilities or means. With ``num_samples``,
-    ``z`` and ``recon`` have a first dimension of that size.
+    ``z`` and ``recon`` have a first dimension of that size. ``mu`` and ``logvar`` are the posterior's, those of a flow its base's.
     """
 
     loss: Tensor
@@ -43,25 +47,32 @@ AnyVAE = TypeVar("AnyVAE", bound="VAE")
 
 
 class VAE(nn.Module, Pretrained):
-    r"""A VAE of any encoder and decoder with a standard normal prior.
+    r"""A VAE of any encoder and decoder, with an exchangeable prior, posterior and likelihood.
 
-    .. math:: -\mathbb{E}_{q(z|x)} \log p(x|z) + \beta\, KL(q(z|x) \| N(0, I)), \quad q(z|x) = N(\mu, \mathrm{diag}(\sigma^2))
+    .. math:: -\mathbb{E}_{q(z|x)} \log p(x|z) + \beta\, KL(q(z|x) \| p(z))
 
-    in nats per sample; with ``capacity`` :math:`C` the second term is :math:`\beta\, |KL - C|`. A call samples ``z`` in training and in
-    evaluation mode, as the bound demands; :meth:`reconstruct` decodes the posterior's mean.
+    in nats per sample, by default with :math:`q(z|x) = N(\mu, \mathrm{diag}(\sigma^2))` and :math:`p(z) = N(0, I)`; with ``capacity``
+    :math:`C` the second term is :math:`\beta\, |KL - C|`. A call samples ``z`` in training and in evaluation mode, as the bound demands;
+    :meth:`reconstruct` decodes the posterior's mean.
 
     :meth:`encode`, :meth:`decode` and :meth:`decode_mean` are parts of a call: differentiable, in the model's mode. The other methods read:
     they have no gradient and run as in evaluation mode, so that they change no buffer of a model in training.
 
+    A subclass with another objective has its own :meth:`objective`.
+
     Args:
-        encoder: gives ``(mu, logvar)``, or one tensor that is split into the two on dimension 1. It sees an 8-bit image as value / 255.
-        decoder: gives, for ``z``, a tensor in the shape of the data: logits, probabilities or means, as ``likelihood`` says.
-        latent_shape: shape of one ``z``, an integer for a vector; :meth:`sample` needs it.
-        likelihood: ``"bernoulli_logits"``, ``"bernoulli"`` (probabilities), ``"gaussian"`` (unit variance), or a module called as
-            ``likelihood(recon, x, reduction=...)``, such as ``fastvae.nn.GaussianNLL(learned=True)``.
+        encoder: gives what ``posterior`` takes: by default ``(mu, logvar)``, or one tensor that is split into the two on dimension 1. It
+            sees an 8-bit image as value / 255.
+        decoder: gives, for ``z``, what ``likelihood`` takes: logits, probabilities or means in the shape of the data, or several parameters
+            for each element on dimension 1.
+        latent_shape: shape of one ``z``, an integer for a vector; :meth:`sample` needs it. A ``prior`` knows it.
+        prior: p(z) of :mod:`fastvae.distributions`; by default ``StandardPrior``.
+        posterior: q(z | x) of :mod:`fastvae.distributions`; by default ``DiagonalPosterior``.
+        likelihood: p(x | z) of :mod:`fastvae.distributions`, or ``"bernoulli_logits"``, ``"bernoulli"`` (probabilities) or ``"gaussian"``
+            (unit variance).
         beta: weight of the KL, a number or a schedule (Higgins et al., *beta-VAE*, 2017). ``model.kl_penalty.step()`` advances schedules.
         capacity: :math:`C` in nats per sample, a number or a schedule (Burgess et al., 2018); ``None`` for none.
-        free_bits: nats a latent dimension that are free (Kingma et al., 2016).
+        free_bits: nats a latent dimension that are free (Kingma et al., 2016); with a diagonal posterior and a normal prior.
         num_samples: samples of ``z`` for each ``x``, over which the reconstruction term is averaged.
     """
 
@@ -71,22 +82,30 @@ class VAE(nn.Module, Pretrained):
         decoder: nn.Module,
         latent_shape: int | Sequence[int] | None = None,
         *,
-        likelihood: Likelihood | nn.Module = "bernoulli_logits",
+        prior: Prior | None = None,
+        posterior: Posterior | None = None,
+        likelihood: LikelihoodName | Likelihood = "bernoulli_logits",
         beta: float | Schedule = 1.0,
         capacity: float | Schedule | None = None,
         free_bits: float = 0.0,
         num_samples: int | None = None,
     ):
         super().__init__()
-        if isinstance(likelihood, str):
-            check_choice("likelihood", likelihood, LIKELIHOODS)
         self.encoder = encoder
         self.decoder = decoder
-        self.likelihood = LIKELIHOODS[likelihood](reduction="batchmean") if isinstance(likelihood, str) else likelihood
+        self.prior = _prior_of(latent_shape, prior)
+        self.posterior = DiagonalPosterior() if posterior is None else posterior
+        if isinstance(self.prior, VampPrior) and not isinstance(self.posterior, DiagonalPosterior):
+            raise ValueError(f"posterior: got {type(posterior).__name__} with a VampPrior, takes a DiagonalPosterior")
+        self.likelihood = likelihood_of(likelihood)
         self.kl_penalty = KLPenalty(beta, capacity)
-        self.latent_shape = (latent_shape,) if isinstance(latent_shape, int) else latent_shape
         self.free_bits = check_nonnegative("free_bits", free_bits)
         self.num_samples = num_samples
+
+    @property
+    def latent_shape(self) -> tuple[int, ...] | None:
+        """The shape of one ``z``, where it is known."""
+        return None if self.prior is None else self.prior.latent_shape
 
     @classmethod
     @ready_made
@@ -100,7 +119,8 @@ class VAE(nn.Module, Pretrained):
             latent_dim: size of ``z``: 20 for quality, 2 for pictures of the latent space.
             options: those of the class.
         """
-        encoder, decoder = networks.conv(latent_dim, code_dim=2 * latent_dim)
+        code_dim, outputs = network_sizes(latent_dim, options)
+        encoder, decoder = networks.conv(latent_dim, code_dim=code_dim, outputs=outputs)
         return cls(encoder, decoder, latent_dim, **options)
 
     @classmethod
@@ -127,7 +147,8 @@ class VAE(nn.Module, Pretrained):
             options: those of the class.
         """
         layers = networks.Layers(activation, init, dropout, spectral_norm)
-        encoder, decoder = networks.mlp(data_shape, hidden, latent_dim, code_dim=2 * latent_dim, layers=layers)
+        code_dim, outputs = network_sizes(latent_dim, options)
+        encoder, decoder = networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, outputs=outputs, layers=layers)
         return cls(encoder, decoder, latent_dim, **options)
 
     @classmethod
@@ -158,8 +179,9 @@ class VAE(nn.Module, Pretrained):
             options: those of the class.
         """
         layers = networks.Layers(activation, init, dropout, spectral_norm)
+        code_dim, outputs = network_sizes(latent_dim, options)
         encoder, decoder = networks.strided_conv(
-            image_size, in_channels, channels, hidden, latent_dim, code_dim=2 * latent_dim, layers=layers
+            image_size, in_channels, channels, hidden, latent_dim, code_dim=code_dim, outputs=outputs, layers=layers
         )
         return cls(encoder, decoder, latent_dim, **options)
 
@@ -198,77 +220,108 @@ class VAE(nn.Module, Pretrained):
             options: those of the class.
         """
         layers = networks.Layers(activation, init, dropout, spectral_norm)
+        code_dim, outputs = network_sizes(latent_dim, options)
         encoder, decoder = networks.transformer(
-            image_size, in_channels, patch_size, width, depth, heads, latent_dim, code_dim=2 * latent_dim, pooling=pooling, layers=layers
+            image_size,
+            in_channels,
+            patch_size,
+            width,
+            depth,
+            heads,
+            latent_dim,
+            code_dim=code_dim,
+            outputs=outputs,
+            pooling=pooling,
+            layers=layers,
         )
         return cls(encoder, decoder, latent_dim, **options)
 
     def extra_repr(self) -> str:
         return f"latent_shape={self.latent_shape}, free_bits={self.free_bits}, num_samples={self.num_samples}"
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(mu, logvar)`` of the posterior."""
-        encoded = self.encoder(as_float(x, self.encoder))
-        if not isinstance(encoded, Tensor):
-            mu, logvar = encoded
-            return mu, logvar
-        if encoded.ndim < 2 or encoded.shape[1] % 2:
-            raise ValueError(f"encoder: gave shape {tuple(encoded.shape)}, has to give (mu, logvar) or an even size in dimension 1")
-        mu, logvar = encoded.chunk(2, dim=1)
-        return mu, logvar
+    def encode(self, x: Tensor) -> Any:
+        """The posterior: ``(mu, logvar)`` by default, else a distribution with ``mean``."""
+        return self.posterior(self._encoded(x))
+
+    def _encoded(self, x: Tensor) -> Any:
+        """What the encoder gives."""
+        return self.encoder(as_float(x, self.encoder))
 
     def decode(self, z: Tensor) -> Tensor:
-        """The decoder's output: logits, probabilities or means."""
+        """The decoder's output: the likelihood's parameters."""
         return self.decoder(z)
 
     def decode_mean(self, z: Tensor) -> Tensor:
-        """The mean of p(x | z): the decoder's logits as probabilities, anything else as it is."""
-        recon = self.decode(z)
-        return recon.sigmoid() if isinstance(self.likelihood, BCEWithLogitsLoss) else recon
+        """The mean of p(x | z)."""
+        return self.likelihood.mean(self.decode(z))
 
-    def forward(self, x: Tensor, eps: Tensor | None = None) -> VAEOutput:
+    def prior_distribution(self, q: Any) -> Any:
+        """p(z), which a model that does not know the shape of its latent takes from the posterior's."""
+        return StandardNormal(q.mean.new_zeros(q.mean.shape[1:])) if self.prior is None else self.prior(self.encode)
+
+    def forward(
+        self, x: Tensor, eps: Tensor | None = None, *, generator: torch.Generator | None = None, seed: Tensor | int | None = None
+    ) -> Any:
         """The negative evidence lower bound of a batch.
 
         Args:
             x: data, ``(batch, ...)``; floating, or uint8, which means value / 255.
-            eps: the noise, in the shape of ``z``; drawn where it is not given.
+            eps: the noise, in the shape of ``z``; drawn where it is not given, by ``generator`` or ``seed``.
         """
-        mu, logvar = self.encode(x)
-        z, kl = FV.reparameterize_kl(mu, logvar, num_samples=self.num_samples, free_bits=self.free_bits, eps=eps)
-        recon = self._decode_samples(z, self.num_samples)
-        recon_loss = self._recon_loss(recon, x, self.num_samples, "batchmean")
-        return VAEOutput(recon_loss + self.kl_penalty(kl), recon_loss, kl, recon, z, mu, logvar)
+        q = self.encode(x)
+        p = self.prior_distribution(q)
+        noise: dict[str, Any] = {"eps": eps, "generator": generator, "seed": seed}
+        z, kl = sample_with_kl(q, p, num_samples=self.num_samples, free_bits=self.free_bits, **noise)
+        recon = self.decode_samples(z, self.num_samples)
+        recon_loss = self.recon_loss(recon, x, self.num_samples)
+        return self.objective(VAETerms(x, q, p, z, kl, recon, recon_loss))
 
-    def _decode_samples(self, z: Tensor, num_samples: int | None) -> Tensor:
+    def objective(self, terms: "VAETerms") -> Any:
+        """The output of a call: the loss of what encoder, prior, decoder and likelihood gave."""
+        loss = terms.recon_loss + self.kl_penalty(terms.kl)
+        return VAEOutput(loss, terms.recon_loss, terms.kl, terms.recon, terms.z, terms.q.mu, terms.q.logvar)
+
+    def decode_samples(self, z: Tensor, num_samples: int | None) -> Tensor:
+        """The decoder's output for one ``z`` a sample, or for several on a first dimension."""
         return self.decode(z) if num_samples is None else self.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
-    def _recon_loss(self, recon: Tensor, x: Tensor, num_samples: int | None, reduction: str) -> Tensor:
+    def recon_loss(
+        self, recon: Tensor, x: Tensor, num_samples: int | None, reduction: Literal["batchmean", "sample"] = "batchmean"
+    ) -> Tensor:
+        r""":math:`-\log p(x|z)` in nats per sample; with ``"sample"`` of each ``z``, ``(batch,)`` or ``(num_samples, batch)``."""
         if num_samples is None:
             return self.likelihood(recon, x, reduction=reduction)
-        return self.likelihood(recon.flatten(0, 1), x.repeat(num_samples, *(1,) * (x.ndim - 1)), reduction=reduction)
+        loss = self.likelihood(recon.flatten(0, 1), x.repeat(num_samples, *(1,) * (x.ndim - 1)), reduction=reduction)
+        return loss.unflatten(0, recon.shape[:2]) if reduction == "sample" else loss
 
     @reading
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """The means of p(x | z) for ``n`` draws of z from the prior, on the device of ``generator`` where one is given."""
-        if self.latent_shape is None:
+        """The means of p(x | z) for ``n`` draws of z from the prior, drawn on the device of ``generator`` where one is given."""
+        if self.prior is None:
             raise ValueError("latent_shape: got None, sample() takes a model that was given the shape of its z")
-        like = next(itertools.chain(self.decoder.parameters(), self.parameters()), torch.empty(0))
-        device = like.device if generator is None else generator.device
-        z = torch.randn(n, *self.latent_shape, generator=generator, device=device, dtype=parameter_dtype(self.decoder))
-        return self.decode_mean(z.to(like.device))
+        z = self.prior(self.encode).sample(n, generator)
+        return self.decode_mean(z.to(parameter_dtype(self.decoder)))
 
     @reading
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x | z) at the posterior's mean of z, in the range of the data."""
-        return self.decode_mean(self.encode(x)[0])
+        return self.decode_mean(self.encode(x).mean)
 
     @reading
     def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
         """Decodes ``steps`` points on the line between the posterior means of two batches: ``(batch, steps, ...)``, both ends included."""
-        first, last = self.encode(start)[0], self.encode(end)[0]
+        first, last = self.encode(start).mean, self.encode(end).mean
         weights = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype).view(-1, *(1,) * (first.ndim - 1))
         path = torch.lerp(first.unsqueeze(1), last.unsqueeze(1), weights)
         return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2])
+
+    @reading
+    def log_prob_bound(
+        self, x: Tensor, num_samples: int = 1, *, samples_at_once: int = 50, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The importance-weighted lower bound on log p(x) of each sample in nats, ``(batch,)``, see
+        :func:`fastvae.models.bounds.importance_bound`; with one sample the evidence lower bound."""
+        return importance_bound(self, x, num_samples, samples_at_once=samples_at_once, generator=generator)
 
     @reading
     def anomaly_score(self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
@@ -276,7 +329,38 @@ class VAE(nn.Module, Pretrained):
 
         The score of An and Cho, *Variational Autoencoder based Anomaly Detection using Reconstruction Probability* (2015), plus the KL.
         """
-        mu, logvar = self.encode(x)
-        z, kl = FV.reparameterize_kl(mu, logvar, num_samples=num_samples, reduction="sample", generator=generator)
-        recon = self._decode_samples(z, num_samples)
-        return self._recon_loss(recon, x, num_samples, "sample").view(num_samples, -1).mean(0) + kl
+        q = self.encode(x)
+        z, kl = sample_with_kl(q, self.prior_distribution(q), num_samples=num_samples, reduction="sample", generator=generator)
+        recon = self.decode_samples(z, num_samples)
+        return self.recon_loss(recon, x, num_samples, "sample").mean(0) + kl
+
+
+class VAETerms(NamedTuple):
+    """What a forward pass gives an objective: the data, the posterior, the prior's distribution, z, the KL in nats per sample, the
+    decoder's output and the reconstruction loss in nats per sample."""
+
+    x: Tensor
+    q: Any
+    p: Any
+    z: Tensor
+    kl: Tensor
+    recon: Tensor
+    recon_loss: Tensor
+
+
+def network_sizes(latent_dim: int, options: Mapping[str, Any]) -> tuple[int, int]:
+    """How many numbers the encoder of a ready-made network gives, and how many its decoder gives for each element, by a model's options.
+
+    It takes them as one argument: from calls with ``**options`` the command line reads which options there are.
+    """
+    posterior: Posterior | None = options.get("posterior")
+    code_dim = 2 * latent_dim if posterior is None else posterior.parameters_for(latent_dim)
+    return code_dim, likelihood_of(options.get("likelihood", "bernoulli_logits")).parameters_per_element
+
+
+def _prior_of(latent_shape: int | Sequence[int] | None, prior: Prior | None) -> Prior | None:
+    if prior is None:
+        return None if latent_shape is None else StandardPrior(latent_shape)
+    if latent_shape is not None and check_shape("latent_shape", latent_shape) != prior.latent_shape:
+        raise ValueError(f"latent_shape: got {latent_shape}, the prior is of {prior.latent_shape}")
+    return prior

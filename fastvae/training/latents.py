@@ -30,7 +30,7 @@ def encode(lit: LitAutoencoder, x: Tensor) -> tuple[Tensor, ...]:
     with looking(lit) as network:
         encoded = network.encode(lit.preprocessing(x))
     if isinstance(network, VAE):
-        return (encoded[0],)
+        return (encoded.mean,)
     return (encoded,) if isinstance(encoded, Tensor) else tuple(encoded)
 
 

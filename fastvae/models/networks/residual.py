@@ -80,8 +80,9 @@ class ResidualEncoder(nn.Sequential):
         channels: of each level, from the finest to the coarsest.
         blocks: residual blocks a level.
         groups: groups of the normalisations, a divisor of every number of channels.
-        latent_channels: channels of the latent; twice as many come out.
+        latent_channels: channels of the latent.
         attention: two more residual blocks with self-attention between them at the coarsest level.
+        code_channels: channels that come out: by default a mean and a log variance for each of the latent's.
         layers: the options of all layers.
     """
 
@@ -93,6 +94,8 @@ class ResidualEncoder(nn.Sequential):
         groups: int = 32,
         latent_channels: int = 4,
         attention: bool = False,
+        *,
+        code_channels: int | None = None,
         layers: Layers = SILU,
     ):
         stages: list[nn.Module] = [layers.prepare(nn.Conv2d(in_channels, channels[0], 3, padding=1))]
@@ -103,12 +106,16 @@ class ResidualEncoder(nn.Sequential):
             stages += _blocks(previous, width, blocks, groups, layers)
             previous = width
         stages += _middle(previous, groups, layers) if attention else []
-        last = layers.prepare(nn.Conv2d(previous, 2 * latent_channels, 3, padding=1), layers.activation)
+        code_channels = 2 * latent_channels if code_channels is None else code_channels
+        last = layers.prepare(nn.Conv2d(previous, code_channels, 3, padding=1), layers.activation)
         super().__init__(*stages, _activated_norm(previous, groups, layers), last)
 
 
 class ResidualDecoder(nn.Sequential):
-    """From a latent to an image: :class:`ResidualEncoder` the other way round, with the same arguments; ``in_channels`` come out."""
+    """From a latent to an image: :class:`ResidualEncoder` the other way round, with the same arguments.
+
+    ``outputs`` numbers come out for each element of the image, on dimension 1.
+    """
 
     def __init__(
         self,
@@ -118,6 +125,8 @@ class ResidualDecoder(nn.Sequential):
         groups: int = 32,
         latent_channels: int = 4,
         attention: bool = False,
+        *,
+        outputs: int = 1,
         layers: Layers = SILU,
     ):
         previous = channels[-1]
@@ -128,5 +137,5 @@ class ResidualDecoder(nn.Sequential):
                 stages.append(layers.prepare(UpsampleConv2d(previous, previous)))
             stages += _blocks(previous, width, blocks, groups, layers)
             previous = width
-        last = layers.prepare(nn.Conv2d(previous, in_channels, 3, padding=1), layers.activation)
+        last = layers.prepare(nn.Conv2d(previous, outputs * in_channels, 3, padding=1), layers.activation)
         super().__init__(*stages, _activated_norm(previous, groups, layers), last)

@@ -1,0 +1,41 @@
+"""The exchangeable parts of a VAE, as modules: priors p(z), posteriors q(z | x) and likelihoods p(x | z)."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fastvae.distributions.bernoulli import BernoulliLikelihood, BernoulliProbsLikelihood
+from fastvae.distributions.gaussian import GaussianLikelihood
+from fastvae.distributions.likelihood import Likelihood
+from fastvae.distributions.posterior import CholeskyPosterior, DiagonalPosterior, Posterior
+from fastvae.distributions.prior import DiagonalPrior, MixturePrior, Prior, StandardPrior, VampPrior
+
+if TYPE_CHECKING:
+    from fastvae.distributions.flow import FlowPosterior, FlowPrior
+
+__all__ = [
+    "BernoulliLikelihood",
+    "BernoulliProbsLikelihood",
+    "CholeskyPosterior",
+    "DiagonalPosterior",
+    "DiagonalPrior",
+    "FlowPosterior",
+    "FlowPrior",
+    "GaussianLikelihood",
+    "Likelihood",
+    "MixturePrior",
+    "Posterior",
+    "Prior",
+    "StandardPrior",
+    "VampPrior",
+]
+
+
+def __getattr__(name: str):
+    # Flows need zuko, which nothing else does.
+    if name in ("FlowPosterior", "FlowPrior"):
+        return getattr(importlib.import_module("fastvae.distributions.flow"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
