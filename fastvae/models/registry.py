@@ -16,13 +16,14 @@ from fastvae.models.info_vae import InfoVAE
 from fastvae.models.iwae import IWAE
 from fastvae.models.sequence_vae import SequenceVAE
 from fastvae.models.vae import VAE
+from fastvae.models.vq_prior import IndexPrior
 from fastvae.models.vqvae import VQVAE, VQVAE2
 from fastvae.models.wae import WAE
 
 MODELS: tuple[type[nn.Module], ...] = (
     *(AE, DenoisingAE, SparseAE, ContractiveAE, StackedAE, WAE),
     *(VAE, ImageVAE, IWAE, BetaTCVAE, DIPVAE, InfoVAE),
-    *(VQVAE, VQVAE2, SequenceVAE),
+    *(VQVAE, VQVAE2, IndexPrior, SequenceVAE),
 )
 
 

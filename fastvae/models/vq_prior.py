@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fastvae._pytree import exportable
 from fastvae.models._drawing import check_drawing, draw
+from fastvae.models._hub import Pretrained
 from fastvae.models._reading import reading
+from fastvae.models._recipe import ready_made
 from fastvae.models.networks import KeyValueCache, Layers, TransformerBlock
 from fastvae.models.networks.transformer import POSITION_STD
 from fastvae.models.vqvae import VQVAE, VQVAE2
@@ -29,7 +31,12 @@ class IndexPriorOutput(NamedTuple):
     indices: tuple[Tensor, ...]
 
 
-class IndexPrior(nn.Module):
+AnyIndexPrior = TypeVar("AnyIndexPrior", bound="IndexPrior")
+# The shape of one image's indices, or one shape for each level.
+IndexShape = Sequence[int] | Sequence[Sequence[int]]
+
+
+class IndexPrior(nn.Module, Pretrained):
     r"""An autoregressive distribution of the indices of a trained VQ-VAE, by a causal transformer (van den Oord et al., *Neural Discrete
     Representation Learning*, 2017, section 3.3; Razavi et al., *VQ-VAE-2*, 2019, section 3.2, with one transformer for both levels).
 
@@ -56,7 +63,7 @@ class IndexPrior(nn.Module):
     def __init__(
         self,
         vqvae: VQVAE | VQVAE2,
-        index_shape: Sequence[Any],
+        index_shape: IndexShape,
         *,
         width: int = 128,
         depth: int = 4,
@@ -80,6 +87,21 @@ class IndexPrior(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.outputs = nn.ModuleList(nn.Linear(width, count) for count in codes)
 
+    @classmethod
+    @ready_made
+    def transformer(cls: type[AnyIndexPrior], vqvae: VQVAE | VQVAE2, index_shape: IndexShape, **options) -> AnyIndexPrior:
+        """The prior itself, which can be stored where the VQ-VAE is of a ready-made network.
+
+        Args:
+            vqvae, index_shape, options: those of the class.
+        """
+        return cls(vqvae, index_shape, **options)
+
+    @property
+    def latent_shape(self) -> tuple[Any, ...]:
+        """``index_shape``."""
+        return self.index_shapes if len(self.index_shapes) > 1 else self.index_shapes[0]
+
     def train(self, mode: bool = True) -> "IndexPrior":
         super().train(mode)
         self.vqvae.eval()
@@ -92,7 +114,7 @@ class IndexPrior(nn.Module):
             x: images, floating or uint8 (value / 255).
             label: with ``num_classes`` the classes, integers of shape ``(batch,)`` from 0 on, which is not checked on a GPU.
         """
-        encoded = self.vqvae.encode(x)
+        encoded = self.encode(x)
         indices = self._flattened((encoded,) if isinstance(encoded, Tensor) else encoded)
         logits = self._logits(indices, label)
         losses = [_cross_entropy(*level) for level in zip(logits, indices, strict=True)]
@@ -104,6 +126,14 @@ class IndexPrior(nn.Module):
         levels = self._flattened((indices,) if isinstance(indices, Tensor) else indices)
         losses = [_cross_entropy(*level) for level in zip(self._logits(levels, label), levels, strict=True)]
         return -sum(losses[1:], losses[0])
+
+    def encode(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The indices of a batch, those of the VQ-VAE."""
+        return self.vqvae.encode(x)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The decoded codes of a batch, those of the VQ-VAE."""
+        return self.vqvae.reconstruct(x)
 
     def _flattened(self, indices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         shapes = tuple(tuple(level.shape[1:]) for level in indices)
@@ -207,11 +237,11 @@ def _num_codes(quantizer: nn.Module) -> int:
     return cast("Any", quantizer.layers[0] if isinstance(quantizer, ResidualVectorQuantizer) else quantizer).num_codes
 
 
-def _level_shapes(index_shape: Sequence[Any], levels: int) -> tuple[tuple[int, ...], ...]:
-    pairs = [isinstance(part, Sequence) for part in index_shape]
-    shapes = tuple(map(tuple, index_shape)) if all(pairs) else (tuple(index_shape),)
+def _level_shapes(index_shape: Any, levels: int) -> tuple[tuple[int, ...], ...]:
+    nested = [isinstance(part, Sequence) for part in index_shape]
+    shapes = tuple(tuple(shape) for shape in index_shape) if nested and all(nested) else (tuple(index_shape),)
     sizes = [size for shape in shapes for size in shape]
-    if any(pairs) != all(pairs) or len(shapes) != levels or not all(isinstance(size, int) and size > 0 for size in sizes):
+    if len(shapes) != levels or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
         takes = "a shape" if levels == 1 else "the shapes of top and bottom"
         raise ValueError(f"index_shape: got {index_shape}, takes {takes} of integers >= 1")
     return shapes

@@ -19,7 +19,7 @@ from fastvae.training.parsing import Parser
 
 
 def sample(checkpoint: Path, out: Path = Path("out"), count: int = 64, columns: int = 8, seed: int = 0) -> None:
-    """Draws from the prior of a VAE: samples.png, or samples.npy for data that are no images.
+    """Draws from the prior of a VAE: samples.png, samples.txt for text, or samples.npy for other data.
 
     Args:
         checkpoint: a file that fastvae fit wrote.
@@ -28,7 +28,8 @@ def sample(checkpoint: Path, out: Path = Path("out"), count: int = 64, columns: 
         columns: images in a row.
         seed: decides the draws.
     """
-    _write(out, "samples", latents.sample(checkpoints.load(checkpoint), count, seed), _in_rows(columns))
+    lit = checkpoints.load(checkpoint)
+    _write(lit, out, "samples", latents.sample(lit, count, seed), _in_rows(columns))
 
 
 def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 32, columns: int = 8) -> None:
@@ -43,7 +44,7 @@ def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     """
     lit = checkpoints.load(checkpoint)
     x = _test_samples(lit, data, count)
-    _write(out, "reconstructions", latents.reconstruct(lit, x), lambda recon: pictures.pairs(x, recon, columns))
+    _write(lit, out, "reconstructions", latents.reconstruct(lit, x), lambda recon: pictures.pairs(x, recon, columns))
 
 
 def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 8, steps: int = 10) -> None:
@@ -60,7 +61,7 @@ def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     latents.check_continuous(lit.network, "interpolate")
     x = _test_samples(lit, data, 2 * count)
     start, end = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
-    _write(out, "interpolations", latents.interpolate(lit, start, end, steps), _in_rows(steps))
+    _write(lit, out, "interpolations", latents.interpolate(lit, start, end, steps), _in_rows(steps))
 
 
 def traverse(
@@ -83,7 +84,7 @@ def traverse(
     """
     lit = checkpoints.load(checkpoint)
     latents.check_continuous(lit.network, "traverse")
-    _write(out, "traversals", latents.traverse(lit, _test_samples(lit, data, 1), dimensions, span, steps), _in_rows(steps))
+    _write(lit, out, "traversals", latents.traverse(lit, _test_samples(lit, data, 1), dimensions, span, steps), _in_rows(steps))
 
 
 def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None) -> None:
@@ -149,9 +150,16 @@ def _check_shape(lit: LitAutoencoder, data: AutoencoderData, x: Tensor) -> None:
         )
 
 
-def _write(out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-    """Writes images as the picture that ``draw`` makes of them, other data as an array."""
+def _write(lit: LitAutoencoder, out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Writes images as the picture that ``draw`` makes of them, tokens as lines of text where the training's data have a vocabulary, and
+    other data as an array."""
     out.mkdir(parents=True, exist_ok=True)
+    vocabulary = getattr(DATA_MODULES.get(lit.data_name or ""), "vocabulary", None)
+    if vocabulary is not None:
+        path = out / f"{name}.txt"
+        path.write_text("".join(f"{sentence}\n" for sentence in vocabulary.decode(x)))
+        print(path)
+        return
     path = out / f"{name}.png" if pictures.are_images(x) else out / f"{name}.npy"
     if pictures.are_images(x):
         pictures.save_png(draw(x), path)
