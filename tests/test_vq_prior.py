@@ -178,6 +178,48 @@ def test_the_state_holds_the_vqvae_too(make, size):
     assert torch.equal(other.eval()(x).loss, prior.eval()(x).loss)
 
 
+@pytest.mark.parametrize("kind", [VQVAE, VQVAE2])
+def test_it_is_stored_with_its_vqvae(kind, tmp_path):
+    pytest.importorskip("safetensors")
+    torch.manual_seed(0)
+    shape, x = ((2, 4) if kind is VQVAE else ((1, 2), (2, 4))), images((8, 16))
+    prior = IndexPrior.transformer(kind.conv(1, **SMALL), shape, **TINY, dropout=0.1)
+    prior.save_pretrained(tmp_path)
+    loaded = IndexPrior.from_pretrained(tmp_path)
+    assert type(loaded.vqvae) is kind
+    assert loaded.latent_shape == shape
+    assert torch.equal(loaded(x).loss, prior.eval()(x).loss)
+    assert torch.equal(loaded.sample(2, temperature=0), prior.sample(2, temperature=0))
+
+
+def test_a_prior_that_was_trained_on_a_checkpoint_needs_its_own_alone(tmp_path):
+    for package in ("lightning", "jsonargparse", "sklearn", "PIL"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[train]")
+    from _training import quiet_trainer
+
+    from fastvae.training import checkpoints, latents, networks
+    from fastvae.training.datasets import PhotographPatches
+    from fastvae.training.module import LitAutoencoder
+
+    def fit(network: torch.nn.Module, name: str):
+        data, lit = PhotographPatches(size=16, batch_size=4), LitAutoencoder(network)
+        trainer = quiet_trainer(max_steps=2, limit_val_batches=1, enable_checkpointing=False, default_root_dir=tmp_path)
+        trainer.fit(lit, datamodule=data)
+        trainer.save_checkpoint(tmp_path / name)
+        return lit, data
+
+    fit(VQVAE.conv(3, **SMALL), "vqvae.ckpt")
+    _, data = fit(networks.index_prior(tmp_path / "vqvae.ckpt", [4, 4], **TINY), "prior.ckpt")
+    (tmp_path / "vqvae.ckpt").unlink()
+    lit = checkpoints.load(tmp_path / "prior.ckpt")
+    x = data.samples("test", 3)["x"]
+    assert latents.sample(lit, 2, seed=0).shape == (2, 3, 16, 16)
+    assert latents.encode(lit, x)[0].shape == (3, 4, 4)
+    assert torch.equal(latents.reconstruct(lit, x), lit.network.vqvae.reconstruct(x))
+    assert latents.can_sample(lit.network)
+    assert not latents.is_continuous(lit.network)
+
+
 @EACH_KIND
 def test_the_loss_compiles(make, size):
     torch.compiler.reset()
