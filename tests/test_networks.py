@@ -10,7 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastvae.models import AE, VAE, ImageVAE, StackedAE, networks
+from fastvae.distributions import CholeskyPosterior, LaplaceLikelihood
+from fastvae.models import AE, VAE, WAE, ImageVAE, StackedAE, networks
 from fastvae.models.networks import KeyValueCache, Layers, TransformerBlock
 from fastvae.models.networks.layers import activation_gain
 from fastvae.nn import GroupNormSiLU
@@ -182,6 +183,20 @@ def test_models_overfit_64_pictures(make):
 
 
 @EACH_NETWORK
+def test_posteriors_and_likelihoods_set_the_sizes(make):
+    torch.manual_seed(0)
+    x = pictures(3)
+    model = make(likelihood=LaplaceLikelihood("per_element"))
+    output = model(x)
+    assert output.recon.shape == (3, 2, 8, 8)
+    assert model.sample(2).shape == (2, 1, 8, 8)
+    if len(model.latent_shape) == 1:
+        covariance = make(posterior=CholeskyPosterior())
+        assert covariance.encode(x).factor.shape == (3, 4, 4)
+        assert covariance(x).loss.isfinite()
+
+
+@EACH_NETWORK
 def test_models_are_stored_with_their_options(make, tmp_path):
     pytest.importorskip("safetensors")
     torch.manual_seed(0)
@@ -225,7 +240,7 @@ def test_models_are_made_and_run_without_data(make):
     assert output.recon.shape == (5, 1, 8, 8)
 
 
-@pytest.mark.parametrize("kind", [AE, StackedAE])
+@pytest.mark.parametrize("kind", [AE, StackedAE, WAE])
 def test_autoencoders_have_the_networks(kind):
     torch.manual_seed(0)
     x = pictures(5)

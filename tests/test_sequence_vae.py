@@ -209,6 +209,16 @@ def test_bfloat16(cell):
 
 
 @EACH_CELL
+def test_autocast(cell):
+    model = tiny(cell=cell)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(TOKENS, EPS)
+    torch.testing.assert_close(output.loss, model(TOKENS, EPS).loss, rtol=2e-2, atol=0)
+    output.loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@EACH_CELL
 def test_it_runs_without_data(cell):
     with FakeTensorMode():
         output = tiny(cell=cell, word_dropout=0.1)(torch.zeros(5, 6, dtype=torch.int64))
