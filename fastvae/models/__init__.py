@@ -10,7 +10,9 @@ from fastvae.models.dip_vae import DIPVAE, DIPOutput
 from fastvae.models.image_vae import ImageVAE
 from fastvae.models.info_vae import InfoVAE, InfoVAEOutput
 from fastvae.models.iwae import IWAE, IWAEOutput
+from fastvae.models.sequence_vae import SequenceVAE, SequenceVAEOutput
 from fastvae.models.vae import VAE, VAEOutput
+from fastvae.models.vq_prior import IndexPrior, IndexPriorOutput
 from fastvae.models.vqvae import VQVAE, VQVAE2, VQVAEOutput
 from fastvae.models.wae import WAE
 
@@ -30,8 +32,12 @@ __all__ = [
     "DenoisingAE",
     "IWAEOutput",
     "ImageVAE",
+    "IndexPrior",
+    "IndexPriorOutput",
     "InfoVAE",
     "InfoVAEOutput",
+    "SequenceVAE",
+    "SequenceVAEOutput",
     "SparseAE",
     "StackedAE",
     "VAEOutput",

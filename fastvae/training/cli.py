@@ -98,7 +98,7 @@ class CommandLine(LightningCLI):
         x = self.datamodule.samples("train", 4)["x"]
         try:
             latents.reconstruct(self.model, x)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             shape, data = tuple(x.shape[1:]), type(self.datamodule).__name__
             raise TrainingError(f"network: does not take the samples of {data}, of shape {shape}: {error}") from error
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, pictures
 from fastvae.training.data_module import AutoencoderData
+from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.errors import TrainingError, writing
 from fastvae.training.module import LitAutoencoder
 from fastvae.training.parsing import Parser
 
 
 def sample(checkpoint: Path, out: Path = Path("out"), count: int = 64, columns: int = 8, seed: int = 0) -> None:
-    """Draws from the prior of a VAE: samples.png, or samples.npy for data that are no images.
+    """Draws from the prior of a VAE: samples.png, samples.txt for text, or samples.npy for other data.
 
     Args:
         checkpoint: a file that fastvae fit wrote.
@@ -27,7 +28,8 @@ def sample(checkpoint: Path, out: Path = Path("out"), count: int = 64, columns: 
         columns: images in a row.
         seed: decides the draws.
     """
-    _write(out, "samples", latents.sample(checkpoints.load(checkpoint), count, seed), _in_rows(columns))
+    lit = checkpoints.load(checkpoint)
+    _write(lit, out, "samples", latents.sample(lit, count, seed), _in_rows(columns))
 
 
 def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 32, columns: int = 8) -> None:
@@ -42,7 +44,7 @@ def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     """
     lit = checkpoints.load(checkpoint)
     x = _test_samples(lit, data, count)
-    _write(out, "reconstructions", latents.reconstruct(lit, x), lambda recon: pictures.pairs(x, recon, columns))
+    _write(lit, out, "reconstructions", latents.reconstruct(lit, x), lambda recon: pictures.pairs(x, recon, columns))
 
 
 def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 8, steps: int = 10) -> None:
@@ -59,7 +61,7 @@ def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     latents.check_continuous(lit.network, "interpolate")
     x = _test_samples(lit, data, 2 * count)
     start, end = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
-    _write(out, "interpolations", latents.interpolate(lit, start, end, steps), _in_rows(steps))
+    _write(lit, out, "interpolations", latents.interpolate(lit, start, end, steps), _in_rows(steps))
 
 
 def traverse(
@@ -82,7 +84,7 @@ def traverse(
     """
     lit = checkpoints.load(checkpoint)
     latents.check_continuous(lit.network, "traverse")
-    _write(out, "traversals", latents.traverse(lit, _test_samples(lit, data, 1), dimensions, span, steps), _in_rows(steps))
+    _write(lit, out, "traversals", latents.traverse(lit, _test_samples(lit, data, 1), dimensions, span, steps), _in_rows(steps))
 
 
 def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None) -> None:
@@ -106,9 +108,7 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     assert data.source is not None
     if data.source.names is not None:
         arrays["name"] = np.array(data.source.names)[arrays["index"]]
-    with writing(out / "latents.npz"):
-        out.mkdir(parents=True, exist_ok=True)
-        np.savez(out / "latents.npz", **arrays)  # type: ignore[arg-type]
+    _write_file(out / "latents.npz", lambda: np.savez(out / "latents.npz", **arrays))  # type: ignore[arg-type]
     print(f"{out / 'latents.npz'}: {len(arrays['index'])} samples, {', '.join(arrays)}")
     data.teardown("predict")
 
@@ -135,16 +135,26 @@ def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int)
     return x
 
 
-def _write(out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-    """Writes images as the picture that ``draw`` makes of them, other data as an array."""
-    path = out / f"{name}.png" if pictures.are_images(x) else out / f"{name}.npy"
-    if pictures.are_images(x):
+def _write(lit: LitAutoencoder, out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Writes images as the picture that ``draw`` makes of them, tokens as lines of text where the training's data have a vocabulary, and
+    other data as an array."""
+    vocabulary = getattr(DATA_MODULES.get(lit.data_name or ""), "vocabulary", None)
+    if vocabulary is not None:
+        path = out / f"{name}.txt"
+        _write_file(path, lambda: path.write_text("".join(f"{sentence}\n" for sentence in vocabulary.decode(x))))
+    elif pictures.are_images(x):
+        path = out / f"{name}.png"
         pictures.save_png(draw(x), path)
     else:
-        with writing(path):
-            out.mkdir(parents=True, exist_ok=True)
-            np.save(path, x.numpy())
+        path = out / f"{name}.npy"
+        _write_file(path, lambda: np.save(path, x.numpy()))
     print(path)
+
+
+def _write_file(path: Path, write: Callable[[], Any]) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
 
 
 def _in_rows(columns: int) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvae.models import AE, VAE
+from fastvae.models import AE, VAE, SequenceVAE
 from fastvae.training.errors import TrainingError
 from fastvae.training.module import LitAutoencoder
 
@@ -29,14 +29,17 @@ def encode(lit: LitAutoencoder, x: Tensor) -> tuple[Tensor, ...]:
     """The latents of a batch: the means of a VAE, the codes of an AE, the indices of a VQ-VAE, one tensor a level."""
     with looking(lit) as network:
         encoded = network.encode(lit.preprocessing(x))
-    if isinstance(network, VAE):
+    if isinstance(network, VAE | SequenceVAE):
         return (encoded.mean,)
     return (encoded,) if isinstance(encoded, Tensor) else tuple(encoded)
 
 
 def decode(lit: LitAutoencoder, z: Tensor) -> Tensor:
-    """Data from continuous latents, in the units of the training data."""
+    """Data from continuous latents, in the units of the training data; sequences as long as those."""
     with looking(lit) as network:
+        if isinstance(network, SequenceVAE):
+            assert lit.sample_shape is not None, "the training comes first"
+            return network.generate(z, lit.sample_shape[0])
         decoded = network.decode_mean(z) if isinstance(network, VAE) else network.decode(z)
     return lit.preprocessing.inverse(decoded)
 
@@ -49,7 +52,7 @@ def reconstruct(lit: LitAutoencoder, x: Tensor) -> Tensor:
 
 def is_continuous(network: nn.Module) -> bool:
     """Whether one may walk in its latent: a codebook has nothing between two codes."""
-    return isinstance(network, AE | VAE)
+    return isinstance(network, AE | VAE | SequenceVAE)
 
 
 def check_continuous(network: nn.Module, what: str) -> None:
@@ -59,17 +62,17 @@ def check_continuous(network: nn.Module, what: str) -> None:
 
 def can_sample(network: nn.Module) -> bool:
     """Whether the network has a prior, and knows the shape of its latent."""
-    return isinstance(network, VAE) and network.latent_shape is not None
+    return getattr(network, "latent_shape", None) is not None
 
 
 def sample(lit: LitAutoencoder, count: int, seed: int) -> Tensor:
-    """Means of p(x | z) for draws from the prior."""
-    network = lit.network
-    if not isinstance(network, VAE):
+    """Means of p(x | z) for draws from the prior; of a sequence VAE draws of p(x | z)."""
+    network: Any = lit.network
+    if not hasattr(network, "latent_shape"):
         raise TrainingError(f"sample: {type(network).__name__} has no prior to draw from, takes a VAE")
     if network.latent_shape is None:
         raise TrainingError(f"sample: this {type(network).__name__} does not know the shape of its latent, takes one with image_size")
-    return lit.preprocessing.inverse(network.sample(count, torch.Generator().manual_seed(seed)))
+    return lit.preprocessing.inverse(network.sample(count, generator=torch.Generator().manual_seed(seed)))
 
 
 def interpolate(lit: LitAutoencoder, start: Tensor, end: Tensor, steps: int) -> Tensor:
