@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvae.distributions.prior import check_count
 
 if TYPE_CHECKING:
+    from fastvae.models.hierarchy import HierarchicalVAE
     from fastvae.models.vae import VAE
 
 
@@ -29,14 +30,14 @@ def log_weights(model: "VAE", x: Tensor, num_samples: int, **noise) -> Tensor:
 
 
 def importance_bound(
-    model: "VAE", x: Tensor, num_samples: int, *, samples_at_once: int = 50, generator: torch.Generator | None = None
+    model: "VAE | HierarchicalVAE", x: Tensor, num_samples: int, *, samples_at_once: int = 50, generator: torch.Generator | None = None
 ) -> Tensor:
     r""":math:`\log \frac{1}{K} \sum_k \frac{p(x|z_k) p(z_k)}{q(z_k|x)}`, ``(batch,)``, in nats, without a gradient.
 
     Its expectation is a lower bound on log p(x) that rises with K; for large K it is the importance-sampled estimate of log p(x).
 
     Args:
-        model: a VAE.
+        model: gives the weights by its method ``log_weights``.
         x: data, ``(batch, ...)``.
         num_samples: K.
         samples_at_once: how many of them go through the decoder as one batch, which bounds the memory.
@@ -46,5 +47,5 @@ def importance_bound(
     check_count("samples_at_once", samples_at_once)
     with torch.no_grad():
         counts = (min(samples_at_once, num_samples - first) for first in range(0, num_samples, samples_at_once))
-        parts = (torch.logsumexp(log_weights(model, x, count, generator=generator), 0) for count in counts)
+        parts = (torch.logsumexp(model.log_weights(x, count, generator=generator), 0) for count in counts)
         return functools.reduce(torch.logaddexp, parts) - math.log(num_samples)
