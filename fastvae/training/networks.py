@@ -6,13 +6,13 @@ A class path is a name of modules and a class, so a classmethod has none; and it
 from torch import nn
 
 from fastvae._extras import extra
-from fastvae.models import AE, VAE, VQVAE, VQVAE2, registry
+from fastvae.models import AE, VAE, VQVAE, VQVAE2, HierarchicalVAE, registry
 
 with extra("train"):
     from jsonargparse import class_from_function
 
 # The classes that each network is a kind of.
-BASES = (AE, VAE, VQVAE, VQVAE2)
+BASES = (AE, VAE, HierarchicalVAE, VQVAE, VQVAE2)
 
 
 def spelled(name: str) -> str:
