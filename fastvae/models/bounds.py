@@ -11,6 +11,7 @@ from torch import Tensor
 from fastvae.distributions.prior import check_count
 
 if TYPE_CHECKING:
+    from fastvae.models.hierarchy import HierarchicalVAE
     from fastvae.models.vae import VAE
 
 
@@ -30,23 +31,23 @@ def log_weights(model: "VAE", x: Tensor, num_samples: int, **noise) -> Tensor:
 
 
 def importance_bound(
-    model: "VAE", x: Tensor, num_samples: int, *, samples_at_once: int = 50, generator: torch.Generator | None = None
+    model: "VAE | HierarchicalVAE", x: Tensor, num_samples: int, *, samples_at_once: int = 50, generator: torch.Generator | None = None
 ) -> Tensor:
     r""":math:`\log \frac{1}{K} \sum_k \frac{p(x|z_k) p(z_k)}{q(z_k|x)}`, ``(batch,)``, in nats, without a gradient.
 
     Its expectation is a lower bound on log p(x) that rises with K; for large K it is the importance-sampled estimate of log p(x).
 
     Args:
-        model: a VAE.
+        model: gives the weights by its method ``log_weights``.
         x: data, ``(batch, ...)``.
         num_samples: K.
         samples_at_once: how many of them go through the decoder as one batch, which bounds the memory.
         generator: of the noise.
     """
-    return averaged_weights(functools.partial(log_weights, model, x, generator=generator), num_samples, samples_at_once)
+    return log_mean_weights(functools.partial(model.log_weights, x, generator=generator), num_samples, samples_at_once)
 
 
-def averaged_weights(draw: Callable[[int], Tensor], num_samples: int, samples_at_once: int) -> Tensor:
+def log_mean_weights(draw: Callable[[int], Tensor], num_samples: int, samples_at_once: int) -> Tensor:
     """The logarithm of the mean of ``num_samples`` importance weights, ``(batch,)``, without a gradient.
 
     Args:

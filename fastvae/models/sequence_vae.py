@@ -18,7 +18,7 @@ from fastvae.models._hub import Pretrained
 from fastvae.models._inputs import parameter_dtype
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
-from fastvae.models.bounds import averaged_weights
+from fastvae.models.bounds import log_mean_weights
 from fastvae.models.networks import Layers, TokenDecoder, TokenEncoder
 from fastvae.nn import KLPenalty
 from fastvae.nn.schedules import Schedule
@@ -187,7 +187,7 @@ class SequenceVAE(nn.Module, Pretrained):
     ) -> Tensor:
         """The importance-weighted lower bound on log p(x) of each sequence in nats, ``(batch,)``, see
         :func:`fastvae.models.bounds.importance_bound`; with one sample the evidence lower bound."""
-        return averaged_weights(functools.partial(self.log_weights, tokens, generator=generator), num_samples, samples_at_once)
+        return log_mean_weights(functools.partial(self.log_weights, tokens, generator=generator), num_samples, samples_at_once)
 
     @reading
     def generate(self, z: Tensor, max_length: int = 32, *, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from fastvae.models._hub import Pretrained
 from fastvae.models._inputs import as_float, parameter_dtype
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
-from fastvae.models.bounds import importance_bound
+from fastvae.models.bounds import importance_bound, log_weights
 from fastvae.nn import KLPenalty
 from fastvae.nn.schedules import Schedule
 
@@ -314,6 +314,10 @@ class VAE(nn.Module, Pretrained):
         weights = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype).view(-1, *(1,) * (first.ndim - 1))
         path = torch.lerp(first.unsqueeze(1), last.unsqueeze(1), weights)
         return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2])
+
+    def log_weights(self, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """The log importance weights of draws of the posterior, ``(num_samples, batch)``, see :func:`fastvae.models.bounds.log_weights`."""
+        return log_weights(self, x, num_samples, generator=generator)
 
     @reading
     def log_prob_bound(

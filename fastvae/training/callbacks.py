@@ -91,7 +91,11 @@ def draw_pictures(lit: LitAutoencoder, x: Tensor) -> dict[str, Tensor]:
 
 
 class LatentCurves(Callback):
-    """Curves of a VAE's validation: ``val/active_units``, and the KL of each latent dimension, ``val/kl_dim_0``, where they are few."""
+    """Curves of a VAE's validation: ``val/active_units``, and the KL of each latent dimension, ``val/kl_dim_0``, where they are few.
+
+    None of a hierarchy of latents, whose priors move with the levels above: neither the variance of a mean nor the KL to N(0, I) says there
+    whether a dimension is used. The training logs the KL of each level, ``val/kls_0`` that of the top.
+    """
 
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
@@ -100,7 +104,7 @@ class LatentCurves(Callback):
         self._sums = []
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        if not isinstance(outputs, dict) or not {"mu", "logvar"} <= outputs.keys():
+        if not isinstance(outputs, dict) or not all(isinstance(outputs.get(name), Tensor) for name in ("mu", "logvar")):
             return
         mu, logvar = outputs["mu"].flatten(1), outputs["logvar"].flatten(1)
         kl = FV.kl_normal(mu, logvar, reduction="none").float()

@@ -88,7 +88,7 @@ def traverse(
 
 
 def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None) -> None:
-    """Writes the latents of the whole data set: latents.npz with z (or indices, one array a level), label, index and name.
+    """Writes the latents of the whole data set: latents.npz with z or indices (z_0, z_1, ... of several levels), label, index and name.
 
     Args:
         checkpoint: a file that fastvae fit wrote.
@@ -115,7 +115,8 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
 
 def _encoded(lit: LitAutoencoder, batch: dict[str, Any]) -> dict[str, Tensor]:
     codes = latents.encode(lit, batch["x"])
-    names = ["z"] if latents.is_continuous(lit.network) else [f"indices_{i}" if len(codes) > 1 else "indices" for i in range(len(codes))]
+    name = "z" if latents.is_continuous(lit.network) else "indices"
+    names = [f"{name}_{i}" for i in range(len(codes))] if len(codes) > 1 else [name]
     return dict(zip(names, codes, strict=True)) | {name: batch[name] for name in ("index", "label") if name in batch}
 
 

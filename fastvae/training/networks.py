@@ -10,7 +10,7 @@ from typing import cast
 from torch import nn
 
 from fastvae._extras import extra
-from fastvae.models import AE, VAE, VQVAE, VQVAE2, IndexPrior, SequenceVAE, registry
+from fastvae.models import AE, VAE, VQVAE, VQVAE2, HierarchicalVAE, IndexPrior, SequenceVAE, registry
 from fastvae.models.vq_prior import IndexShape
 from fastvae.training import checkpoints
 
@@ -18,7 +18,7 @@ with extra("train"):
     from jsonargparse import class_from_function
 
 # The classes that each network is a kind of.
-BASES = (AE, VAE, VQVAE, VQVAE2, IndexPrior, SequenceVAE)
+BASES = (AE, VAE, HierarchicalVAE, VQVAE, VQVAE2, IndexPrior, SequenceVAE)
 
 
 def spelled(name: str) -> str:
