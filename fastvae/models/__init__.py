@@ -13,7 +13,9 @@ from fastvae.models.image_vae import ImageVAE
 from fastvae.models.info_vae import InfoVAE, InfoVAEOutput
 from fastvae.models.iwae import IWAE, IWAEOutput
 from fastvae.models.ladder_vae import LadderVAE
+from fastvae.models.sequence_vae import SequenceVAE, SequenceVAEOutput
 from fastvae.models.vae import VAE, VAEOutput
+from fastvae.models.vq_prior import IndexPrior, IndexPriorOutput
 from fastvae.models.vqvae import VQVAE, VQVAE2, VQVAEOutput
 from fastvae.models.wae import WAE
 
@@ -36,9 +38,13 @@ __all__ = [
     "HierarchyOutput",
     "IWAEOutput",
     "ImageVAE",
+    "IndexPrior",
+    "IndexPriorOutput",
     "InfoVAE",
     "InfoVAEOutput",
     "LadderVAE",
+    "SequenceVAE",
+    "SequenceVAEOutput",
     "SparseAE",
     "StackedAE",
     "VAEOutput",

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,9 +44,20 @@ def importance_bound(
         samples_at_once: how many of them go through the decoder as one batch, which bounds the memory.
         generator: of the noise.
     """
+    return log_mean_weights(functools.partial(model.log_weights, x, generator=generator), num_samples, samples_at_once)
+
+
+def log_mean_weights(draw: Callable[[int], Tensor], num_samples: int, samples_at_once: int) -> Tensor:
+    """The logarithm of the mean of ``num_samples`` importance weights, ``(batch,)``, without a gradient.
+
+    Args:
+        draw: gives the logarithms of so many weights, ``(count, batch)``.
+        num_samples: weights in all.
+        samples_at_once: weights of one call, which bounds the memory.
+    """
     check_count("num_samples", num_samples)
     check_count("samples_at_once", samples_at_once)
     with torch.no_grad():
         counts = (min(samples_at_once, num_samples - first) for first in range(0, num_samples, samples_at_once))
-        parts = (torch.logsumexp(model.log_weights(x, count, generator=generator), 0) for count in counts)
+        parts = (torch.logsumexp(draw(count), 0) for count in counts)
         return functools.reduce(torch.logaddexp, parts) - math.log(num_samples)

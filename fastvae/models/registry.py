@@ -16,7 +16,9 @@ from fastvae.models.image_vae import ImageVAE
 from fastvae.models.info_vae import InfoVAE
 from fastvae.models.iwae import IWAE
 from fastvae.models.ladder_vae import LadderVAE
+from fastvae.models.sequence_vae import SequenceVAE
 from fastvae.models.vae import VAE
+from fastvae.models.vq_prior import IndexPrior
 from fastvae.models.vqvae import VQVAE, VQVAE2
 from fastvae.models.wae import WAE
 
@@ -24,7 +26,7 @@ MODELS: tuple[type[nn.Module], ...] = (
     *(AE, DenoisingAE, SparseAE, ContractiveAE, StackedAE, WAE),
     *(VAE, ImageVAE, IWAE, BetaTCVAE, DIPVAE, InfoVAE),
     *(LadderVAE, DeepVAE),
-    *(VQVAE, VQVAE2),
+    *(VQVAE, VQVAE2, IndexPrior, SequenceVAE),
 )
 
 

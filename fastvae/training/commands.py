@@ -13,13 +13,13 @@ from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, pictures
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.datasets import DATA_MODULES
-from fastvae.training.errors import TrainingError
+from fastvae.training.errors import TrainingError, writing
 from fastvae.training.module import LitAutoencoder
 from fastvae.training.parsing import Parser
 
 
 def sample(checkpoint: Path, out: Path = Path("out"), count: int = 64, columns: int = 8, seed: int = 0) -> None:
-    """Draws from the prior of a VAE: samples.png, or samples.npy for data that are no images.
+    """Draws from the prior of a VAE: samples.png, samples.txt for text, or samples.npy for other data.
 
     Args:
         checkpoint: a file that fastvae fit wrote.
@@ -28,7 +28,8 @@ def sample(checkpoint: Path, out: Path = Path("out"), count: int = 64, columns: 
         columns: images in a row.
         seed: decides the draws.
     """
-    _write(out, "samples", latents.sample(checkpoints.load(checkpoint), count, seed), _in_rows(columns))
+    lit = checkpoints.load(checkpoint)
+    _write(lit, out, "samples", latents.sample(lit, count, seed), _in_rows(columns))
 
 
 def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 32, columns: int = 8) -> None:
@@ -43,7 +44,7 @@ def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     """
     lit = checkpoints.load(checkpoint)
     x = _test_samples(lit, data, count)
-    _write(out, "reconstructions", latents.reconstruct(lit, x), lambda recon: pictures.pairs(x, recon, columns))
+    _write(lit, out, "reconstructions", latents.reconstruct(lit, x), lambda recon: pictures.pairs(x, recon, columns))
 
 
 def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 8, steps: int = 10) -> None:
@@ -60,7 +61,7 @@ def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     latents.check_continuous(lit.network, "interpolate")
     x = _test_samples(lit, data, 2 * count)
     start, end = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
-    _write(out, "interpolations", latents.interpolate(lit, start, end, steps), _in_rows(steps))
+    _write(lit, out, "interpolations", latents.interpolate(lit, start, end, steps), _in_rows(steps))
 
 
 def traverse(
@@ -83,7 +84,7 @@ def traverse(
     """
     lit = checkpoints.load(checkpoint)
     latents.check_continuous(lit.network, "traverse")
-    _write(out, "traversals", latents.traverse(lit, _test_samples(lit, data, 1), dimensions, span, steps), _in_rows(steps))
+    _write(lit, out, "traversals", latents.traverse(lit, _test_samples(lit, data, 1), dimensions, span, steps), _in_rows(steps))
 
 
 def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None) -> None:
@@ -98,7 +99,7 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     data = _prepared(lit, data)
     parts: dict[str, list[np.ndarray]] = {}
     for batch in data.whole_dataloader():
-        _check_shape(lit, data, batch["x"])
+        checkpoints.check_shape(lit, data, batch["x"])
         for name, value in _encoded(lit, data.on_before_batch_transfer(batch, 0)).items():
             parts.setdefault(name, []).append(value.numpy())
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
@@ -107,8 +108,7 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     assert data.source is not None
     if data.source.names is not None:
         arrays["name"] = np.array(data.source.names)[arrays["index"]]
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "latents.npz", **arrays)  # type: ignore[arg-type]
+    _write_file(out / "latents.npz", lambda: np.savez(out / "latents.npz", **arrays))  # type: ignore[arg-type]
     print(f"{out / 'latents.npz'}: {len(arrays['index'])} samples, {', '.join(arrays)}")
     data.teardown("predict")
 
@@ -121,15 +121,9 @@ def _encoded(lit: LitAutoencoder, batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _prepared(lit: LitAutoencoder, data: AutoencoderData | None) -> AutoencoderData:
-    data = _data_of_training(lit) if data is None else data
+    data = checkpoints.build_data(lit.data_name, lit.data_options) if data is None else data
     data.setup()
     return data
-
-
-def _data_of_training(lit: LitAutoencoder) -> AutoencoderData:
-    if lit.data_name not in DATA_MODULES:
-        raise TrainingError(f"data: the checkpoint was trained on batches of another program, takes one of {', '.join(DATA_MODULES)}")
-    return DATA_MODULES[lit.data_name](**lit.data_options)
 
 
 def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int) -> Tensor:
@@ -138,27 +132,30 @@ def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int)
         raise TrainingError(f"count: got {count}, takes an integer >= 1")
     data = _prepared(lit, data)
     x = data.samples("test", count)["x"]
-    _check_shape(lit, data, x)
+    checkpoints.check_shape(lit, data, x)
     return x
 
 
-def _check_shape(lit: LitAutoencoder, data: AutoencoderData, x: Tensor) -> None:
-    if lit.sample_shape is not None and list(x.shape[1:]) != lit.sample_shape:
-        raise TrainingError(
-            f"data: {type(data).__name__} has samples of shape {tuple(x.shape[1:])}, "
-            f"the checkpoint was trained on {lit.data_name or 'samples'} of shape {tuple(lit.sample_shape)}"
-        )
-
-
-def _write(out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-    """Writes images as the picture that ``draw`` makes of them, other data as an array."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.png" if pictures.are_images(x) else out / f"{name}.npy"
-    if pictures.are_images(x):
+def _write(lit: LitAutoencoder, out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Writes images as the picture that ``draw`` makes of them, tokens as lines of text where the training's data have a vocabulary, and
+    other data as an array."""
+    vocabulary = getattr(DATA_MODULES.get(lit.data_name or ""), "vocabulary", None)
+    if vocabulary is not None:
+        path = out / f"{name}.txt"
+        _write_file(path, lambda: path.write_text("".join(f"{sentence}\n" for sentence in vocabulary.decode(x))))
+    elif pictures.are_images(x):
+        path = out / f"{name}.png"
         pictures.save_png(draw(x), path)
     else:
-        np.save(path, x.numpy())
+        path = out / f"{name}.npy"
+        _write_file(path, lambda: np.save(path, x.numpy()))
     print(path)
+
+
+def _write_file(path: Path, write: Callable[[], Any]) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
 
 
 def _in_rows(columns: int) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvae.models import AE
+from fastvae.models import AE, SequenceVAE
 from fastvae.training.errors import TrainingError
 from fastvae.training.module import LitAutoencoder
 
@@ -34,8 +34,12 @@ def encode(lit: LitAutoencoder, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def decode(lit: LitAutoencoder, z: Tensor | Sequence[Tensor]) -> Tensor:
-    """Data from continuous latents, in the units of the training data; a hierarchy takes a sequence of levels, or its top alone."""
+    """Data from continuous latents, in the units of the training data; a hierarchy takes a sequence of levels, or its top
+    alone; sequences are as long as those of the training."""
     with looking(lit) as network:
+        if isinstance(network, SequenceVAE):
+            assert lit.sample_shape is not None, "the training comes first"
+            return network.generate(z, lit.sample_shape[0])
         decoded = network.decode_mean(z) if hasattr(network, "decode_mean") else network.decode(z)
     return lit.preprocessing.inverse(decoded)
 
@@ -66,13 +70,13 @@ def _has_prior(network: nn.Module) -> bool:
 
 
 def sample(lit: LitAutoencoder, count: int, seed: int) -> Tensor:
-    """Means of p(x | z) for draws from the prior."""
+    """Means of p(x | z) for draws from the prior; of a sequence VAE draws of p(x | z)."""
     network: Any = lit.network
     if not _has_prior(network):
         raise TrainingError(f"sample: {type(network).__name__} has no prior to draw from, takes a VAE")
     if not can_sample(network):
         raise TrainingError(f"sample: this {type(network).__name__} does not know the shape of its latent, takes one with image_size")
-    return lit.preprocessing.inverse(network.sample(count, torch.Generator().manual_seed(seed)))
+    return lit.preprocessing.inverse(network.sample(count, generator=torch.Generator().manual_seed(seed)))
 
 
 def interpolate(lit: LitAutoencoder, start: Tensor, end: Tensor, steps: int) -> Tensor:
