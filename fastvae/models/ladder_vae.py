@@ -7,7 +7,7 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from fastvae._types import LadderPosterior, LayerActivation, check_choice
+from fastvae._types import Initialisation, LadderPosterior, LayerActivation, check_choice
 from fastvae.distributions.normal import DiagonalNormal
 from fastvae.distributions.prior import check_shape
 from fastvae.models import networks
@@ -116,6 +116,9 @@ class LadderVAE(HierarchicalVAE):
         latent_dims: Sequence[int] = (32, 16),
         *,
         activation: LayerActivation = "leaky_relu",
+        init: Initialisation = "default",
+        dropout: float = 0.0,
+        spectral_norm: bool = False,
         **options,
     ) -> AnyLadderVAE:
         """One hidden layer a level on the way up and on the way down; the decoder gives logits.
@@ -127,12 +130,12 @@ class LadderVAE(HierarchicalVAE):
             data_shape: shape of one ``x``, an integer for a vector.
             hidden: units of the hidden layer of each level, from the data up.
             latent_dims: size of z of each level, from the data up.
-            activation: of the hidden layers, see :meth:`fastvae.models.VAE.mlp`.
+            activation, init, dropout, spectral_norm: of all layers, see :class:`fastvae.models.networks.Layers`.
             options: those of the class.
         """
         if len(hidden) != len(latent_dims):
             raise ValueError(f"latent_dims: got {len(latent_dims)} levels, takes as many as hidden has, {len(hidden)}")
-        layers = networks.Layers(activation)
+        layers = networks.Layers(activation, init, dropout, spectral_norm)
         below, stages, codes, priors = data_shape, [], [], []
         for units, dim in zip(hidden, latent_dims, strict=True):
             encoder, _ = networks.mlp(below, (units,), dim, code_dim=2 * dim, layers=layers)
