@@ -22,6 +22,8 @@ CodebookUpdate = Literal["ema", "gradient"]
 ImportanceGradient = Literal["standard", "doubly_reparameterized"]
 AggregateEstimator = Literal["weighted", "stratified"]
 Kernel = Literal["imq", "rbf"]
+# How a condition enters a network.
+Conditioning = Literal["concatenation", "film", "batch_norm", "cross_attention"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
 
