@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastvae._extras import extra
 from fastvae._types import check_choice
-from fastvae.distributions.normal import DiagonalNormal, draw_noise, widened
+from fastvae.distributions.normal import DiagonalNormal, StandardNormal, draw_noise, widened
 from fastvae.distributions.posterior import DiagonalPosterior, Posterior
 from fastvae.distributions.prior import Encode, Prior, check_count
 
@@ -24,18 +24,38 @@ PosteriorFlow = Literal["inverse_autoregressive", "planar"]
 _PRIOR_FLOWS = {"autoregressive": zuko.flows.MAF, "coupling": zuko.flows.RealNVP, "spline": zuko.flows.NSF}
 
 
-class FlowDistribution:
-    """The distribution over latents that a normalizing flow gives."""
+def transformed(transforms: Sequence[Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors x after all transformations, and the log determinant of the Jacobian, at least in float32.
 
-    def __init__(self, flow: Any, origin: Tensor):
-        self._flow, self._origin = flow, origin
+    torch.compile does not trace the composition that zuko has.
+    """
+    total = widened(x.new_zeros(x.shape[:-1]))
+    for transform in transforms:
+        x, log_determinant = transform.call_and_ladj(x)
+        total = total + widened(log_determinant)
+    return x, total
+
+
+def inverted(transforms: Sequence[Any], y: Tensor) -> Tensor:
+    """The vectors that the transformations turn into y."""
+    for transform in reversed(transforms):
+        y = transform.inv(y)
+    return y
+
+
+class FlowDistribution:
+    """The distribution of the latents that the transformations turn into standard normal noise."""
+
+    def __init__(self, transforms: Sequence[Any], origin: Tensor):
+        self._transforms, self._origin = transforms, origin
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return self._flow.log_prob(z.flatten(-self._origin.ndim).to(self._origin.dtype))
+        noise, log_determinant = transformed(self._transforms, z.flatten(-self._origin.ndim).to(self._origin.dtype))
+        return StandardNormal(self._origin.flatten()).log_prob(noise) + log_determinant
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         noise = draw_noise(n, self._origin, generator).flatten(1)
-        return self._flow.transform.inv(noise).view(n, *self._origin.shape)
+        return inverted(self._transforms, noise).view(n, *self._origin.shape)
 
 
 class FlowPrior(Prior):
@@ -57,42 +77,41 @@ class FlowPrior(Prior):
         super().__init__(latent_shape)
         check_choice("kind", kind, get_args(PriorFlow))
         size = math.prod(self.latent_shape)
-        self.flow = _PRIOR_FLOWS[kind](size, transforms=check_count("transforms", transforms), hidden_features=tuple(hidden))
+        flow = _PRIOR_FLOWS[kind](size, transforms=check_count("transforms", transforms), hidden_features=tuple(hidden))
+        self.transforms = flow.transform.transforms
         # It gives draws their device and dtype, and is no weight.
         self.register_buffer("origin", torch.zeros(self.latent_shape), persistent=False)
 
     def forward(self, encode: Encode | None = None) -> FlowDistribution:
-        return FlowDistribution(self.flow(), self.origin)
+        return FlowDistribution([make() for make in self.transforms], self.origin)
 
 
 class TransformedNormal:
-    """The distribution of ``transform(u)``, u diagonal normal. Its ``mean`` is the transformed mean of u, its ``logvar`` that of u."""
+    """The distribution of what the transformations make of u, which is diagonal normal.
 
-    def __init__(self, base: DiagonalNormal, transform: Any):
-        self._base, self._transform = base, transform
+    ``mean`` is the transformed mean of u; ``mu`` and ``logvar`` are those of u.
+    """
 
-    @property
-    def mu(self) -> Tensor:
-        return self._transform(self._base.mu)
-
-    mean = mu
+    def __init__(self, base: DiagonalNormal, transforms: Sequence[Any]):
+        self._base, self._transforms = base, transforms
+        self.mu, self.logvar = base
 
     @property
-    def logvar(self) -> Tensor:
-        return self._base.logvar
+    def mean(self) -> Tensor:
+        return transformed(self._transforms, self.mu)[0]
 
     def log_prob(self, z: Tensor) -> Tensor:
-        u = self._transform.inv(z)
-        return self._base.log_prob(u) - widened(self._transform.log_abs_det_jacobian(u, z))
+        u = inverted(self._transforms, z)
+        return self._base.log_prob(u) - transformed(self._transforms, u)[1]
 
     def rsample(self, num_samples: int | None = None, **noise) -> Tensor:
         """A draw with gradients."""
-        return self._transform(self._base.rsample(num_samples, **noise))
+        return transformed(self._transforms, self._base.rsample(num_samples, **noise))[0]
 
     def rsample_and_log_prob(self, num_samples: int | None = None, **noise) -> tuple[Tensor, Tensor]:
         u = self._base.rsample(num_samples, **noise)
-        z, log_determinant = self._transform.call_and_ladj(u)
-        return z, self._base.log_prob(u) - widened(log_determinant)
+        z, log_determinant = transformed(self._transforms, u)
+        return z, self._base.log_prob(u) - log_determinant
 
 
 class FlowPosterior(Posterior):
@@ -140,7 +159,7 @@ class FlowPosterior(Posterior):
             raise ValueError(f"encoder: gave {given}, has to give (batch, {expected}) for this FlowPosterior")
         base, context = encoded.split((2 * self.latent_dim, self.context), dim=1)
         steering = context if self.context else None
-        return TransformedNormal(self.diagonal(base), zuko.transforms.ComposedTransform(*(make(steering) for make in self.transforms)))
+        return TransformedNormal(self.diagonal(base), [make(steering) for make in self.transforms])
 
 
 class PlanarTransform(zuko.lazy.LazyTransform):

@@ -14,7 +14,7 @@ from fastvae.distributions.likelihood import Likelihood
 from fastvae.distributions.names import likelihood_of
 from fastvae.distributions.normal import StandardNormal
 from fastvae.distributions.posterior import DiagonalPosterior, Posterior
-from fastvae.distributions.prior import Prior, StandardPrior, check_shape
+from fastvae.distributions.prior import Prior, StandardPrior, VampPrior, check_shape
 from fastvae.functional._checks import check_nonnegative
 from fastvae.models import _networks
 from fastvae.models._hub import Pretrained
@@ -95,6 +95,8 @@ class VAE(nn.Module, Pretrained):
         self.decoder = decoder
         self.prior = _prior_of(latent_shape, prior)
         self.posterior = DiagonalPosterior() if posterior is None else posterior
+        if isinstance(self.prior, VampPrior) and not isinstance(self.posterior, DiagonalPosterior):
+            raise ValueError(f"posterior: got {type(posterior).__name__} with a VampPrior, takes a DiagonalPosterior")
         self.likelihood = likelihood_of(likelihood)
         self.kl_penalty = KLPenalty(beta, capacity)
         self.free_bits = check_nonnegative("free_bits", free_bits)
