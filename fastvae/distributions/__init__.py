@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fastvae.distributions.bernoulli import BernoulliLikelihood, BernoulliProbsLikelihood
+from fastvae.distributions.conditional import ConditionalPrior
 from fastvae.distributions.gaussian import GaussianLikelihood
 from fastvae.distributions.likelihood import Likelihood
 from fastvae.distributions.posterior import CholeskyPosterior, DiagonalPosterior, Posterior
@@ -16,6 +17,7 @@ __all__ = [
     "BernoulliLikelihood",
     "BernoulliProbsLikelihood",
     "CholeskyPosterior",
+    "ConditionalPrior",
     "DiagonalPosterior",
     "DiagonalPrior",
     "FlowPosterior",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastvae import functional as FV
 from fastvae._types import Conditioning, LayerActivation
 from fastvae.distributions.conditional import ConditionalPrior, PriorAt
+from fastvae.distributions.prior import VampPrior
 from fastvae.models import _networks
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
@@ -56,6 +57,8 @@ class CVAE(VAE):
         **options,
     ):
         super().__init__(encoder, decoder, latent_shape, **options)
+        if isinstance(self.prior, VampPrior):
+            raise ValueError("prior: got a VampPrior, whose pseudo-inputs have no condition, takes another one")
         if not 0 <= drop_condition < 1:
             raise ValueError(f"drop_condition: got {drop_condition!r}, takes a number in [0, 1)")
         self.condition, self.drop_condition = condition, float(drop_condition)
@@ -132,7 +135,9 @@ class CVAE(VAE):
 
         Its batches have as many samples as there are conditions, or a multiple, through which the conditions go again and again.
         """
-        condition = self.embed(y)
+        return self._vae_at(self.embed(y))
+
+    def _vae_at(self, condition: Condition) -> VAE:
         prior = PriorAt(self.prior, condition) if isinstance(self.prior, ConditionalPrior) else self.prior
         networks = At(self.encoder, condition), At(self.decoder, condition)
         parts: dict[str, Any] = {"prior": prior, "posterior": self.posterior, "likelihood": self.likelihood}
@@ -145,9 +150,17 @@ class CVAE(VAE):
         if y is None and self.no_condition is not None:
             return Condition.of_vector(self.no_condition.unsqueeze(0))
         condition = self.condition(y)
-        if count not in (None, len(condition.vector)):
+        if count is not None and count != len(condition.vector):
             raise ValueError(f"y: got {len(condition.vector)} conditions, takes one for each of {count} samples")
         return condition
+
+    def completed(self, x: Tensor, y: Any) -> Any:
+        """The conditions of a batch that is read: those given. A model that can tell missing ones from x overrides it."""
+        return y
+
+    def _at_samples(self, x: Tensor, y: Any) -> VAE:
+        """The VAE at the conditions of a batch."""
+        return self._vae_at(self.embed(self.completed(x, y), len(x)))
 
     def _dropped(self, condition: Condition, generator: torch.Generator | None, seed: Tensor | int | None) -> Condition:
         """The conditions that a batch in training keeps."""
@@ -160,7 +173,7 @@ class CVAE(VAE):
 
     def encode(self, x: Tensor, y: Any = None) -> Any:
         """The posterior q(z | x, y): ``(mu, logvar)`` by default, else a distribution with ``mean``."""
-        return self._posterior_at(x, self.embed(y, len(x)))
+        return self._posterior_at(x, self.embed(self.completed(x, y), len(x)))
 
     def _posterior_at(self, x: Tensor, condition: Condition) -> Any:
         return self.posterior(call_at(self.encoder, as_float(x, self.encoder), condition))
@@ -199,7 +212,7 @@ class CVAE(VAE):
         return self.bound(x, q, self._prior_at(q, condition), decode, eps=eps, generator=generator, seed=seed)
 
     @reading
-    def sample(self, n: int, y: Any = None, generator: torch.Generator | None = None) -> Tensor:  # type: ignore[override]
+    def sample(self, n: int, y: Any = None, generator: torch.Generator | None = None) -> Tensor:
         """The means of p(x | z, y) for ``n`` draws of z from the prior.
 
         Args:
@@ -207,34 +220,31 @@ class CVAE(VAE):
             y: the conditions, ``n`` of them, or fewer that are gone through again and again and whose number divides ``n``.
             generator: of the draws, on whose device they are made.
         """
-        conditions = len(self.embed(y).vector)
-        if n % conditions:
-            raise ValueError(f"y: got {conditions} conditions, takes a number of them that divides n, {n}")
-        return self.given(y).sample(n, generator)
+        condition = self.embed(y)
+        if n % len(condition.vector):
+            raise ValueError(f"y: got {len(condition.vector)} conditions, takes a number of them that divides n, {n}")
+        return self._vae_at(condition).sample(n, generator)
 
     @reading
     def reconstruct(self, x: Tensor, y: Any = None) -> Tensor:
         """The mean of p(x | z, y) at the posterior's mean of z, in the range of the data."""
-        return self.decode_mean(self.encode(x, y).mean, y)
+        return self._at_samples(x, y).reconstruct(x)
 
     @reading
     def interpolate(self, start: Tensor, end: Tensor, steps: int = 10, *, y: Any = None) -> Tensor:
         """Decodes ``steps`` points on the line between the posterior means of two batches, which are both encoded and decoded at y:
         ``(batch, steps, ...)``, both ends included."""
-        self.embed(y, len(start))
-        return self.given(y).interpolate(start, end, steps)
+        return self._at_samples(start, y).interpolate(start, end, steps)
 
     @reading
-    def log_prob_bound(  # type: ignore[override]
+    def log_prob_bound(
         self, x: Tensor, num_samples: int = 1, *, y: Any = None, samples_at_once: int = 50, generator: torch.Generator | None = None
     ) -> Tensor:
         """The importance-weighted lower bound on log p(x | y) of each sample in nats, ``(batch,)``; see
         :meth:`fastvae.models.VAE.log_prob_bound`."""
-        self.embed(y, len(x))
-        return self.given(y).log_prob_bound(x, num_samples, samples_at_once=samples_at_once, generator=generator)
+        return self._at_samples(x, y).log_prob_bound(x, num_samples, samples_at_once=samples_at_once, generator=generator)
 
     @reading
     def anomaly_score(self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None, *, y: Any = None) -> Tensor:
         """The negative evidence lower bound on log p(x | y) of each sample; see :meth:`fastvae.models.VAE.anomaly_score`."""
-        self.embed(y, len(x))
-        return self.given(y).anomaly_score(x, num_samples, generator)
+        return self._at_samples(x, y).anomaly_score(x, num_samples, generator)

@@ -6,6 +6,8 @@ Each takes the values ``h`` of a hidden layer, ``(batch, channels, ...)``, befor
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -109,7 +111,7 @@ class CrossAttention(Conditioned):
 class ConditionedSequential(nn.Sequential, Conditioned):
     """``nn.Sequential`` that hands the condition to those of its layers that take one."""
 
-    def forward(self, h: Tensor, condition: Condition) -> Tensor:
+    def forward(self, h: Tensor, condition: Condition) -> Tensor:  # type: ignore[override]
         for layer in self:
             h = layer(h, condition) if isinstance(layer, Conditioned) else layer(h)
         return h
@@ -157,7 +159,7 @@ def conditioned(network: nn.Sequential, conditioning: Conditioning, condition_di
         ValueError: for a network of one stage, which has no hidden layer.
     """
     check_choice("conditioning", conditioning, CONDITIONINGS)
-    *hidden, last = network
+    *hidden, last = cast("Iterable[nn.Sequential]", network)
     if not hidden:
         raise ValueError("network: got one stage, takes at least one hidden layer for the condition")
     return ConditionedSequential(*(_conditioned_stage(stage, CONDITIONINGS[conditioning], condition_dim) for stage in hidden), last)
@@ -173,4 +175,4 @@ def _channels(layer: nn.Module) -> int:
     """The channels of what a layer gives."""
     if isinstance(layer, nn.Unflatten):
         return layer.unflattened_size[0]
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return cast("int", layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)

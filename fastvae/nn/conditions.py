@@ -37,13 +37,19 @@ class Condition(NamedTuple):
         if not conditions or count % conditions:
             raise ValueError(f"y: got {conditions} conditions for {count} samples, takes a number of them that divides it")
         times = count // conditions
-        return Condition(*(None if part is None else part.repeat(times, *(1,) * (part.ndim - 1)) for part in self))
+        mask = None if self.mask is None else repeat_rows(self.mask, times)
+        return Condition(repeat_rows(self.vector, times), repeat_rows(self.tokens, times), mask)
 
     def replaced(self, keep: Tensor, embedding: Tensor) -> "Condition":
         """The conditions of the samples where ``keep``, bool ``(batch,)``, is true, and one embedding, ``(dim,)``, for the others."""
         vector = torch.where(keep[:, None], self.vector, embedding)
         tokens = torch.where(keep[:, None, None], self.tokens, embedding)
         return Condition(vector, tokens, None if self.mask is None else self.mask | ~keep[:, None])
+
+
+def repeat_rows(tensor: Tensor, times: int) -> Tensor:
+    """A batch ``times`` times, one after the other."""
+    return tensor.repeat(times, *(1,) * (tensor.ndim - 1))
 
 
 class ConditionEmbedding(nn.Module):
@@ -72,7 +78,7 @@ class ConditionEmbedding(nn.Module):
             raise ValueError(f"y: got None, takes {self.takes}")
         check_tensor("y", y, dtypes)
         check_device("y", y, "the model", next(self.parameters()))
-        if y.ndim != len(shape) or any(wanted not in (None, size) for wanted, size in zip(shape, y.shape, strict=True)):
+        if y.ndim != len(shape) or any(wanted is not None and wanted != size for wanted, size in zip(shape, y.shape, strict=True)):
             raise ValueError(f"y: got shape {tuple(y.shape)}, takes {self.takes}")
 
 
@@ -94,10 +100,14 @@ class ClassCondition(ConditionEmbedding):
         self.takes = f"int64 classes from 0 to {num_classes - 1}, (batch,)"
         self.embedding = nn.Embedding(num_classes, dim)
 
-    def forward(self, y: Tensor) -> Condition:
+    def check_classes(self, y: Any, least: int = 0) -> None:
+        """Raises where ``y`` has another dtype, device or shape, or a class below ``least`` or beyond the last one."""
         self.check(y, (torch.int64,), (None,))
         if y.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_interval("y", y, 0, self.num_classes - 1)
+            check_interval("y", y, least, self.num_classes - 1)
+
+    def forward(self, y: Tensor) -> Condition:
+        self.check_classes(y)
         return Condition.of_vector(self.embedding(y))
 
 
