@@ -1,16 +1,18 @@
 """The semi-supervised VAE, M2 (Kingma et al., *Semi-supervised Learning with Deep Generative Models*, 2014)."""
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae._pytree import exportable
-from fastvae._types import LayerActivation
+from fastvae._types import Conditioning
 from fastvae._types import Likelihood as LikelihoodName
+from fastvae.distributions.conditional import ConditionalPrior
 from fastvae.distributions.divergence import sample_with_kl
 from fastvae.distributions.likelihood import Likelihood
 from fastvae.distributions.normal import widened
@@ -20,9 +22,8 @@ from fastvae.functional._checks import check_nonnegative
 from fastvae.models import _networks
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
-from fastvae.models._recipe import ready_made
 from fastvae.models.conditional import CVAE
-from fastvae.nn.conditioning import call_at
+from fastvae.nn.conditioning import call_at, conditioned
 from fastvae.nn.conditions import ClassCondition, repeat_rows
 from fastvae.nn.schedules import Schedule
 
@@ -109,28 +110,23 @@ class SemiSupervisedVAE(CVAE):
         self.alpha = check_nonnegative("alpha", alpha)
 
     @classmethod
-    @ready_made
-    def conv(cls: type[AnyM2], latent_dim: int = 20, *, num_classes: int = 10, **options) -> AnyM2:
-        """The networks of :meth:`fastvae.models.CVAE.conv`, whose encoder's architecture the classifier has too."""
-        classifier, _ = _networks.conv(num_classes)
-        return super().conv(latent_dim, num_classes=num_classes, classifier=classifier, **options)
-
-    @classmethod
-    @ready_made
-    def mlp(
+    def _of_classes(
         cls: type[AnyM2],
-        data_shape: int | Sequence[int] = (1, 28, 28),
-        hidden: Sequence[int] = (400,),
-        latent_dim: int = 20,
-        *,
-        activation: LayerActivation = "relu",
-        num_classes: int = 10,
+        pair: _networks.Pair,
+        latent_dim: int,
+        num_classes: int,
+        conditioning: Conditioning,
+        condition_dim: int,
+        conditional_prior: bool,
         **options,
     ) -> AnyM2:
-        """The networks of :meth:`fastvae.models.CVAE.mlp`, whose encoder's architecture the classifier has too."""
-        classifier, _ = _networks.mlp(data_shape, hidden, num_classes, activation=activation)
-        options |= {"activation": activation, "num_classes": num_classes, "classifier": classifier}
-        return super().mlp(data_shape, hidden, latent_dim, **options)
+        """The model of an encoder and a decoder without a condition; the classifier has the encoder's architecture."""
+        if conditional_prior:
+            options["prior"] = ConditionalPrior(latent_dim, condition_dim)
+        classifier = with_outputs(pair[0], num_classes)
+        encoder, decoder = (conditioned(network, conditioning, condition_dim) for network in pair)
+        condition = ClassCondition(num_classes, condition_dim)
+        return cls(encoder, decoder, condition, latent_dim, classifier=classifier, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}"
@@ -235,3 +231,9 @@ class SemiSupervisedVAE(CVAE):
         classes = torch.arange(count, device=x.device).repeat_interleave(len(x))
         bounds = super().log_prob_bound(repeat_rows(x, count), num_samples, y=classes, **options)
         return torch.logsumexp(bounds.view(count, -1), 0) - math.log(count)
+
+
+def with_outputs(network: nn.Sequential, outputs: int) -> nn.Sequential:
+    """A copy of a network of stages whose last linear layer gives another number of values."""
+    *below, last = copy.deepcopy(network)
+    return nn.Sequential(*below, nn.Sequential(nn.Linear(cast("nn.Linear", last[0]).in_features, outputs)))

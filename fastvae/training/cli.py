@@ -11,7 +11,7 @@ from fastvae.training._warnings import ignore_warnings_of_lightning
 from fastvae.training.callbacks import LatentCurves, Pictures, Speed
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.errors import CheckpointError, TrainingError
-from fastvae.training.module import LitAutoencoder, check_entry
+from fastvae.training.module import LitAutoencoder, check_entry, labels_of
 from fastvae.training.parsing import Parser
 
 with extra("train"):
@@ -53,9 +53,10 @@ class CommandLine(LightningCLI):
 
     def before_fit(self) -> None:
         """Shows the network a few samples, so that one for data of another shape fails with a message about the shape."""
-        x = self.datamodule.samples("train", 4)["x"]
+        batch = self.datamodule.samples("train", 4)
+        x, labels = batch["x"], labels_of(batch, self.model.network)
         try:
-            latents.reconstruct(self.model, x)
+            latents.reconstruct(self.model, x, *labels)
         except RuntimeError as error:
             shape, data = tuple(x.shape[1:]), type(self.datamodule).__name__
             raise TrainingError(f"network: does not take the samples of {data}, of shape {shape}: {error}") from error
