@@ -8,6 +8,9 @@ Reduction = Literal["none", "sample", "batchmean", "sum", "mean"]
 # A mean over elements would weigh pixels against latents, and an evidence lower bound has no value for an element.
 BoundReduction = Literal["batchmean", "sum", "sample"]
 Likelihood = Literal["bernoulli_logits", "bernoulli", "gaussian"]
+# How many values of a learned parameter of a likelihood there are: one, one a channel, or one an element, which the decoder gives.
+Extent = Literal["global", "per_channel", "per_element"]
+CategoricalData = Literal["integers", "images", "tokens"]
 ReconLoss = Literal["mse", "bce_with_logits", "bce"]
 SparsePenalty = Literal["kl", "l1"]
 NormActivation = Literal["silu", "none"]

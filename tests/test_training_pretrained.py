@@ -16,8 +16,9 @@ import huggingface_hub  # noqa: E402
 from huggingface_hub import hub_mixin  # noqa: E402
 from torch import nn  # noqa: E402
 
+from fastvae.distributions import GaussianLikelihood  # noqa: E402
 from fastvae.models import AE, VAE, VQVAE, VQVAE2, DenoisingAE, ImageVAE, SparseAE, pretrained, registry  # noqa: E402
-from fastvae.nn import CapacitySchedule, GaussianNLL, LinearSchedule, Masking  # noqa: E402
+from fastvae.nn import CapacitySchedule, LinearSchedule, Masking  # noqa: E402
 
 SMALL = {"num_codes": 8, "dim": 4, "channels": 8, "hidden": 4, "blocks": 1}
 MODELS = {
@@ -26,7 +27,7 @@ MODELS = {
     "DenoisingAE": lambda: DenoisingAE.mlp(16, (6,), 3, corruption=Masking(0.2)),
     "SparseAE": lambda: SparseAE.mlp(16, (6,), 3, code="sigmoid", rho=0.1),
     "VAE": lambda: VAE.mlp(16, (6,), 3, beta=LinearSchedule(7), capacity=CapacitySchedule(9)),
-    "learned variance": lambda: VAE.mlp(16, (6,), 3, likelihood=GaussianNLL(learned=True)),
+    "learned variance": lambda: VAE.mlp(16, (6,), 3, likelihood=GaussianLikelihood("global")),
     "ImageVAE": lambda: ImageVAE.residual(3, (8, 16), 1, 4, image_size=(16, 8)),
     "VQVAE": lambda: VQVAE.conv(3, **SMALL, cosine=True),
     "VQVAE2": lambda: VQVAE2.conv(3, **SMALL),

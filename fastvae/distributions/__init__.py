@@ -4,8 +4,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fastvae.distributions.bernoulli import BernoulliLikelihood, BernoulliProbsLikelihood
+from fastvae.distributions.categorical import CategoricalLikelihood
 from fastvae.distributions.conditional import ConditionalPrior
+from fastvae.distributions.counts import NegativeBinomialLikelihood, ZeroInflatedNegativeBinomialLikelihood
 from fastvae.distributions.gaussian import GaussianLikelihood
+from fastvae.distributions.laplace import LaplaceLikelihood
 from fastvae.distributions.likelihood import Likelihood
 from fastvae.distributions.posterior import CholeskyPosterior, DiagonalPosterior, Posterior
 from fastvae.distributions.prior import DiagonalPrior, MixturePrior, Prior, StandardPrior, VampPrior
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BernoulliLikelihood",
     "BernoulliProbsLikelihood",
+    "CategoricalLikelihood",
     "CholeskyPosterior",
     "ConditionalPrior",
     "DiagonalPosterior",
@@ -23,12 +27,15 @@ __all__ = [
     "FlowPosterior",
     "FlowPrior",
     "GaussianLikelihood",
+    "LaplaceLikelihood",
     "Likelihood",
     "MixturePrior",
+    "NegativeBinomialLikelihood",
     "Posterior",
     "Prior",
     "StandardPrior",
     "VampPrior",
+    "ZeroInflatedNegativeBinomialLikelihood",
 ]
 
 
