@@ -105,7 +105,12 @@ class CVAE(VAE):
         conditional_prior: bool = False,
         **options,
     ) -> AnyCVAE:
-        """An MLP and its mirror image with a class as condition; see :meth:`fastvae.models.VAE.mlp` and :meth:`conv`."""
+        """An MLP and its mirror image with a class as condition, 784-400-20-400-784 by default.
+
+        Args:
+            data_shape, hidden, latent_dim, activation: see :meth:`fastvae.models.VAE.mlp`; there is at least one hidden layer.
+            num_classes, conditioning, condition_dim, conditional_prior, options: see :meth:`conv`.
+        """
         code_dim, outputs = network_sizes(latent_dim, **options)
         pair = _networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, outputs=outputs, activation=activation)
         return cls._of_classes(pair, latent_dim, num_classes, conditioning, condition_dim, conditional_prior, **options)

@@ -192,7 +192,7 @@ class SemiSupervisedVAE(CVAE):
         log_q, labelled = widened(logits).log_softmax(1), labels != UNLABELLED
         one_hot = F.one_hot(labels.clamp_min(0), self.condition.num_classes).to(log_q.dtype)
         weights = torch.where(labelled[:, None], one_hot, log_q.exp())
-        # The entropy of one class is 0, and that of the others has no gradient for a probability of 0.
+        # A label leaves no entropy.
         entropy = torch.where(labelled, 0.0, -(log_q.exp() * log_q).sum(1))
         hits = labelled & (logits.argmax(1) == labels)
         return ClassTerms(
