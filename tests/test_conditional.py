@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastvae.distributions import ConditionalPrior, VampPrior
-from fastvae.models import CVAE, VAE, _networks, registry
+from fastvae.models import CVAE, VAE, networks, registry
 from fastvae.nn import (
     ClassCondition,
     Concatenation,
@@ -44,7 +44,7 @@ def condition_of(kind: str, count: int = BATCH, seed: int = 0):
 
 def make(kind: str = "class", conditioning: str = "film", **options) -> CVAE:
     torch.manual_seed(0)
-    pair = _networks.mlp((1, 4, 4), (12,), LATENT, code_dim=2 * LATENT, activation="relu")
+    pair = networks.mlp((1, 4, 4), (12,), LATENT, code_dim=2 * LATENT)
     return CVAE(*(conditioned(network, conditioning, DIM) for network in pair), CONDITIONS[kind](), LATENT, **options)
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
-from fastvae._types import Conditioning, LayerActivation
+from fastvae._types import Conditioning, Initialisation, LayerActivation
 from fastvae.distributions.conditional import ConditionalPrior, PriorAt
 from fastvae.distributions.prior import VampPrior
-from fastvae.models import _networks
+from fastvae.models import networks
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
+from fastvae.models.networks.layers import Pair
 from fastvae.models.vae import VAE, network_sizes
 from fastvae.nn.conditioning import At, call_at, conditioned
 from fastvae.nn.conditions import ClassCondition, Condition, ConditionEmbedding
@@ -86,8 +87,8 @@ class CVAE(VAE):
             conditional_prior: whether p(z | y) is learned.
             options: those of the class.
         """
-        code_dim, outputs = network_sizes(latent_dim, **options)
-        pair = _networks.conv(latent_dim, code_dim=code_dim, outputs=outputs)
+        code_dim, outputs = network_sizes(latent_dim, options)
+        pair = networks.conv(latent_dim, code_dim=code_dim, outputs=outputs)
         return cls._of_classes(pair, latent_dim, num_classes, conditioning, condition_dim, conditional_prior, **options)
 
     @classmethod
@@ -99,6 +100,9 @@ class CVAE(VAE):
         latent_dim: int = 20,
         *,
         activation: LayerActivation = "relu",
+        init: Initialisation = "default",
+        dropout: float = 0.0,
+        spectral_norm: bool = False,
         num_classes: int = 10,
         conditioning: Conditioning = "film",
         condition_dim: int = 32,
@@ -108,17 +112,19 @@ class CVAE(VAE):
         """An MLP and its mirror image with a class as condition, 784-400-20-400-784 by default.
 
         Args:
-            data_shape, hidden, latent_dim, activation: see :meth:`fastvae.models.VAE.mlp`; there is at least one hidden layer.
+            data_shape, hidden, latent_dim, activation, init, dropout, spectral_norm: see :meth:`fastvae.models.VAE.mlp`; there is at
+                least one hidden layer.
             num_classes, conditioning, condition_dim, conditional_prior, options: see :meth:`conv`.
         """
-        code_dim, outputs = network_sizes(latent_dim, **options)
-        pair = _networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, outputs=outputs, activation=activation)
+        code_dim, outputs = network_sizes(latent_dim, options)
+        layers = networks.Layers(activation, init, dropout, spectral_norm)
+        pair = networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, outputs=outputs, layers=layers)
         return cls._of_classes(pair, latent_dim, num_classes, conditioning, condition_dim, conditional_prior, **options)
 
     @classmethod
     def _of_classes(
         cls: type[AnyCVAE],
-        pair: _networks.Pair,
+        pair: Pair,
         latent_dim: int,
         num_classes: int,
         conditioning: Conditioning,
@@ -144,9 +150,9 @@ class CVAE(VAE):
 
     def _vae_at(self, condition: Condition) -> VAE:
         prior = PriorAt(self.prior, condition) if isinstance(self.prior, ConditionalPrior) else self.prior
-        networks = At(self.encoder, condition), At(self.decoder, condition)
+        encoder, decoder = At(self.encoder, condition), At(self.decoder, condition)
         parts: dict[str, Any] = {"prior": prior, "posterior": self.posterior, "likelihood": self.likelihood}
-        vae = VAE(*networks, free_bits=self.free_bits, num_samples=self.num_samples, **parts)
+        vae = VAE(encoder, decoder, free_bits=self.free_bits, num_samples=self.num_samples, **parts)
         vae.kl_penalty, vae.training = self.kl_penalty, self.training
         return vae
 

@@ -19,10 +19,10 @@ from fastvae.distributions.normal import widened
 from fastvae.distributions.posterior import Posterior
 from fastvae.distributions.prior import Prior
 from fastvae.functional._checks import check_nonnegative
-from fastvae.models import _networks
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.models.conditional import CVAE
+from fastvae.models.networks.layers import Pair
 from fastvae.nn.conditioning import call_at, conditioned
 from fastvae.nn.conditions import ClassCondition, repeat_rows
 from fastvae.nn.schedules import Schedule
@@ -112,7 +112,7 @@ class SemiSupervisedVAE(CVAE):
     @classmethod
     def _of_classes(
         cls: type[AnyM2],
-        pair: _networks.Pair,
+        pair: Pair,
         latent_dim: int,
         num_classes: int,
         conditioning: Conditioning,

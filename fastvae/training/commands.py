@@ -14,7 +14,7 @@ from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, pictures
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.datasets import DATA_MODULES
-from fastvae.training.errors import TrainingError
+from fastvae.training.errors import TrainingError, writing
 from fastvae.training.module import LitAutoencoder, labels_of
 from fastvae.training.parsing import Parser
 
@@ -27,7 +27,7 @@ def sample(
     seed: int = 0,
     labels: list[int] | None = None,
 ) -> None:
-    """Draws from the prior of a VAE: samples.png, or samples.npy for data that are no images.
+    """Draws from the prior of a VAE: samples.png, samples.txt for text, or samples.npy for other data.
 
     A conditional VAE draws a row of samples for each label.
 
@@ -44,7 +44,8 @@ def sample(
     if rows and count is not None:
         # The rows begin anew behind the last label.
         rows = (rows[0].repeat(count // len(rows[0]) + 1)[:count],)
-    _write(out, "samples", latents.sample(lit, len(rows[0]) if rows else count or 64, seed, *rows), _in_rows(columns))
+    default = len(rows[0]) if rows else 64
+    _write(lit, out, "samples", latents.sample(lit, default if count is None else count, seed, *rows), _in_rows(columns))
 
 
 def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 32, columns: int = 8) -> None:
@@ -59,7 +60,7 @@ def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     """
     lit = checkpoints.load(checkpoint)
     x, *labels = _test_samples(lit, data, count)
-    _write(out, "reconstructions", latents.reconstruct(lit, x, *labels), lambda recon: pictures.pairs(x, recon, columns))
+    _write(lit, out, "reconstructions", latents.reconstruct(lit, x, *labels), lambda recon: pictures.pairs(x, recon, columns))
 
 
 def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 8, steps: int = 10) -> None:
@@ -79,7 +80,7 @@ def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     start, *start_labels = (tensor[:pairs] for tensor in samples)
     end, *end_labels = (tensor[pairs : 2 * pairs] for tensor in samples)
     path = latents.interpolate(lit, start, end, steps, tuple(start_labels), tuple(end_labels))
-    _write(out, "interpolations", path, _in_rows(steps))
+    _write(lit, out, "interpolations", path, _in_rows(steps))
 
 
 def traverse(
@@ -103,11 +104,11 @@ def traverse(
     lit = checkpoints.load(checkpoint)
     latents.check_continuous(lit.network, "traverse")
     x, *labels = _test_samples(lit, data, 1)
-    _write(out, "traversals", latents.traverse(lit, x, dimensions, span, steps, *labels), _in_rows(steps))
+    _write(lit, out, "traversals", latents.traverse(lit, x, dimensions, span, steps, *labels), _in_rows(steps))
 
 
 def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None) -> None:
-    """Writes the latents of the whole data set: latents.npz with z (or indices, one array a level), label, index and name.
+    """Writes the latents of the whole data set: latents.npz with z or indices (z_0, z_1, ... of several levels), label, index and name.
 
     Args:
         checkpoint: a file that fastvae fit wrote.
@@ -118,7 +119,7 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     data = _prepared(lit, data)
     parts: dict[str, list[np.ndarray]] = {}
     for batch in data.whole_dataloader():
-        _check_shape(lit, data, batch["x"])
+        checkpoints.check_shape(lit, data, batch["x"])
         for name, value in _encoded(lit, data.on_before_batch_transfer(batch, 0)).items():
             parts.setdefault(name, []).append(value.numpy())
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
@@ -127,28 +128,22 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     assert data.source is not None
     if data.source.names is not None:
         arrays["name"] = np.array(data.source.names)[arrays["index"]]
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "latents.npz", **arrays)  # type: ignore[arg-type]
+    _write_file(out / "latents.npz", lambda: np.savez(out / "latents.npz", **arrays))  # type: ignore[arg-type]
     print(f"{out / 'latents.npz'}: {len(arrays['index'])} samples, {', '.join(arrays)}")
     data.teardown("predict")
 
 
 def _encoded(lit: LitAutoencoder, batch: dict[str, Any]) -> dict[str, Tensor]:
     codes = latents.encode(lit, batch["x"], *labels_of(batch, lit.network))
-    names = ["z"] if latents.is_continuous(lit.network) else [f"indices_{i}" if len(codes) > 1 else "indices" for i in range(len(codes))]
+    name = "z" if latents.is_continuous(lit.network) else "indices"
+    names = [f"{name}_{i}" for i in range(len(codes))] if len(codes) > 1 else [name]
     return dict(zip(names, codes, strict=True)) | {name: batch[name] for name in ("index", "label") if name in batch}
 
 
 def _prepared(lit: LitAutoencoder, data: AutoencoderData | None) -> AutoencoderData:
-    data = _data_of_training(lit) if data is None else data
+    data = checkpoints.build_data(lit.data_name, lit.data_options) if data is None else data
     data.setup()
     return data
-
-
-def _data_of_training(lit: LitAutoencoder) -> AutoencoderData:
-    if lit.data_name not in DATA_MODULES:
-        raise TrainingError(f"data: the checkpoint was trained on batches of another program, takes one of {', '.join(DATA_MODULES)}")
-    return DATA_MODULES[lit.data_name](**lit.data_options)
 
 
 def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int) -> tuple[Tensor, ...]:
@@ -157,27 +152,30 @@ def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int)
         raise TrainingError(f"count: got {count}, takes an integer >= 1")
     data = _prepared(lit, data)
     batch = data.samples("test", count)
-    _check_shape(lit, data, batch["x"])
+    checkpoints.check_shape(lit, data, batch["x"])
     return batch["x"], *labels_of(batch, lit.network)
 
 
-def _check_shape(lit: LitAutoencoder, data: AutoencoderData, x: Tensor) -> None:
-    if lit.sample_shape is not None and list(x.shape[1:]) != lit.sample_shape:
-        raise TrainingError(
-            f"data: {type(data).__name__} has samples of shape {tuple(x.shape[1:])}, "
-            f"the checkpoint was trained on {lit.data_name or 'samples'} of shape {tuple(lit.sample_shape)}"
-        )
-
-
-def _write(out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-    """Writes images as the picture that ``draw`` makes of them, other data as an array."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.png" if pictures.are_images(x) else out / f"{name}.npy"
-    if pictures.are_images(x):
+def _write(lit: LitAutoencoder, out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Writes images as the picture that ``draw`` makes of them, tokens as lines of text where the training's data have a vocabulary, and
+    other data as an array."""
+    vocabulary = getattr(DATA_MODULES.get(lit.data_name or ""), "vocabulary", None)
+    if vocabulary is not None:
+        path = out / f"{name}.txt"
+        _write_file(path, lambda: path.write_text("".join(f"{sentence}\n" for sentence in vocabulary.decode(x))))
+    elif pictures.are_images(x):
+        path = out / f"{name}.png"
         pictures.save_png(draw(x), path)
     else:
-        np.save(path, x.numpy())
+        path = out / f"{name}.npy"
+        _write_file(path, lambda: np.save(path, x.numpy()))
     print(path)
+
+
+def _write_file(path: Path, write: Callable[[], Any]) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
 
 
 def _in_rows(columns: int) -> Callable[[Tensor], Tensor]:
