@@ -13,7 +13,7 @@ from fastvae.models._inputs import in_channels_last
 from fastvae.models._recipe import ready_made
 from fastvae.models._top_down import Level, split_normal
 from fastvae.models.hierarchy import HierarchicalVAE, outputs_per_element
-from fastvae.models.image_vae import ResidualBlock
+from fastvae.models.networks import ResidualBlock
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastvae._types import LadderPosterior, LayerActivation, check_choice
 from fastvae.distributions.normal import DiagonalNormal
 from fastvae.distributions.prior import check_shape
-from fastvae.models import _networks
+from fastvae.models import networks
 from fastvae.models._recipe import ready_made
 from fastvae.models._top_down import Level, split_normal
 from fastvae.models.hierarchy import HierarchicalVAE, outputs_per_element
@@ -132,14 +132,15 @@ class LadderVAE(HierarchicalVAE):
         """
         if len(hidden) != len(latent_dims):
             raise ValueError(f"latent_dims: got {len(latent_dims)} levels, takes as many as hidden has, {len(hidden)}")
+        layers = networks.Layers(activation)
         below, stages, codes, priors = data_shape, [], [], []
         for units, dim in zip(hidden, latent_dims, strict=True):
-            encoder, _ = _networks.mlp(below, (units,), dim, code_dim=2 * dim, activation=activation)
+            encoder, _ = networks.mlp(below, (units,), dim, code_dim=2 * dim, layers=layers)
             stages.append(encoder[:-1])
             codes.append(encoder[-1])
             below = units
         for units, dim, above in zip(hidden, latent_dims, latent_dims[1:], strict=False):
-            priors.append(_networks.mlp(dim, (units,), above, outputs=2, activation=activation)[1])
+            priors.append(networks.mlp(dim, (units,), above, outputs=2, layers=layers)[1])
         outputs = outputs_per_element(**options)
-        _, decoder = _networks.mlp(data_shape, hidden[:1], latent_dims[0], outputs=outputs, activation=activation)
+        _, decoder = networks.mlp(data_shape, hidden[:1], latent_dims[0], outputs=outputs, layers=layers)
         return cls(LadderEncoder(stages, codes), reversed(priors), decoder, latent_dims[-1], **options)
