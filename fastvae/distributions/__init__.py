@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from fastvae.distributions.bernoulli import BernoulliLikelihood, BernoulliProbsLikelihood
 from fastvae.distributions.categorical import CategoricalLikelihood
+from fastvae.distributions.conditional import ConditionalPrior
 from fastvae.distributions.counts import NegativeBinomialLikelihood, ZeroInflatedNegativeBinomialLikelihood
 from fastvae.distributions.gaussian import GaussianLikelihood
 from fastvae.distributions.laplace import LaplaceLikelihood
@@ -20,6 +21,7 @@ __all__ = [
     "BernoulliProbsLikelihood",
     "CategoricalLikelihood",
     "CholeskyPosterior",
+    "ConditionalPrior",
     "DiagonalPosterior",
     "DiagonalPrior",
     "FlowPosterior",
