@@ -10,6 +10,7 @@ from fastvae.distributions.counts import NegativeBinomialLikelihood, ZeroInflate
 from fastvae.distributions.gaussian import GaussianLikelihood
 from fastvae.distributions.laplace import LaplaceLikelihood
 from fastvae.distributions.likelihood import Likelihood
+from fastvae.distributions.logistic_mixture import DiscretizedLogisticLikelihood, LogisticMixtureLikelihood
 from fastvae.distributions.posterior import CholeskyPosterior, DiagonalPosterior, Posterior
 from fastvae.distributions.prior import DiagonalPrior, MixturePrior, Prior, StandardPrior, VampPrior
 
@@ -24,11 +25,13 @@ __all__ = [
     "ConditionalPrior",
     "DiagonalPosterior",
     "DiagonalPrior",
+    "DiscretizedLogisticLikelihood",
     "FlowPosterior",
     "FlowPrior",
     "GaussianLikelihood",
     "LaplaceLikelihood",
     "Likelihood",
+    "LogisticMixtureLikelihood",
     "MixturePrior",
     "NegativeBinomialLikelihood",
     "Posterior",

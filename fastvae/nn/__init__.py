@@ -12,7 +12,7 @@ from fastvae.nn.conditioning import (
 from fastvae.nn.conditions import ClassCondition, Condition, ConditionEmbedding, SequenceCondition, VectorCondition
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 from fastvae.nn.group_norm import GroupNormSiLU
-from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, ELBOLoss, GaussianNLL, KLPenalty, MSELoss
+from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, ELBOLoss, GaussianNLL, KLPenalty, LogisticMixtureNLL, MSELoss
 from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
 from fastvae.nn.residual_quantizer import ResidualVectorQuantizer
 from fastvae.nn.sampling import Reparameterize, ReparameterizeKL
@@ -41,6 +41,7 @@ __all__ = [
     "GroupNormSiLU",
     "KLPenalty",
     "LinearSchedule",
+    "LogisticMixtureNLL",
     "MSELoss",
     "Masking",
     "MinMaxScaler",
