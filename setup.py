@@ -252,9 +252,14 @@ def extensions() -> list[Extension]:
     return [Extension(name, sources=[]) for name, want in wanted.items() if want]
 
 
+def packages() -> list[str]:
+    folders = sorted(path.parent.relative_to(ROOT) for path in ROOT.glob("fastvae/**/__init__.py"))
+    return [*(".".join(folder.parts) for folder in folders), "fastvae.kernels"]
+
+
 setup(
     version=version(),
-    packages=["fastvae", *(f"fastvae.{p.parent.name}" for p in sorted(ROOT.glob("fastvae/*/__init__.py"))), "fastvae.kernels"],
+    packages=packages(),
     package_dir={"fastvae.kernels": "kernels"},
     package_data={"fastvae": ["py.typed"]},
     ext_modules=extensions(),

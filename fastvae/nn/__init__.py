@@ -1,5 +1,15 @@
 """Modules around :mod:`fastvae.functional`: losses, sampling, schedules, preprocessing and corruption."""
 
+from fastvae.nn.conditioning import (
+    Concatenation,
+    ConditionalBatchNorm,
+    Conditioned,
+    ConditionedSequential,
+    CrossAttention,
+    FiLM,
+    conditioned,
+)
+from fastvae.nn.conditions import ClassCondition, Condition, ConditionEmbedding, SequenceCondition, VectorCondition
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 from fastvae.nn.group_norm import GroupNormSiLU
 from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, ELBOLoss, GaussianNLL, KLPenalty, LogisticMixtureNLL, MSELoss
@@ -14,9 +24,18 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CapacitySchedule",
+    "ClassCondition",
+    "Concatenation",
+    "Condition",
+    "ConditionEmbedding",
+    "ConditionalBatchNorm",
+    "Conditioned",
+    "ConditionedSequential",
     "CosineSchedule",
+    "CrossAttention",
     "CyclicalSchedule",
     "ELBOLoss",
+    "FiLM",
     "GaussianNLL",
     "GaussianNoise",
     "GroupNormSiLU",
@@ -30,8 +49,11 @@ __all__ = [
     "ReparameterizeKL",
     "ResidualVectorQuantizer",
     "SaltAndPepper",
+    "SequenceCondition",
     "StandardScaler",
     "UpsampleConv2d",
     "VQOutput",
+    "VectorCondition",
     "VectorQuantizer",
+    "conditioned",
 ]
