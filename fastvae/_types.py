@@ -29,6 +29,8 @@ CodebookUpdate = Literal["ema", "gradient"]
 ImportanceGradient = Literal["standard", "doubly_reparameterized"]
 AggregateEstimator = Literal["weighted", "stratified"]
 Kernel = Literal["imq", "rbf"]
+# How a condition enters a network.
+Conditioning = Literal["concatenation", "film", "batch_norm", "cross_attention"]
 # How the posterior of a ladder's level is made of the encoder's and the prior.
 LadderPosterior = Literal["precision_weighted", "plain"]
 Precision = Literal["auto", "bfloat16", "float32"]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvae.models import VAE, VQVAE, VQVAE2, IndexPrior
@@ -201,7 +202,7 @@ def test_a_prior_that_was_trained_on_a_checkpoint_needs_its_own_alone(tmp_path):
     from fastvae.training.datasets import PhotographPatches
     from fastvae.training.module import LitAutoencoder
 
-    def fit(network: torch.nn.Module, name: str):
+    def fit(network: nn.Module, name: str):
         data, lit = PhotographPatches(size=16, batch_size=4), LitAutoencoder(network)
         trainer = quiet_trainer(max_steps=2, limit_val_batches=1, enable_checkpointing=False, default_root_dir=tmp_path)
         trainer.fit(lit, datamodule=data)
@@ -254,6 +255,12 @@ def test_it_runs_without_data():
 
 BAD = {
     "vqvae": (lambda: IndexPrior(VAE.conv(), (2, 2)), TypeError, "vqvae: got VAE, takes a VQVAE or a VQVAE2"),
+    "quantizer": (
+        lambda: IndexPrior(VQVAE(nn.Identity(), nn.Identity(), nn.Identity()), (2, 2)),
+        TypeError,
+        "quantizer: got Identity, takes a VectorQuantizer or",
+    ),
+    "depth": (lambda: IndexPrior(VQVAE.conv(1, **SMALL), (2, 2), depth=0), ValueError, "depth: got 0, takes an integer >= 1"),
     "one shape": (lambda: IndexPrior(VQVAE.conv(1, **SMALL), ((2, 2), (4, 4))), ValueError, "index_shape: got .* takes a shape"),
     "two shapes": (lambda: IndexPrior(VQVAE2.conv(1, **SMALL), (2, 2)), ValueError, "index_shape: got .* the shapes of top and bottom"),
     "size": (lambda: IndexPrior(VQVAE.conv(1, **SMALL), (2, 0)), ValueError, r"index_shape: got \(2, 0\), takes a shape of integers >= 1"),

@@ -1,6 +1,6 @@
 """Variational autoencoders (Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -269,10 +269,12 @@ class VAE(nn.Module, Pretrained):
             eps: the noise, in the shape of ``z``; drawn where it is not given, by ``generator`` or ``seed``.
         """
         q = self.encode(x)
-        p = self.prior_distribution(q)
-        noise: dict[str, Any] = {"eps": eps, "generator": generator, "seed": seed}
+        return self.bound(x, q, self.prior_distribution(q), self.decode, eps=eps, generator=generator, seed=seed)
+
+    def bound(self, x: Tensor, q: Any, p: Any, decode: Callable[[Tensor], Tensor], **noise) -> Any:
+        """The output of a call, by the posterior and the prior's distribution of a batch and the decoder."""
         z, kl = sample_with_kl(q, p, num_samples=self.num_samples, free_bits=self.free_bits, **noise)
-        recon = self.decode_samples(z, self.num_samples)
+        recon = decode_samples(decode, z, self.num_samples)
         recon_loss = self.recon_loss(recon, x, self.num_samples)
         return self.objective(VAETerms(x, q, p, z, kl, recon, recon_loss))
 
@@ -283,7 +285,7 @@ class VAE(nn.Module, Pretrained):
 
     def decode_samples(self, z: Tensor, num_samples: int | None) -> Tensor:
         """The decoder's output for one ``z`` a sample, or for several on a first dimension."""
-        return self.decode(z) if num_samples is None else self.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return decode_samples(self.decode, z, num_samples)
 
     def recon_loss(
         self, recon: Tensor, x: Tensor, num_samples: int | None, reduction: Literal["batchmean", "sample"] = "batchmean"
@@ -311,9 +313,9 @@ class VAE(nn.Module, Pretrained):
     def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
         """Decodes ``steps`` points on the line between the posterior means of two batches: ``(batch, steps, ...)``, both ends included."""
         first, last = self.encode(start).mean, self.encode(end).mean
-        weights = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype).view(-1, *(1,) * (first.ndim - 1))
-        path = torch.lerp(first.unsqueeze(1), last.unsqueeze(1), weights)
-        return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2])
+        weights = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype).view(-1, *(1,) * first.ndim)
+        path = torch.lerp(first, last, weights)
+        return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2]).transpose(0, 1)
 
     def log_weights(self, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
         """The log importance weights of draws of the posterior, ``(num_samples, batch)``, see :func:`fastvae.models.bounds.log_weights`."""
@@ -350,6 +352,11 @@ class VAETerms(NamedTuple):
     kl: Tensor
     recon: Tensor
     recon_loss: Tensor
+
+
+def decode_samples(decode: Callable[[Tensor], Tensor], z: Tensor, num_samples: int | None) -> Tensor:
+    """The decoder's output for one ``z`` a sample, or for several on a first dimension, which go through it as one batch."""
+    return decode(z) if num_samples is None else decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
 
 def network_sizes(latent_dim: int, options: Mapping[str, Any]) -> tuple[int, int]:

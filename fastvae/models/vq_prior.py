@@ -16,7 +16,7 @@ from fastvae.models._recipe import ready_made
 from fastvae.models.networks import KeyValueCache, Layers, TransformerBlock
 from fastvae.models.networks.transformer import POSITION_STD
 from fastvae.models.vqvae import VQVAE, VQVAE2
-from fastvae.nn import ResidualVectorQuantizer
+from fastvae.nn import ResidualVectorQuantizer, VectorQuantizer
 from fastvae.ops._results import accumulation_dtype
 
 
@@ -56,7 +56,7 @@ class IndexPrior(nn.Module, Pretrained):
         dropout: share of the hidden values that are dropped in training, in [0, 1).
 
     Raises:
-        TypeError: for another kind of ``vqvae``.
+        TypeError: for another kind of ``vqvae`` or of quantizer.
         ValueError: for an option out of its range.
     """
 
@@ -74,6 +74,8 @@ class IndexPrior(nn.Module, Pretrained):
         super().__init__()
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes: got {num_classes}, takes an integer >= 1 or None")
+        if depth < 1:
+            raise ValueError(f"depth: got {depth}, takes an integer >= 1")
         codes = [_num_codes(quantizer) for quantizer in _quantizers(vqvae)]
         self.index_shapes = _level_shapes(index_shape, len(codes))
         self.num_classes = num_classes
@@ -234,7 +236,10 @@ def _quantizers(vqvae: nn.Module) -> list[nn.Module]:
 
 
 def _num_codes(quantizer: nn.Module) -> int:
-    return cast("Any", quantizer.layers[0] if isinstance(quantizer, ResidualVectorQuantizer) else quantizer).num_codes
+    first = quantizer.layers[0] if isinstance(quantizer, ResidualVectorQuantizer) else quantizer
+    if not isinstance(first, VectorQuantizer):
+        raise TypeError(f"quantizer: got {type(quantizer).__name__}, takes a VectorQuantizer or a ResidualVectorQuantizer")
+    return first.num_codes
 
 
 def _level_shapes(index_shape: Any, levels: int) -> tuple[tuple[int, ...], ...]:
