@@ -18,7 +18,7 @@ from torch.distributions import Normal
 from benchmarks.registry import Case, Inputs, Operation, Provider, Results, Unavailable
 from fastvae.distributions import StandardPrior, VampPrior
 from fastvae.distributions.normal import StandardNormal
-from fastvae.models import DIPVAE, IWAE, VAE, WAE, BetaTCVAE, InfoVAE, _networks
+from fastvae.models import DIPVAE, IWAE, VAE, WAE, BetaTCVAE, InfoVAE, networks
 
 SHAPE, HIDDEN, DIM = (1, 28, 28), (400,), 20
 SAMPLES, COMPONENTS, DATASET_SIZE = 5, 50, 60_000
@@ -44,7 +44,7 @@ class Parts:
 def make_parts(inputs: Inputs, num_samples: int | None, output: str) -> Parts:
     torch.manual_seed(0)
     x = inputs.others["x"]
-    encoder, decoder = _networks.mlp(SHAPE, HIDDEN, DIM, code_dim=2 * DIM, activation="relu", output=output)
+    encoder, decoder = networks.mlp(SHAPE, HIDDEN, DIM, code_dim=2 * DIM, output=output)
     pseudo = nn.Parameter(torch.rand(COMPONENTS, *SHAPE, device=x.device))
     eps = torch.randn(*([] if num_samples is None else [num_samples]), len(x), DIM)
     torch.manual_seed(DRAWS_SEED)

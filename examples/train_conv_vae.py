@@ -18,8 +18,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from tqdm import tqdm
 
+from fastvae.distributions import GaussianLikelihood
 from fastvae.models import ImageVAE
-from fastvae.nn import GaussianNLL, LinearSchedule
+from fastvae.nn import LinearSchedule
 
 PATCH = 128
 # This part of each photograph's width, which shows its subject, is kept for testing.
@@ -114,7 +115,7 @@ def main() -> None:
 
     # A Gaussian decoder with one learned variance, which starts at that of a rough reconstruction; the KL comes in over the first steps.
     # With as many groups as channels the norms would take each channel's mean away, and colours with it.
-    likelihood = GaussianNLL(-4.0, learned=True)
+    likelihood = GaussianLikelihood("global", logvar=-4.0)
     model = ImageVAE.residual(groups=8, image_size=PATCH, likelihood=likelihood, beta=LinearSchedule(200))
     training, held_out = split(photographs())
     test = crops(held_out, 8, torch.Generator().manual_seed(1))

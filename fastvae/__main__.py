@@ -11,8 +11,10 @@ HELP = """usage: fastvae COMMAND [options]
 
 Training:
   fit           trains a network: fastvae fit --config configs/conv_vae_mnist.yaml, or --network VAE_conv --data MNISTDigits
-  validate      evaluates a checkpoint on the validation part of the data
-  test          evaluates a checkpoint on the test part
+
+With a checkpoint: fastvae validate|test CHECKPOINT
+  validate      evaluates it on the validation part of the data: those of the training, or --data
+  test          evaluates it on the test part
 
 With a checkpoint: fastvae COMMAND CHECKPOINT --out DIR
   sample        pictures of draws from the prior

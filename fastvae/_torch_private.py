@@ -89,6 +89,11 @@ def wrap_overload(overload: Callable, wrap: Callable[[Callable], Callable]) -> N
     overload._op = wrap(overload._op)  # type: ignore[attr-defined]
 
 
+def standard_gamma(concentration: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draws from gamma distributions of scale 1; torch's public ones take no generator."""
+    return torch._standard_gamma(concentration, generator)
+
+
 def constant_when_compiled(function):
     """Decorates a function whose result torch.compile takes as a constant. torch.compiler.assume_constant_result does no more, but imports
     all of torch.compile."""

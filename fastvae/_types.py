@@ -8,6 +8,9 @@ Reduction = Literal["none", "sample", "batchmean", "sum", "mean"]
 # A mean over elements would weigh pixels against latents, and an evidence lower bound has no value for an element.
 BoundReduction = Literal["batchmean", "sum", "sample"]
 Likelihood = Literal["bernoulli_logits", "bernoulli", "gaussian"]
+# How many values of a learned parameter of a likelihood there are: one, one a channel, or one an element, which the decoder gives.
+Extent = Literal["global", "per_channel", "per_element"]
+CategoricalData = Literal["integers", "images", "tokens"]
 ReconLoss = Literal["mse", "bce_with_logits", "bce"]
 SparsePenalty = Literal["kl", "l1"]
 NormActivation = Literal["silu", "none"]
@@ -15,6 +18,10 @@ NormActivation = Literal["silu", "none"]
 Activation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu", "gelu", "gelu_tanh"]
 # The ready-made networks take these activations.
 LayerActivation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "silu"]
+Initialisation = Literal["default", "xavier", "he"]
+# How an encoder of many vectors gives one code.
+Pooling = Literal["token", "mean"]
+RecurrentCell = Literal["gru", "lstm"]
 JacobianMethodName = Literal["auto", "closed_form", "gram", "projection", "autograd"]
 QuantizerGradient = Literal["straight_through", "rotation"]
 CodebookUpdate = Literal["ema", "gradient"]
@@ -24,6 +31,10 @@ AggregateEstimator = Literal["weighted", "stratified"]
 Kernel = Literal["imq", "rbf"]
 # The covariance that a DIP-VAE draws to I: that of the posterior means, or that of z.
 DIPKind = Literal["i", "ii"]
+# How a condition enters a network.
+Conditioning = Literal["concatenation", "film", "batch_norm", "cross_attention"]
+# How the posterior of a ladder's level is made of the encoder's and the prior.
+LadderPosterior = Literal["precision_weighted", "plain"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
 

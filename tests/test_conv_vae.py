@@ -7,8 +7,9 @@ from _helpers import Source, each_place
 from torch import nn
 
 from fastvae.models import ImageVAE
-from fastvae.models.image_vae import Attention, ResidualBlock, bfloat16_pays
-from fastvae.nn import GaussianNLL, GroupNormSiLU
+from fastvae.models.image_vae import bfloat16_pays
+from fastvae.models.networks import Attention, ResidualBlock
+from fastvae.nn import GroupNormSiLU
 
 SMALL = {"channels": (8, 16), "blocks": 1, "groups": 4, "latent_channels": 2}
 
@@ -114,7 +115,7 @@ def test_training_lowers_the_loss_alike_in_both_layouts():
     """The loss curves with the channels last and with contiguous weights agree."""
     x, eps, curves = images(), Source("cpu").normal(3, 2, 8, 8), []
     for memory_format in (torch.channels_last, torch.contiguous_format):
-        model = small(likelihood=GaussianNLL(0.0)).to(memory_format=memory_format)
+        model = small(likelihood="gaussian").to(memory_format=memory_format)
         optimizer = torch.optim.Adam(model.parameters(), 2e-3)
         curves.append([])
         for _ in range(12):

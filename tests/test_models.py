@@ -7,8 +7,9 @@ import torch
 from _helpers import Source, each_place
 from torch import nn
 
+from fastvae.distributions import GaussianLikelihood
 from fastvae.models import VAE, VAEOutput
-from fastvae.nn import CapacitySchedule, GaussianNLL, LinearSchedule
+from fastvae.nn import CapacitySchedule, LinearSchedule
 from fastvae.reference import latent, reconstruction
 
 EACH_PLACE = each_place("reconstruction_forward")
@@ -153,7 +154,7 @@ def test_bernoulli_takes_probabilities():
 
 
 def test_learned_variance_is_trained_with_the_model():
-    model = tiny_vae(likelihood=GaussianNLL(-1.0, learned=True)).double()
+    model = tiny_vae(likelihood=GaussianLikelihood("global", logvar=-1.0)).double()
     x, eps = (t.double() for t in tiny_batch())
     output = model(x, eps=eps)
     squared_error = (output.recon - x) ** 2

@@ -20,6 +20,7 @@ from _helpers import (
     each_place_and_dtype,
     lay_out,
     leaf,
+    places,
     threads,
     wide_leaf,
 )
@@ -30,6 +31,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 import fastvae
 from fastvae import _backend
 from fastvae import functional as FV
+from fastvae.functional._call import expected_gradient
 from fastvae.functional.reconstruction import MAX_SHARED_LOGVAR
 from fastvae.ops import OPERATORS
 from fastvae.ops._results import REDUCTIONS
@@ -513,6 +515,23 @@ def test_the_forward_pass_writes_the_gradient_of_a_scalar(place, likelihood):
             loss.backward(torch.ones_like(loss))
         recomputed = any(func._schema.name == "fastvae::reconstruction_backward" for func in ran.operators)
         assert recomputed != writes
+
+
+@pytest.mark.parametrize("place", [place for place in places(OPERATOR) if place.device == "cpu"], ids=str)
+@pytest.mark.parametrize("divisor", [4, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_loop_announces_its_factor_to_any_loss(place, divisor, dtype):
+    """A third is rounded to the dtype of the loss before it comes in."""
+    logits, target = Source(place.device, dtype).normal(33, 20), Source(place.device).image(33, 20)
+    x, wide = leaf(logits), wide_leaf(logits)
+    with expected_gradient(1 / divisor):
+        loss = FV.binary_cross_entropy_with_logits(x, target, reduction="batchmean")
+    with Recorder() as ran:
+        (loss / divisor).backward()
+    reference.binary_cross_entropy_with_logits(wide, target.double() / 255, reduction="batchmean").div(divisor).backward()
+    assert_close(x.grad, wide.grad, dtype)
+    names = {func._schema.name for func in ran.operators}
+    assert names.isdisjoint({"aten::mul_", "fastvae::reconstruction_backward"})
 
 
 @each_place(OPERATOR)

@@ -18,6 +18,7 @@ for package in ("lightning", "jsonargparse", "tensorboard", "sklearn", "PIL"):
 from PIL import Image  # noqa: E402
 
 import fastvae.__main__ as command_line  # noqa: E402
+from fastvae.training.datasets import ImageFolder  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -85,13 +86,34 @@ def test_two_processes_that_torchrun_starts(tmp_path):
     assert torch.load(runs[0] / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
+QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
+
+
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
-def test_evaluation_takes_the_network_of_the_checkpoint(checkpoint, tmp_path, subcommand):
-    options = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--data=SklearnDigits"]
-    printed = fastvae(subcommand, f"--ckpt_path={checkpoint}", *options, folder=tmp_path)
+def test_evaluation_takes_network_and_data_of_the_checkpoint(checkpoint, tmp_path, subcommand):
+    printed = fastvae(subcommand, checkpoint, *QUIET, folder=tmp_path)
     part = {"validate": "val", "test": "test"}[subcommand]
     assert f"{part}/loss" in printed
     assert f"{part}/kl" in printed
+
+
+def test_evaluation_on_other_data(checkpoint, capsys, monkeypatch):
+    """Other options of the data of the training, then other data, which have another shape."""
+    batches = []
+    monkeypatch.setattr("fastvae.training.module.LitAutoencoder.on_test_batch_start", lambda *_: batches.append(0))
+    command_line.main(["test", f"--ckpt_path={checkpoint}", *QUIET, "--data.batch_size=90"])
+    assert len(batches) == 4, "of 359 samples"
+    assert "test/loss" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"MNISTDigits has samples of shape \(1, 28, 28\), the checkpoint was trained on SklearnDigits"):
+        command_line.main(["test", str(checkpoint), *QUIET, "--data=MNISTDigits"])
+
+
+def test_evaluation_of_a_checkpoint_that_another_program_wrote(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["fastvae"]["data"] = None
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit, match=r"^fastvae: data: got none, takes one of MNISTDigits, "):
+        command_line.main(["test", str(tmp_path / "other.ckpt"), *QUIET])
 
 
 def test_sample(checkpoint, tmp_path):
@@ -222,6 +244,10 @@ def test_there_is_a_config_for_each_kind_of_model():
         (["fit", "--data.batch_size=0"], "batch_size: got 0, takes"),
         (["fit", "--network.beta=-1"], "beta: got -1.0, takes"),
         (["sample", "missing.ckpt"], "checkpoint: missing.ckpt is no file"),
+        (["test", "missing.ckpt"], "checkpoint: missing.ckpt is no file"),
+        (["validate"], "ckpt_path: validate takes a checkpoint of fastvae fit"),
+        (["fit", "--data=null"], "data: got none, takes one of MNISTDigits"),
+        (["fit", f"--ckpt_path={__file__}"], "checkpoint: .* was not written by torch.save"),
         (["encode", "missing.ckpt", "--data=MNISTDigit"], "data: got 'MNISTDigit', did you mean MNISTDigits"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -233,13 +259,17 @@ def test_names_that_do_not_exist(arguments, message):
 
 
 def test_a_broken_image_in_a_worker_process_is_one_line(tmp_path):
-    for number in range(4):
+    """Those of the validation part, so that nothing has been read before."""
+    for number in range(5):
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"{number}.png")
-    (tmp_path / "broken.png").write_text("no image")
-    data = ["--data=ImageFolder", f"--data.root={tmp_path}", "--data.size=8", "--data.mode=grey", "--data.broken=stop", "--data.workers=1"]
+    folder = ImageFolder(tmp_path, val=0.4)
+    folder.setup()
+    for index in folder.indices.val:
+        folder.source.paths[index].write_text("no image")
+    data = ["--data=ImageFolder", f"--data.root={tmp_path}", "--data.size=8", "--data.mode=grey", "--data.workers=1"]
     network = ["--network=VAE_mlp", "--network.data_shape=[1,8,8]", "--network.hidden=[8]"]
     quiet = ["--trainer.logger=false", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1"]
-    with pytest.raises(SystemExit, match=r"^fastvae: .*/broken.png: cannot identify image file [^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^fastvae: none of the 2 images of a batch can be read: .*: cannot identify image file [^\n]*$"):
         command_line.main(["fit", *data, "--data.val=0.4", *network, *quiet])
 
 
@@ -261,6 +291,12 @@ def test_files_that_are_no_checkpoints(tmp_path):
 def test_data_of_another_shape(checkpoint, tmp_path):
     with pytest.raises(SystemExit, match=r"MNISTDigits has samples of shape \(1, 28, 28\), the checkpoint was trained on SklearnDigits"):
         command_line.main(["reconstruct", str(checkpoint), "--data=MNISTDigits", "--out", str(tmp_path)])
+
+
+def test_downloads_without_torchvision_are_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(SystemExit, match=r"^fastvae: torchvision is not installed: pip install torchvision$"):
+        command_line.main(["fit", "--data=TorchvisionImages", "--data.name=CIFAR10", *QUIET])
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

@@ -3,6 +3,8 @@
 import gzip
 import struct
 import sys
+import types
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -133,6 +135,62 @@ def test_data_that_need_torchvision_say_so(monkeypatch, tmp_path):
         TorchvisionImages("CIFAR")
 
 
+def torchvision_with(monkeypatch, **data_sets):
+    """A torchvision whose ``datasets`` has these alone."""
+    module = types.ModuleType("torchvision")
+    module.datasets = types.SimpleNamespace(**data_sets)
+    monkeypatch.setitem(sys.modules, "torchvision", module)
+
+
+# What torchvision 0.28 raises without a network, for a file that came damaged, and for CelebA without the package gdown.
+@pytest.mark.parametrize(
+    "error",
+    [
+        URLError("[Errno -3] Temporary failure in name resolution"),
+        RuntimeError("Error downloading train-images-idx3-ubyte.gz"),
+        RuntimeError("File not found or corrupted."),
+        RuntimeError("To download files from GDrive, 'gdown' is required. You can install it with 'pip install gdown'."),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["MNIST", "CIFAR10", "CelebA", "FashionMNIST"])
+def test_a_download_that_fails_is_named(monkeypatch, tmp_path, name, error):
+    def fail(root, *, download, **options):
+        assert download
+        raise error
+
+    torchvision_with(monkeypatch, **{name: fail})
+    monkeypatch.setattr("fastvae.training.datasets.FASHION_MNIST", tmp_path / "none")
+    data = FashionMNIST(download_root=tmp_path) if name == "FashionMNIST" else TorchvisionImages(name, root=tmp_path)
+    with pytest.raises(DataError, match=f"{name}: torchvision cannot download it into {tmp_path}: ") as raised:
+        ready(data)
+    assert str(error) in str(raised.value)
+
+
+def test_downloaded_data_sets_are_read_as_torchvision_has_them(monkeypatch, tmp_path):
+    """The attributes are those of torchvision 0.28."""
+
+    def mnist(root, *, train, download):
+        count = 20 if train else 10
+        return types.SimpleNamespace(data=torch.zeros(count, 28, 28, dtype=torch.uint8), targets=torch.arange(count) % 10)
+
+    def celeba(root, *, split, download):
+        names = [f"{split}_{number}.jpg" for number in range(5)]
+        folder = root / "celeba/img_align_celeba"
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in names:
+            Image.fromarray(pixels(218, 178, 3)).save(folder / file)
+        return types.SimpleNamespace(root=str(root), base_folder="celeba", filename=names)
+
+    torchvision_with(monkeypatch, MNIST=mnist, CelebA=celeba)
+    digits = ready(TorchvisionImages("MNIST", root=tmp_path))
+    assert [len(part) for part in digits.indices] == [18, 2, 0]
+    assert len(digits.test_part()) == 10
+    faces = ready(TorchvisionImages("CelebA", root=tmp_path, size=32, val=0.2))
+    assert batch(faces)["x"].shape == (2, 3, 32, 32)
+    assert faces.test_part().names[0] == "test_0.jpg"
+
+
 def test_data_sets_of_torchvision_become_8_bit_batches():
     class Grey:
         data, targets = torch.zeros(4, 28, 28, dtype=torch.uint8), torch.arange(4)
@@ -192,9 +250,20 @@ def test_transparent_pixels_are_white(tmp_path):
 
 
 def test_a_broken_image_may_stop_the_run(folder):
-    data = ready(ImageFolder(folder, size=16, broken="stop", workers=0))
-    with pytest.raises(DataError, match=r"truncated.png: image file is truncated"):
-        batch(data, range(7))
+    with pytest.raises(
+        DataError, match=r"^2 of 7 images are broken: .*truncated.png: image file is truncated.*; .*words.png: cannot identi"
+    ):
+        ready(ImageFolder(folder, size=16, broken="stop"))
+    for name in ("truncated.png", "words.png"):
+        (folder / name).unlink()
+    assert len(ready(ImageFolder(folder, size=16, broken="stop")).source) == 5
+
+
+def test_a_list_of_broken_images_has_an_end(tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number:02d}.png").write_text("no image")
+    with pytest.raises(DataError, match=r"^12 of 12 images are broken: .*09.png: [^;]*; and 2 more$"):
+        ready(ImageFolder(tmp_path, broken="stop"))
 
 
 def test_a_batch_of_broken_images_is_an_error(folder):

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+from fastvae.distributions import GaussianLikelihood  # noqa: E402
 from fastvae.models import AE, VAE, VQVAE, AEOutput, ImageVAE  # noqa: E402
-from fastvae.nn import GaussianNLL  # noqa: E402
 from fastvae.training import checkpoints  # noqa: E402
 from fastvae.training.callbacks import LatentCurves, Pictures  # noqa: E402
 from fastvae.training.datasets import SklearnDigits  # noqa: E402
@@ -42,7 +42,7 @@ def fit(lit: LitAutoencoder, data, **options) -> Trainer:
 NETWORKS = {
     "AE": lambda: AE.mlp((1, 8, 8), (16,), 4),
     "VAE": lambda: VAE.mlp((1, 8, 8), (16,), 4),
-    "VAE with learned variance": lambda: VAE.mlp((1, 8, 8), (16,), 4, likelihood=GaussianNLL(learned=True)),
+    "VAE with learned variance": lambda: VAE.mlp((1, 8, 8), (16,), 4, likelihood=GaussianLikelihood("global")),
     "ImageVAE": lambda: ImageVAE.residual(1, channels=(8, 16), blocks=1, groups=4, latent_channels=2),
     "VQVAE": lambda: VQVAE.conv(1, num_codes=8, dim=4, channels=8, hidden=4, blocks=1),
 }

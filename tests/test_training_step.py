@@ -3,8 +3,10 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from _helpers import Recorder
 from torch import nn
 
 for package in ("lightning", "jsonargparse", "sklearn", "PIL"):
@@ -13,13 +15,14 @@ for package in ("lightning", "jsonargparse", "sklearn", "PIL"):
 from _training import quiet_trainer  # noqa: E402
 from lightning.pytorch import Callback, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 import fastvae.__main__ as command_line  # noqa: E402
-from fastvae.models import AE, VAE, VQVAE, VQVAE2, AEOutput, ContractiveAE, ImageVAE, registry  # noqa: E402
+from fastvae.models import AE, VAE, VQVAE, VQVAE2, AEOutput, ContractiveAE, DeepVAE, ImageVAE, registry  # noqa: E402
 from fastvae.nn import LinearSchedule  # noqa: E402
 from fastvae.training import checkpoints  # noqa: E402
-from fastvae.training.callbacks import AveragedWeights  # noqa: E402
+from fastvae.training.callbacks import AveragedWeights, Pictures, draw_pictures  # noqa: E402
 from fastvae.training.datasets import SklearnDigits  # noqa: E402
 from fastvae.training.module import LitAutoencoder  # noqa: E402
 
@@ -64,6 +67,7 @@ NETWORKS = {
     "VAE": lambda: VAE.mlp((1, 8, 8), (16,), 3),
     "ContractiveAE": lambda: ContractiveAE.mlp((1, 8, 8), (16,), 3),
     "ImageVAE": lambda: ImageVAE.residual(1, channels=(8, 16), blocks=1, groups=4, latent_channels=2, precision="float32"),
+    "DeepVAE": lambda: DeepVAE.residual(8, 1, (8, 8), 1, 2, groups=4),
     "VQVAE": lambda: VQVAE.conv(1, kmeans_iters=2, revive_below=0.5, **SMALL),
     "VQVAE2": lambda: VQVAE2.conv(1, **SMALL),
 }
@@ -103,9 +107,10 @@ def bytes_for_backward(network: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_checkpointed_activations_take_less_memory():
-    x = torch.rand(2, 1, 32, 32)
-    plain = make("ImageVAE")
+@pytest.mark.parametrize("name", ["ImageVAE", "DeepVAE"])
+def test_checkpointed_activations_take_less_memory(name):
+    x = torch.rand(2, 1, 32, 32) if name == "ImageVAE" else torch.rand(32, 1, 8, 8)
+    plain = make(name)
     checkpointed = LitAutoencoder(copy.deepcopy(plain), gradient_checkpointing=True).network
     assert bytes_for_backward(checkpointed, x) < bytes_for_backward(plain, x) / 2
 
@@ -180,6 +185,23 @@ def test_the_last_group_of_an_epoch_counts_by_its_batches():
                 parameter -= 0.1 * gradient
     for ours, wanted in zip(lit.network.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, wanted)
+
+
+def test_losses_write_the_gradient_of_an_accumulated_batch():
+    """The loss kernel is told what Lightning divides the loss by, so nothing computes its gradient again."""
+    network = AE.mlp((1, 8, 8), (16,), 3)
+    for precision in ("32-true", "bf16-mixed"):
+        with Recorder() as ran:
+            fit(
+                LitAutoencoder(network),
+                DataLoader(torch.rand(6, 1, 8, 8), batch_size=1),
+                max_steps=2,
+                precision=precision,
+                accumulate_grad_batches=3,
+            )
+        names = [func._schema.name for func in ran.operators]
+        assert names.count("fastvae::reconstruction_forward") == 6
+        assert "fastvae::reconstruction_backward" not in names
 
 
 @pytest.mark.parametrize("bad", range(5))
@@ -283,6 +305,21 @@ def test_a_training_with_averaged_weights_resumes_to_the_bit(tmp_path):
     assert_same(*stored)
 
 
+def test_pictures_are_of_the_averaged_weights(tmp_path):
+    lit = LitAutoencoder(make("VAE"), learning_rate=0.1)
+    data = SklearnDigits(batch_size=512)
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3, filename="kept")
+    callbacks = [Pictures(count=4), AveragedWeights(decay=0.9), keep]
+    fit(lit, data, max_epochs=1, callbacks=callbacks, default_root_dir=tmp_path)
+    drawn = Image.open(tmp_path / "pictures/epoch_0000/reconstructions.png")
+    x = data.samples("val", 4)["x"]
+    average, last = checkpoints.load(tmp_path / "kept.ckpt"), lit
+    last.load_state_dict(torch.load(tmp_path / "kept.ckpt", weights_only=True)["current_model_state"])
+    of_average, of_last = (draw_pictures(network, x)["reconstructions"][0] for network in (average, last))
+    assert torch.equal(torch.from_numpy(np.array(drawn)), of_average)
+    assert not torch.equal(of_average, of_last)
+
+
 @pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": -0.1}, {"every_n_steps": 0}])
 def test_averages_that_do_not_exist(options):
     with pytest.raises(ValueError, match=r"^decay, every_n_steps: got"):
@@ -313,8 +350,7 @@ def test_the_command_line_takes_every_option_of_a_step(tmp_path, monkeypatch, ca
     name = "network.encoder.0.1.weight"
     assert not torch.equal(content["state_dict"][name], content["current_model_state"][name])
     assert torch.equal(checkpoints.load(Path("kept/last.ckpt")).state_dict()[name], content["state_dict"][name].float())
-    quiet = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--data=SklearnDigits", "--data.scaling=min_max"]
-    command_line.main(["validate", "--ckpt_path=kept/last.ckpt", *quiet])
+    command_line.main(["validate", "kept/last.ckpt", "--trainer.logger=false", "--trainer.accelerator=cpu"])
     assert "val/loss" in capsys.readouterr().out
     command_line.main(["fit", "--config=step.yaml", checkpoint, "--trainer.max_steps=6", "--ckpt_path=kept/last.ckpt"])
     command_line.main(["sample", "kept/last.ckpt", "--out=made", "--count=4"])

@@ -3,9 +3,23 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from _helpers import Recorder
+from torch import nn
 
 from fastvae.models import VQVAE, VQVAE2
 from fastvae.nn import ResidualVectorQuantizer
+
+
+class Returns(nn.Module):
+    """A decoder that gives a tensor, whatever it is asked."""
+
+    def __init__(self, recon: torch.Tensor):
+        super().__init__()
+        self.recon = recon
+
+    def forward(self, z):
+        return self.recon
+
 
 SMALL = {"num_codes": 16, "dim": 8, "channels": 16, "hidden": 8}
 
@@ -25,6 +39,25 @@ def test_loss_and_round_trip(kind):
     assert [tuple(i.shape) for i in (indices if kind == "vqvae2" else [indices])] == [(2, 2, 3), (2, 4, 6)][-1 if kind == "vqvae" else 0 :]
     torch.testing.assert_close(model.decode(indices), output.recon, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.reconstruct(x), output.recon)
+
+
+@pytest.mark.parametrize("variance", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("kind", ["vqvae", "vqvae2"])
+def test_a_variance_is_positive(kind, variance):
+    with pytest.raises(ValueError, match=r"^data_variance: got .*, takes a number > 0$"):
+        make(kind, data_variance=variance)
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "vqvae2"])
+def test_the_gradient_is_written_in_units_of_the_variance(kind):
+    """The backward pass hands it out without another pass over it."""
+    recon = torch.rand(2, 3, 16, 24).requires_grad_()
+    model, x = make(kind, data_variance=0.3), torch.rand(2, 3, 16, 24)
+    model.decoder = Returns(recon)
+    with Recorder() as ran:
+        model(x).recon_loss.backward()
+    assert not [func for func in ran.operators if func._schema.name == "aten::mul_"]
+    torch.testing.assert_close(recon.grad, 2 * (recon.detach() - x) / x.numel() / 0.3)
 
 
 @pytest.mark.parametrize("kind", ["vqvae", "vqvae2"])

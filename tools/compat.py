@@ -97,8 +97,8 @@ def test(python: Path, source: Path, which: str, *options: str) -> None:
     """The native tests, all or the tenth that today's date chooses, on the libraries that are there."""
     tenth = [f"--tenth={TODAY % 10}"] if which == "tenth" else []
     run(python, "-m", "fastvae.info", cwd=source)
-    # The packaging tests build the package anew. With a torch that has CUDA that would compile every kernel by nvcc once more.
-    run(python, "-m", "pytest", *NATIVE_TESTS, *tenth, *options, cwd=source, FORCE_CUDA="0")
+    # The packaging tests build the package anew, with a torch that has CUDA every kernel too.
+    run(python, "-m", "pytest", *NATIVE_TESTS, *tenth, *options, cwd=source, **ONE_ARCHITECTURE)
 
 
 def python_version(python: Path) -> str:

@@ -1,7 +1,5 @@
 """What all likelihoods share: the check of the decoder's output, and the reductions."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +13,6 @@ from fastvae.reference._reduce import reduce_elements
 from fastvae.reference.reconstruction import promote
 
 
-@documented
 class Likelihood(Stored, nn.Module):
     r"""The base of all likelihoods: :math:`p(x | z)` as a function of what a decoder gives for :math:`z`.
 
@@ -35,7 +32,7 @@ class Likelihood(Stored, nn.Module):
     """
 
     parameters_per_element: int = 1
-    data_dtypes: ClassVar[tuple[torch.dtype, ...]] = (*FLOATS, torch.uint8)
+    data_dtypes: tuple[torch.dtype, ...] = (*FLOATS, torch.uint8)
     support: tuple[float, float] = (-torch.inf, torch.inf)
 
     @documented
@@ -86,15 +83,18 @@ class Likelihood(Stored, nn.Module):
 
     def split(self, params: Tensor) -> tuple[Tensor, ...]:
         """The decoder's output as one tensor for each parameter, each in the shape of the data."""
+        self.check_count(params)
+        return params.chunk(self.parameters_per_element, dim=1) if self.parameters_per_element > 1 else (params,)
+
+    def check_count(self, params: Tensor) -> None:
+        """Raises where the decoder's output cannot be that for any data."""
+        check_tensor("params", params)
         count = self.parameters_per_element
-        if count == 1:
-            return (params,)
-        if params.ndim < 2 or params.shape[1] % count:
+        if count > 1 and (params.ndim < 2 or params.shape[1] % count):
             raise ValueError(
                 f"decoder: gave shape {tuple(params.shape)}, has to give a multiple of {count} in dimension 1, "
                 f"the parameters per element of {type(self).__name__}"
             )
-        return params.chunk(count, dim=1)
 
     def params_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape that the decoder's output has to have for data ``x``."""

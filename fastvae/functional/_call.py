@@ -1,5 +1,8 @@
 """How a function calls its ``torch.autograd.Function``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -8,6 +11,28 @@ from torch import Tensor
 from fastvae import _backend
 from fastvae._torch_private import in_forward_mode, in_functorch
 from fastvae.ops._autograd import transformed
+
+_expected_gradient: ContextVar[float] = ContextVar("expected_gradient", default=1.0)
+
+
+@contextmanager
+def expected_gradient(scale: float) -> Iterator[None]:
+    """Multiplies ``grad_scale`` of the losses that are computed inside: for a training loop that divides the loss of any model, and does
+    not make the call of the loss itself. Results are right whatever gradient comes in.
+
+    A loss scale is left to the backward pass: the host would have to wait for its value.
+    """
+    token = _expected_gradient.set(scale)
+    try:
+        yield
+    finally:
+        _expected_gradient.reset(token)
+
+
+def total_scale(grad_scale: float) -> float:
+    """The gradient that the backward pass is expected to bring in: the caller's ``grad_scale`` times that of the training loop."""
+    # A compiled graph writes no gradient in its forward pass, and would be compiled again for another number.
+    return grad_scale if torch.compiler.is_compiling() else grad_scale * _expected_gradient.get()
 
 
 def writes_gradient(learners: list[Tensor], reduction: str, grad_scale: float) -> bool:

@@ -11,7 +11,7 @@ from fastvae import _backend
 from fastvae._backend import FLOATS
 from fastvae._outputs import ELBO
 from fastvae._types import BoundReduction, Likelihood, Reduction, check_choice
-from fastvae.functional._call import apply, writes_gradient
+from fastvae.functional._call import apply, total_scale, writes_gradient
 from fastvae.functional._checks import (
     check_device,
     check_expands,
@@ -249,7 +249,7 @@ def _loss(likelihood, input, target, weight, pos_weight, logvar, reduction, grad
             _check_shared(name, value, input)
     if target.dtype != input.dtype:
         input = _promote(input, target, reduction)
-    number, scale = reduction_number(reduction), check_scale(grad_scale)
+    number, scale = reduction_number(reduction), total_scale(check_scale(grad_scale))
     with_grad = _writes_gradient(input, target, logvar, reduction, scale)
     order = None if input.is_contiguous() else _memory_order(input, reduction)
     weight, pos_weight = (_share(value, input.shape, order) for value in (weight, pos_weight))

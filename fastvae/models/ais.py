@@ -9,7 +9,7 @@ from fastvae.distributions.normal import draw_noise, sum_latent, widened
 from fastvae.distributions.prior import check_count
 from fastvae.models._inputs import parameter_dtype
 from fastvae.models._reading import reading
-from fastvae.models.bounds import chunked_log_mean
+from fastvae.models.bounds import log_mean_weights
 
 if TYPE_CHECKING:
     from fastvae.models.vae import VAE
@@ -44,7 +44,7 @@ def log_prob_ais(
     path would be biased.
 
     Args:
-        model: a VAE with a prior that has a density and a likelihood that is differentiable in z.
+        model: a VAE without a condition, with any prior and any likelihood that is differentiable in z.
         x: data, ``(batch, ...)``.
         num_chains: chains for each x.
         num_steps: distributions from the prior to the posterior; one is importance sampling from the prior.
@@ -56,15 +56,15 @@ def log_prob_ais(
     Raises:
         ValueError: for a number that is not positive.
     """
-    for name, count in (("num_chains", num_chains), ("num_steps", num_steps), ("leapfrog_steps", leapfrog_steps)):
+    counts = {"num_chains": num_chains, "num_steps": num_steps, "leapfrog_steps": leapfrog_steps, "chains_at_once": chains_at_once}
+    for name, count in counts.items():
         check_count(name, count)
-    check_count("chains_at_once", chains_at_once)
     if not step_size > 0:
         raise ValueError(f"step_size: got {step_size!r}, takes a number > 0")
     chains = Chains(model, x, leapfrog_steps, generator)
     betas = annealing_schedule(num_steps)
     steps = chains.pilot(min(num_chains, PILOT_CHAINS), betas, step_size)
-    return chunked_log_mean(lambda count: chains.log_weights(count, betas, steps), num_chains, chains_at_once)
+    return log_mean_weights(lambda count: chains.log_weights(count, betas, steps), num_chains, chains_at_once)
 
 
 def annealing_schedule(num_steps: int) -> list[float]:

@@ -76,6 +76,18 @@ def conv_decoder(
     return nn.Sequential(*layers, nn.ConvTranspose2d(channels, out_channels, 4, 2, 1))
 
 
+def _check_variance(data_variance: float) -> float:
+    if not data_variance > 0:
+        raise ValueError(f"data_variance: got {data_variance}, takes a number > 0")
+    return float(data_variance)
+
+
+def _recon_loss(recon: Tensor, x: Tensor, data_variance: float) -> Tensor:
+    """The mean squared error in units of the data's variance. Told the factor, the kernel writes its gradient with it."""
+    weight = 1 / data_variance
+    return weight * FV.mse_loss(recon, x, grad_scale=weight)
+
+
 AnyVQVAE = TypeVar("AnyVQVAE", bound="VQVAE")
 
 
@@ -96,7 +108,8 @@ class VQVAE(nn.Module, Pretrained):
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, quantizer: nn.Module, *, data_variance: float = 1.0):
         super().__init__()
-        self.encoder, self.decoder, self.quantizer, self.data_variance = encoder, decoder, quantizer, data_variance
+        self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
+        self.data_variance = _check_variance(data_variance)
 
     @classmethod
     @ready_made
@@ -133,7 +146,7 @@ class VQVAE(nn.Module, Pretrained):
         """The loss of a batch ``(batch, channels, ...)``, floating or uint8 (value / 255)."""
         output = self.quantizer(self.encoder(as_float(x, self.encoder)))
         recon = self.decoder(output.quantized)
-        recon_loss = FV.mse_loss(recon, x) / self.data_variance
+        recon_loss = _recon_loss(recon, x, self.data_variance)
         vq_loss = output.loss
         return VQVAEOutput(recon_loss + vq_loss, recon_loss, vq_loss, recon, output.indices, output.perplexity, output.usage)
 
@@ -191,7 +204,7 @@ class VQVAE2(nn.Module, Pretrained):
         self.top_quantizer, self.top_decoder = top_quantizer, top_decoder
         self.bottom_projection, self.bottom_quantizer = bottom_projection, bottom_quantizer
         self.top_upsampler, self.decoder = top_upsampler, decoder
-        self.data_variance = data_variance
+        self.data_variance = _check_variance(data_variance)
 
     @classmethod
     @ready_made
@@ -245,7 +258,7 @@ class VQVAE2(nn.Module, Pretrained):
         """The loss of a batch of images, floating or uint8 (value / 255)."""
         top, bottom = self._levels(x)
         recon = self._decode(top.quantized, bottom.quantized)
-        recon_loss, vq_loss = FV.mse_loss(recon, x) / self.data_variance, top.loss + bottom.loss
+        recon_loss, vq_loss = _recon_loss(recon, x, self.data_variance), top.loss + bottom.loss
         pairs = ((getattr(top, name), getattr(bottom, name)) for name in ("indices", "perplexity", "usage"))
         return VQVAEOutput(recon_loss + vq_loss, recon_loss, vq_loss, recon, *pairs)
 

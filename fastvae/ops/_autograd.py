@@ -99,7 +99,8 @@ def scale_written(written: list[Tensor], grad_output: Tensor, expected: float) -
     computed again.
     """
     factor = grad_output.item() / expected
-    if factor == 1.0:
+    # The comparison of the tensor rounds `expected` to its dtype, as torch does with the number that divides a loss.
+    if factor == 1.0 or grad_output == expected:
         return written
     if any(gradient.element_size() == 2 for gradient in written):
         return None

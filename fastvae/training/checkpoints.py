@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastvae.models import registry
-from fastvae.training.errors import CheckpointError
+from fastvae.training.data_module import AutoencoderData
+from fastvae.training.datasets import DATA_MODULES
+from fastvae.training.errors import CheckpointError, TrainingError
 from fastvae.training.module import LitAutoencoder, check_entry
 from fastvae.training.preprocessing import Preprocessing
 
@@ -36,6 +39,22 @@ def build_network(entry: dict[str, Any]) -> Any:
     if entry["network"] is None:
         raise CheckpointError("checkpoint: its network was made of modules of one's own, which only its program can make again")
     return registry.build(entry["network"])
+
+
+def build_data(name: str | None, options: dict[str, Any]) -> AutoencoderData:
+    """The data module that a checkpoint was trained on."""
+    if name not in DATA_MODULES:
+        raise TrainingError(f"data: the checkpoint was trained on batches of another program, takes one of {', '.join(DATA_MODULES)}")
+    return DATA_MODULES[name](**options)
+
+
+def check_shape(lit: LitAutoencoder, data: AutoencoderData, x: Tensor) -> None:
+    """Raises where samples have another shape than those of the network's training."""
+    if lit.sample_shape is not None and list(x.shape[1:]) != lit.sample_shape:
+        raise TrainingError(
+            f"data: {type(data).__name__} has samples of shape {tuple(x.shape[1:])}, "
+            f"the checkpoint was trained on {lit.data_name or 'samples'} of shape {tuple(lit.sample_shape)}"
+        )
 
 
 def load(path: Path) -> LitAutoencoder:

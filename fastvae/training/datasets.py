@@ -13,7 +13,8 @@ from fastvae._extras import MissingExtraError, extra
 from fastvae.models.registry import nearest
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.errors import DataError
-from fastvae.training.images import ColorMode, find_images, loader
+from fastvae.training.images import ColorMode, check_images, find_images, loader
+from fastvae.training.sentences import GrammarSentences
 from fastvae.training.sources import ImageFiles, InMemory, Source
 
 # Where the Debian package dataset-fashion-mnist puts its files.
@@ -166,19 +167,19 @@ class TorchvisionImages(AutoencoderData):
         data_set = torchvision_data_set("CelebA", self.root, part)
         folder = Path(data_set.root) / data_set.base_folder / "img_align_celeba"
         paths = [folder / name for name in data_set.filename]
-        return ImageFiles(paths, loader(self.size, "rgb"), stop=False, labels=None, names=data_set.filename)
+        return ImageFiles(paths, loader(self.size, "rgb"), labels=None, names=data_set.filename)
 
 
 class ImageFolder(AutoencoderData):
     """All images in a folder and the folders in it, resized and cropped to squares. The folders at the top are the labels.
 
-    A broken image is named, and another one is in its place; they are counted at the end.
+    A broken image is named, and another one of its batch is in its place; they are counted at the end.
 
     Args:
         root: the folder.
         size: height and width: an image is resized so that its shorter side has this length, then its centre is cut out.
         mode: ``"rgb"`` or ``"grey"``; transparent pixels become white.
-        broken: ``"skip"``, or ``"stop"`` to end the program at the first broken image.
+        broken: ``"skip"``, or ``"stop"`` to read every image first and end the program with the names of the broken ones.
         options: of :class:`AutoencoderData`.
     """
 
@@ -194,7 +195,10 @@ class ImageFolder(AutoencoderData):
         folders = [path.relative_to(self.root).parts[0] if path.parent != self.root else "" for path in paths]
         classes = sorted(set(folders))
         labels = torch.tensor([classes.index(folder) for folder in folders]) if len(classes) > 1 else None
-        return ImageFiles(paths, loader(self.size, self.mode), stop=self.on_broken == "stop", labels=labels, names=names), None
+        load = loader(self.size, self.mode)
+        if self.on_broken == "stop":
+            check_images(paths, load)
+        return ImageFiles(paths, load, labels=labels, names=names), None
 
 
 class Arrays(AutoencoderData):
@@ -249,5 +253,5 @@ class Arrays(AutoencoderData):
         return loaded[key]
 
 
-_MODULES = (MNISTDigits, FashionMNIST, SklearnDigits, PhotographPatches, TorchvisionImages, ImageFolder, Arrays)
+_MODULES = (MNISTDigits, FashionMNIST, SklearnDigits, PhotographPatches, TorchvisionImages, ImageFolder, Arrays, GrammarSentences)
 DATA_MODULES: dict[str, type[AutoencoderData]] = {module.__name__: module for module in _MODULES}

@@ -1,6 +1,7 @@
 """Image files: finding them, and reading them in one size and one mode."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +16,10 @@ with extra("train"):
     from PIL import Image, ImageOps
 
 ColorMode = Literal["rgb", "grey"]
+# What Pillow raises for a file that is no image, or is damaged.
+BROKEN = (OSError, SyntaxError, ValueError)
+# More names than this are a list that nobody reads.
+MAX_NAMES = 10
 
 
 def find_images(root: Path) -> list[Path]:
@@ -35,6 +40,27 @@ def loader(size: int, mode: ColorMode) -> Callable[[Path], np.ndarray]:
         raise ValueError(f"size: got {size}, takes an integer >= 1")
     # A partial of a module's function, which a worker process can be sent.
     return partial(load, size=size, mode=mode)
+
+
+def check_images(paths: Sequence[Path], load: Callable[[Path], np.ndarray]) -> None:
+    """Reads every image.
+
+    Raises:
+        DataError: with the number of broken ones, and the names of the first.
+    """
+    with ThreadPoolExecutor() as pool:
+        broken = [reason for reason in pool.map(partial(_reason_why_broken, load=load), paths) if reason is not None]
+    if broken:
+        more = f"; and {len(broken) - MAX_NAMES} more" if len(broken) > MAX_NAMES else ""
+        raise DataError(f"{len(broken)} of {len(paths)} images are broken: {'; '.join(broken[:MAX_NAMES])}{more}")
+
+
+def _reason_why_broken(path: Path, load: Callable[[Path], np.ndarray]) -> str | None:
+    try:
+        load(path)
+    except BROKEN as error:
+        return f"{path}: {error}"
+    return None
 
 
 def load(path: Path, size: int, mode: ColorMode) -> np.ndarray:

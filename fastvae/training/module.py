@@ -1,6 +1,6 @@
 """The training of any autoencoder by Lightning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -11,12 +11,14 @@ from torch.distributed.fsdp import fully_shard
 from fastvae import __version__
 from fastvae._extras import extra
 from fastvae._types import check_choice
+from fastvae.functional._call import expected_gradient
 from fastvae.models import registry
 from fastvae.models._inputs import in_channels_last
 from fastvae.nn import _processes
 from fastvae.nn.optimize import to_channels_last
 from fastvae.nn.schedules import ScheduledKL
 from fastvae.training.activations import checkpoint_activations
+from fastvae.training.adversarial import clip_by_group, parameter_groups, total_loss
 from fastvae.training.errors import CheckpointError, TrainingError
 from fastvae.training.optimizers import (
     OptimizerName,
@@ -50,6 +52,21 @@ def data_of(batch: Any) -> Tensor:
     return batch[0]
 
 
+def labels_of(batch: Any, network: nn.Module) -> tuple[Tensor, ...]:
+    """The labels of a batch, the second of several tensors or the entry ``label`` of a mapping, where the network takes them; else nothing.
+
+    Raises:
+        TrainingError: where a network that takes labels gets none.
+    """
+    if not getattr(network, "takes_labels", False):
+        return ()
+    if isinstance(batch, Mapping) and "label" in batch:
+        return (batch["label"],)
+    if isinstance(batch, Sequence) and len(batch) > 1:
+        return (batch[1],)
+    raise TrainingError(f"label: got a batch without one, {type(network).__name__} takes a label for each sample")
+
+
 def scalars(output: Any) -> dict[str, Tensor]:
     """The fields of a model's output that are numbers, by name; those of several levels are numbered, ``perplexity_0``."""
     found: dict[str, Tensor] = {}
@@ -68,11 +85,15 @@ def step_seed(*numbers: int) -> int:
 class LitAutoencoder(LightningModule):
     """Trains a network whose call gives a named tuple with ``loss``; its fields that are numbers are logged under their names.
 
+    A network with the attribute ``takes_labels = True`` is called with the data and the labels of a batch.
+
     The noise of a batch is a function of the seed, the process, the epoch and the batch: a training that is resumed from a checkpoint goes
     on with the noise that it would have drawn, and each process draws its own. Every validation draws the same.
 
     A step with a loss that is NaN or infinite changes no weight and no state of the optimizer, on any process, and is counted in
     ``skipped_steps``. Schedules go on. The host does not wait for the device to find out.
+
+    A network with a part that has a loss of its own, a discriminator, is trained by the contract of :mod:`fastvae.training.adversarial`.
 
     Several processes count alike, and so do the batches of ``accumulate_grad_batches``: the gradient is the mean of theirs, whatever the
     numbers of samples. The data modules of this package give all processes equally many, by repeating a few. A network with weights that
@@ -154,20 +175,28 @@ class LitAutoencoder(LightningModule):
             # torch has no rule for its fused kernel on sharded weights.
             raise TrainingError("optimizer: got 'sgd' for a network that is sharded, takes 'adam' or 'adamw'")
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay, "momentum": self.momentum}
-        optimizer = make_optimizer(self.optimizer, self.network.parameters(), **rates)
+        optimizer = make_optimizer(self.optimizer, parameter_groups(self.network), **rates)
         if self.trainer.gradient_clip_val:
             leave_unscaling_to_the_scaler(optimizer)
         total = self.trainer.estimated_stepping_batches if self.schedule != "constant" else float("inf")
         scheduler = make_schedule(optimizer, learning_rate_factor(self.schedule, self.warmup_steps, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if gradient_clip_val and len(optimizer.param_groups) > 1:
+            clip_by_group(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def configure_model(self) -> None:
         if self.device_mesh is not None:
             fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, *labels: Tensor) -> Any:
         x = self.preprocessing(x)
-        return self.network(in_channels_last(x) if self.channels_last else x)
+        return self.network(in_channels_last(x) if self.channels_last else x, *labels)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._seed_noise(0, self.trainer.current_epoch, batch_idx)
@@ -186,13 +215,19 @@ class LitAutoencoder(LightningModule):
             torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self._step("train", batch).loss
+        with expected_gradient(self._loss_factor()):
+            loss = total_loss(self._step("train", batch))
         finite = torch.isfinite(loss.detach())
         self._non_finite = ~finite if self._non_finite is None else self._non_finite | ~finite
         if self._is_logged("train"):
             self.log("skipped_steps", self.skipped_steps.float(), on_step=True, on_epoch=False)
         # A loss that overflowed may have a finite gradient. A GradScaler looks at the gradients alone, so they all become NaN.
         return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
+
+    def _loss_factor(self) -> float:
+        """What Lightning multiplies the loss with before the backward pass, where the host knows it."""
+        has_loss_scale = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return 1.0 if has_loss_scale else 1 / self.trainer.accumulate_grad_batches
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         return self._step("val", batch)._asdict()
@@ -204,7 +239,7 @@ class LitAutoencoder(LightningModule):
         """The network's output for a batch; its numbers are logged."""
         x = data_of(batch)
         self.sample_shape = list(x.shape[1:])
-        output = self(x)
+        output = self(x, *labels_of(batch, self.network))
         training = stage == "train"
         for name, value in scalars(output).items() if self._is_logged(stage) else ():
             options: dict[str, Any] = {"on_step": training, "on_epoch": not training, "sync_dist": not training, "batch_size": len(x)}

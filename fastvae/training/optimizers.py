@@ -1,14 +1,14 @@
 """Optimizers that skip a step on the device, and schedules of the learning rate."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastvae._types import check_choice
+from fastvae.training.adversarial import Groups
 from fastvae.training.errors import TrainingError
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
@@ -16,7 +16,7 @@ ScheduleName = Literal["constant", "cosine", "linear"]
 
 
 def make_optimizer(
-    name: OptimizerName, parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float, momentum: float
+    name: OptimizerName, parameters: Groups, *, learning_rate: float, weight_decay: float, momentum: float
 ) -> torch.optim.Optimizer:
     """An optimizer in one fused kernel.
 

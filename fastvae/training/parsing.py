@@ -7,9 +7,10 @@ from typing import Any
 from fastvae._extras import extra
 from fastvae.models.registry import nearest
 from fastvae.training import networks
-from fastvae.training.callbacks import Pictures
+from fastvae.training.callbacks import AveragedWeights, Pictures
 from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.module import LitAutoencoder
+from fastvae.training.pretraining import PretrainStages
 
 with extra("train"):
     from lightning.pytorch import Trainer
@@ -41,7 +42,16 @@ class Parser(LightningArgumentParser):
 def option_names() -> list[str]:
     """The last parts of the names of all options, those of every network and data module among them."""
     parser = LightningArgumentParser()
-    classes = (Trainer, LitAutoencoder, ModelCheckpoint, Pictures, *networks.NETWORKS.values(), *DATA_MODULES.values())
+    classes = (
+        Trainer,
+        LitAutoencoder,
+        ModelCheckpoint,
+        Pictures,
+        AveragedWeights,
+        PretrainStages,
+        *networks.NETWORKS.values(),
+        *DATA_MODULES.values(),
+    )
     for number, theclass in enumerate(classes):
         parser.add_class_arguments(theclass, f"class{number}", fail_untyped=False)
     return sorted({key.rpartition(".")[2] for key, _ in parser.get_defaults(skip_validation=True).items()})

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae._extras import extra
+from fastvae.training.errors import writing
 
 with extra("train"):
     from PIL import Image
@@ -32,9 +33,10 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
 
 def save_png(picture: Tensor, path: Path) -> None:
     """Writes an image of 8 bits, ``(channels, height, width)`` with 1 or 3 channels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = picture[0] if len(picture) == 1 else picture.movedim(0, -1).contiguous()
-    Image.fromarray(pixels.numpy()).save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
 
 
 def pairs(x: Tensor, recon: Tensor, columns: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastvae.training.errors import DataError
+from fastvae.training.images import BROKEN
 from fastvae.training.preprocessing import binarize
 
 
@@ -77,16 +78,14 @@ class ImageFiles(Source):
     Args:
         paths: the files.
         load: from a path to a uint8 array ``(channels, height, width)``; raises OSError, SyntaxError or ValueError for a broken file.
-        stop: whether a broken file ends the program. Otherwise another sample of the batch is in its place, so that batches keep their
-            size and no sample comes from another part of a split; ``broken`` of the batch has the path and the reason.
+            Another sample of the batch is then in its place, so that batches keep their size and no sample comes from another part of a
+            split; ``broken`` of the batch has the path and the reason.
         labels, names: see :class:`Source`.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], load: Callable[[Path], np.ndarray], *, stop: bool, labels: Tensor | None, names: Sequence[str]
-    ):
+    def __init__(self, paths: Sequence[Path], load: Callable[[Path], np.ndarray], *, labels: Tensor | None, names: Sequence[str]):
         super().__init__(len(paths), labels, names)
-        self.paths, self.load, self.stop = paths, load, stop
+        self.paths, self.load = paths, load
         self.binarization_seed: int | None = None
 
     def read(self, indices: list[int]) -> dict[str, Any]:
@@ -95,9 +94,7 @@ class ImageFiles(Source):
         for index in indices:
             try:
                 images[index] = self._read_one(index)
-            except (OSError, SyntaxError, ValueError) as error:
-                if self.stop:
-                    raise DataError(f"{self.paths[index]}: {error}") from error
+            except BROKEN as error:
                 broken.append(f"{self.paths[index]}: {error}")
         if not images:
             raise DataError(f"none of the {len(indices)} images of a batch can be read: {broken[0]}")
@@ -113,6 +110,6 @@ class ImageFiles(Source):
         return binarize(image, torch.Generator().manual_seed(self.binarization_seed + index))
 
     def binarized(self, seed: int) -> "ImageFiles":
-        source = ImageFiles(self.paths, self.load, stop=self.stop, labels=self.labels, names=self.names or ())
+        source = ImageFiles(self.paths, self.load, labels=self.labels, names=self.names or ())
         source.binarization_seed = seed
         return source
