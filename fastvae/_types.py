@@ -18,6 +18,10 @@ NormActivation = Literal["silu", "none"]
 Activation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu", "gelu", "gelu_tanh"]
 # The ready-made networks take these activations.
 LayerActivation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "silu"]
+Initialisation = Literal["default", "xavier", "he"]
+# How an encoder of many vectors gives one code.
+Pooling = Literal["token", "mean"]
+RecurrentCell = Literal["gru", "lstm"]
 JacobianMethodName = Literal["auto", "closed_form", "gram", "projection", "autograd"]
 QuantizerGradient = Literal["straight_through", "rotation"]
 CodebookUpdate = Literal["ema", "gradient"]
@@ -25,6 +29,10 @@ CodebookUpdate = Literal["ema", "gradient"]
 ImportanceGradient = Literal["standard", "doubly_reparameterized"]
 AggregateEstimator = Literal["weighted", "stratified"]
 Kernel = Literal["imq", "rbf"]
+# How a condition enters a network.
+Conditioning = Literal["concatenation", "film", "batch_norm", "cross_attention"]
+# How the posterior of a ladder's level is made of the encoder's and the prior.
+LadderPosterior = Literal["precision_weighted", "plain"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
 

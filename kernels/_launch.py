@@ -259,6 +259,13 @@ def row_blocks(heads: int, rows: int, dim: int, itemsize: int, machine: Machine)
     return RowBlocks(block, columns, min(heads * _ceil_div(rows, block), machine.programs))
 
 
+def positions(rows: int, columns: int, machine: Machine) -> Matrix:
+    """The configuration for kernels that compute a long formula for each entry of a matrix and may sum the rows: one entry for each thread,
+    and long rows split among the programs that would be idle otherwise."""
+    splits = min(_ceil_div(columns, machine.threads), max(machine.programs // rows, 1))
+    return Matrix(1, machine.threads, rows, splits)
+
+
 def matrices(count: int, rows: int, columns: int, itemsize: int, machine: Machine) -> Matrices:
     """The configuration for ``count`` matrices. Blocks are as wide as the matrices if a program can load that much, so that the sum of a
     row needs no second step."""

@@ -145,6 +145,14 @@ def tutorial(source, rows):
     return {"x": source.uniform(rows, 37), "x_recon": source.uniform(rows, 37) * 0.9 + 0.05, "mu": mu, "log_var": log_var}
 
 
+def mixture_and_image(source, rows):
+    return {"input": source.normal(rows, 20, 5, 2) * 0.7, "target": source.image(rows, 3, 5, 2)}
+
+
+def logistic_and_image(source, rows):
+    return {"input": source.normal(rows, 2, 21), "target": source.image(rows, 1, 21)}
+
+
 def feature_map(source, rows, size, layout):
     return {"input": lay_out(source.normal(rows, 16, size, size), layout), "weight": source.normal(16), "bias": source.normal(16)}
 
@@ -188,6 +196,7 @@ def move_codes(codebook, ema_count, ema_sum, x, indices):
 
 
 LATENT, LOSS = ("latent_forward", "latent_backward"), ("reconstruction_forward", "reconstruction_backward")
+MIXTURE = ("logistic_mixture_forward", "logistic_mixture_backward")
 NORM, PENALTY = ("group_norm_forward", "group_norm_backward"), ("jacobian_forward", "jacobian_backward")
 QUANTIZE, MOVE = ("codebook_quantize", "codebook_quantize_backward"), ("codebook_sums", "codebook_ema_")
 
@@ -261,6 +270,15 @@ CALLS = (
     Call(
         "loss of the tutorial", "vae_loss", LATENT + LOSS, tutorial, leaves=("x_recon", "mu", "log_var"),
         activations=("x_recon", "mu", "log_var"), workspace=0.2,
+    ),
+    Call(
+        "mixture of logistics", "logistic_mixture_nll", MIXTURE, mixture_and_image, {"num_mixtures": 2}, leaves=("input",),
+        activations=("input",), reductions=SHAPES,
+        module=lambda: fnn.LogisticMixtureNLL(2), module_takes=("input", "target"),
+    ),
+    Call(
+        "one logistic by sample", "logistic_mixture_nll", MIXTURE, logistic_and_image, {"num_mixtures": 1, "reduction": "sample"},
+        leaves=("input",), activations=("input",), reductions=SHAPES,
     ),
     Call(
         "GroupNorm and SiLU in pieces", "group_norm_silu", NORM, lambda source, rows: feature_map(source, rows, 32, "contiguous"),

@@ -429,7 +429,7 @@ def test_every_row_has_every_contract():
     assert pairs == {(str(call), str(place)) for call in CALLS for place in places(*call.operators)}
 
 
-# The operators that no call on a CPU runs through the dispatcher: two that the backward pass calls on a GPU, and two of which a backend
+# The operators that no call on a CPU runs through the dispatcher: three that the backward pass calls on a GPU, and two of which a backend
 # makes jacobian_gram.
 
 
@@ -440,6 +440,8 @@ def samples_of_the_others(source: Source):
         grad_output = torch.tensor(incoming, device=source.device)
         yield "reconstruction_rescale_", (source.normal(5, 6), grad_output, 2.0)
         yield "reconstruction_backward_", (source.normal(5, 6), source.normal(5, 1), grad_output, 2.0, *operands, *numbers)
+        parameters, image = source.normal(2, 20, 6), source.image(2, 3, 6)
+        yield "logistic_mixture_backward_", (source.normal(2, 20, 6), grad_output, 2.0, parameters, image, 2, REDUCTIONS["mean"])
     inner, outer = source.uniform(5, 7), source.uniform(5, 6)
     for left in (source.normal(6, 7), source.normal(5, 6, 7)):
         yield "jacobian_gram_scale", (left, inner, outer)

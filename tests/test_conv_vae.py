@@ -7,7 +7,8 @@ from _helpers import Source, each_place
 from torch import nn
 
 from fastvae.models import ImageVAE
-from fastvae.models.image_vae import Attention, ResidualBlock, bfloat16_pays
+from fastvae.models.image_vae import bfloat16_pays
+from fastvae.models.networks import Attention, ResidualBlock
 from fastvae.nn import GroupNormSiLU
 
 SMALL = {"channels": (8, 16), "blocks": 1, "groups": 4, "latent_channels": 2}

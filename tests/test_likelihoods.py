@@ -1,6 +1,7 @@
 """The contract that every likelihood keeps: reductions, dtypes, shapes, errors, and what torch expects of a module."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fastvae.distributions import (
     Likelihood,
     NegativeBinomialLikelihood,
 )
+from fastvae.models._recipe import from_plain, to_plain
 from fastvae.nn import BCELoss, BCEWithLogitsLoss, GaussianNLL
 
 EACH = pytest.mark.parametrize("name", CASES)
@@ -120,6 +122,14 @@ def test_a_state_dict_restores(name):
     other = CASES[name].make()
     other.load_state_dict(torch.load(file))
     assert torch.equal(other(params, x), likelihood(params, x))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "gaussian_tensor"])
+def test_a_stored_model_makes_it_again(name):
+    likelihood, params, x = build(name)
+    again = from_plain(json.loads(json.dumps(to_plain("likelihood", likelihood))))
+    assert type(again) is type(likelihood)
+    assert torch.equal(again(params, x), likelihood(params, x))
 
 
 @pytest.mark.parametrize("device", DEVICES)

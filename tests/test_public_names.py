@@ -10,7 +10,16 @@ import pytest
 import fastvae
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("fastvae", "fastvae.functional", "fastvae.nn", "fastvae.distributions", "fastvae.models", "fastvae.compat", "fastvae.reference")
+MODULES = (
+    "fastvae",
+    "fastvae.functional",
+    "fastvae.nn",
+    "fastvae.distributions",
+    "fastvae.models",
+    "fastvae.compat",
+    "fastvae.reference",
+    "fastvae.models.networks",
+)
 
 
 def in_a_new_process(code: str) -> str:

@@ -59,6 +59,9 @@ DIFFERENTIATED = {
     "binary_cross_entropy": (lambda x, t, w: reference.binary_cross_entropy(x, t, w), (uniform(3, 4), uniform(3, 4), uniform(4))),
     "mse_loss": (lambda *t: reference.mse_loss(*t, "batchmean"), IMAGES),
     "gaussian_nll": (reference.gaussian_nll, (*IMAGES, normal(2, 1))),
+    "logistic_mixture_nll": (
+        lambda x: reference.logistic_mixture_nll(x, torch.tensor([[[0, 100, 255]] * 2] * 2, dtype=torch.uint8), 2), (normal(2, 12, 3),)
+    ),
     "elbo_loss": (lambda *t: reference.elbo_loss(*t, beta=2.0, capacity=0.3), (*IMAGES, *POSTERIOR[:2])),
     "vae_loss": (reference.vae_loss, (uniform(3, 4), uniform(3, 4), *POSTERIOR[:2])),
     "vector_quantize, vectors": (lambda x: reference.vector_quantize(x, normal(5, 2).detach())[::2], (normal(7, 2),)),

@@ -33,6 +33,11 @@ MODELS = {
     "VAE": (lambda: models.VAE.mlp(16, (8,), 3, beta=fnn.LinearSchedule(4), capacity=1.0), lambda: (uniform(3, 16), uniform(3, 3))),
     "convolutional VAE": (lambda: models.VAE.conv(3), lambda: (uniform(2, 1, 28, 28), uniform(2, 3))),
     "ImageVAE": (small_residual, lambda: (uniform(2, 3, 8, 8), uniform(2, 2, 4, 4))),
+    "LadderVAE": (lambda: models.LadderVAE.mlp(16, (8, 6), (3, 2)), lambda: (uniform(3, 16), (uniform(3, 2), uniform(3, 3)))),
+    "DeepVAE": (
+        lambda: models.DeepVAE.residual(8, 1, (4, 8), 1, 2, groups=2),
+        lambda: (uniform(2, 1, 8, 8), (uniform(2, 2, 4, 4), uniform(2, 2, 8, 8))),
+    ),
     "AE": (lambda: models.AE.conv(3), lambda: (uniform(2, 1, 28, 28),)),
     "SparseAE": (lambda: models.SparseAE.mlp((1, 4, 4), (), 5, code="sigmoid"), lambda: (uniform(2, 1, 4, 4),)),
     "ContractiveAE": (lambda: models.ContractiveAE.mlp((1, 4, 4), (), 5, code="sigmoid"), lambda: (uniform(2, 1, 4, 4),)),

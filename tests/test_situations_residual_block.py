@@ -6,7 +6,7 @@ from _helpers import Source
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastvae.models.image_vae import ResidualBlock
+from fastvae.models.networks import ResidualBlock
 
 
 def residual_block() -> tuple[ResidualBlock, torch.Tensor]:

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import fastvae
 from fastvae.models import VAE, VQVAE, ContractiveAE, ImageVAE
-from fastvae.models.image_vae import ResidualBlock
+from fastvae.models.networks import ResidualBlock
 from fastvae.nn import LinearSchedule
 
 

@@ -25,6 +25,10 @@ SCALARS = {
     "BCE": (places("reconstruction_forward"), lambda x: FV.binary_cross_entropy(x.sigmoid(), torch.full_like(x, 0.3))),
     "MSE": (places("reconstruction_forward"), lambda x: FV.mse_loss(x, torch.full_like(x, 0.3))),
     "Gaussian": (places("reconstruction_forward"), lambda x: FV.gaussian_nll(x, torch.full_like(x, 0.3), x.mean())),
+    "mixture of logistics": (
+        places("logistic_mixture_forward"),
+        lambda x: FV.logistic_mixture_nll(x[:, :2, None], torch.full_like(x[:, :1, None], 0.3), 1),
+    ),
     "KL": (places("latent_forward"), lambda x: FV.kl_normal(x, x, free_bits=0.1)),
     "sample": (places("latent_forward"), lambda x: FV.reparameterize(x, x, seed=3).square().sum()),
     "contractive penalty": (places("jacobian_forward"), lambda x: FV.contractive_penalty(x.sigmoid(), torch.full((4, 5), 0.2))),

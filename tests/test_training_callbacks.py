@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-from fastvae.models import AE, VAE, VQVAE  # noqa: E402
+from fastvae.models import AE, VAE, VQVAE, LadderVAE  # noqa: E402
 from fastvae.training import latents, pictures  # noqa: E402
 from fastvae.training.callbacks import LatentCurves, Pictures, Speed, peak_memory_mib  # noqa: E402
 from fastvae.training.datasets import SklearnDigits  # noqa: E402
@@ -94,6 +94,29 @@ def test_walks_in_the_latent():
     z[0, 1] = -2
     torch.testing.assert_close(moved[5:6], latents.decode(lit, z))
     assert lit.training
+
+
+def test_a_hierarchy_of_latents_has_all_pictures_and_the_kl_of_each_level(tmp_path):
+    torch.manual_seed(0)
+    lit = LitAutoencoder(LadderVAE.mlp((1, 8, 8), (16, 12), (4, 3)))
+    trainer = train(lit, tmp_path, Pictures(every_n_epochs=2, count=4), LatentCurves())
+    found = {path.name for path in (tmp_path / "board" / "pictures" / "epoch_0001").iterdir()}
+    assert found == {f"{name}.png" for name in ("reconstructions", "samples", "interpolations", "traversals")}
+    metrics = trainer.callback_metrics
+    torch.testing.assert_close(metrics["val/kls_0"] + metrics["val/kls_1"], metrics["val/kl"], rtol=1e-4, atol=1e-5)
+    assert "val/active_units" not in metrics
+
+
+def test_walks_in_a_hierarchy_of_latents():
+    torch.manual_seed(0)
+    lit, x = LitAutoencoder(LadderVAE.mlp((1, 8, 8), (16, 12), (4, 3))), torch.rand(4, 1, 8, 8)
+    assert [tuple(z.shape) for z in latents.encode(lit, x)] == [(4, 3), (4, 4)]
+    path = latents.interpolate(lit, x[:2], x[2:], steps=3)
+    torch.testing.assert_close(path, lit.network.interpolate(x[:2], x[2:], 3).flatten(0, 1))
+    top = latents.encode(lit, x[:1])[0].clone()
+    top[0, 1] = -2
+    torch.testing.assert_close(latents.traverse(lit, x, dimensions=9, span=2.0, steps=5)[5:6], lit.network.decode_mean(top).detach())
+    assert latents.sample(lit, 3, seed=0).shape == (3, 1, 8, 8)
 
 
 def test_what_a_network_does_not_have():

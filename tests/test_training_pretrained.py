@@ -17,7 +17,7 @@ from huggingface_hub import hub_mixin  # noqa: E402
 from torch import nn  # noqa: E402
 
 from fastvae.distributions import GaussianLikelihood  # noqa: E402
-from fastvae.models import AE, VAE, VQVAE, VQVAE2, DenoisingAE, ImageVAE, SparseAE, pretrained, registry  # noqa: E402
+from fastvae.models import AE, VAE, VQVAE, VQVAE2, DeepVAE, DenoisingAE, ImageVAE, LadderVAE, SparseAE, pretrained, registry  # noqa: E402
 from fastvae.nn import CapacitySchedule, LinearSchedule, Masking  # noqa: E402
 
 SMALL = {"num_codes": 8, "dim": 4, "channels": 8, "hidden": 4, "blocks": 1}
@@ -29,6 +29,8 @@ MODELS = {
     "VAE": lambda: VAE.mlp(16, (6,), 3, beta=LinearSchedule(7), capacity=CapacitySchedule(9)),
     "learned variance": lambda: VAE.mlp(16, (6,), 3, likelihood=GaussianLikelihood("global")),
     "ImageVAE": lambda: ImageVAE.residual(3, (8, 16), 1, 4, image_size=(16, 8)),
+    "LadderVAE": lambda: LadderVAE.mlp((1, 8, 8), (16, 12), (4, 3), posterior="plain", free_bits=(0.1, 0.2)),
+    "DeepVAE": lambda: DeepVAE.residual((8, 4), 3, (4, 8), (1, 2), 2, 2, beta=LinearSchedule(7)),
     "VQVAE": lambda: VQVAE.conv(3, **SMALL, cosine=True),
     "VQVAE2": lambda: VQVAE2.conv(3, **SMALL),
 }
@@ -49,7 +51,7 @@ def test_a_model_is_made_again(name, tmp_path):
 
 def test_every_network_can_be_described():
     made = {name: make(16, 3) if name.endswith("linear") else make() for name, make in registry.networks().items()}
-    assert len(made) == 22
+    assert len(made) == 24
     for name, model in made.items():
         description = json.loads(json.dumps(registry.describe(model)))
         assert description["network"] == name

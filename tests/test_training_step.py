@@ -19,7 +19,7 @@ from PIL import Image  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 import fastvae.__main__ as command_line  # noqa: E402
-from fastvae.models import AE, VAE, VQVAE, VQVAE2, AEOutput, ContractiveAE, ImageVAE, registry  # noqa: E402
+from fastvae.models import AE, VAE, VQVAE, VQVAE2, AEOutput, ContractiveAE, DeepVAE, ImageVAE, registry  # noqa: E402
 from fastvae.nn import LinearSchedule  # noqa: E402
 from fastvae.training import checkpoints  # noqa: E402
 from fastvae.training.callbacks import AveragedWeights, Pictures, draw_pictures  # noqa: E402
@@ -67,6 +67,7 @@ NETWORKS = {
     "VAE": lambda: VAE.mlp((1, 8, 8), (16,), 3),
     "ContractiveAE": lambda: ContractiveAE.mlp((1, 8, 8), (16,), 3),
     "ImageVAE": lambda: ImageVAE.residual(1, channels=(8, 16), blocks=1, groups=4, latent_channels=2, precision="float32"),
+    "DeepVAE": lambda: DeepVAE.residual(8, 1, (8, 8), 1, 2, groups=4),
     "VQVAE": lambda: VQVAE.conv(1, kmeans_iters=2, revive_below=0.5, **SMALL),
     "VQVAE2": lambda: VQVAE2.conv(1, **SMALL),
 }
@@ -106,9 +107,10 @@ def bytes_for_backward(network: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_checkpointed_activations_take_less_memory():
-    x = torch.rand(2, 1, 32, 32)
-    plain = make("ImageVAE")
+@pytest.mark.parametrize("name", ["ImageVAE", "DeepVAE"])
+def test_checkpointed_activations_take_less_memory(name):
+    x = torch.rand(2, 1, 32, 32) if name == "ImageVAE" else torch.rand(32, 1, 8, 8)
+    plain = make(name)
     checkpointed = LitAutoencoder(copy.deepcopy(plain), gradient_checkpointing=True).network
     assert bytes_for_backward(checkpointed, x) < bytes_for_backward(plain, x) / 2
 

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastvae import ops
-from fastvae.kernels import codebook, group_norm, jacobian, latent, reconstruction
+from fastvae.kernels import codebook, group_norm, jacobian, latent, logistic_mixture, reconstruction
 from fastvae.kernels._launch import Machine
 from fastvae.ops._results import REDUCTIONS
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
@@ -113,6 +113,35 @@ def loss_backward(likelihood, reduction="mean", target=None, target_gradient=Fal
         return reconstruction._backward(ops.reconstruction.backward.arguments(_reduced(dtype, reduction), *operands, *numbers))
 
     return call
+
+
+def mixture_forward(reduction="batchmean", target=torch.uint8, grad=True, mixtures=10, channels=3, positions=1024):
+    def call(dtype):
+        arguments = _mixture_operands(dtype, target, mixtures, channels, positions)
+        return logistic_mixture._forward(ops.logistic_mixture.forward.arguments(*arguments, mixtures, REDUCTIONS[reduction], 1.0, grad))
+
+    return call
+
+
+def mixture_backward(reduction="sample", target=torch.uint8):
+    def call(dtype):
+        input, image = _mixture_operands(dtype, target, 10, 3, 1024)
+        grad_output = empty(*{"none": (BATCH, 1024), "sample": (BATCH,)}[reduction], dtype=dtype if reduction == "none" else torch.float32)
+        return logistic_mixture._backward(ops.logistic_mixture.backward.arguments(grad_output, input, image, 10, REDUCTIONS[reduction]))
+
+    return call
+
+
+def mixture_backward_(dtype):
+    operands = _mixture_operands(dtype, torch.uint8, 10, 3, 1024)
+    logistic_mixture._backward_(
+        ops.logistic_mixture.backward_.arguments(empty(*operands[0].shape, dtype=dtype), empty(), 1.0, *operands, 10, REDUCTIONS["mean"])
+    )
+
+
+def _mixture_operands(dtype, target, mixtures, channels, positions):
+    parameters = ops.logistic_mixture.parameters_per_position(mixtures, channels)
+    return empty(BATCH, parameters, positions, dtype=dtype), empty(BATCH, channels, positions, dtype=target or dtype)
 
 
 def _loss_operands(dtype, target, weight, pos_weight, logvar, batch):
@@ -250,6 +279,7 @@ def moving_averages(dtype):
 ALL, BRIEF, ONE = tuple(DTYPES), ("float32", "bfloat16"), ("sm_90",)
 FORWARD, ROWS, COLUMNS, BACKWARD = (f"latent_{part}_kernel" for part in ("forward", "rows", "columns", "backward"))
 LOSS, LOSS_ROWS, LOSS_BACKWARD, RESCALE = (f"reconstruction_{part}_kernel" for part in ("forward", "rows", "backward", "rescale"))
+MIXTURE = "logistic_mixture_kernel"
 UNITS, WEIGHT, PENALTY = (f"jacobian_{part}_kernel" for part in ("units", "weight", "penalty"))
 GRAM_SCALE, GRAM_REDUCE = "jacobian_gram_scale_kernel", "jacobian_gram_reduce_kernel"
 SEARCH = tuple(f"codebook_{part}_kernel" for part in ("measure", "pack_codes", "pack_rows", "screen", "recheck"))
@@ -310,6 +340,13 @@ CASES = (
     Case("gradients of Gaussian elementwise", (LOSS_BACKWARD,), loss_backward("gaussian", "none", logvar=(1, 1))),
     Case("gradients of BCE from logits in place", (LOSS_BACKWARD,), loss_backward_, ALL),
     Case("rescale in place", (RESCALE,), rescale_, ALL),
+    Case("mixture of logistics", (MIXTURE,), mixture_forward(), ALL),
+    Case("mixture of logistics by sample", (MIXTURE,), mixture_forward("sample", grad=False)),
+    Case("mixture of logistics elementwise, floating target", (MIXTURE,), mixture_forward("none", None, grad=False), WIDE, ONE),
+    Case("one logistic of grey images", (MIXTURE,), mixture_forward(mixtures=1, channels=1), WIDE, ONE),
+    Case("gradients of a mixture of logistics by sample", (MIXTURE,), mixture_backward()),
+    Case("gradients of a mixture of logistics elementwise", (MIXTURE,), mixture_backward("none"), WIDE, ONE),
+    Case("gradients of a mixture of logistics in place", (MIXTURE,), mixture_backward_, WIDE, ONE),
     Case("penalty", (UNITS, WEIGHT), penalty_forward(), ALL),
     Case("penalty with its gradients", (UNITS, WEIGHT, UNITS), penalty_forward(grads=True), BRIEF),
     Case("penalty of few units", (UNITS, WEIGHT), penalty_forward(sizes=(BATCH, 16, BATCH * FEATURES // 16))),

@@ -8,16 +8,16 @@ namespace fastvae {
 
 constexpr int64_t kItemElements = 16384;  // about 10 us of work; a multiple of kTile, the elements that a kernel handles at a time
 
-// The partition of (rows, inner) elements in row-major order into items of about kItemElements, each a piece of one long row or several
+// The partition of (rows, inner) elements in row-major order into items of about item_elements, each a piece of one long row or several
 // short rows. An item, which is what one thread takes at a time, adds each of its rows to a slot that no other item writes. The slots of a
 // row, slots_per_row of them, are adjacent.
 struct Partition {
-  int64_t rows, inner;
+  int64_t rows, inner, item_elements;
   int64_t slots_per_row, rows_per_item;
 
-  Partition(int64_t rows, int64_t inner) : rows(rows), inner(inner) {
-    slots_per_row = inner > kItemElements ? ceil_div(inner, kItemElements) : 1;
-    rows_per_item = inner > 0 && inner < kItemElements ? kItemElements / inner : 1;
+  Partition(int64_t rows, int64_t inner, int64_t item_elements = kItemElements) : rows(rows), inner(inner), item_elements(item_elements) {
+    slots_per_row = inner > item_elements ? ceil_div(inner, item_elements) : 1;
+    rows_per_item = inner > 0 && inner < item_elements ? item_elements / inner : 1;
   }
 
   int64_t items() const {
@@ -28,11 +28,11 @@ struct Partition {
 
   // The elements [begin, end) of an item.
   int64_t begin(int64_t item) const {
-    return slots_per_row > 1 ? (item / slots_per_row) * inner + (item % slots_per_row) * kItemElements : item * rows_per_item * inner;
+    return slots_per_row > 1 ? (item / slots_per_row) * inner + (item % slots_per_row) * item_elements : item * rows_per_item * inner;
   }
   int64_t end(int64_t item) const {
     int64_t row_end = slots_per_row > 1 ? (item / slots_per_row + 1) * inner : rows * inner;
-    int64_t item_end = begin(item) + (slots_per_row > 1 ? kItemElements : rows_per_item * inner);
+    int64_t item_end = begin(item) + (slots_per_row > 1 ? item_elements : rows_per_item * inner);
     return item_end < row_end ? item_end : row_end;
   }
   // The slot to which an item adds an element.

@@ -128,6 +128,20 @@ __device__ __forceinline__ void store(const Output& to, int64_t first, int count
   }
 }
 
+// Loads one element of a tensor whose dtype is known at run time; a uint8 pixel stands for a value in [0, 1].
+__device__ __forceinline__ float load_one(const void* from, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::float32:
+      return static_cast<const float*>(from)[index];
+    case DType::bfloat16:
+      return to_float(static_cast<const BFloat16*>(from)[index]);
+    case DType::float16:
+      return to_float(static_cast<const Half*>(from)[index]);
+    default:
+      return to_float(static_cast<const uint8_t*>(from)[index]);
+  }
+}
+
 // Stores one element of a tensor whose dtype is known at run time.
 __device__ __forceinline__ void store_one(const Output& to, int64_t index, double value) {
   switch (to.dtype) {

@@ -134,6 +134,16 @@ inline ColumnSums column_sums_of(int64_t rows, int64_t columns, int64_t inner) {
   return c;
 }
 
+// The partition of a sum over each of `columns` runs of `rows` adjacent elements, each of which costs so much that a thread handles one at
+// a time: a split has one for each thread of its block at least.
+inline ColumnSums position_sums_of(int64_t rows, int64_t columns) {
+  ColumnSums c{rows, columns, divider(rows), rows, 1, static_cast<int>(columns), 1};
+  int64_t most = max64(min64(ceil_div(rows, kThreads), kMaxColumnBlocks / columns), 1);
+  c.rows_per_split = ceil_div(ceil_div(rows, most), kThreads) * kThreads;
+  c.splits = static_cast<int>(ceil_div(rows, c.rows_per_split));
+  return c;
+}
+
 // The element that is row `row` of column `column`.
 FASTVAE_INLINE int64_t column_element(const ColumnSums& c, int64_t row, int64_t column) {
   int64_t outer = quotient(c.inner, row);

@@ -177,19 +177,6 @@ struct ReconstructionSharedLogvarParams : ReconstructionParams<T> {
   Workspace workspace;
 };
 
-__device__ __forceinline__ float target_value(const void* from, DType dtype, int64_t element) {
-  switch (dtype) {
-    case DType::float32:
-      return static_cast<const float*>(from)[element];
-    case DType::bfloat16:
-      return to_float(static_cast<const BFloat16*>(from)[element]);
-    case DType::float16:
-      return to_float(static_cast<const Half*>(from)[element]);
-    default:
-      return to_float(static_cast<const uint8_t*>(from)[element]);
-  }
-}
-
 // Computes the gradient of a log variance whose values are shared, for example one a channel: each value gets the sum over its elements.
 // This is a second pass over input and target.
 template <class T>
@@ -198,7 +185,7 @@ __global__ void __launch_bounds__(kThreads)
   if (is_done(p)) return;
   auto gradient = [&](int64_t element) {
     float logvar = operand_value<T>(p.extra, value_index(p.extra, element));
-    LossTerms<float> terms = Gaussian::terms(to_float(p.input[element]), target_value(p.target, p.target_dtype, element), logvar);
+    LossTerms<float> terms = Gaussian::terms(to_float(p.input[element]), load_one(p.target, p.target_dtype, element), logvar);
     float factor = scaled_grad_output(p, element);
     if (p.weight.data) factor *= operand_value<T>(p.weight, p.weight.full ? element : value_index(p.weight, element));
     return terms.logvar * factor;

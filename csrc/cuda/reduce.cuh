@@ -278,16 +278,13 @@ __device__ __forceinline__ T column_block_sum(T value, int width) {
   return total;
 }
 
-// Computes finish(column, sum of element(i) over the elements i of the column). The grid is (groups, splits); with several splits each
+// Adds the values of the threads that share a column and calls finish(column, sum). The grid is (groups, splits); with several splits each
 // block stores partial sums in slots (splits, columns), and the last block of a group adds them.
-template <class Element, class Finish>
-__device__ __forceinline__ void sum_columns(const ColumnSums& c, const Workspace& workspace, Element element, Finish finish) {
+template <class Finish>
+__device__ __forceinline__ void finish_columns(const ColumnSums& c, const Workspace& workspace, float value, Finish finish) {
   int thread = threadIdx.x, width = c.width, part = thread / width, parts = kThreads / width;
   int64_t column = static_cast<int64_t>(blockIdx.x) * width + thread % width;
   bool inside = column < c.columns, first = thread < width;
-  int64_t begin = blockIdx.y * c.rows_per_split, end = min64(begin + c.rows_per_split, c.rows);
-  float value = 0.0f;
-  if (inside) value = sum_strided<float>(begin + part, end, parts, [&](int64_t row) { return element(column_element(c, row, column)); });
   value = column_block_sum(value, width);
   if (c.splits == 1) {
     if (first && inside) finish(column, static_cast<double>(value));
@@ -300,6 +297,18 @@ __device__ __forceinline__ void sum_columns(const ColumnSums& c, const Workspace
     total = sum_strided<double>(part, c.splits, parts, [&](int64_t split) { return __ldcg(workspace.slots + split * c.columns + column); });
   total = column_block_sum(total, width);
   if (first && inside) finish(column, total);
+}
+
+// Computes finish(column, sum of element(i) over the elements i of the column).
+template <class Element, class Finish>
+__device__ __forceinline__ void sum_columns(const ColumnSums& c, const Workspace& workspace, Element element, Finish finish) {
+  int part = threadIdx.x / c.width, parts = kThreads / c.width;
+  int64_t column = static_cast<int64_t>(blockIdx.x) * c.width + threadIdx.x % c.width;
+  int64_t begin = blockIdx.y * c.rows_per_split, end = min64(begin + c.rows_per_split, c.rows);
+  float value = 0.0f;
+  if (column < c.columns)
+    value = sum_strided<float>(begin + part, end, parts, [&](int64_t row) { return element(column_element(c, row, column)); });
+  finish_columns(c, workspace, value, finish);
 }
 
 }  // namespace fastvae

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 
 from fastvae.distributions.bernoulli import BernoulliLikelihood, BernoulliProbsLikelihood
 from fastvae.distributions.categorical import CategoricalLikelihood
+from fastvae.distributions.conditional import ConditionalPrior
 from fastvae.distributions.counts import NegativeBinomialLikelihood, ZeroInflatedNegativeBinomialLikelihood
 from fastvae.distributions.gaussian import GaussianLikelihood
 from fastvae.distributions.laplace import LaplaceLikelihood
 from fastvae.distributions.likelihood import Likelihood
+from fastvae.distributions.logistic_mixture import DiscretizedLogisticLikelihood, LogisticMixtureLikelihood
 from fastvae.distributions.posterior import CholeskyPosterior, DiagonalPosterior, Posterior
 from fastvae.distributions.prior import DiagonalPrior, MixturePrior, Prior, StandardPrior, VampPrior
 
@@ -20,13 +22,16 @@ __all__ = [
     "BernoulliProbsLikelihood",
     "CategoricalLikelihood",
     "CholeskyPosterior",
+    "ConditionalPrior",
     "DiagonalPosterior",
     "DiagonalPrior",
+    "DiscretizedLogisticLikelihood",
     "FlowPosterior",
     "FlowPrior",
     "GaussianLikelihood",
     "LaplaceLikelihood",
     "Likelihood",
+    "LogisticMixtureLikelihood",
     "MixturePrior",
     "NegativeBinomialLikelihood",
     "Posterior",

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -25,7 +26,8 @@ def _recording(init: Callable) -> Callable:
 class Stored:
     """A base of priors, posteriors and likelihoods: ``options`` holds the arguments of the constructor by name."""
 
-    options: dict[str, Any]
+    # A class without a constructor of its own has no arguments.
+    options: Mapping[str, Any] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

@@ -59,6 +59,11 @@ class DiagonalNormal(NamedTuple):
     def log_prob(self, z: Tensor) -> Tensor:
         return sum_latent(normal_log_prob(z, self.mu, self.logvar), self.mu.ndim - 1)
 
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` draws, which go through the distributions of the batch again and again; their number divides ``n``."""
+        times = n // len(self.mu), *(1,) * (self.mu.ndim - 1)
+        return FV.reparameterize(self.mu.repeat(times), self.logvar.repeat(times), eps=draw_noise(n, self.mu[0], generator))
+
     def rsample(self, num_samples: int | None = None, **noise) -> Tensor:
         """A draw with gradients."""
         return FV.reparameterize(self.mu, self.logvar, num_samples=num_samples, **noise)

@@ -5,6 +5,7 @@ from fastvae.functional.codebook import codebook_ema_update_, vector_quantize, v
 from fastvae.functional.group_norm import group_norm_silu
 from fastvae.functional.jacobian import contractive_penalty, explain_jacobian_method, jacobian_frobenius
 from fastvae.functional.latent import kl_normal, reparameterize, reparameterize_kl
+from fastvae.functional.logistic_mixture import logistic_mixture_nll
 from fastvae.functional.reconstruction import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -28,6 +29,7 @@ __all__ = [
     "group_norm_silu",
     "jacobian_frobenius",
     "kl_normal",
+    "logistic_mixture_nll",
     "mse_loss",
     "reparameterize",
     "reparameterize_kl",

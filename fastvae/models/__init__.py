@@ -6,16 +6,24 @@ which takes its sizes and the options of the class: ``VAE.conv(latent_dim=20, be
 
 from fastvae.models.autoencoder import AE, AEOutput, ContractiveAE, DenoisingAE, SparseAE, StackedAE
 from fastvae.models.beta_tc_vae import BetaTCOutput, BetaTCVAE
+from fastvae.models.conditional import CVAE
+from fastvae.models.deep_vae import DeepVAE
 from fastvae.models.dip_vae import DIPVAE, DIPOutput
+from fastvae.models.hierarchy import HierarchicalVAE, HierarchyOutput
 from fastvae.models.image_vae import ImageVAE
 from fastvae.models.info_vae import InfoVAE, InfoVAEOutput
 from fastvae.models.iwae import IWAE, IWAEOutput
+from fastvae.models.ladder_vae import LadderVAE
+from fastvae.models.semi_supervised import SemiSupervisedOutput, SemiSupervisedVAE
+from fastvae.models.sequence_vae import SequenceVAE, SequenceVAEOutput
 from fastvae.models.vae import VAE, VAEOutput
+from fastvae.models.vq_prior import IndexPrior, IndexPriorOutput
 from fastvae.models.vqvae import VQVAE, VQVAE2, VQVAEOutput
 from fastvae.models.wae import WAE
 
 __all__ = [
     "AE",
+    "CVAE",
     "DIPVAE",
     "IWAE",
     "VAE",
@@ -27,11 +35,21 @@ __all__ = [
     "BetaTCVAE",
     "ContractiveAE",
     "DIPOutput",
+    "DeepVAE",
     "DenoisingAE",
+    "HierarchicalVAE",
+    "HierarchyOutput",
     "IWAEOutput",
     "ImageVAE",
+    "IndexPrior",
+    "IndexPriorOutput",
     "InfoVAE",
     "InfoVAEOutput",
+    "LadderVAE",
+    "SemiSupervisedOutput",
+    "SemiSupervisedVAE",
+    "SequenceVAE",
+    "SequenceVAEOutput",
     "SparseAE",
     "StackedAE",
     "VAEOutput",

@@ -58,7 +58,7 @@ def ready_made(make: Callable[P, R]) -> Callable[P, R]:
 
 
 def to_plain(name: str, value: Any) -> Any:
-    """An option as JSON has it: an object becomes ``{"class": its name, ...its arguments}``.
+    """An option as JSON has it: an object becomes ``{"class": its name, ...its arguments}``, a model ``{"class": its network, ...}``.
 
     Raises:
         ValueError: for an object that no recipe can hold, naming the option.
@@ -71,6 +71,8 @@ def to_plain(name: str, value: Any) -> Any:
         return {"class": type(value).__name__, **dataclasses.asdict(value)}
     if type(value) in _CORRUPTIONS:
         return {"class": type(value).__name__, **{argument: getattr(value, argument) for argument in _CORRUPTIONS[type(value)]}}
+    if isinstance(getattr(value, "recipe", None), Recipe):
+        return {"class": value.recipe.name, **{option: to_plain(option, part) for option, part in value.recipe.options.items()}}
     if isinstance(value, Stored) and type(value).__name__ in distributions.__all__:
         return {"class": type(value).__name__, **{argument: to_plain(argument, option) for argument, option in value.options.items()}}
     parts = f"{', '.join(_PARTS)} and what fastvae.distributions has"
@@ -84,6 +86,12 @@ def from_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         arguments = dict(value)
         name = arguments.pop("class")
-        part = _PARTS[name] if name in _PARTS else getattr(distributions, name)
+        if "." in name:
+            # It knows every model, so it is imported when all of them are.
+            from fastvae.models import registry
+
+            part: Any = registry.find_network(name)
+        else:
+            part = _PARTS[name] if name in _PARTS else getattr(distributions, name)
         return part(**{argument: from_plain(option) for argument, option in arguments.items()})
     return value

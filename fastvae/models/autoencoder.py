@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastvae import functional as FV
 from fastvae._pytree import exportable
-from fastvae._types import LayerActivation, ReconLoss, SparsePenalty, check_choice
+from fastvae._types import Initialisation, LayerActivation, Pooling, ReconLoss, SparsePenalty, check_choice
 from fastvae.functional._checks import check_nonnegative
-from fastvae.models import _networks
+from fastvae.models import networks
 from fastvae.models._hub import Pretrained
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
@@ -80,6 +80,9 @@ class AE(nn.Module, Pretrained):
         activation: LayerActivation = "relu",
         code: LayerActivation = "identity",
         output: LayerActivation = "sigmoid",
+        init: Initialisation = "default",
+        dropout: float = 0.0,
+        spectral_norm: bool = False,
         **options,
     ) -> AnyAE:
         """An MLP and its mirror image, 784-512-256-32-256-512-784 by default.
@@ -88,13 +91,14 @@ class AE(nn.Module, Pretrained):
             data_shape: shape of one ``x``, an integer for a vector.
             hidden: units of the hidden layers; none for a single layer.
             latent_dim: units of the code.
-            activation: of the hidden layers: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"sigmoid"``, ``"tanh"`` or ``"identity"``.
+            activation, init, dropout, spectral_norm: of all layers, see :class:`fastvae.models.networks.Layers`.
             code: activation of the code.
             output: activation of the reconstruction, by the range of the data; ``"identity"`` for logits.
             options: those of the class.
         """
-        encoder, decoder = _networks.mlp(data_shape, hidden, latent_dim, activation=activation, code=code, output=output)
-        return cls(encoder, decoder, **options)
+        layers = networks.Layers(activation, init, dropout, spectral_norm)
+        encoder, decoder = networks.mlp(data_shape, hidden, latent_dim, code=code, output=output, layers=layers)
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
 
     @classmethod
     @ready_made
@@ -115,7 +119,75 @@ class AE(nn.Module, Pretrained):
         Args:
             latent_dim, output, options: see :meth:`mlp`.
         """
-        encoder, decoder = _networks.conv(latent_dim, output=output)
+        encoder, decoder = networks.conv(latent_dim, output=output)
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
+
+    @classmethod
+    @ready_made
+    def strided_conv(
+        cls: type[AnyAE],
+        image_size: int | tuple[int, int] = 28,
+        in_channels: int = 1,
+        channels: Sequence[int] = (32, 64),
+        hidden: Sequence[int] = (256,),
+        latent_dim: int = 32,
+        *,
+        activation: LayerActivation = "relu",
+        code: LayerActivation = "identity",
+        output: LayerActivation = "sigmoid",
+        init: Initialisation = "default",
+        dropout: float = 0.0,
+        spectral_norm: bool = False,
+        **options,
+    ) -> AnyAE:
+        """Convolutions of stride 2 and linear layers each way, for images of any size; that of :meth:`conv` by default.
+
+        Args:
+            image_size, in_channels, channels, hidden: see :meth:`fastvae.models.VAE.strided_conv`.
+            latent_dim, activation, code, output, init, dropout, spectral_norm, options: see :meth:`mlp`.
+        """
+        layers = networks.Layers(activation, init, dropout, spectral_norm)
+        encoder, decoder = networks.strided_conv(
+            image_size, in_channels, channels, hidden, latent_dim, code=code, output=output, layers=layers
+        )
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
+
+    @classmethod
+    @ready_made
+    def transformer(
+        cls: type[AnyAE],
+        image_size: int | tuple[int, int] = 28,
+        in_channels: int = 1,
+        patch_size: int = 7,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        latent_dim: int = 32,
+        *,
+        pooling: Pooling = "token",
+        activation: LayerActivation = "silu",
+        code: LayerActivation = "identity",
+        output: LayerActivation = "sigmoid",
+        init: Initialisation = "default",
+        dropout: float = 0.0,
+        spectral_norm: bool = False,
+        **options,
+    ) -> AnyAE:
+        """A transformer over patches each way.
+
+        Args:
+            image_size, in_channels, patch_size, width, depth, heads, pooling: see :meth:`fastvae.models.VAE.transformer`.
+            latent_dim, activation, code, output, init, dropout, spectral_norm, options: see :meth:`mlp`.
+        """
+        layers = networks.Layers(activation, init, dropout, spectral_norm)
+        encoder, decoder = networks.transformer(
+            image_size, in_channels, patch_size, width, depth, heads, latent_dim, pooling=pooling, code=code, output=output, layers=layers
+        )
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
+
+    @classmethod
+    def _of_networks(cls: type[AnyAE], encoder: nn.Module, decoder: nn.Module, latent_dim: int, **options) -> AnyAE:
+        """The model of ready-made networks; a subclass that takes more than the two overrides it."""
         return cls(encoder, decoder, **options)
 
     def extra_repr(self) -> str:

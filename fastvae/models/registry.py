@@ -10,18 +10,26 @@ from torch import nn
 from fastvae.models._recipe import Recipe, from_plain, to_plain
 from fastvae.models.autoencoder import AE, ContractiveAE, DenoisingAE, SparseAE, StackedAE
 from fastvae.models.beta_tc_vae import BetaTCVAE
+from fastvae.models.conditional import CVAE
+from fastvae.models.deep_vae import DeepVAE
 from fastvae.models.dip_vae import DIPVAE
 from fastvae.models.image_vae import ImageVAE
 from fastvae.models.info_vae import InfoVAE
 from fastvae.models.iwae import IWAE
+from fastvae.models.ladder_vae import LadderVAE
+from fastvae.models.semi_supervised import SemiSupervisedVAE
+from fastvae.models.sequence_vae import SequenceVAE
 from fastvae.models.vae import VAE
+from fastvae.models.vq_prior import IndexPrior
 from fastvae.models.vqvae import VQVAE, VQVAE2
 from fastvae.models.wae import WAE
 
 MODELS: tuple[type[nn.Module], ...] = (
     *(AE, DenoisingAE, SparseAE, ContractiveAE, StackedAE, WAE),
     *(VAE, ImageVAE, IWAE, BetaTCVAE, DIPVAE, InfoVAE),
-    *(VQVAE, VQVAE2),
+    *(CVAE, SemiSupervisedVAE),
+    *(LadderVAE, DeepVAE),
+    *(VQVAE, VQVAE2, IndexPrior, SequenceVAE),
 )
 
 

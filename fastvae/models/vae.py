@@ -1,13 +1,13 @@
 """Variational autoencoders (Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvae._pytree import exportable
-from fastvae._types import LayerActivation
+from fastvae._types import Initialisation, LayerActivation, Pooling
 from fastvae._types import Likelihood as LikelihoodName
 from fastvae.distributions.divergence import sample_with_kl
 from fastvae.distributions.likelihood import Likelihood
@@ -16,12 +16,12 @@ from fastvae.distributions.normal import StandardNormal
 from fastvae.distributions.posterior import DiagonalPosterior, Posterior
 from fastvae.distributions.prior import Prior, StandardPrior, VampPrior, check_shape
 from fastvae.functional._checks import check_nonnegative
-from fastvae.models import _networks
+from fastvae.models import networks
 from fastvae.models._hub import Pretrained
 from fastvae.models._inputs import as_float, parameter_dtype
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
-from fastvae.models.bounds import importance_bound
+from fastvae.models.bounds import importance_bound, log_weights
 from fastvae.nn import KLPenalty
 from fastvae.nn.schedules import Schedule
 
@@ -119,8 +119,8 @@ class VAE(nn.Module, Pretrained):
             latent_dim: size of ``z``: 20 for quality, 2 for pictures of the latent space.
             options: those of the class.
         """
-        code_dim, outputs = network_sizes(latent_dim, **options)
-        encoder, decoder = _networks.conv(latent_dim, code_dim=code_dim, outputs=outputs)
+        code_dim, outputs = network_sizes(latent_dim, options)
+        encoder, decoder = networks.conv(latent_dim, code_dim=code_dim, outputs=outputs)
         return cls(encoder, decoder, latent_dim, **options)
 
     @classmethod
@@ -132,6 +132,9 @@ class VAE(nn.Module, Pretrained):
         latent_dim: int = 20,
         *,
         activation: LayerActivation = "relu",
+        init: Initialisation = "default",
+        dropout: float = 0.0,
+        spectral_norm: bool = False,
         **options,
     ) -> AnyVAE:
         """An MLP and its mirror image, 784-400-20-400-784 by default; the decoder gives logits.
@@ -140,11 +143,97 @@ class VAE(nn.Module, Pretrained):
             data_shape: shape of one ``x``, an integer for a vector.
             hidden: units of the hidden layers; none for a single layer.
             latent_dim: size of ``z``.
-            activation: of the hidden layers: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"sigmoid"``, ``"tanh"`` or ``"identity"``.
+            activation, init, dropout, spectral_norm: of all layers, see :class:`fastvae.models.networks.Layers`.
             options: those of the class.
         """
-        code_dim, outputs = network_sizes(latent_dim, **options)
-        encoder, decoder = _networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, outputs=outputs, activation=activation)
+        layers = networks.Layers(activation, init, dropout, spectral_norm)
+        code_dim, outputs = network_sizes(latent_dim, options)
+        encoder, decoder = networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, outputs=outputs, layers=layers)
+        return cls(encoder, decoder, latent_dim, **options)
+
+    @classmethod
+    @ready_made
+    def strided_conv(
+        cls: type[AnyVAE],
+        image_size: int | tuple[int, int] = 28,
+        in_channels: int = 1,
+        channels: Sequence[int] = (32, 64),
+        hidden: Sequence[int] = (256,),
+        latent_dim: int = 20,
+        *,
+        activation: LayerActivation = "relu",
+        init: Initialisation = "default",
+        dropout: float = 0.0,
+        spectral_norm: bool = False,
+        **options,
+    ) -> AnyVAE:
+        """Convolutions of stride 2 and linear layers each way, for images of any size; that of :meth:`conv` by default.
+
+        Args:
+            image_size: height and width of the images, one number for both.
+            in_channels: channels of the images.
+            channels: channels behind each convolution, which halves height and width.
+            hidden: units of the hidden linear layers between the convolutions and ``z``.
+            latent_dim: size of ``z``.
+            activation, init, dropout, spectral_norm: of all layers, see :class:`fastvae.models.networks.Layers`.
+            options: those of the class.
+        """
+        layers = networks.Layers(activation, init, dropout, spectral_norm)
+        code_dim, outputs = network_sizes(latent_dim, options)
+        encoder, decoder = networks.strided_conv(
+            image_size, in_channels, channels, hidden, latent_dim, code_dim=code_dim, outputs=outputs, layers=layers
+        )
+        return cls(encoder, decoder, latent_dim, **options)
+
+    @classmethod
+    @ready_made
+    def transformer(
+        cls: type[AnyVAE],
+        image_size: int | tuple[int, int] = 28,
+        in_channels: int = 1,
+        patch_size: int = 7,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        latent_dim: int = 20,
+        *,
+        pooling: Pooling = "token",
+        activation: LayerActivation = "silu",
+        init: Initialisation = "default",
+        dropout: float = 0.0,
+        spectral_norm: bool = False,
+        **options,
+    ) -> AnyVAE:
+        """A transformer over patches each way (Dosovitskiy et al., *An Image is Worth 16x16 Words*, 2021).
+
+        Args:
+            image_size: height and width of the images, multiples of ``patch_size``; one number for both.
+            in_channels: channels of the images.
+            patch_size: height and width of a patch.
+            width: units of a patch.
+            depth: blocks of the encoder and of the decoder.
+            heads: of each block's attention, a divisor of ``width``.
+            latent_dim: size of ``z``.
+            pooling: the posterior comes from a learned ``"token"`` that goes through the encoder with the patches, or from the ``"mean"``
+                of all patches.
+            activation, init, dropout, spectral_norm: of all layers, see :class:`fastvae.models.networks.Layers`.
+            options: those of the class.
+        """
+        layers = networks.Layers(activation, init, dropout, spectral_norm)
+        code_dim, outputs = network_sizes(latent_dim, options)
+        encoder, decoder = networks.transformer(
+            image_size,
+            in_channels,
+            patch_size,
+            width,
+            depth,
+            heads,
+            latent_dim,
+            code_dim=code_dim,
+            outputs=outputs,
+            pooling=pooling,
+            layers=layers,
+        )
         return cls(encoder, decoder, latent_dim, **options)
 
     def extra_repr(self) -> str:
@@ -180,10 +269,12 @@ class VAE(nn.Module, Pretrained):
             eps: the noise, in the shape of ``z``; drawn where it is not given, by ``generator`` or ``seed``.
         """
         q = self.encode(x)
-        p = self.prior_distribution(q)
-        noise: dict[str, Any] = {"eps": eps, "generator": generator, "seed": seed}
+        return self.bound(x, q, self.prior_distribution(q), self.decode, eps=eps, generator=generator, seed=seed)
+
+    def bound(self, x: Tensor, q: Any, p: Any, decode: Callable[[Tensor], Tensor], **noise) -> Any:
+        """The output of a call, by the posterior and the prior's distribution of a batch and the decoder."""
         z, kl = sample_with_kl(q, p, num_samples=self.num_samples, free_bits=self.free_bits, **noise)
-        recon = self.decode_samples(z, self.num_samples)
+        recon = decode_samples(decode, z, self.num_samples)
         recon_loss = self.recon_loss(recon, x, self.num_samples)
         return self.objective(VAETerms(x, q, p, z, kl, recon, recon_loss))
 
@@ -194,7 +285,7 @@ class VAE(nn.Module, Pretrained):
 
     def decode_samples(self, z: Tensor, num_samples: int | None) -> Tensor:
         """The decoder's output for one ``z`` a sample, or for several on a first dimension."""
-        return self.decode(z) if num_samples is None else self.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return decode_samples(self.decode, z, num_samples)
 
     def recon_loss(
         self, recon: Tensor, x: Tensor, num_samples: int | None, reduction: Literal["batchmean", "sample"] = "batchmean"
@@ -222,9 +313,13 @@ class VAE(nn.Module, Pretrained):
     def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
         """Decodes ``steps`` points on the line between the posterior means of two batches: ``(batch, steps, ...)``, both ends included."""
         first, last = self.encode(start).mean, self.encode(end).mean
-        weights = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype).view(-1, *(1,) * (first.ndim - 1))
-        path = torch.lerp(first.unsqueeze(1), last.unsqueeze(1), weights)
-        return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2])
+        weights = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype).view(-1, *(1,) * first.ndim)
+        path = torch.lerp(first, last, weights)
+        return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2]).transpose(0, 1)
+
+    def log_weights(self, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """The log importance weights of draws of the posterior, ``(num_samples, batch)``, see :func:`fastvae.models.bounds.log_weights`."""
+        return log_weights(self, x, num_samples, generator=generator)
 
     @reading
     def log_prob_bound(
@@ -259,12 +354,19 @@ class VAETerms(NamedTuple):
     recon_loss: Tensor
 
 
-def network_sizes(
-    latent_dim: int, *, posterior: Posterior | None = None, likelihood: LikelihoodName | Likelihood = "bernoulli_logits", **_: Any
-) -> tuple[int, int]:
-    """How many numbers the encoder of a ready-made network gives, and how many its decoder gives for each element, by a model's options."""
+def decode_samples(decode: Callable[[Tensor], Tensor], z: Tensor, num_samples: int | None) -> Tensor:
+    """The decoder's output for one ``z`` a sample, or for several on a first dimension, which go through it as one batch."""
+    return decode(z) if num_samples is None else decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+
+def network_sizes(latent_dim: int, options: Mapping[str, Any]) -> tuple[int, int]:
+    """How many numbers the encoder of a ready-made network gives, and how many its decoder gives for each element, by a model's options.
+
+    It takes them as one argument: from calls with ``**options`` the command line reads which options there are.
+    """
+    posterior: Posterior | None = options.get("posterior")
     code_dim = 2 * latent_dim if posterior is None else posterior.parameters_for(latent_dim)
-    return code_dim, likelihood_of(likelihood).parameters_per_element
+    return code_dim, likelihood_of(options.get("likelihood", "bernoulli_logits")).parameters_per_element
 
 
 def _prior_of(latent_shape: int | Sequence[int] | None, prior: Prior | None) -> Prior | None:

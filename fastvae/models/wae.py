@@ -1,19 +1,16 @@
 """The Wasserstein autoencoder with a maximum mean discrepancy (Tolstikhin et al., *Wasserstein Auto-Encoders*, 2018)."""
 
-from collections.abc import Sequence
 from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastvae._types import Kernel, LayerActivation, ReconLoss, check_choice
+from fastvae._types import Kernel, ReconLoss, check_choice
 from fastvae.distributions.prior import Prior, StandardPrior
 from fastvae.functional._checks import check_nonnegative
-from fastvae.models import _networks
 from fastvae.models._inputs import parameter_dtype
 from fastvae.models._mmd import squared_mmd
 from fastvae.models._reading import reading
-from fastvae.models._recipe import ready_made
 from fastvae.models.autoencoder import AE
 
 AnyWAE = TypeVar("AnyWAE", bound="WAE")
@@ -47,26 +44,7 @@ class WAE(AE):
         self.kernel = check_choice("kernel", kernel, get_args(Kernel))
 
     @classmethod
-    @ready_made
-    def mlp(
-        cls: type[AnyWAE],
-        data_shape: int | Sequence[int] = (1, 28, 28),
-        hidden: Sequence[int] = (512, 256),
-        latent_dim: int = 8,
-        *,
-        activation: LayerActivation = "relu",
-        output: LayerActivation = "sigmoid",
-        **options,
-    ) -> AnyWAE:
-        """An MLP and its mirror image; see :meth:`fastvae.models.AE.mlp`."""
-        encoder, decoder = _networks.mlp(data_shape, hidden, latent_dim, activation=activation, output=output)
-        return cls(encoder, decoder, StandardPrior(latent_dim), **options)
-
-    @classmethod
-    @ready_made
-    def conv(cls: type[AnyWAE], latent_dim: int = 8, *, output: LayerActivation = "sigmoid", **options) -> AnyWAE:
-        """Two convolutions of stride 2 and two linear layers each way, for images of 1 x 28 x 28; see :meth:`fastvae.models.AE.conv`."""
-        encoder, decoder = _networks.conv(latent_dim, output=output)
+    def _of_networks(cls: type[AnyWAE], encoder: nn.Module, decoder: nn.Module, latent_dim: int, **options) -> AnyWAE:
         return cls(encoder, decoder, StandardPrior(latent_dim), **options)
 
     def extra_repr(self) -> str:

@@ -1,8 +1,18 @@
 """Modules around :mod:`fastvae.functional`: losses, sampling, schedules, preprocessing and corruption."""
 
+from fastvae.nn.conditioning import (
+    Concatenation,
+    ConditionalBatchNorm,
+    Conditioned,
+    ConditionedSequential,
+    CrossAttention,
+    FiLM,
+    conditioned,
+)
+from fastvae.nn.conditions import ClassCondition, Condition, ConditionEmbedding, SequenceCondition, VectorCondition
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 from fastvae.nn.group_norm import GroupNormSiLU
-from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, ELBOLoss, GaussianNLL, KLPenalty, MSELoss
+from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, ELBOLoss, GaussianNLL, KLPenalty, LogisticMixtureNLL, MSELoss
 from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
 from fastvae.nn.residual_quantizer import ResidualVectorQuantizer
 from fastvae.nn.sampling import Reparameterize, ReparameterizeKL
@@ -14,14 +24,24 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CapacitySchedule",
+    "ClassCondition",
+    "Concatenation",
+    "Condition",
+    "ConditionEmbedding",
+    "ConditionalBatchNorm",
+    "Conditioned",
+    "ConditionedSequential",
     "CosineSchedule",
+    "CrossAttention",
     "CyclicalSchedule",
     "ELBOLoss",
+    "FiLM",
     "GaussianNLL",
     "GaussianNoise",
     "GroupNormSiLU",
     "KLPenalty",
     "LinearSchedule",
+    "LogisticMixtureNLL",
     "MSELoss",
     "Masking",
     "MinMaxScaler",
@@ -29,8 +49,11 @@ __all__ = [
     "ReparameterizeKL",
     "ResidualVectorQuantizer",
     "SaltAndPepper",
+    "SequenceCondition",
     "StandardScaler",
     "UpsampleConv2d",
     "VQOutput",
+    "VectorCondition",
     "VectorQuantizer",
+    "conditioned",
 ]

@@ -106,6 +106,28 @@ class GaussianNLL(_Loss):
         return FV.gaussian_nll(input, target, self.logvar, reduction or self.reduction)
 
 
+class LogisticMixtureNLL(_Loss):
+    """:func:`fastvae.functional.logistic_mixture_nll` as a module.
+
+    Args:
+        num_mixtures: the number of components.
+        reduction: ``"none"`` one value a position, ``"sample"`` sum over all but the batch dimension, ``"batchmean"`` mean of those (nats
+            per sample), ``"sum"``, or ``"mean"`` over positions.
+    """
+
+    def __init__(self, num_mixtures: int = 10, reduction: Reduction = "batchmean"):
+        super().__init__(reduction)
+        self.num_mixtures = num_mixtures
+
+    def forward(self, input: Tensor, target: Tensor, *, reduction: Reduction | None = None) -> Tensor:
+        """The negative log-likelihood of an 8-bit image under the parameters ``input``; ``reduction`` overrides the module's for this
+        call."""
+        return FV.logistic_mixture_nll(input, target, self.num_mixtures, reduction or self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"num_mixtures={self.num_mixtures}, {super().extra_repr()}"
+
+
 class KLPenalty(ScheduledKL):
     r"""The second term of a VAE's loss: :math:`\beta\, KL`, or with a capacity :math:`\beta\, |KL - C|`.
 

@@ -9,6 +9,7 @@ from fastvae.reference.codebook import codebook_ema_update_, vector_quantize, vq
 from fastvae.reference.group_norm import group_norm_silu
 from fastvae.reference.jacobian import contractive_penalty, explain_jacobian_method, jacobian_frobenius
 from fastvae.reference.latent import kl_normal, reparameterize, reparameterize_kl
+from fastvae.reference.logistic_mixture import logistic_mixture_nll
 from fastvae.reference.reconstruction import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -32,6 +33,7 @@ __all__ = [
     "group_norm_silu",
     "jacobian_frobenius",
     "kl_normal",
+    "logistic_mixture_nll",
     "mse_loss",
     "reparameterize",
     "reparameterize_kl",

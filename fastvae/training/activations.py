@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvae.models import ContractiveAE
+from fastvae.models import ContractiveAE, HierarchicalVAE
 
 
 def checkpoint_activations(network: nn.Module) -> None:
@@ -17,13 +17,16 @@ def checkpoint_activations(network: nn.Module) -> None:
 
     The network is changed in place; names and types of its modules stay. An encoder that is an ``nn.Sequential`` has its entries as layers,
     any other is one layer. The encoder of a :class:`~fastvae.models.ContractiveAE` keeps its activations: the closed forms of its penalty
-    take the encoder apart, and a layer whose ``forward`` is replaced would have the penalty estimated.
+    take the encoder apart, and a layer whose ``forward`` is replaced would have the penalty estimated. The networks of the levels of a
+    :class:`~fastvae.models.HierarchicalVAE` are its decoder's.
 
     Args:
         network: has modules whose names end in ``encoder`` or ``decoder``.
     """
     endings = ("decoder",) if isinstance(network, ContractiveAE) else ("encoder", "decoder")
     coders = [module for name, module in network.named_children() if name.endswith(endings)]
+    if isinstance(network, HierarchicalVAE):
+        coders += [module for level in network.levels for module in level.children()]
     if not coders:
         raise ValueError(f"gradient_checkpointing: got {type(network).__name__}, takes a network with an encoder or a decoder")
     layers = [layer for coder in coders for layer in (coder if isinstance(coder, nn.Sequential) else [coder])]

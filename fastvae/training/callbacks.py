@@ -17,7 +17,7 @@ from fastvae._extras import extra
 from fastvae.nn import _processes
 from fastvae.training import latents, pictures
 from fastvae.training.errors import TrainingError
-from fastvae.training.module import LitAutoencoder, data_of
+from fastvae.training.module import LitAutoencoder, data_of, labels_of
 
 with extra("train"):
     from lightning.pytorch import Callback, Trainer
@@ -49,14 +49,19 @@ class Pictures(Callback):
             raise ValueError(f"every_n_epochs, count: got {every_n_epochs}, {count}, takes integers >= 0 and >= 2")
         self.every_n_epochs, self.count = every_n_epochs, count
         self._x: Tensor | None = None
+        self._labels: tuple[Tensor, ...] = ()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         if batch_idx == 0:
-            self._x = data_of(batch)[: self.count]
+            self._keep(batch, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._x is None:
-            self._x = data_of(batch)[: self.count]
+            self._keep(batch, pl_module)
+
+    def _keep(self, batch: Any, lit: LitAutoencoder) -> None:
+        self._x = data_of(batch)[: self.count]
+        self._labels = tuple(labels[: self.count] for labels in labels_of(batch, lit.network))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
@@ -70,7 +75,7 @@ class Pictures(Callback):
         with ExitStack() as averaged:
             for callback in (callback for callback in trainer.callbacks if isinstance(callback, AveragedWeights)):  # type: ignore[attr-defined]
                 averaged.enter_context(callback.in_use(trainer, pl_module))
-            drawn = draw_pictures(pl_module, self._x)
+            drawn = draw_pictures(pl_module, self._x, *self._labels)
         for name, picture in drawn.items():
             pictures.save_png(picture, folder / f"{name}.png")
             for logger in trainer.loggers:
@@ -78,20 +83,27 @@ class Pictures(Callback):
                     logger.experiment.add_image(name, picture, trainer.global_step)
 
 
-def draw_pictures(lit: LitAutoencoder, x: Tensor) -> dict[str, Tensor]:
+def draw_pictures(lit: LitAutoencoder, x: Tensor, *labels: Tensor) -> dict[str, Tensor]:
     """The pictures that a network has, by name."""
     count = len(x)
-    drawn = {"reconstructions": pictures.pairs(x, latents.reconstruct(lit, x), count)}
+    drawn = {"reconstructions": pictures.pairs(x, latents.reconstruct(lit, x, *labels), count)}
     if latents.can_sample(lit.network):
-        drawn["samples"] = pictures.grid(latents.sample(lit, count * count, seed=0), count)
+        # A row for each class, or for each sample's condition.
+        rows = latents.rows_of_classes(lit.network, count) or tuple(label.repeat_interleave(count, dim=0) for label in labels)
+        drawn["samples"] = pictures.grid(latents.sample(lit, len(rows[0]) if rows else count * count, 0, *rows), count)
     if latents.is_continuous(lit.network):
-        drawn["interpolations"] = pictures.grid(latents.interpolate(lit, x, x.flip(0), count), count)
-        drawn["traversals"] = pictures.grid(latents.traverse(lit, x, dimensions=count, span=3.0, steps=count), count)
+        flipped = tuple(label.flip(0) for label in labels)
+        drawn["interpolations"] = pictures.grid(latents.interpolate(lit, x, x.flip(0), count, labels, flipped), count)
+        drawn["traversals"] = pictures.grid(latents.traverse(lit, x, count, 3.0, count, *labels), count)
     return drawn
 
 
 class LatentCurves(Callback):
-    """Curves of a VAE's validation: ``val/active_units``, and the KL of each latent dimension, ``val/kl_dim_0``, where they are few."""
+    """Curves of a VAE's validation: ``val/active_units``, and the KL of each latent dimension, ``val/kl_dim_0``, where they are few.
+
+    None of a hierarchy of latents, whose priors move with the levels above: neither the variance of a mean nor the KL to N(0, I) says there
+    whether a dimension is used. The training logs the KL of each level, ``val/kls_0`` that of the top.
+    """
 
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
@@ -100,7 +112,7 @@ class LatentCurves(Callback):
         self._sums = []
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        if not isinstance(outputs, dict) or not {"mu", "logvar"} <= outputs.keys():
+        if not isinstance(outputs, dict) or not all(isinstance(outputs.get(name), Tensor) for name in ("mu", "logvar")):
             return
         mu, logvar = outputs["mu"].flatten(1), outputs["logvar"].flatten(1)
         kl = FV.kl_normal(mu, logvar, reduction="none").float()

@@ -14,7 +14,7 @@ from fastvae.training.checkpoint_io import AtomicCheckpointIO
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.errors import CheckpointError, TrainingError
-from fastvae.training.module import LitAutoencoder, check_entry
+from fastvae.training.module import LitAutoencoder, check_entry, labels_of
 from fastvae.training.parsing import Parser
 
 with extra("train"):
@@ -95,10 +95,11 @@ class CommandLine(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path is not None and Path(path).is_file():
             check_entry(checkpoints.read(Path(path)))
-        x = self.datamodule.samples("train", 4)["x"]
+        batch = self.datamodule.samples("train", 4)
+        x, labels = batch["x"], labels_of(batch, self.model.network)
         try:
-            latents.reconstruct(self.model, x)
-        except RuntimeError as error:
+            latents.reconstruct(self.model, x, *labels)
+        except (RuntimeError, IndexError, ValueError) as error:
             shape, data = tuple(x.shape[1:]), type(self.datamodule).__name__
             raise TrainingError(f"network: does not take the samples of {data}, of shape {shape}: {error}") from error
 

@@ -1,5 +1,6 @@
 """The commands after a training: ``fastvae sample | reconstruct | interpolate | traverse | encode CHECKPOINT --out DIR``."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,22 +13,39 @@ from torch import Tensor
 from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, pictures
 from fastvae.training.data_module import AutoencoderData
+from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.errors import TrainingError, writing
-from fastvae.training.module import LitAutoencoder
+from fastvae.training.module import LitAutoencoder, labels_of
 from fastvae.training.parsing import Parser
 
 
-def sample(checkpoint: Path, out: Path = Path("out"), count: int = 64, columns: int = 8, seed: int = 0) -> None:
-    """Draws from the prior of a VAE: samples.png, or samples.npy for data that are no images.
+def sample(
+    checkpoint: Path,
+    out: Path = Path("out"),
+    count: int | None = None,
+    columns: int = 8,
+    seed: int = 0,
+    labels: list[int] | None = None,
+) -> None:
+    """Draws from the prior of a VAE: samples.png, samples.txt for text, or samples.npy for other data.
+
+    A conditional VAE draws a row of samples for each label.
 
     Args:
         checkpoint: a file that fastvae fit wrote.
         out: folder of the results.
-        count: number of samples.
+        count: number of samples; by default 64, or one row for each label.
         columns: images in a row.
         seed: decides the draws.
+        labels: classes of a conditional VAE, such as --labels 0 1 2; all of them by default.
     """
-    _write(out, "samples", latents.sample(checkpoints.load(checkpoint), count, seed), _in_rows(columns))
+    lit = checkpoints.load(checkpoint)
+    rows = latents.rows_of_classes(lit.network, columns, labels)
+    if rows and count is not None:
+        # The rows begin anew behind the last label.
+        rows = (rows[0].repeat(count // len(rows[0]) + 1)[:count],)
+    default = len(rows[0]) if rows else 64
+    _write(lit, out, "samples", latents.sample(lit, default if count is None else count, seed, *rows), _in_rows(columns))
 
 
 def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 32, columns: int = 8) -> None:
@@ -41,8 +59,8 @@ def reconstruct(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
         columns: images in a row.
     """
     lit = checkpoints.load(checkpoint)
-    x = _test_samples(lit, data, count)
-    _write(out, "reconstructions", latents.reconstruct(lit, x), lambda recon: pictures.pairs(x, recon, columns))
+    x, *labels = _test_samples(lit, data, count)
+    _write(lit, out, "reconstructions", latents.reconstruct(lit, x, *labels), lambda recon: pictures.pairs(x, recon, columns))
 
 
 def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None, count: int = 8, steps: int = 10) -> None:
@@ -57,9 +75,12 @@ def interpolate(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData
     """
     lit = checkpoints.load(checkpoint)
     latents.check_continuous(lit.network, "interpolate")
-    x = _test_samples(lit, data, 2 * count)
-    start, end = x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]
-    _write(out, "interpolations", latents.interpolate(lit, start, end, steps), _in_rows(steps))
+    samples = _test_samples(lit, data, 2 * count)
+    pairs = len(samples[0]) // 2
+    start, *start_labels = (tensor[:pairs] for tensor in samples)
+    end, *end_labels = (tensor[pairs : 2 * pairs] for tensor in samples)
+    path = latents.interpolate(lit, start, end, steps, tuple(start_labels), tuple(end_labels))
+    _write(lit, out, "interpolations", path, _in_rows(steps))
 
 
 def traverse(
@@ -82,11 +103,12 @@ def traverse(
     """
     lit = checkpoints.load(checkpoint)
     latents.check_continuous(lit.network, "traverse")
-    _write(out, "traversals", latents.traverse(lit, _test_samples(lit, data, 1), dimensions, span, steps), _in_rows(steps))
+    x, *labels = _test_samples(lit, data, 1)
+    _write(lit, out, "traversals", latents.traverse(lit, x, dimensions, span, steps, *labels), _in_rows(steps))
 
 
 def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | None = None) -> None:
-    """Writes the latents of the whole data set: latents.npz with z (or indices, one array a level), label, index and name.
+    """Writes the latents of the whole data set: latents.npz with z or indices (z_0, z_1, ... of several levels), label, index and name.
 
     Args:
         checkpoint: a file that fastvae fit wrote.
@@ -106,16 +128,15 @@ def encode(checkpoint: Path, out: Path = Path("out"), data: AutoencoderData | No
     assert data.source is not None
     if data.source.names is not None:
         arrays["name"] = np.array(data.source.names)[arrays["index"]]
-    with writing(out / "latents.npz"):
-        out.mkdir(parents=True, exist_ok=True)
-        np.savez(out / "latents.npz", **arrays)  # type: ignore[arg-type]
+    _write_file(out / "latents.npz", lambda: np.savez(out / "latents.npz", **arrays))  # type: ignore[arg-type]
     print(f"{out / 'latents.npz'}: {len(arrays['index'])} samples, {', '.join(arrays)}")
     data.teardown("predict")
 
 
 def _encoded(lit: LitAutoencoder, batch: dict[str, Any]) -> dict[str, Tensor]:
-    codes = latents.encode(lit, batch["x"])
-    names = ["z"] if latents.is_continuous(lit.network) else [f"indices_{i}" if len(codes) > 1 else "indices" for i in range(len(codes))]
+    codes = latents.encode(lit, batch["x"], *labels_of(batch, lit.network))
+    name = "z" if latents.is_continuous(lit.network) else "indices"
+    names = [f"{name}_{i}" for i in range(len(codes))] if len(codes) > 1 else [name]
     return dict(zip(names, codes, strict=True)) | {name: batch[name] for name in ("index", "label") if name in batch}
 
 
@@ -125,30 +146,49 @@ def _prepared(lit: LitAutoencoder, data: AutoencoderData | None) -> AutoencoderD
     return data
 
 
-def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int) -> Tensor:
-    """The first samples of the test part."""
+def _test_samples(lit: LitAutoencoder, data: AutoencoderData | None, count: int) -> tuple[Tensor, ...]:
+    """The first samples of the test part, and their labels where the network takes them."""
     if count < 1:
         raise TrainingError(f"count: got {count}, takes an integer >= 1")
     data = _prepared(lit, data)
-    x = data.samples("test", count)["x"]
-    checkpoints.check_shape(lit, data, x)
-    return x
+    batch = data.samples("test", count)
+    checkpoints.check_shape(lit, data, batch["x"])
+    return batch["x"], *labels_of(batch, lit.network)
 
 
-def _write(out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-    """Writes images as the picture that ``draw`` makes of them, other data as an array."""
-    path = out / f"{name}.png" if pictures.are_images(x) else out / f"{name}.npy"
-    if pictures.are_images(x):
+def _write(lit: LitAutoencoder, out: Path, name: str, x: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Writes images as the picture that ``draw`` makes of them, tokens as lines of text where the training's data have a vocabulary, and
+    other data as an array."""
+    vocabulary = getattr(DATA_MODULES.get(lit.data_name or ""), "vocabulary", None)
+    if vocabulary is not None:
+        path = out / f"{name}.txt"
+        _write_file(path, lambda: path.write_text("".join(f"{sentence}\n" for sentence in vocabulary.decode(x))))
+    elif pictures.are_images(x):
+        path = out / f"{name}.png"
         pictures.save_png(draw(x), path)
     else:
-        with writing(path):
-            out.mkdir(parents=True, exist_ok=True)
-            np.save(path, x.numpy())
+        path = out / f"{name}.npy"
+        _write_file(path, lambda: np.save(path, x.numpy()))
     print(path)
+
+
+def _write_file(path: Path, write: Callable[[], Any]) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
 
 
 def _in_rows(columns: int) -> Callable[[Tensor], Tensor]:
     return partial(pictures.grid, columns=columns)
+
+
+def _with_lists(arguments: list[str]) -> list[str]:
+    """The arguments with the numbers behind ``--labels`` as one list, which is how the parser takes them."""
+    if "--labels" not in arguments:
+        return arguments
+    place = arguments.index("--labels") + 1
+    numbers = list(itertools.takewhile(str.isdecimal, arguments[place:]))
+    return [*arguments[:place], f"[{','.join(numbers)}]", *arguments[place + len(numbers) :]] if numbers else arguments
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -166,4 +206,4 @@ def main(arguments: list[str]) -> None:
         from jsonargparse import auto_cli
     name = arguments[0]
     with torch.no_grad():
-        auto_cli(COMMANDS[name], args=arguments[1:], prog=f"fastvae {name}", as_positional=True, parser_class=Parser)
+        auto_cli(COMMANDS[name], args=_with_lists(arguments[1:]), prog=f"fastvae {name}", as_positional=True, parser_class=Parser)

@@ -1,5 +1,6 @@
 """The base of all data modules: splits, batches and preprocessing."""
 
+import copy
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, Subset
 
 from fastvae._extras import extra
 from fastvae._types import check_choice
+from fastvae.models.semi_supervised import UNLABELLED
 from fastvae.training.errors import DataError
 from fastvae.training.preprocessing import Binarization, Preprocessing, Scaling
 from fastvae.training.sources import InMemory, Source, as_it_is
@@ -34,6 +36,8 @@ class AutoencoderData(LightningDataModule):
         workers: processes that read ahead; 0 reads in the training's own, which is faster for data in memory.
         binarize: ``"static"`` draws each pixel as 0 or 1 once, ``"dynamic"`` each time it is seen; for 8-bit images.
         scaling: ``"min_max"`` or ``"z_score"`` by the statistics of the training part; for data in memory.
+        labelled: number of training samples that keep their label, equally many of each class as far as it goes; the label of the others
+            is -1. All of them keep it by default.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class AutoencoderData(LightningDataModule):
         workers: int = 0,
         binarize: Binarization = "none",
         scaling: Scaling = "none",
+        labelled: int | None = None,
     ):
         super().__init__()
         # The arguments of the subclass, so that a checkpoint's data can be made again. A checkpoint holds no paths.
@@ -58,7 +63,9 @@ class AutoencoderData(LightningDataModule):
         if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
             raise ValueError(f"val, test: got {val}, {test}, takes shares in [0, 1) that are less than 1 together")
         self.batch_size, self.val, self.test, self.seed, self.workers = batch_size, val, test, seed, workers
-        self.binarize, self.scaling = binarize, scaling
+        if labelled is not None and labelled < 0:
+            raise ValueError(f"labelled: got {labelled}, takes an integer >= 0")
+        self.binarize, self.scaling, self.labelled = binarize, scaling, labelled
         self.source: Source | None = None
         self.test_source: Source | None = None
         self.indices = Indices(*torch.empty(3, 0, dtype=torch.int64))
@@ -77,10 +84,21 @@ class AutoencoderData(LightningDataModule):
         self.indices = split(order, self.val, 0.0 if test_source is not None else self.test)
         if len(self.indices.train) == 0:
             raise DataError(f"{type(self).__name__}: got {len(source)} samples, takes at least one for training")
+        if self.labelled is not None:
+            source = self._with_hidden_labels(source, self.labelled)
         if self.binarize == "static":
             source = source.binarized(self.seed)
             test_source = None if test_source is None else test_source.binarized(self.seed)
         self.source, self.test_source = source, test_source
+
+    def _with_hidden_labels(self, source: Source, labelled: int) -> Source:
+        """The source without the labels of all training samples but the first, among which the classes are equally frequent."""
+        if source.labels is None or labelled > len(self.indices.train):
+            have = "have no labels" if source.labels is None else f"have {len(self.indices.train)} samples for training"
+            raise DataError(f"labelled: got {labelled}, but the data of {type(self).__name__} {have}")
+        hidden = copy.copy(source)
+        hidden.labels = source.labels.index_fill(0, self.indices.train[labelled:], UNLABELLED)
+        return hidden
 
     def make_preprocessing(self) -> Preprocessing:
         """Makes what each batch goes through on the device, fitted to the training part."""

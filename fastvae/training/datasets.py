@@ -14,6 +14,7 @@ from fastvae.models.registry import nearest
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.errors import DataError
 from fastvae.training.images import ColorMode, check_images, find_images, loader
+from fastvae.training.sentences import GrammarSentences
 from fastvae.training.sources import ImageFiles, InMemory, Source
 
 # Where the Debian package dataset-fashion-mnist puts its files.
@@ -252,5 +253,5 @@ class Arrays(AutoencoderData):
         return loaded[key]
 
 
-_MODULES = (MNISTDigits, FashionMNIST, SklearnDigits, PhotographPatches, TorchvisionImages, ImageFolder, Arrays)
+_MODULES = (MNISTDigits, FashionMNIST, SklearnDigits, PhotographPatches, TorchvisionImages, ImageFolder, Arrays, GrammarSentences)
 DATA_MODULES: dict[str, type[AutoencoderData]] = {module.__name__: module for module in _MODULES}

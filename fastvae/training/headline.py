@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae.models import VAE, VQVAE, ImageVAE
-from fastvae.models.image_vae import ResidualDecoder, ResidualEncoder, bfloat16_pays
+from fastvae.models.image_vae import bfloat16_pays
+from fastvae.models.networks import ResidualDecoder, ResidualEncoder
 from fastvae.training._measure import interleaved_medians, peak_memory
 from fastvae.training.comparison import FUSED, PLAIN, LossLines, negative_elbo
 from fastvae.training.plain_torch import PlainVectorQuantizer, with_plain_layers

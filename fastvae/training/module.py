@@ -1,6 +1,6 @@
 """The training of any autoencoder by Lightning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -52,6 +52,21 @@ def data_of(batch: Any) -> Tensor:
     return batch[0]
 
 
+def labels_of(batch: Any, network: nn.Module) -> tuple[Tensor, ...]:
+    """The labels of a batch, the second of several tensors or the entry ``label`` of a mapping, where the network takes them; else nothing.
+
+    Raises:
+        TrainingError: where a network that takes labels gets none.
+    """
+    if not getattr(network, "takes_labels", False):
+        return ()
+    if isinstance(batch, Mapping) and "label" in batch:
+        return (batch["label"],)
+    if isinstance(batch, Sequence) and len(batch) > 1:
+        return (batch[1],)
+    raise TrainingError(f"label: got a batch without one, {type(network).__name__} takes a label for each sample")
+
+
 def scalars(output: Any) -> dict[str, Tensor]:
     """The fields of a model's output that are numbers, by name; those of several levels are numbered, ``perplexity_0``."""
     found: dict[str, Tensor] = {}
@@ -69,6 +84,8 @@ def step_seed(*numbers: int) -> int:
 
 class LitAutoencoder(LightningModule):
     """Trains a network whose call gives a named tuple with ``loss``; its fields that are numbers are logged under their names.
+
+    A network with the attribute ``takes_labels = True`` is called with the data and the labels of a batch.
 
     The noise of a batch is a function of the seed, the process, the epoch and the batch: a training that is resumed from a checkpoint goes
     on with the noise that it would have drawn, and each process draws its own. Every validation draws the same.
@@ -177,9 +194,9 @@ class LitAutoencoder(LightningModule):
         if self.device_mesh is not None:
             fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, *labels: Tensor) -> Any:
         x = self.preprocessing(x)
-        return self.network(in_channels_last(x) if self.channels_last else x)
+        return self.network(in_channels_last(x) if self.channels_last else x, *labels)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._seed_noise(0, self.trainer.current_epoch, batch_idx)
@@ -222,7 +239,7 @@ class LitAutoencoder(LightningModule):
         """The network's output for a batch; its numbers are logged."""
         x = data_of(batch)
         self.sample_shape = list(x.shape[1:])
-        output = self(x)
+        output = self(x, *labels_of(batch, self.network))
         training = stage == "train"
         for name, value in scalars(output).items() if self._is_logged(stage) else ():
             options: dict[str, Any] = {"on_step": training, "on_epoch": not training, "sync_dist": not training, "batch_size": len(x)}

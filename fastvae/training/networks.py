@@ -3,16 +3,22 @@
 A class path is a name of modules and a class, so a classmethod has none; and it may have no dot.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
 from torch import nn
 
 from fastvae._extras import extra
-from fastvae.models import AE, VAE, VQVAE, VQVAE2, registry
+from fastvae.models import AE, VAE, VQVAE, VQVAE2, HierarchicalVAE, IndexPrior, SequenceVAE, registry
+from fastvae.models.vq_prior import IndexShape
+from fastvae.training import checkpoints
 
 with extra("train"):
     from jsonargparse import class_from_function
 
 # The classes that each network is a kind of.
-BASES = (AE, VAE, VQVAE, VQVAE2)
+BASES = (AE, VAE, HierarchicalVAE, VQVAE, VQVAE2, IndexPrior, SequenceVAE)
 
 
 def spelled(name: str) -> str:
@@ -20,12 +26,24 @@ def spelled(name: str) -> str:
     return name.replace(".", "_")
 
 
+def index_prior(vqvae: Path, index_shape: IndexShape, **options) -> IndexPrior:
+    """The prior of the codes of a VQ-VAE that has been trained.
+
+    Args:
+        vqvae: a checkpoint that fastvae fit wrote.
+        index_shape, options: see :class:`fastvae.models.IndexPrior`.
+    """
+    network = checkpoints.load(Path(vqvae)).network
+    return IndexPrior.transformer(cast("VQVAE | VQVAE2", network), index_shape, **options)
+
+
+# A command line has no VQ-VAE at hand but its checkpoint.
+MAKERS: dict[str, Callable[..., nn.Module]] = registry.networks() | {"IndexPrior.transformer": index_prior}
+
+
 def _make_classes() -> dict[str, type[nn.Module]]:
     models = {model.__name__: model for model in registry.MODELS}
-    return {
-        spelled(name): class_from_function(make, models[name.partition(".")[0]], name=spelled(name))
-        for name, make in registry.networks().items()
-    }
+    return {spelled(name): class_from_function(make, models[name.partition(".")[0]], name=spelled(name)) for name, make in MAKERS.items()}
 
 
 NETWORKS = _make_classes()

@@ -202,6 +202,7 @@ void test_codebook();
 void test_jacobian();
 void test_group_norm();
 void test_latent();
+void test_logistic_mixture();
 void test_reconstruction();
 
 }  // namespace fastvae::testing

@@ -11,6 +11,7 @@ int main() {
                   {"jacobian", testing::test_jacobian, Isa::avx512},
                   {"group_norm", testing::test_group_norm, Isa::avx512},
                   {"latent", testing::test_latent, Isa::avx512},
+                  {"logistic_mixture", testing::test_logistic_mixture, Isa::avx512},
                   {"reconstruction", testing::test_reconstruction, Isa::avx512}};
   for (int i = 0; i < kIsaCount; ++i) {
     Isa isa = static_cast<Isa>(i);
@@ -20,7 +21,7 @@ int main() {
       if (isa > family.widest) continue;
       int before = testing::failures;
       family.run();
-      std::printf("%-12s %-15s %s\n", kIsaNames[i], family.name, testing::failures == before ? "passed" : "FAILED");
+      std::printf("%-12s %-16s %s\n", kIsaNames[i], family.name, testing::failures == before ? "passed" : "FAILED");
       std::fflush(stdout);
     }
   }

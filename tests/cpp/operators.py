@@ -13,7 +13,7 @@ from pathlib import Path
 
 from build import ROOT, SANITIZERS, check_compiler
 
-TESTS = ("codebook", "group_norm", "jacobian", "latent", "philox", "reconstruction")
+TESTS = ("codebook", "group_norm", "jacobian", "latent", "logistic_mixture", "philox", "reconstruction")
 # Python is not linked with a sanitizer's library, which has to be there before all others; with GCC's, an exception of C++ is lost where
 # the standard library comes later.
 PRELOADED = {"address": ("libasan.so", "libstdc++.so.6"), "undefined": ("libubsan.so",)}
