@@ -10,8 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastvae.distributions import CholeskyPosterior, LaplaceLikelihood
-from fastvae.models import AE, VAE, WAE, ImageVAE, StackedAE, networks
+from fastvae.distributions import CholeskyPosterior, DiscretizedLogisticLikelihood, LaplaceLikelihood, LogisticMixtureLikelihood
+from fastvae.models import AE, VAE, WAE, DeepVAE, ImageVAE, StackedAE, networks
 from fastvae.models.networks import KeyValueCache, Layers, TransformerBlock
 from fastvae.models.networks.layers import activation_gain
 from fastvae.nn import GroupNormSiLU
@@ -278,3 +278,28 @@ BAD = {
 def test_errors_name_the_argument(make, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+COLOURED = {
+    "mlp": lambda **options: VAE.mlp((3, 8, 8), (32,), 4, **options),
+    "strided_conv": lambda **options: VAE.strided_conv(8, 3, (8, 16), (32,), 4, **options),
+    "transformer": lambda **options: VAE.transformer(8, 3, 4, 32, 2, 2, 4, **options),
+    "residual": lambda **options: ImageVAE.residual(3, (8, 16), 1, 4, 2, image_size=8, precision="float32", **options),
+    "deep": lambda **options: DeepVAE.residual(8, 3, (8, 16), 1, 2, 4, **options),
+}
+
+
+@pytest.mark.parametrize("make", COLOURED.values(), ids=COLOURED)
+@pytest.mark.parametrize(
+    "likelihood",
+    [LogisticMixtureLikelihood(2), DiscretizedLogisticLikelihood(), LaplaceLikelihood("per_element")],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_decoder_gives_what_the_likelihood_of_colours_takes(make, likelihood):
+    """Ten numbers of two logistics for three channels are no multiple of three."""
+    model = make(likelihood=likelihood)
+    x = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    output = model(x)
+    assert output.recon.shape == (2, likelihood.parameters_for(3), 8, 8)
+    assert output.loss.isfinite()
+    assert model.sample(2).shape == model.reconstruct(x).shape == (2, 3, 8, 8)

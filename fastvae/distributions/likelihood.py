@@ -96,13 +96,17 @@ class Likelihood(Stored, nn.Module):
                 f"the parameters per element of {type(self).__name__}"
             )
 
+    def parameters_for(self, channels: int) -> int:
+        """The size of dimension 1 of what the decoder gives for data of so many channels."""
+        return self.parameters_per_element * channels
+
     def params_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape that the decoder's output has to have for data ``x``."""
         if self.parameters_per_element == 1:
             return tuple(x.shape)
         if x.ndim < 2:
             raise ValueError(f"x: got shape {tuple(x.shape)}, {type(self).__name__} takes (batch, channels, ...)")
-        return (x.shape[0], self.parameters_per_element * x.shape[1], *x.shape[2:])
+        return (x.shape[0], self.parameters_for(x.shape[1]), *x.shape[2:])
 
     def check(self, params: Tensor, x: Tensor) -> None:
         """Raises where the dtype, the device or the shape of an argument does not fit."""

@@ -65,13 +65,7 @@ class LogisticMixtureLikelihood(Likelihood):
         self.parameters_per_element = self.parameters_for(1)
 
     def parameters_for(self, channels: int) -> int:
-        """How many numbers the decoder gives for each position of an image of so many channels."""
         return parameters_per_position(self.num_mixtures, channels)
-
-    def params_shape(self, x: Tensor) -> tuple[int, ...]:
-        if x.ndim < 2 or x.shape[1] < 1:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, {type(self).__name__} takes (batch, channels, ...)")
-        return (x.shape[0], self.parameters_for(x.shape[1]), *x.shape[2:])
 
     def loss(self, params: Tensor, x: Tensor, reduction: Reduction) -> Tensor:
         return FV.logistic_mixture_nll(params, x, self.num_mixtures, reduction)

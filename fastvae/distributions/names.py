@@ -1,6 +1,7 @@
 """The likelihoods that have names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fastvae._types import Likelihood as LikelihoodName
 from fastvae._types import check_choice
@@ -23,3 +24,11 @@ def likelihood_of(likelihood: LikelihoodName | Likelihood) -> Likelihood:
         raise TypeError(f"likelihood: got {type(likelihood).__name__}, takes a Likelihood of fastvae.distributions or a name")
     check_choice("likelihood", likelihood, LIKELIHOODS)
     return LIKELIHOODS[likelihood]()
+
+
+def decoder_channels(channels: int, options: Mapping[str, Any]) -> int:
+    """The size of dimension 1 of what a decoder gives for data of so many channels, by the option ``likelihood`` of a model.
+
+    It takes the options as one argument: from calls with ``**options`` the command line reads which options there are.
+    """
+    return likelihood_of(options.get("likelihood", "bernoulli_logits")).parameters_for(channels)

@@ -87,8 +87,8 @@ class CVAE(VAE):
             conditional_prior: whether p(z | y) is learned.
             options: those of the class.
         """
-        code_dim, outputs = network_sizes(latent_dim, options)
-        pair = networks.conv(latent_dim, code_dim=code_dim, outputs=outputs)
+        code_dim, out_channels = network_sizes(latent_dim, 1, options)
+        pair = networks.conv(latent_dim, code_dim=code_dim, out_channels=out_channels)
         return cls._of_classes(pair, latent_dim, num_classes, conditioning, condition_dim, conditional_prior, **options)
 
     @classmethod
@@ -116,9 +116,9 @@ class CVAE(VAE):
                 least one hidden layer.
             num_classes, conditioning, condition_dim, conditional_prior, options: see :meth:`conv`.
         """
-        code_dim, outputs = network_sizes(latent_dim, options)
+        code_dim, out_channels = network_sizes(latent_dim, data_shape, options)
         layers = networks.Layers(activation, init, dropout, spectral_norm)
-        pair = networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, outputs=outputs, layers=layers)
+        pair = networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, out_channels=out_channels, layers=layers)
         return cls._of_classes(pair, latent_dim, num_classes, conditioning, condition_dim, conditional_prior, **options)
 
     @classmethod

@@ -206,11 +206,6 @@ def _mean(index: int, q: DiagonalNormal, p: DiagonalNormal) -> tuple[Tensor, Non
     return q.mu, None
 
 
-def outputs_per_element(*, likelihood: LikelihoodName | Likelihood = "bernoulli_logits", **_: Any) -> int:
-    """How many numbers the decoder of a ready-made network gives for each element, by the model's options."""
-    return likelihood_of(likelihood).parameters_per_element
-
-
 def _free_bits_of_levels(free_bits: float | Sequence[float], levels: int) -> tuple[float, ...]:
     """The free nats of each level."""
     numbers = (free_bits,) * levels if isinstance(free_bits, int | float) else tuple(free_bits)

@@ -100,9 +100,9 @@ class ImageVAE(VAE):
             height, width = height_and_width(image_size)
             scale = 2 ** (len(channels) - 1)
             latent_shape = (latent_channels, height // scale, width // scale)
-        code_channels, outputs = network_sizes(latent_channels, options)
+        code_channels, out_channels = network_sizes(latent_channels, in_channels, options)
         encoder = ResidualEncoder(*architecture, code_channels=code_channels, layers=layers)
-        return cls(encoder, ResidualDecoder(*architecture, outputs=outputs, layers=layers), latent_shape, **options)
+        return cls(encoder, ResidualDecoder(*architecture, out_channels=out_channels, layers=layers), latent_shape, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision!r}"

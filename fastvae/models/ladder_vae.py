@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._types import Initialisation, LadderPosterior, LayerActivation, check_choice
+from fastvae.distributions.names import decoder_channels
 from fastvae.distributions.normal import DiagonalNormal
 from fastvae.distributions.prior import check_shape
 from fastvae.models import networks
 from fastvae.models._recipe import ready_made
 from fastvae.models._top_down import Level, split_normal
-from fastvae.models.hierarchy import HierarchicalVAE, outputs_per_element
+from fastvae.models.hierarchy import HierarchicalVAE
 
 
 class LadderLevel(Level):
@@ -143,7 +144,7 @@ class LadderVAE(HierarchicalVAE):
             codes.append(encoder[-1])
             below = units
         for units, dim, above in zip(hidden, latent_dims, latent_dims[1:], strict=False):
-            priors.append(networks.mlp(dim, (units,), above, outputs=2, layers=layers)[1])
-        outputs = outputs_per_element(**options)
-        _, decoder = networks.mlp(data_shape, hidden[:1], latent_dims[0], outputs=outputs, layers=layers)
+            priors.append(networks.mlp(dim, (units,), above, out_channels=2 * dim, layers=layers)[1])
+        channels = data_shape if isinstance(data_shape, int) else data_shape[0]
+        _, decoder = networks.mlp(data_shape, hidden[:1], latent_dims[0], out_channels=decoder_channels(channels, options), layers=layers)
         return cls(LadderEncoder(stages, codes), reversed(priors), decoder, latent_dims[-1], **options)

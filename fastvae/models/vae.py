@@ -11,7 +11,7 @@ from fastvae._types import Initialisation, LayerActivation, Pooling
 from fastvae._types import Likelihood as LikelihoodName
 from fastvae.distributions.divergence import sample_with_kl
 from fastvae.distributions.likelihood import Likelihood
-from fastvae.distributions.names import likelihood_of
+from fastvae.distributions.names import decoder_channels, likelihood_of
 from fastvae.distributions.normal import StandardNormal
 from fastvae.distributions.posterior import DiagonalPosterior, Posterior
 from fastvae.distributions.prior import Prior, VampPrior, check_count, prior_of
@@ -119,8 +119,8 @@ class VAE(nn.Module, Pretrained):
             latent_dim: size of ``z``: 20 for quality, 2 for pictures of the latent space.
             options: those of the class.
         """
-        code_dim, outputs = network_sizes(latent_dim, options)
-        encoder, decoder = networks.conv(latent_dim, code_dim=code_dim, outputs=outputs)
+        code_dim, out_channels = network_sizes(latent_dim, 1, options)
+        encoder, decoder = networks.conv(latent_dim, code_dim=code_dim, out_channels=out_channels)
         return cls(encoder, decoder, latent_dim, **options)
 
     @classmethod
@@ -147,8 +147,8 @@ class VAE(nn.Module, Pretrained):
             options: those of the class.
         """
         layers = networks.Layers(activation, init, dropout, spectral_norm)
-        code_dim, outputs = network_sizes(latent_dim, options)
-        encoder, decoder = networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, outputs=outputs, layers=layers)
+        code_dim, out_channels = network_sizes(latent_dim, data_shape, options)
+        encoder, decoder = networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, out_channels=out_channels, layers=layers)
         return cls(encoder, decoder, latent_dim, **options)
 
     @classmethod
@@ -179,9 +179,9 @@ class VAE(nn.Module, Pretrained):
             options: those of the class.
         """
         layers = networks.Layers(activation, init, dropout, spectral_norm)
-        code_dim, outputs = network_sizes(latent_dim, options)
+        code_dim, out_channels = network_sizes(latent_dim, in_channels, options)
         encoder, decoder = networks.strided_conv(
-            image_size, in_channels, channels, hidden, latent_dim, code_dim=code_dim, outputs=outputs, layers=layers
+            image_size, in_channels, channels, hidden, latent_dim, code_dim=code_dim, out_channels=out_channels, layers=layers
         )
         return cls(encoder, decoder, latent_dim, **options)
 
@@ -220,7 +220,7 @@ class VAE(nn.Module, Pretrained):
             options: those of the class.
         """
         layers = networks.Layers(activation, init, dropout, spectral_norm)
-        code_dim, outputs = network_sizes(latent_dim, options)
+        code_dim, out_channels = network_sizes(latent_dim, in_channels, options)
         encoder, decoder = networks.transformer(
             image_size,
             in_channels,
@@ -230,7 +230,7 @@ class VAE(nn.Module, Pretrained):
             heads,
             latent_dim,
             code_dim=code_dim,
-            outputs=outputs,
+            out_channels=out_channels,
             pooling=pooling,
             layers=layers,
         )
@@ -365,11 +365,9 @@ def decode_samples(decode: Callable[[Tensor], Tensor], z: Tensor, num_samples: i
     return decode(z) if num_samples is None else decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
 
-def network_sizes(latent_dim: int, options: Mapping[str, Any]) -> tuple[int, int]:
-    """How many numbers the encoder of a ready-made network gives, and how many its decoder gives for each element, by a model's options.
-
-    It takes them as one argument: from calls with ``**options`` the command line reads which options there are.
-    """
+def network_sizes(latent_dim: int, data_shape: int | Sequence[int], options: Mapping[str, Any]) -> tuple[int, int]:
+    """The sizes of dimension 1 of what the encoder and the decoder of a ready-made network give, by the options of a model."""
     posterior: Posterior | None = options.get("posterior")
     code_dim = 2 * latent_dim if posterior is None else posterior.parameters_for(latent_dim)
-    return code_dim, likelihood_of(options.get("likelihood", "bernoulli_logits")).parameters_per_element
+    channels = data_shape if isinstance(data_shape, int) else data_shape[0]
+    return code_dim, decoder_channels(channels, options)

@@ -11,19 +11,19 @@ from fastvae.models.networks.layers import RELU, Layers, Pair, height_and_width
 from fastvae.models.networks.mlp import flattened, linear_stages
 
 
-def conv(latent_dim: int, *, code_dim: int | None = None, outputs: int = 1, output: LayerActivation = "identity") -> Pair:
+def conv(latent_dim: int, *, code_dim: int | None = None, out_channels: int = 1, output: LayerActivation = "identity") -> Pair:
     """The convolutional networks of many tutorials for images of 1 x 28 x 28.
 
     Conv(1, 32) ReLU Conv(32, 64) ReLU Linear(3136, 256) ReLU Linear(256, code_dim); Linear(latent_dim, 256) ReLU Linear(256, 3136) ReLU
-    ConvT(64, 32) ReLU ConvT(32, outputs). Convolutions of size 3, stride 2, padding 1.
+    ConvT(64, 32) ReLU ConvT(32, out_channels). Convolutions of size 3, stride 2, padding 1.
 
     Args:
         latent_dim: units that the decoder takes.
         code_dim: units that the encoder gives, ``latent_dim`` by default.
-        outputs: numbers that the decoder gives for each pixel, on dimension 1.
+        out_channels: channels of what the decoder gives.
         output: activation of the decoder's last layer.
     """
-    return strided_conv(28, 1, (32, 64), (256,), latent_dim, code_dim=code_dim, outputs=outputs, output=output)
+    return strided_conv(28, 1, (32, 64), (256,), latent_dim, code_dim=code_dim, out_channels=out_channels, output=output)
 
 
 def strided_conv(
@@ -34,7 +34,7 @@ def strided_conv(
     latent_dim: int,
     *,
     code_dim: int | None = None,
-    outputs: int = 1,
+    out_channels: int | None = None,
     code: LayerActivation = "identity",
     output: LayerActivation = "identity",
     layers: Layers = RELU,
@@ -49,7 +49,7 @@ def strided_conv(
         hidden: units of the hidden linear layers; none for a single linear layer.
         latent_dim: units that the decoder takes.
         code_dim: units that the encoder gives, ``latent_dim`` by default.
-        outputs: numbers that the decoder gives for each element of ``x``, on dimension 1.
+        out_channels: channels of what the decoder gives, by default those of the images.
         code, output: activations of the encoder's last layer and of the decoder's last one.
         layers: the options of all layers.
     """
@@ -62,7 +62,7 @@ def strided_conv(
     shape = (widths[-1], *sizes[-1])
 
     down = [layers.hidden(nn.Conv2d(*pair, 3, stride=2, padding=1)) for pair in itertools.pairwise(widths)]
-    backwards = (outputs * in_channels, *channels)
+    backwards = (in_channels if out_channels is None else out_channels, *channels)
     ups = [_upward(backwards[level + 1], backwards[level], sizes[level]) for level in reversed(range(len(channels)))]
     up = [*(layers.hidden(layer) for layer in ups[:-1]), layers.last(ups[-1], "output", output)]
     linear, linear_back = flattened(

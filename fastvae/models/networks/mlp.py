@@ -17,7 +17,7 @@ def mlp(
     latent_dim: int,
     *,
     code_dim: int | None = None,
-    outputs: int = 1,
+    out_channels: int | None = None,
     code: LayerActivation = "identity",
     output: LayerActivation = "identity",
     layers: Layers = RELU,
@@ -29,15 +29,16 @@ def mlp(
         hidden: units of the hidden layers; none for a single layer.
         latent_dim: units that the decoder takes.
         code_dim: units that the encoder gives, ``latent_dim`` by default.
-        outputs: numbers that the decoder gives for each element of ``x``, on dimension 1.
+        out_channels: size of dimension 1 of what the decoder gives, by default that of ``x``.
         code, output: activations of the encoder's last layer and of the decoder's last one.
         layers: the options of all layers.
     """
     shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
     sizes = (math.prod(shape), *hidden)
     encoder = linear_stages((*sizes, latent_dim if code_dim is None else code_dim), layers, last=("code", code))
-    decoder = linear_stages((latent_dim, *reversed(sizes[1:]), outputs * sizes[0]), layers, last=("output", output))
-    return flattened(encoder, decoder, (outputs * shape[0], *shape[1:]))
+    out_shape = (shape[0] if out_channels is None else out_channels, *shape[1:])
+    decoder = linear_stages((latent_dim, *reversed(sizes[1:]), math.prod(out_shape)), layers, last=("output", output))
+    return flattened(encoder, decoder, out_shape)
 
 
 def linear_stages(sizes: Sequence[int], layers: Layers, last: tuple[str, LayerActivation] | None) -> nn.Sequential:

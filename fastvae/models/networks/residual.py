@@ -114,7 +114,7 @@ class ResidualEncoder(nn.Sequential):
 class ResidualDecoder(nn.Sequential):
     """From a latent to an image: :class:`ResidualEncoder` the other way round, with the same arguments.
 
-    ``outputs`` numbers come out for each element of the image, on dimension 1.
+    ``out_channels`` come out, by default as many as the image has.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class ResidualDecoder(nn.Sequential):
         latent_channels: int = 4,
         attention: bool = False,
         *,
-        outputs: int = 1,
+        out_channels: int | None = None,
         layers: Layers = SILU,
     ):
         previous = channels[-1]
@@ -137,5 +137,6 @@ class ResidualDecoder(nn.Sequential):
                 stages.append(layers.prepare(UpsampleConv2d(previous, previous)))
             stages += _blocks(previous, width, blocks, groups, layers)
             previous = width
-        last = layers.prepare(nn.Conv2d(previous, outputs * in_channels, 3, padding=1), layers.activation)
+        out_channels = in_channels if out_channels is None else out_channels
+        last = layers.prepare(nn.Conv2d(previous, out_channels, 3, padding=1), layers.activation)
         super().__init__(*stages, _activated_norm(previous, groups, layers), last)

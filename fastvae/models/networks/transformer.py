@@ -169,7 +169,7 @@ def transformer(
     latent_dim: int,
     *,
     code_dim: int | None = None,
-    outputs: int = 1,
+    out_channels: int | None = None,
     pooling: Pooling = "token",
     code: LayerActivation = "identity",
     output: LayerActivation = "identity",
@@ -184,7 +184,7 @@ def transformer(
         width, depth, heads: units of a position, blocks of the encoder and of the decoder, and heads of a block.
         latent_dim: units that the decoder takes.
         code_dim: units that the encoder gives, ``latent_dim`` by default.
-        outputs: numbers that the decoder gives for each element of ``x``, on dimension 1.
+        out_channels: channels of what the decoder gives, by default those of the images.
         pooling: the code is a map of a learned ``"token"`` that is the sequence's first, or of the ``"mean"`` of all positions.
         code, output: activations of the encoder's last layer and of the decoder's last one.
         layers: the options of all layers.
@@ -202,6 +202,6 @@ def transformer(
     decoder = nn.Sequential(
         Spread(size[0] * size[1], latent_dim, width, pooling, layers),
         *(TransformerBlock(width, heads, layers=layers) for _ in range(depth)),
-        Unpatch(size, outputs * in_channels, patch_size, width, pooling, output, layers),
+        Unpatch(size, in_channels if out_channels is None else out_channels, patch_size, width, pooling, output, layers),
     )
     return encoder, decoder
