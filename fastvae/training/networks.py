@@ -5,7 +5,7 @@ A class path is a name of modules and a class, so a classmethod has none; and it
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,15 +26,24 @@ def spelled(name: str) -> str:
     return name.replace(".", "_")
 
 
-def index_prior(vqvae: Path, index_shape: IndexShape, **options) -> IndexPrior:
+def index_prior(
+    vqvae: Path,
+    index_shape: IndexShape,
+    width: int = 128,
+    depth: int = 4,
+    heads: int = 4,
+    num_classes: int | None = None,
+    dropout: float = 0.0,
+) -> IndexPrior:
     """The prior of the codes of a VQ-VAE that has been trained.
 
     Args:
         vqvae: a checkpoint that fastvae fit wrote.
-        index_shape, options: see :class:`fastvae.models.IndexPrior`.
+        index_shape, width, depth, heads, num_classes, dropout: see :class:`fastvae.models.IndexPrior`.
     """
-    network = checkpoints.load(Path(vqvae)).network
-    return IndexPrior.transformer(cast("VQVAE | VQVAE2", network), index_shape, **options)
+    network = cast("VQVAE | VQVAE2", checkpoints.load(Path(vqvae)).network)
+    options: dict[str, Any] = {"width": width, "depth": depth, "heads": heads, "num_classes": num_classes, "dropout": dropout}
+    return IndexPrior.transformer(network, index_shape, **options)
 
 
 # A command line has no VQ-VAE at hand but its checkpoint.
