@@ -96,6 +96,10 @@ class Likelihood(Stored, nn.Module):
                 f"the parameters per element of {type(self).__name__}"
             )
 
+    def parameters_for(self, channels: int) -> int:
+        """How many numbers the decoder gives on dimension 1 for data of so many channels."""
+        return self.parameters_per_element * channels
+
     def params_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape that the decoder's output has to have for data ``x``."""
         if self.parameters_per_element == 1:

@@ -12,7 +12,7 @@ from fastvae.distributions.prior import check_count
 from fastvae.models._inputs import in_channels_last
 from fastvae.models._recipe import ready_made
 from fastvae.models._top_down import Level, split_normal
-from fastvae.models.hierarchy import HierarchicalVAE, outputs_per_element
+from fastvae.models.hierarchy import HierarchicalVAE, chosen_likelihood
 from fastvae.models.networks import ResidualBlock
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 
@@ -137,7 +137,7 @@ class DeepVAE(HierarchicalVAE):
                 raise ValueError(f"groups: got {groups} for {width} channels, takes a divisor of every width")
         levels = _levels(widths, counts, latent_channels, groups)
         decoder = nn.Sequential(
-            GroupNormSiLU(groups, widths[0]), nn.Conv2d(widths[0], outputs_per_element(**options) * in_channels, 3, padding=1)
+            GroupNormSiLU(groups, widths[0]), nn.Conv2d(widths[0], chosen_likelihood(options).parameters_for(in_channels), 3, padding=1)
         )
         start = nn.Parameter(torch.randn(widths[-1], *_coarsest_size(image_size, 2 ** (len(widths) - 1))))
         return cls(BottomUp(in_channels, widths, counts, groups), levels, decoder, start, **options)

@@ -1,6 +1,6 @@
 """VAEs with several levels of latents: a bottom-up pass over the data, then one down the levels, shared by posterior and prior."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -206,9 +206,12 @@ def _mean(index: int, q: DiagonalNormal, p: DiagonalNormal) -> tuple[Tensor, Non
     return q.mu, None
 
 
-def outputs_per_element(*, likelihood: LikelihoodName | Likelihood = "bernoulli_logits", **_: Any) -> int:
-    """How many numbers the decoder of a ready-made network gives for each element, by the model's options."""
-    return likelihood_of(likelihood).parameters_per_element
+def chosen_likelihood(options: Mapping[str, Any]) -> Likelihood:
+    """The likelihood in the options of a ready-made network.
+
+    It takes them as one argument: from calls with ``**options`` the command line reads which options there are.
+    """
+    return likelihood_of(options.get("likelihood", "bernoulli_logits"))
 
 
 def _free_bits_of_levels(free_bits: float | Sequence[float], levels: int) -> tuple[float, ...]:

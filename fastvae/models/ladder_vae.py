@@ -13,7 +13,7 @@ from fastvae.distributions.prior import check_shape
 from fastvae.models import networks
 from fastvae.models._recipe import ready_made
 from fastvae.models._top_down import Level, split_normal
-from fastvae.models.hierarchy import HierarchicalVAE, outputs_per_element
+from fastvae.models.hierarchy import HierarchicalVAE, chosen_likelihood
 
 
 class LadderLevel(Level):
@@ -144,6 +144,6 @@ class LadderVAE(HierarchicalVAE):
             below = units
         for units, dim, above in zip(hidden, latent_dims, latent_dims[1:], strict=False):
             priors.append(networks.mlp(dim, (units,), above, outputs=2, layers=layers)[1])
-        outputs = outputs_per_element(**options)
+        outputs = chosen_likelihood(options).parameters_per_element
         _, decoder = networks.mlp(data_shape, hidden[:1], latent_dims[0], outputs=outputs, layers=layers)
         return cls(LadderEncoder(stages, codes), reversed(priors), decoder, latent_dims[-1], **options)
