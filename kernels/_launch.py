@@ -150,6 +150,9 @@ RECHECK_REGISTERS = 255
 # would take less time than the programs take to find the nearest of their splits. One block of codes has the nearest of every split.
 RECHECK_TILES, MAX_RECHECK_SPLITS = 4, RECHECK_CODES
 
+# Triton 3.9 needs up to 96 registers a thread for the logistic mixture kernel. With 128 four programs share a multiprocessor.
+MIXTURE_REGISTERS = 128
+
 # The rows of a code are summed in parts of so many rows, so that one code that has all rows does not leave the machine idle.
 PART_ROWS = 128
 
@@ -240,9 +243,19 @@ def screen_options(machine: Machine) -> dict:
 
 
 def recheck_options(machine: Machine) -> dict:
-    """The options of the rechecking kernel. Without a number of registers NVIDIA's assembler spills some to make room for more programs
-    than this kernel has; AMD's takes no such number."""
-    return OPTIONS | {"maxnreg": RECHECK_REGISTERS} if machine.architecture.startswith("sm_") else OPTIONS
+    """The options of the rechecking kernel."""
+    return _with_registers(RECHECK_REGISTERS, machine)
+
+
+def mixture_options(machine: Machine) -> dict:
+    """The options of the logistic mixture kernel."""
+    return _with_registers(MIXTURE_REGISTERS, machine)
+
+
+def _with_registers(registers: int, machine: Machine) -> dict:
+    """The options of a kernel with up to so many registers a thread. Without a number NVIDIA's assembler spills some to make room for more
+    programs than the kernel has; AMD's takes no such number."""
+    return OPTIONS | {"maxnreg": registers} if machine.architecture.startswith("sm_") else OPTIONS
 
 
 def _columns_of_products(dim: int) -> int:

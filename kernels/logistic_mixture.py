@@ -126,7 +126,8 @@ def _launch_kernel(arguments, grad_output, loss, grad_input, scales, expected=No
     total = loss is not None and reduction != REDUCTIONS["none"]
     rows = batch if total and reduction == REDUCTIONS["sample"] else 1
     columns = batch * positions // rows
-    config = _launch.positions(rows, columns, _device.machine(input.device))
+    machine = _device.machine(input.device)
+    config = _launch.positions(rows, columns, machine)
     split = total and config.splits > 1
     with _device.on(input.device):
         slots, ticket = None, None
@@ -135,5 +136,5 @@ def _launch_kernel(arguments, grad_output, loss, grad_input, scales, expected=No
         logistic_mixture_kernel[config.groups, config.splits](
             input, target, grad_output, loss, grad_input, slots, ticket, rows, columns, positions, *scales, expected,
             MIXTURES=arguments.num_mixtures, CHANNELS=target.shape[1], PARAMETERS=input.shape[1], REDUCTION=reduction, TOTAL=total,
-            SPLIT=split, BLOCK=config.columns, **_launch.OPTIONS,
+            SPLIT=split, BLOCK=config.columns, **_launch.mixture_options(machine),
         )  # fmt: skip
