@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from fastvae.distributions import GaussianLikelihood
+from fastvae.distributions import GaussianLikelihood, LogisticMixtureLikelihood
 from fastvae.distributions.normal import DiagonalNormal
 from fastvae.models import DeepVAE, HierarchicalVAE, HierarchyOutput, LadderVAE, registry
 from fastvae.models._top_down import SEED_STEP
@@ -241,6 +241,13 @@ def test_a_likelihood_may_have_several_parameters(name):
     expected = -moments(DiagonalNormal(*output.recon.chunk(2, 1))).log_prob(x).flatten(1).sum(1).mean()
     torch.testing.assert_close(output.recon_loss, expected)
     assert model.reconstruct(x).shape == model.sample(len(x)).shape == x.shape
+
+
+def test_colours_may_have_a_mixture_of_discretized_logistics():
+    model = DeepVAE.residual(8, 3, (2, 4), 1, 2, groups=2, likelihood=LogisticMixtureLikelihood(2))
+    x = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert model(x).loss.isfinite()
+    assert model.sample(2).shape == model.reconstruct(x).shape == x.shape
 
 
 @each_network
