@@ -1,6 +1,6 @@
 """An autoencoder beside a VAE with the same network: where their latents lie, what random codes decode to, and how exact they are.
 
-    python examples/ae_beside_vae.py [--epochs 20] [--out out]
+    python examples/ae_beside_vae.py [--epochs 10] [--out out]
 
 Writes ae_beside_vae.png (latent scatter of two-dimensional latents, samples from random codes, interpolations) and ae_beside_vae.json (the
 error of reconstructions of test digits, and how far the latents are from a standard normal).
@@ -83,7 +83,7 @@ def draw(path: Path, models: dict[str, AE | VAE], images: Tensor, labels: Tensor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("out"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
