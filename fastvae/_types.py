@@ -29,6 +29,8 @@ CodebookUpdate = Literal["ema", "gradient"]
 ImportanceGradient = Literal["standard", "doubly_reparameterized"]
 AggregateEstimator = Literal["weighted", "stratified"]
 Kernel = Literal["imq", "rbf"]
+# The covariance that a DIP-VAE draws to I: that of the posterior means, or that of z.
+DIPKind = Literal["i", "ii"]
 # How a condition enters a network.
 Conditioning = Literal["concatenation", "film", "batch_norm", "cross_attention"]
 # How the posterior of a ladder's level is made of the encoder's and the prior.

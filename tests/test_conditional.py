@@ -68,11 +68,13 @@ def test_every_condition_enters_in_every_way(kind, conditioning):
     assert model.sample(2 * BATCH, y).shape == (2 * BATCH, 1, 4, 4)
     assert model.interpolate(x, x.flip(0), 3, y=y).shape == (BATCH, 3, 1, 4, 4)
     assert model.log_prob_bound(x, 4, y=y, samples_at_once=2).shape == model.anomaly_score(x, 2, y=y).shape == (BATCH,)
+    output = model.to(torch.bfloat16)(x.to(torch.bfloat16), y)
+    assert output.recon.dtype == torch.bfloat16
+    torch.testing.assert_close(output.loss, model.float()(x, y).loss, rtol=0.2, atol=0)
 
 
-@each_conditioning
-@each_condition
-def test_compiles_as_one_graph_and_runs_in_16_bits(kind, conditioning):
+@pytest.mark.parametrize(("kind", "conditioning"), zip(CONDITIONS, CONDITIONINGS, strict=True))
+def test_compiles_as_one_graph(kind, conditioning):
     torch.compiler.reset()
     model, x, y = make(kind, conditioning, drop_condition=0.3), images(), condition_of(kind)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -81,9 +83,6 @@ def test_compiles_as_one_graph_and_runs_in_16_bits(kind, conditioning):
     model.eval()
     seed = torch.tensor(3)
     torch.testing.assert_close(compiled(x, y, seed=seed).loss, model(x, y, seed=seed).loss)
-    output = model.to(torch.bfloat16)(x.to(torch.bfloat16), y)
-    assert output.recon.dtype == torch.bfloat16
-    assert output.loss.isfinite()
 
 
 @pytest.mark.parametrize("options", [{}, {"beta": 3.0, "num_samples": 2}], ids=str)

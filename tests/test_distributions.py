@@ -24,12 +24,12 @@ def encode(x: torch.Tensor) -> DiagonalNormal:
     return DiagonalNormal(2 * x[..., :DIM], x[..., DIM:] - 1)
 
 
-def randomized(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module, scale: float = 0.3) -> nn.Module:
     """In float64, with no weight at its initial value."""
     module.double()
     with torch.no_grad():
         for index, parameter in enumerate(module.parameters()):
-            parameter.add_(0.3 * normal(*parameter.shape, seed=index))
+            parameter.add_(scale * normal(*parameter.shape, seed=index))
     return module
 
 
@@ -68,7 +68,9 @@ def test_log_density_of_a_prior_is_that_of_torch(name):
 @pytest.mark.parametrize("name", [name for name in PRIORS if name != "vamp"])
 def test_a_prior_draws_from_its_density(name):
     """On a grid of the plane the density sums to 1, and has the mean that draws have."""
-    prior = randomized(PRIORS[name](2))
+    torch.manual_seed(0)
+    # A flow whose weights are larger has mass beyond the grid, and peaks between its points.
+    prior = randomized(PRIORS[name](2), scale=0.1)
     line = torch.linspace(-15, 15, 601, dtype=torch.float64)
     grid = torch.cartesian_prod(line, line)
     with torch.no_grad():

@@ -64,6 +64,15 @@ class StandardPrior(Prior):
         return StandardNormal(self.origin)
 
 
+def prior_of(latent_shape: int | Sequence[int] | None, prior: Prior | None) -> Prior | None:
+    """A model's prior: ``prior``, whose shape ``latent_shape`` is where both are given, or else N(0, I) where the shape is known."""
+    if prior is None:
+        return None if latent_shape is None else StandardPrior(latent_shape)
+    if latent_shape is not None and check_shape("latent_shape", latent_shape) != prior.latent_shape:
+        raise ValueError(f"latent_shape: got {latent_shape}, the prior is of {prior.latent_shape}")
+    return prior
+
+
 class DiagonalPrior(Prior):
     """N(mu, diag(exp(logvar))) with learned mean and log variance, N(0, I) at first. The KL of a diagonal posterior to it is in closed form
     and fused with sampling.

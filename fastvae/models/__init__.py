@@ -4,11 +4,13 @@ A class is an objective and takes its modules: ``VAE(encoder, decoder)``. Each r
 which takes its sizes and the options of the class: ``VAE.conv(latent_dim=20, beta=4.0)``, ``ContractiveAE.mlp(weight=0.1)``.
 """
 
+from fastvae.models.ais import log_prob_ais
 from fastvae.models.autoencoder import AE, AEOutput, ContractiveAE, DenoisingAE, SparseAE, StackedAE
 from fastvae.models.beta_tc_vae import BetaTCOutput, BetaTCVAE
 from fastvae.models.conditional import CVAE
 from fastvae.models.deep_vae import DeepVAE
 from fastvae.models.dip_vae import DIPVAE, DIPOutput
+from fastvae.models.factor_vae import FactorVAE, FactorVAEOutput
 from fastvae.models.hierarchy import HierarchicalVAE, HierarchyOutput
 from fastvae.models.image_vae import ImageVAE
 from fastvae.models.info_vae import InfoVAE, InfoVAEOutput
@@ -37,6 +39,8 @@ __all__ = [
     "DIPOutput",
     "DeepVAE",
     "DenoisingAE",
+    "FactorVAE",
+    "FactorVAEOutput",
     "HierarchicalVAE",
     "HierarchyOutput",
     "IWAEOutput",
@@ -54,4 +58,5 @@ __all__ = [
     "StackedAE",
     "VAEOutput",
     "VQVAEOutput",
+    "log_prob_ais",
 ]

@@ -1,6 +1,7 @@
 """The beta-TC-VAE (Chen et al., *Isolating Sources of Disentanglement in Variational Autoencoders*, 2018)."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import torch
@@ -8,7 +9,10 @@ from torch import Tensor, nn
 
 from fastvae._pytree import exportable
 from fastvae._types import AggregateEstimator, check_choice
+from fastvae._types import Likelihood as LikelihoodName
+from fastvae.distributions.likelihood import Likelihood
 from fastvae.distributions.normal import DiagonalNormal, normal_log_prob
+from fastvae.distributions.prior import Prior, check_count
 from fastvae.functional._checks import check_nonnegative
 from fastvae.models.vae import VAE, VAETerms
 
@@ -41,7 +45,8 @@ class BetaTCVAE(VAE):
     in expectation over the data, where q(z) is the mean of the posteriors of all N samples of the data, estimated from a batch.
 
     Args:
-        encoder, decoder, options: see :class:`~fastvae.models.VAE`. The posterior is diagonal, z a vector, the prior any that is normal.
+        encoder, decoder, latent_shape, prior, likelihood: see :class:`~fastvae.models.VAE`. The posterior is diagonal, z a vector. With a
+            prior whose dimensions depend on each other the third term is :math:`KL(\prod_j q(z_j) \| p(z))`.
         dataset_size: N.
         alpha, beta, gamma: weights of the mutual information, the total correlation and the KL of the dimensions.
         estimator: of q(z): ``"weighted"`` (minibatch-weighted sampling) or ``"stratified"`` (minibatch-stratified sampling, unbiased for
@@ -52,19 +57,18 @@ class BetaTCVAE(VAE):
         self,
         encoder: nn.Module,
         decoder: nn.Module,
-        latent_shape: int | None = None,
+        latent_shape: int | Sequence[int] | None = None,
         *,
         dataset_size: int,
         alpha: float = 1.0,
         beta: float = 6.0,
         gamma: float = 1.0,
         estimator: AggregateEstimator = "stratified",
-        **options,
+        prior: Prior | None = None,
+        likelihood: LikelihoodName | Likelihood = "bernoulli_logits",
     ):
-        super().__init__(encoder, decoder, latent_shape, **options)
-        if dataset_size < 1:
-            raise ValueError(f"dataset_size: got {dataset_size!r}, takes the number of samples of the training data")
-        self.dataset_size = dataset_size
+        super().__init__(encoder, decoder, latent_shape, prior=prior, likelihood=likelihood)
+        self.dataset_size = check_count("dataset_size", dataset_size)
         self.alpha, self.beta, self.gamma = (
             check_nonnegative(name, value) for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma))
         )
@@ -75,9 +79,9 @@ class BetaTCVAE(VAE):
         return f"{super().extra_repr()}, dataset_size={self.dataset_size}, {weights}, estimator={self.estimator!r}"
 
     def objective(self, terms: VAETerms) -> BetaTCOutput:
-        _, q, p, z, kl, recon, recon_loss = terms
-        if not isinstance(q, DiagonalNormal) or z.ndim != 2:
-            raise ValueError("posterior: the total correlation takes a DiagonalPosterior of vectors and one z a sample")
+        _, q, p, z, kl, recon, recon_loss, _ = terms
+        if z.ndim != 2:
+            raise ValueError(f"encoder: gave a posterior of shape {tuple(z.shape[1:])}, the total correlation takes one of vectors")
         log_joint, log_product = self._aggregate(q, z)
         log_q, log_p = q.log_prob(z), p.log_prob(z)
         mutual_information = (log_q - log_joint).mean()

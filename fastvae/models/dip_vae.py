@@ -1,12 +1,16 @@
 """The DIP-VAE (Kumar et al., *Variational Inference of Disentangled Latent Concepts from Unlabeled Observations*, 2018)."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, get_args
 
 from torch import Tensor, nn
 
 from fastvae._pytree import exportable
+from fastvae._types import DIPKind, check_choice
 from fastvae.distributions.normal import DiagonalNormal, widened
+from fastvae.distributions.posterior import DiagonalPosterior
 from fastvae.functional._checks import check_nonnegative
+from fastvae.functional.latent import LOGVAR_CLAMP
 from fastvae.models.vae import VAE, VAETerms
 
 
@@ -43,17 +47,17 @@ class DIPVAE(VAE):
         self,
         encoder: nn.Module,
         decoder: nn.Module,
-        latent_shape: int | None = None,
+        latent_shape: int | Sequence[int] | None = None,
         *,
-        kind: Literal["i", "ii"] = "ii",
+        kind: DIPKind = "ii",
         off_diagonal: float = 10.0,
         diagonal: float = 10.0,
         **options,
     ):
         super().__init__(encoder, decoder, latent_shape, **options)
-        if kind not in ("i", "ii"):
-            raise ValueError(f"kind: got {kind!r}, takes 'i' or 'ii'")
-        self.kind = kind
+        if not isinstance(self.posterior, DiagonalPosterior):
+            raise ValueError(f"posterior: got {type(self.posterior).__name__}, the covariance takes a DiagonalPosterior")
+        self.kind = check_choice("kind", kind, get_args(DIPKind))
         self.off_diagonal = check_nonnegative("off_diagonal", off_diagonal)
         self.diagonal = check_nonnegative("diagonal", diagonal)
 
@@ -61,9 +65,9 @@ class DIPVAE(VAE):
         return f"{super().extra_repr()}, kind={self.kind!r}, off_diagonal={self.off_diagonal}, diagonal={self.diagonal}"
 
     def objective(self, terms: VAETerms) -> DIPOutput:
-        _, q, _, z, kl, recon, recon_loss = terms
-        if not isinstance(q, DiagonalNormal) or q.mu.ndim != 2:
-            raise ValueError("posterior: the covariance takes a DiagonalPosterior of vectors")
+        _, q, _, z, kl, recon, recon_loss, _ = terms
+        if q.mu.ndim != 2:
+            raise ValueError(f"encoder: gave a posterior of shape {tuple(q.mu.shape[1:])}, the covariance takes one of vectors")
         penalty = self._penalty(q)
         return DIPOutput(recon_loss + self.kl_penalty(kl) + penalty, recon_loss, kl, penalty, recon, z, q.mu, q.logvar)
 
@@ -72,7 +76,7 @@ class DIPVAE(VAE):
         centred = mu - mu.mean(0)
         covariance = centred.mT @ centred / len(mu)
         if self.kind == "ii":
-            covariance = covariance + widened(q.logvar).exp().mean(0).diag_embed()
+            covariance = covariance + widened(q.logvar).clamp(*LOGVAR_CLAMP).exp().mean(0).diag_embed()
         variance = covariance.diagonal()
         off_diagonal = covariance.square().sum() - variance.square().sum()
         return self.off_diagonal * off_diagonal + self.diagonal * (variance - 1).square().sum()

@@ -1,5 +1,6 @@
 """The InfoVAE, or MMD-VAE (Zhao, Song and Ermon, *InfoVAE: Balancing Learning and Inference in Variational Autoencoders*, 2019)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ class InfoVAE(VAE):
 
     .. math:: -\mathbb{E}_{q(z|x)} \log p(x|z) + (1 - \alpha)\, KL(q(z|x) \| p(z)) + (\alpha + \lambda - 1)\, MMD(q(z), p(z))
 
-    ``alpha=1`` is the MMD-VAE, which has no KL.
+    ``alpha=1`` is the MMD-VAE, which has no KL. The draws of the prior in the discrepancy come from ``generator``, or else from torch's own
+    generator: ``eps`` and ``seed`` do not fix them.
 
     Args:
         encoder, decoder, latent_shape, options: see :class:`~fastvae.models.VAE`.
@@ -43,7 +45,7 @@ class InfoVAE(VAE):
         self,
         encoder: nn.Module,
         decoder: nn.Module,
-        latent_shape: int | None = None,
+        latent_shape: int | Sequence[int] | None = None,
         *,
         alpha: float = 1.0,
         weight: float = 1000.0,
@@ -64,8 +66,8 @@ class InfoVAE(VAE):
         return f"{super().extra_repr()}, alpha={self.alpha}, weight={self.weight}, kernel={self.kernel!r}"
 
     def objective(self, terms: VAETerms) -> InfoVAEOutput:
-        _, q, p, z, kl, recon, recon_loss = terms
+        _, q, p, z, kl, recon, recon_loss, generator = terms
         draws = z if self.num_samples is None else z.flatten(0, 1)
-        mmd = squared_mmd(draws, p.sample(len(draws)), self.kernel)
+        mmd = squared_mmd(draws, p.sample(len(draws), generator), self.kernel)
         loss = recon_loss + (1 - self.alpha) * self.kl_penalty(kl) + (self.alpha + self.weight - 1) * mmd
         return InfoVAEOutput(loss, recon_loss, kl, mmd, recon, z, q.mu, q.logvar)

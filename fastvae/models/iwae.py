@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from fastvae._pytree import exportable
 from fastvae._types import ImportanceGradient, check_choice
 from fastvae._types import Likelihood as LikelihoodName
 from fastvae.distributions.likelihood import Likelihood
-from fastvae.distributions.posterior import Posterior
+from fastvae.distributions.posterior import CholeskyPosterior, DiagonalPosterior, Posterior
 from fastvae.distributions.prior import Prior, check_count
 from fastvae.models.vae import VAE
 
@@ -64,6 +64,9 @@ class IWAE(VAE):
         parts: dict[str, Any] = {"prior": prior, "posterior": posterior, "likelihood": likelihood}
         super().__init__(encoder, decoder, latent_shape, num_samples=check_count("num_samples", num_samples), **parts)
         self.gradient = check_choice("gradient", gradient, get_args(ImportanceGradient))
+        if gradient != "standard" and not isinstance(self.posterior, DiagonalPosterior | CholeskyPosterior):
+            given = type(self.posterior).__name__
+            raise ValueError(f"posterior: got {given}, {gradient!r} takes a DiagonalPosterior or a CholeskyPosterior")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gradient={self.gradient!r}"
@@ -74,21 +77,19 @@ class IWAE(VAE):
         """The negative bound of a batch; see :meth:`fastvae.models.VAE.forward` for the arguments."""
         q = self.encode(x)
         z = q.rsample(self.num_samples, eps=eps, generator=generator, seed=seed)
-        recon = self.decode_samples(z, self.num_samples)
+        # The z of the weights is a view: gradients that a caller sends through the z of the output pass by the hook.
+        weighted = z.view_as(z)
+        recon = self.decode_samples(weighted, self.num_samples)
         log_px = -self.recon_loss(recon, x, self.num_samples, "sample")
-        kl = self._density(q).log_prob(z) - self.prior_distribution(q).log_prob(z)
+        kl = self._density(q).log_prob(weighted) - self.prior_distribution(q).log_prob(weighted)
         log_weights = log_px - kl
-        loss = math.log(len(z)) - torch.logsumexp(log_weights, 0).mean()
-        if self.gradient == "doubly_reparameterized" and z.requires_grad:
+        loss = math.log(cast("int", self.num_samples)) - torch.logsumexp(log_weights, 0).mean()
+        if self.gradient == "doubly_reparameterized" and weighted.requires_grad:
             # The bound's gradient w.r.t. z_k has the factor w_k / sum w; the estimator's has its square.
             share = log_weights.detach().softmax(0).to(z.dtype)
-            z.register_hook(lambda grad: grad * share.view(*share.shape, *(1,) * (grad.ndim - 2)))
+            weighted.register_hook(lambda grad: grad * share.view(*share.shape, *(1,) * (grad.ndim - 2)))
         return IWAEOutput(loss, -log_px.mean(), kl.mean(), recon, z, q.mu, q.logvar)
 
     def _density(self, q: Any) -> Any:
         """The posterior whose density is in the weights. The doubly reparameterized gradient reaches the encoder through z alone."""
-        if self.gradient == "standard":
-            return q
-        if not isinstance(q, tuple):
-            raise TypeError(f"posterior: got {type(self.posterior).__name__}, 'doubly_reparameterized' takes a normal posterior")
-        return type(q)(*(parameter.detach() for parameter in q))
+        return q if self.gradient == "standard" else type(q)(*(parameter.detach() for parameter in q))

@@ -13,6 +13,7 @@ from fastvae.models.beta_tc_vae import BetaTCVAE
 from fastvae.models.conditional import CVAE
 from fastvae.models.deep_vae import DeepVAE
 from fastvae.models.dip_vae import DIPVAE
+from fastvae.models.factor_vae import FactorVAE
 from fastvae.models.image_vae import ImageVAE
 from fastvae.models.info_vae import InfoVAE
 from fastvae.models.iwae import IWAE
@@ -26,7 +27,7 @@ from fastvae.models.wae import WAE
 
 MODELS: tuple[type[nn.Module], ...] = (
     *(AE, DenoisingAE, SparseAE, ContractiveAE, StackedAE, WAE),
-    *(VAE, ImageVAE, IWAE, BetaTCVAE, DIPVAE, InfoVAE),
+    *(VAE, ImageVAE, IWAE, BetaTCVAE, DIPVAE, FactorVAE, InfoVAE),
     *(CVAE, SemiSupervisedVAE),
     *(LadderVAE, DeepVAE),
     *(VQVAE, VQVAE2, IndexPrior, SequenceVAE),

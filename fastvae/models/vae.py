@@ -14,7 +14,7 @@ from fastvae.distributions.likelihood import Likelihood
 from fastvae.distributions.names import likelihood_of
 from fastvae.distributions.normal import StandardNormal
 from fastvae.distributions.posterior import DiagonalPosterior, Posterior
-from fastvae.distributions.prior import Prior, StandardPrior, VampPrior, check_shape
+from fastvae.distributions.prior import Prior, VampPrior, check_count, prior_of
 from fastvae.functional._checks import check_nonnegative
 from fastvae.models import networks
 from fastvae.models._hub import Pretrained
@@ -93,14 +93,14 @@ class VAE(nn.Module, Pretrained):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        self.prior = _prior_of(latent_shape, prior)
+        self.prior = prior_of(latent_shape, prior)
         self.posterior = DiagonalPosterior() if posterior is None else posterior
         if isinstance(self.prior, VampPrior) and not isinstance(self.posterior, DiagonalPosterior):
             raise ValueError(f"posterior: got {type(posterior).__name__} with a VampPrior, takes a DiagonalPosterior")
         self.likelihood = likelihood_of(likelihood)
         self.kl_penalty = KLPenalty(beta, capacity)
         self.free_bits = check_nonnegative("free_bits", free_bits)
-        self.num_samples = num_samples
+        self.num_samples = None if num_samples is None else check_count("num_samples", num_samples)
 
     @property
     def latent_shape(self) -> tuple[int, ...] | None:
@@ -257,7 +257,12 @@ class VAE(nn.Module, Pretrained):
 
     def prior_distribution(self, q: Any) -> Any:
         """p(z), which a model that does not know the shape of its latent takes from the posterior's."""
-        return StandardNormal(q.mean.new_zeros(q.mean.shape[1:])) if self.prior is None else self.prior(self.encode)
+        shape = q.mu.shape[1:]
+        if self.prior is None:
+            return StandardNormal(q.mu.new_zeros(shape))
+        if shape != self.prior.latent_shape:
+            raise ValueError(f"prior: is of shape {self.prior.latent_shape}, the encoder gave a posterior of shape {tuple(shape)}")
+        return self.prior(self.encode)
 
     def forward(
         self, x: Tensor, eps: Tensor | None = None, *, generator: torch.Generator | None = None, seed: Tensor | int | None = None
@@ -276,7 +281,7 @@ class VAE(nn.Module, Pretrained):
         z, kl = sample_with_kl(q, p, num_samples=self.num_samples, free_bits=self.free_bits, **noise)
         recon = decode_samples(decode, z, self.num_samples)
         recon_loss = self.recon_loss(recon, x, self.num_samples)
-        return self.objective(VAETerms(x, q, p, z, kl, recon, recon_loss))
+        return self.objective(VAETerms(x, q, p, z, kl, recon, recon_loss, noise.get("generator")))
 
     def objective(self, terms: "VAETerms") -> Any:
         """The output of a call: the loss of what encoder, prior, decoder and likelihood gave."""
@@ -343,7 +348,7 @@ class VAE(nn.Module, Pretrained):
 
 class VAETerms(NamedTuple):
     """What a forward pass gives an objective: the data, the posterior, the prior's distribution, z, the KL in nats per sample, the
-    decoder's output and the reconstruction loss in nats per sample."""
+    decoder's output, the reconstruction loss in nats per sample, and the generator of a call's noise."""
 
     x: Tensor
     q: Any
@@ -352,6 +357,7 @@ class VAETerms(NamedTuple):
     kl: Tensor
     recon: Tensor
     recon_loss: Tensor
+    generator: torch.Generator | None
 
 
 def decode_samples(decode: Callable[[Tensor], Tensor], z: Tensor, num_samples: int | None) -> Tensor:
@@ -367,11 +373,3 @@ def network_sizes(latent_dim: int, options: Mapping[str, Any]) -> tuple[int, int
     posterior: Posterior | None = options.get("posterior")
     code_dim = 2 * latent_dim if posterior is None else posterior.parameters_for(latent_dim)
     return code_dim, likelihood_of(options.get("likelihood", "bernoulli_logits")).parameters_per_element
-
-
-def _prior_of(latent_shape: int | Sequence[int] | None, prior: Prior | None) -> Prior | None:
-    if prior is None:
-        return None if latent_shape is None else StandardPrior(latent_shape)
-    if latent_shape is not None and check_shape("latent_shape", latent_shape) != prior.latent_shape:
-        raise ValueError(f"latent_shape: got {latent_shape}, the prior is of {prior.latent_shape}")
-    return prior
