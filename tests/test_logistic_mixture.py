@@ -231,6 +231,14 @@ def test_a_floating_target_is_its_nearest_level(place, dtype):
     assert torch.equal(*losses)
 
 
+@each_place(OPERATOR, dtype=torch.float64)
+def test_a_level_is_found_in_the_precision_of_the_loss(place):
+    """0.3 in float32 times 255 is a tie in float32, and above it in float64."""
+    input = Source(place.device, torch.float64).normal(1, 2, 1)
+    target, level = torch.full((1, 1, 1), 0.3, device=place.device), torch.full((1, 1, 1), 77, dtype=torch.uint8, device=place.device)
+    assert torch.equal(FV.logistic_mixture_nll(input, target, 1), FV.logistic_mixture_nll(input, level, 1))
+
+
 @each_place_and_dtype(OPERATOR)
 def test_log_scales_of_every_size(place, dtype):
     """A bin that is e^-100 of a scale wide has its probability too; below the least log scale the gradient is 0."""

@@ -25,7 +25,7 @@ FUNCTIONS = {
     "BCE": lambda x: FV.binary_cross_entropy(x, torch.full_like(x, 0.3), reduction="sample"),
     "MSE": lambda x: FV.mse_loss(x, torch.full_like(x, 0.3)),
     "Gaussian": lambda x: FV.gaussian_nll(x, torch.full_like(x, 0.3), x),
-    "mixture of logistics": lambda x: FV.logistic_mixture_nll(x.T.reshape(2, 6, 2), torch.full((2, 1, 2), 0.3), 2, "sample"),
+    "mixture of logistics": lambda x: FV.logistic_mixture_nll(x.reshape(2, 6, 2), torch.full((2, 1, 2), 0.3), 2, "sample"),
     "ELBO": lambda x: FV.elbo_loss(x, torch.full_like(x, 0.3), x, x, free_bits=0.2).loss,
     "sample": lambda x: FV.reparameterize(x, x, seed=3),
     "samples of given noise": lambda x: FV.reparameterize(x, x, eps=EPS.expand(2, 6, 4), num_samples=2),

@@ -64,9 +64,9 @@ struct Pixel {
 // `target` is in [0, 1] and stands for the nearest of the 256 levels.
 template <class T>
 FASTVAE_INLINE Pixel<T> pixel_of(T target) {
-  float level = round_even(clamp(static_cast<float>(target) * 255.0f, 0.0f, 255.0f));
-  T side = level == 0.0f ? T(-1) : (level == 255.0f ? T(1) : T(0));
-  return {divide(fma(T(level), T(2), T(-255)), T(255)), side};
+  T level = round_even(clamp(target * T(255), T(0), T(255)));
+  T side = level == T(0) ? T(-1) : (level == T(255) ? T(1) : T(0));
+  return {divide(fma(level, T(2), T(-255)), T(255)), side};
 }
 
 // The probability of a bin is exp(linear) * ratio, and ratio lies between 1/76 and 9. The gradients are those of its logarithm.

@@ -35,6 +35,7 @@ FASTVAE_INLINE double fma(double a, double b, double c) { return a * b + c; }
 constexpr float kRound = 12582912.0f;
 
 FASTVAE_INLINE float round_even(float x) { return (x + kRound) - kRound; }
+FASTVAE_INLINE double round_even(double x) { return ::nearbyint(x); }
 
 // value = e^x, minus_one = e^x - 1 and minus_line = e^x - 1 - x. The last two keep their relative accuracy near 0, where the differences
 // would cancel.

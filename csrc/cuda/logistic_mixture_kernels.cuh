@@ -142,8 +142,10 @@ __device__ __forceinline__ float handle_position(const LogisticMixtureParams<T>&
   return loss;
 }
 
+// The kernel needs up to 96 registers. Told that four blocks run on a multiprocessor at a time, which leaves a thread 128, the assembler
+// does not spill some of them to make room for more blocks.
 template <class T>
-__global__ void __launch_bounds__(kThreads) logistic_mixture_kernel(const __grid_constant__ LogisticMixtureParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 4) logistic_mixture_kernel(const __grid_constant__ LogisticMixtureParams<T> p) {
   if (p.is_written && *p.grad_rows == p.expected) return;
   const ColumnSums& c = p.columns;
   int64_t begin = blockIdx.y * c.rows_per_split, end = min64(begin + c.rows_per_split, c.rows);

@@ -97,7 +97,11 @@ class LogisticMixtureLikelihood(Likelihood):
     def extra_repr(self) -> str:
         return f"{self.num_mixtures}"
 
-    def _parts(self, params: Tensor) -> Parameters:
+    def check_count(self, params: Tensor) -> None:
+        self._channels(params)
+
+    def _channels(self, params: Tensor) -> int:
+        """The channels of the images that the decoder's output is of."""
         check_tensor("params", params)
         channels = 1
         while params.ndim > 1 and self.parameters_for(channels) < params.shape[1]:
@@ -108,7 +112,10 @@ class LogisticMixtureLikelihood(Likelihood):
                 f"decoder: gave shape {tuple(params.shape)}, has to give in dimension 1 the parameters of an image: "
                 f"{takes} channels, ... with {self.num_mixtures} components"
             )
-        return split_parameters(params.to(accumulation_dtype(params.dtype)), self.num_mixtures, channels)
+        return channels
+
+    def _parts(self, params: Tensor) -> Parameters:
+        return split_parameters(params.to(accumulation_dtype(params.dtype)), self.num_mixtures, self._channels(params))
 
 
 def _shifted_mean(parts: Parameters, channel: int, values: list[Tensor]) -> Tensor:
