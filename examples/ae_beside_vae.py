@@ -48,8 +48,8 @@ def summarise(model: AE | VAE, images: Tensor) -> dict[str, float]:
     z = latents(model, images)
     return {
         "squared error per pixel": (model.reconstruct(images) - images).square().mean().item(),
-        "mean of the latents": z.mean().item(),
-        "standard deviation of the latents": z.std().item(),
+        "distance of the latents' mean from 0": z.mean(0).norm().item(),
+        "standard deviation of a latent": z.std(0).mean().item(),
     }
 
 

@@ -1,6 +1,6 @@
 """A beta-VAE of squares and ellipses of known position, size and rotation: which latent has learned which factor.
 
-    python examples/beta_vae_traversals.py [--beta 4] [--steps 3000] [--out out]
+    python examples/beta_vae_traversals.py [--beta 4] [--steps 2000] [--out out]
 
 Writes beta_vae_traversals.png, one row a latent dimension, and beta_vae_traversals.json, the share of each latent's variance that each
 factor explains.
@@ -85,7 +85,7 @@ def draw_traversals(path: Path, model: VAE, start: Tensor, order: list[int], tit
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--beta", type=float, default=4.0)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("out"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
