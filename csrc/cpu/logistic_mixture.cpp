@@ -21,8 +21,8 @@ LogisticMixtureSizes sizes_of(const Tensor& target, int64_t mixtures) {
 // Fills in what both passes read.
 LogisticMixture problem_of(const Tensor& input, const Tensor& target, int64_t mixtures, Reduction reduction, Copies& copies) {
   LogisticMixtureSizes sizes = sizes_of(target, mixtures);
-  LogisticMixture p{sizes,   nullptr, nullptr, dtype_of(input), dtype_of(target), positions_partition(sizes, reduction), {},
-                    nullptr, {},      1.0,     {}};
+  LogisticMixture p{sizes, nullptr, nullptr, dtype_of(input), dtype_of(target), positions_partition(sizes, reduction), {}, nullptr,
+                    {},    1.0,     {}};
   p.input = readable(input, copies).const_data_ptr();
   p.target = readable(target, copies).const_data_ptr();
   return p;

@@ -97,8 +97,7 @@ void write_gradient(const Launch& launch, const MixtureArguments& a, const Tenso
 std::tuple<Tensor, Tensor> logistic_mixture_forward(const Tensor& input, const Tensor& target, int64_t mixtures, int64_t reduction,
                                                     double grad_scale, bool with_grad) {
   MixtureArguments arguments{input, target, mixtures, static_cast<Reduction>(reduction)};
-  return dispatch(input.scalar_type(),
-                  [&](auto type) { return forward<typename decltype(type)::Type>(arguments, grad_scale, with_grad); });
+  return dispatch(input.scalar_type(), [&](auto type) { return forward<typename decltype(type)::Type>(arguments, grad_scale, with_grad); });
 }
 
 Tensor logistic_mixture_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target, int64_t mixtures,

@@ -3,9 +3,9 @@
 // kernel                    grid                                 reads                          writes
 // logistic_mixture_kernel   (columns, splits) of ColumnSums      input, target, grad_output     loss, grad_input
 //
-// Both passes launch it: forward with a loss to reduce, backward with grad_output. A thread handles one position at a time: adjacent threads
-// read adjacent numbers of each parameter. The gradient needs the sum over all components first, so a second loop over the components
-// computes their probabilities again, from parameters that are in the caches by then.
+// Both passes launch it: forward with a loss to reduce, backward with grad_output. A thread handles one position at a time: adjacent
+// threads read adjacent numbers of each parameter. The gradient needs the sum over all components first, so a second loop over the
+// components computes their probabilities again, from parameters that are in the caches by then.
 #pragma once
 
 #include "../common/logistic_mixture_formulas.h"
@@ -142,8 +142,8 @@ __device__ __forceinline__ float handle_position(const LogisticMixtureParams<T>&
   return loss;
 }
 
-// The kernel needs up to 96 registers. Told that four blocks run on a multiprocessor at a time, which leaves a thread 128, the assembler
-// does not spill some of them to make room for more blocks.
+// At least four blocks run on a multiprocessor at a time, which leaves a thread 128 registers. Without that number nvcc 13.0 spills on
+// sm_100 and sm_120, to make room for more blocks.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) logistic_mixture_kernel(const __grid_constant__ LogisticMixtureParams<T> p) {
   if (p.is_written && *p.grad_rows == p.expected) return;

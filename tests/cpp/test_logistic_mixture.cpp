@@ -21,7 +21,8 @@ struct Case {
   bool elementwise, by_row;
 };
 
-double loss_of(const LogisticMixtureSizes& s, const Array& input, const Array& target, DType target_dtype, int64_t sample, int64_t position) {
+double loss_of(const LogisticMixtureSizes& s, const Array& input, const Array& target, DType target_dtype, int64_t sample,
+               int64_t position) {
   auto parameter = [&](int64_t row) { return input.get((sample * s.parameters() + row) * s.positions + position); };
   auto level = [&](int64_t channel) {
     double value = target.get((sample * s.channels + channel) * s.positions + position);
@@ -49,7 +50,8 @@ void check(const Case& c, Kind kind) {
   Array target(c.target_dtype, s.batch * s.channels * s.positions, source, kind);
   Array incoming(c.dtype, numel, source), loss(c.dtype, numel), grad_input(c.dtype, input.count);
   Partition partition = c.by_row ? Partition(s.batch, s.positions, kMixtureTile) : Partition(1, numel, kMixtureTile);
-  LogisticMixture p{s, input.data(), target.data(), c.dtype, c.target_dtype, partition, {}, nullptr, incoming.view(), 0.5, grad_input.output()};
+  LogisticMixture p{s,  input.data(), target.data(),   c.dtype, c.target_dtype,     partition,
+                    {}, nullptr,      incoming.view(), 0.5,     grad_input.output()};
   std::vector<double> sums(partition.slots());
   if (c.elementwise)
     p.loss = loss.output();
@@ -96,8 +98,7 @@ void test_logistic_mixture() {
   for (const LogisticMixtureSizes& s : sizes)
     for (DType dtype : kFloats)
       for (int options = 0; options < 8; ++options)
-        for (Kind kind : kKinds)
-          check({s, dtype, (options & 1) != 0 ? DType::uint8 : dtype, (options & 2) != 0, (options & 4) != 0}, kind);
+        for (Kind kind : kKinds) check({s, dtype, (options & 1) != 0 ? DType::uint8 : dtype, (options & 2) != 0, (options & 4) != 0}, kind);
 }
 
 }  // namespace fastvae::testing

@@ -18,7 +18,7 @@ namespace {
 template <class T>
 struct MixtureTile {
   const LogisticMixture& p;
-  T* gradients;      // (parameters, kMixtureTile)
+  T* gradients;       // (parameters, kMixtureTile)
   T *linear, *ratio;  // (mixtures, kMixtureTile)
   T *values, *sides;  // (channels, kMixtureTile), see Pixel
   int64_t sample = 0, first = 0, count = 0;
@@ -85,7 +85,7 @@ void multiply_channel(const MixtureTile<T>& tile, int64_t m, int64_t channel, co
   T buffer[kMixtureTile];
   const T* log_scale = tile.parameter(sizes.log_scale(m, channel), buffer);
   const T *values = row_of(tile.values, channel), *sides = row_of(tile.sides, channel);
-  T *__restrict linear = row_of(tile.linear, m), *__restrict ratio = row_of(tile.ratio, m);
+  T* __restrict linear = row_of(tile.linear, m), * __restrict ratio = row_of(tile.ratio, m);
   T* __restrict grad_mean = row_of(tile.gradients, sizes.mean(m, channel));
   T* __restrict grad_log_scale = row_of(tile.gradients, sizes.log_scale(m, channel));
 #pragma omp simd
@@ -160,7 +160,7 @@ void weigh_components(const MixtureTile<T>& tile, T* __restrict loss, T* __restr
   for (int64_t i = 0; i < tile.count; ++i) loss[i] = -largest[i] - log(total[i]);
   if (!sizes.has_logits()) return;
   for (int64_t m = 0; m < sizes.mixtures; ++m) {
-    T *buffer = row_of(tile.gradients, m);
+    T* buffer = row_of(tile.gradients, m);
     const T* logit = tile.parameter(m, buffer);
     if (logit != buffer) memcpy(buffer, logit, static_cast<size_t>(tile.count) * sizeof(T));
   }
