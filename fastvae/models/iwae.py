@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class IWAE(VAE):
         log_px = -self.recon_loss(recon, x, self.num_samples, "sample")
         kl = self._density(q).log_prob(weighted) - self.prior_distribution(q).log_prob(weighted)
         log_weights = log_px - kl
-        loss = math.log(self.num_samples) - torch.logsumexp(log_weights, 0).mean()
+        loss = math.log(cast("int", self.num_samples)) - torch.logsumexp(log_weights, 0).mean()
         if self.gradient == "doubly_reparameterized" and weighted.requires_grad:
             # The bound's gradient w.r.t. z_k has the factor w_k / sum w; the estimator's has its square.
             share = log_weights.detach().softmax(0).to(z.dtype)

@@ -236,4 +236,5 @@ class SemiSupervisedVAE(CVAE):
 def with_outputs(network: nn.Sequential, outputs: int) -> nn.Sequential:
     """A copy of a network of stages whose last linear layer gives another number of values."""
     *below, last = copy.deepcopy(network)
-    return nn.Sequential(*below, nn.Sequential(nn.Linear(cast("nn.Sequential", last)[0].in_features, outputs)))
+    linear = cast("nn.Linear", cast("nn.Sequential", last)[0])
+    return nn.Sequential(*below, nn.Sequential(nn.Linear(linear.in_features, outputs)))
