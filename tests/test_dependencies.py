@@ -25,7 +25,8 @@ COMMANDS = {"clang-format", "mypy", "pre-commit", "pytest-benchmark", "pytest-xd
 # The packages that a build needs, and those that come with pip and torch.
 OF_THE_BUILD = {"setuptools", "wheel", "pybind11", "ninja"}
 # Whoever wants its data sets installs it: with its torch it is gigabytes, which the extra does not impose.
-OF_THE_USER = {"torchvision"}
+# pythae, whose losses a table of its figures stands for where it is not installed, asks for other releases of what we have.
+OF_THE_USER = {"torchvision", "pythae"}
 
 
 def declared() -> set[str]:

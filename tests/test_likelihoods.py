@@ -37,7 +37,9 @@ def build(name, *shape):
 
 def test_every_likelihood_has_a_case():
     classes = {value for value in vars(distributions).values() if isinstance(value, type) and issubclass(value, Likelihood)}
-    assert classes - {Likelihood} == {type(case.make()) for case in CASES.values()}
+    # The two of 8-bit images, whose parameters are no multiple of the channels, have tests of their own.
+    fused = {distributions.DiscretizedLogisticLikelihood, distributions.LogisticMixtureLikelihood}
+    assert classes - {Likelihood} - fused == {type(case.make()) for case in CASES.values()}
 
 
 @EACH

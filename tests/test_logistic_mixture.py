@@ -120,6 +120,12 @@ def test_incoming_gradients_and_floating_targets(place, dtype):
             check(place.device, dtype, Case(reduction="sum", grad_scale=grad_scale, incoming=incoming))
 
 
+@each_place_and_dtype(OPERATOR)
+@pytest.mark.parametrize(("batch", "spatial"), [(1, (1,)), (3, (63,)), (2, (41, 401))], ids=str)
+def test_odd_sizes(place, dtype, batch, spatial):
+    check(place.device, dtype, Case(2, 3, batch, spatial))
+
+
 @each_place(OPERATOR)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(place, layout):

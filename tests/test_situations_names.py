@@ -16,6 +16,7 @@ from torch import nn
 from fastvae import _types, compat, models, reference
 from fastvae import functional as FV
 from fastvae import nn as fnn
+from fastvae.distributions.names import LIKELIHOODS
 from fastvae.ops._results import REDUCTIONS
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 from fastvae.ops.jacobian import ACTIVATIONS
@@ -88,17 +89,19 @@ def test_the_values_of_options_are_those_of_the_operators():
     assert set(typing.get_args(_types.Activation)) == set(ACTIVATIONS)
     assert set(typing.get_args(_types.NormActivation)) == set(NORM_ACTIVATIONS)
     assert set(typing.get_args(_types.ReconLoss)) == set(models.autoencoder.RECON_LOSSES)
-    assert set(typing.get_args(_types.Likelihood)) == set(models.vae.LIKELIHOODS)
+    assert set(typing.get_args(_types.Likelihood)) == set(LIKELIHOODS)
 
 
 CLASS_WORDS = {"class_kl", "classification_loss", "accuracy", "logits"}
+LEVEL_WORDS = {"kls", "level_loss"}
+DISENTANGLING_WORDS = {"mutual_information", "total_correlation", "dimension_kl", "discriminator_loss", "mmd"}
 WORDS = {"loss", "recon_loss", "kl", "penalty", "vq_loss", "recon", "z", "mu", "logvar", "quantized", "indices", "perplexity", "usage"}
 
 
 def test_the_fields_of_outputs_share_their_words():
     outputs = [thing for thing in public(FV, fnn, models).values() if inspect.isclass(thing) and issubclass(thing, tuple)]
     fields = {field for output in outputs if output not in (FV.JacobianMethod, fnn.Condition) for field in output._fields}
-    assert fields == WORDS | CLASS_WORDS
+    assert fields == WORDS | CLASS_WORDS | LEVEL_WORDS | DISENTANGLING_WORDS
     assert all(output._fields[:2] == ("loss", "recon_loss") for output in outputs if "recon_loss" in output._fields)
 
 

@@ -75,7 +75,8 @@ def test_the_command_line_pretrains(tmp_path, monkeypatch, caplog):
     network = ["--network=StackedAE_mlp", "--network.data_shape=[1,8,8]", "--network.hidden=[16]", "--network.latent_dim=4"]
     quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.max_steps=1", "--checkpoint.dirpath=kept"]
     stages = ["--trainer.callbacks=PretrainStages", "--trainer.callbacks.epochs=2"]
-    with caplog.at_level(logging.INFO):
+    # Other tests have set the level of Lightning's own logger.
+    with caplog.at_level(logging.INFO), caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         command_line.main(["fit", *network, "--data=SklearnDigits", *quiet, *stages])
     assert "Stage 1: mean loss" in caplog.text
     assert isinstance(checkpoints.load(tmp_path / "kept/last.ckpt").network, StackedAE)

@@ -109,12 +109,12 @@ FASTVAE_INLINE LogisticBin<T> logistic_bin(Pixel<T> pixel, T mean, T log_scale) 
 }
 
 template <class T>
-struct Tanh {
+struct LogisticMixtureTanh {
   T value, derivative;
 };
 
 template <class T>
-FASTVAE_INLINE Tanh<T> tanh_of(T x) {
+FASTVAE_INLINE LogisticMixtureTanh<T> tanh_of(T x) {
   T e = exp(T(-2) * absolute(x)), reciprocal = divide(T(1), T(1) + e);
   T size = (T(1) - e) * reciprocal;
   return {x < T(0) ? -size : size, T(4) * e * reciprocal * reciprocal};

@@ -117,6 +117,7 @@ class CholeskyNormal(NamedTuple):
         return 0.5 * spread.sum(-1) - self._half_log_determinant()
 
 
+@exportable
 class StandardNormal(NamedTuple):
     """N(0, I); ``origin`` is one latent of zeros."""
 
@@ -133,6 +134,7 @@ class StandardNormal(NamedTuple):
         return draw_noise(n, self.origin, generator)
 
 
+@exportable
 class SharedNormal(NamedTuple):
     """N(mu, diag(exp(logvar))), the same for every sample of a batch: both have the shape of one latent."""
 
@@ -151,6 +153,7 @@ class SharedNormal(NamedTuple):
         return FV.reparameterize(self.mu.expand(shape), self.logvar.expand(shape), eps=draw_noise(n, self.mu, generator))
 
 
+@exportable
 class NormalMixture(NamedTuple):
     """A mixture of K diagonal normals: ``logits`` is ``(K,)``; ``mu`` and ``logvar`` are ``(K, *latent_shape)``."""
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fastvae._pytree import exportable
 from fastvae.distributions.normal import DiagonalNormal
 from fastvae.models._inputs import as_float
 
@@ -41,6 +42,7 @@ def split_normal(name: str, parameters: Tensor) -> DiagonalNormal:
 Draw = Callable[[int, DiagonalNormal, DiagonalNormal], tuple[Tensor, Any]]
 
 
+@exportable
 class Step(NamedTuple):
     """A level on the way down: posterior, prior, z and what was computed of them."""
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvae._pytree import exportable
 from fastvae.distributions.normal import draw_noise, sum_latent, widened
 from fastvae.distributions.prior import check_count
 from fastvae.models._inputs import parameter_dtype
@@ -73,6 +74,7 @@ def annealing_schedule(num_steps: int) -> list[float]:
     return ((curve - curve[0]) / (curve[-1] - curve[0])).tolist()
 
 
+@exportable
 class Point(NamedTuple):
     """The place of each chain, ``(chains, batch, *latent_shape)``, its log densities, ``(chains, batch)``, and their gradients there."""
 

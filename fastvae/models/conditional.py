@@ -46,6 +46,8 @@ class CVAE(VAE):
 
     # A training hands the labels of a batch to the network.
     takes_labels: ClassVar[bool] = True
+    # The base's networks of these names take no condition.
+    strided_conv = transformer = None  # type: ignore[assignment]
 
     def __init__(
         self,

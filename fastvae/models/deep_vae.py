@@ -101,7 +101,7 @@ class DeepVAE(HierarchicalVAE):
 
     Args:
         encoder, levels, decoder, start: see :class:`~fastvae.models.HierarchicalVAE`.
-        options: ``likelihood``, ``beta`` and ``free_bits``, see there.
+        likelihood, beta, free_bits: see there.
     """
 
     @classmethod

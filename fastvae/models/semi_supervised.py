@@ -55,6 +55,7 @@ class SemiSupervisedOutput(NamedTuple):
     logits: Tensor
 
 
+@exportable
 class ClassTerms(NamedTuple):
     """The terms of a loss that come from the classifier.
 

@@ -346,6 +346,7 @@ class VAE(nn.Module, Pretrained):
         return self.recon_loss(recon, x, num_samples, "sample").mean(0) + kl
 
 
+@exportable
 class VAETerms(NamedTuple):
     """What a forward pass gives an objective: the data, the posterior, the prior's distribution, z, the KL in nats per sample, the
     decoder's output, the reconstruction loss in nats per sample, and the generator of a call's noise."""

@@ -71,7 +71,7 @@ void couple(const MixtureTile<T>& tile, int64_t m, int64_t channel, T* __restric
     T* __restrict gradient = row_of(tile.gradients, row);
 #pragma omp simd
     for (int64_t i = 0; i < tile.count; ++i) {
-      Tanh<T> tanh = tanh_of(coefficient[i]);
+      LogisticMixtureTanh<T> tanh = tanh_of(coefficient[i]);
       mean[i] = fma(tanh.value, values[i], mean[i]);
       gradient[i] = tanh.derivative * values[i];
     }
