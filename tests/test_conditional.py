@@ -21,6 +21,8 @@ from fastvae.nn import (
 from fastvae.nn.conditioning import CONDITIONINGS
 from fastvae.reference import latent, reconstruction
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, DIM, LATENT = 6, 8, 2
 each_conditioning = pytest.mark.parametrize("conditioning", CONDITIONINGS)
 CONDITIONS = {

@@ -13,6 +13,8 @@ from fastvae.distributions.normal import CholeskyNormal, DiagonalNormal
 from fastvae.distributions.posterior import CholeskyPosterior, DiagonalPosterior
 from fastvae.distributions.prior import DiagonalPrior, MixturePrior, StandardPrior, VampPrior
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, DIM, SAMPLES = 5, 3, 4
 
 

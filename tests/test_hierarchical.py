@@ -15,6 +15,8 @@ from fastvae.models.deep_vae import ResidualLevel
 from fastvae.models.ladder_vae import LadderEncoder, LadderLevel
 from fastvae.nn import LinearSchedule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOP, BOTTOM, DATA, BATCH = 2, 3, 4, 5
 
 NETWORKS = {

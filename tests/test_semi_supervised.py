@@ -11,6 +11,8 @@ from fastvae.models import SemiSupervisedVAE, registry
 from fastvae.nn.conditioning import CONDITIONINGS
 from fastvae.reference import latent, reconstruction
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, LATENT, CLASSES = 5, 2, 3
 
 

@@ -29,6 +29,7 @@ def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return total_loss(model(x))
 
 
+@pytest.mark.prove
 @each_model
 def test_64_digits_are_learned_by_heart(name):
     """Their mean image has an error of 1; the model's reconstructions have less than half of it."""

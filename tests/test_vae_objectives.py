@@ -14,6 +14,8 @@ from fastvae.models._mmd import SCALES, squared_mmd
 from fastvae.models.beta_tc_vae import log_importance_weights
 from fastvae.models.factor_vae import permute_dimensions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA, DIM = 3, 2
 
 
