@@ -1,6 +1,6 @@
 """Trains a VQ-VAE on real digits and a prior of its codes that is given the class; draws digits on demand.
 
-    python examples/vqvae_prior_samples.py [--out out] [--epochs 6] [--prior-epochs 10]
+    python examples/vqvae_prior_samples.py [--out out] [--epochs 5] [--prior-epochs 8]
 
 Without the prior all that a VQ-VAE can draw is independent codes, which the first row shows: they are no digits. Below it each row is a
 class.
@@ -40,8 +40,8 @@ def train(model: nn.Module, data: tuple[Tensor, ...], epochs: int, learning_rate
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--epochs", type=int, default=6, help="of the VQ-VAE")
-    parser.add_argument("--prior-epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=5, help="of the VQ-VAE")
+    parser.add_argument("--prior-epochs", type=int, default=8)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     digits = MNISTDigits(val=0.0)
