@@ -383,6 +383,7 @@ OVERFITTED = {
 }
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("name", OVERFITTED)
 def test_64_digits_are_learned_by_heart(name):
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed: pip install fastvae-kernels[train]")

@@ -54,7 +54,8 @@ def make_network(name):
     if name.startswith("IndexPrior"):
         return registry.find_network(name)(VQVAE.conv(1, num_codes=4, dim=2, channels=4), (2, 2))
     sizes = {"data_shape": 16, "latent_dim": 3} if name.endswith("linear") else {}
-    return registry.find_network(name)(**sizes, **({"dataset_size": 100} if name.startswith("BetaTCVAE") else {}))
+    others = {"BetaTCVAE": {"dataset_size": 100}, "SequenceVAE": {"num_tokens": 5}}.get(name.split(".")[0], {})
+    return registry.find_network(name)(**sizes, **others)
 
 
 def test_every_network_can_be_described():
