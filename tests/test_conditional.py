@@ -75,7 +75,7 @@ def test_every_condition_enters_in_every_way(kind, conditioning):
     torch.testing.assert_close(output.loss, model.float()(x, y).loss, rtol=0.2, atol=0)
 
 
-@pytest.mark.parametrize(("kind", "conditioning"), zip(CONDITIONS, CONDITIONINGS, strict=True))
+@pytest.mark.parametrize(("kind", "conditioning"), [*zip(CONDITIONS, CONDITIONINGS, strict=True)])
 def test_compiles_as_one_graph(kind, conditioning):
     torch.compiler.reset()
     model, x, y = make(kind, conditioning, drop_condition=0.3), images(), condition_of(kind)

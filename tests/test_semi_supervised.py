@@ -110,7 +110,7 @@ def test_the_bound_without_a_class_is_the_mean_over_classes_of_the_likelihoods()
 PARTS = [{}, {"conditional_prior": True}, {"posterior": CholeskyPosterior()}, {"prior": MixturePrior(LATENT, 3)}]
 
 
-@pytest.mark.parametrize(("parts", "conditioning"), zip(PARTS, CONDITIONINGS, strict=True), ids=str)
+@pytest.mark.parametrize(("parts", "conditioning"), [*zip(PARTS, CONDITIONINGS, strict=True)], ids=str)
 def test_compiles_as_one_graph_and_runs_in_16_bits(parts, conditioning):
     torch.compiler.reset()
     model, x = make(conditioning=conditioning, **parts), images()
