@@ -163,4 +163,5 @@ def test_every_kernel_that_counts_programs_takes_a_ticket_somewhere():
             "latent_forward_kernel", "latent_rows_kernel", "latent_columns_kernel",
             "reconstruction_forward_kernel", "reconstruction_rows_kernel", "reconstruction_backward_kernel",
             "jacobian_weight_kernel", "jacobian_penalty_kernel", "codebook_gather_kernel", "codebook_recheck_kernel",
+            "logistic_mixture_kernel",
         }  # fmt: skip
