@@ -311,7 +311,7 @@ MODELS = {
 
 
 def flops(inputs: Inputs) -> float:
-    """Of the matrix products of one pass of the batch through the network, forward and backward."""
+    """The operations of the matrix products of one pass of the batch through the network, forward and backward."""
     units = math.prod(SHAPE)
     return 3.0 * 2 * len(inputs.others["x"]) * HIDDEN[0] * (2 * units + 3 * DIM)
 

@@ -1,4 +1,4 @@
-"""What each level of a hierarchy of latents decides: samples that share their upper levels and draw the lower ones anew.
+"""Shows what each level of a hierarchy of latents decides, by samples that share their upper levels and draw the lower ones anew.
 
     python examples/hierarchical_samples.py [--epochs 8] [--temperature 0.9] [--out out]
 

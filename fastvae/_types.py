@@ -8,7 +8,7 @@ Reduction = Literal["none", "sample", "batchmean", "sum", "mean"]
 # A mean over elements would weigh pixels against latents, and an evidence lower bound has no value for an element.
 BoundReduction = Literal["batchmean", "sum", "sample"]
 Likelihood = Literal["bernoulli_logits", "bernoulli", "gaussian"]
-# How many values of a learned parameter of a likelihood there are: one, one a channel, or one an element, which the decoder gives.
+# A likelihood learns one value of its parameter, or one a channel; with the last, the decoder gives one for each element.
 Extent = Literal["global", "per_channel", "per_element"]
 CategoricalData = Literal["integers", "images", "tokens"]
 ReconLoss = Literal["mse", "bce_with_logits", "bce"]

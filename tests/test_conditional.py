@@ -298,3 +298,9 @@ def test_networks_of_ones_own_layers():
     model = CVAE(encoder, decoder, VectorCondition(5, DIM), (3, 2, 2))
     assert model(images(), condition_of("vector")).z.shape == (BATCH, 3, 2, 2)
     assert model.sample(4, condition_of("vector", 2)).shape == (4, 1, 4, 4)
+
+
+@pytest.mark.parametrize("network", [CVAE.strided_conv, CVAE.transformer], ids=["strided_conv", "transformer"])
+def test_networks_without_a_condition_are_named(network):
+    with pytest.raises(TypeError, match=r"^network: CVAE has conv and mlp, others are composed"):
+        network(28)

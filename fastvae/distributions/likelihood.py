@@ -1,4 +1,4 @@
-"""What all likelihoods share: the check of the decoder's output, and the reductions."""
+"""The base of all likelihoods, which checks the decoder's output and reduces."""
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Likelihood(Stored, nn.Module):
 
     def mean(self, params: Tensor) -> Tensor:
         """The mean of p(x | z), in the shape and the range of the data."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no mean")
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A draw from p(x | z), in the shape and the range of the data, without a gradient.
@@ -70,11 +70,11 @@ class Likelihood(Stored, nn.Module):
             params: what the decoder gives.
             generator: a generator on the device of ``params``; by default torch's own.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no sample")
 
     def elements(self, params: Tensor, x: Tensor) -> Tensor:
         """The negative log-likelihood of each element of ``x``, in the dtype of sums (:func:`loss_dtype`)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no elements")
 
     def loss(self, params: Tensor, x: Tensor, reduction: Reduction) -> Tensor:
         """The result of a call, for arguments that have been checked."""

@@ -23,7 +23,7 @@ class Posterior(Stored, nn.Module):
 
     @abstractmethod
     def parameters_for(self, latent_dim: int) -> int:
-        """How many numbers the encoder gives on dimension 1 for a latent of size ``latent_dim``."""
+        """The size of dimension 1 of the encoder's output for a latent of size ``latent_dim``."""
 
 
 class DiagonalPosterior(Posterior):

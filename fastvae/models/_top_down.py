@@ -74,7 +74,7 @@ class TopDown(nn.Module):
             self.register_buffer("start", start, persistent=False)
 
     def encoded(self, x: Tensor) -> Sequence[Tensor]:
-        """What the encoder gives for each level."""
+        """The encoder's output for each level."""
         features = self.encoder(as_float(x, self.encoder))
         if isinstance(features, Tensor) or len(features) != len(self.levels):
             count = 1 if isinstance(features, Tensor) else len(features)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,6 @@ class CVAE(VAE):
 
     # A training hands the labels of a batch to the network.
     takes_labels: ClassVar[bool] = True
-    # The base's networks of these names take no condition.
-    strided_conv = transformer = None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -122,6 +120,17 @@ class CVAE(VAE):
         layers = networks.Layers(activation, init, dropout, spectral_norm)
         pair = networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, out_channels=out_channels, layers=layers)
         return cls._of_classes(pair, latent_dim, num_classes, conditioning, condition_dim, conditional_prior, **options)
+
+    @classmethod
+    def strided_conv(cls, *args: Any, **options: Any) -> NoReturn:
+        """Is no network of a model with a condition, as little as the transformer.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"network: {cls.__name__} has conv and mlp, others are composed by fastvae.nn.conditioned")
+
+    transformer = strided_conv
 
     @classmethod
     def _of_classes(

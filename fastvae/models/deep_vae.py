@@ -37,7 +37,7 @@ class ResidualLevel(Level):
         self.to_posterior = _head(2 * channels, channels, latent_channels, groups)
         self.from_latent = nn.Conv2d(latent_channels, channels, 1)
         cell = ResidualBlock(channels, channels, groups)
-        # What the state goes through on the way to the next level; upsamplings follow.
+        # The state goes through these layers on its way to the next level; upsamplings are appended to them.
         self.below = nn.Sequential(cell)
         with torch.no_grad():
             self.from_latent.weight.mul_(scale)

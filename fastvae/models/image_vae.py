@@ -108,7 +108,7 @@ class ImageVAE(VAE):
         return f"{super().extra_repr()}, precision={self.precision!r}"
 
     def _encoded(self, x: Tensor) -> Any:
-        """What the encoder gives, in float32 or wider."""
+        """The encoder's output, in float32 or wider."""
         x = in_channels_last(as_float(x, self.encoder))
         with self._autocast(x.device):
             encoded = super()._encoded(x)

@@ -244,7 +244,7 @@ class VAE(nn.Module, Pretrained):
         return self.posterior(self._encoded(x))
 
     def _encoded(self, x: Tensor) -> Any:
-        """What the encoder gives."""
+        """The encoder's output."""
         return self.encoder(as_float(x, self.encoder))
 
     def decode(self, z: Tensor) -> Tensor:
