@@ -300,7 +300,19 @@ def test_networks_of_ones_own_layers():
     assert model.sample(4, condition_of("vector", 2)).shape == (4, 1, 4, 4)
 
 
-@pytest.mark.parametrize("network", [CVAE.strided_conv, CVAE.transformer], ids=["strided_conv", "transformer"])
-def test_networks_without_a_condition_are_named(network):
-    with pytest.raises(TypeError, match=r"^network: CVAE has conv and mlp, others are composed"):
-        network(28)
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+@each_conditioning
+def test_a_transformer_takes_the_condition_at_each_position(conditioning, pooling):
+    model = CVAE.transformer(8, 1, 4, 16, 2, 2, LATENT, pooling=pooling, num_classes=3, conditioning=conditioning)
+    x, eps = torch.rand(2, 1, 8, 8), torch.zeros(2, LATENT)
+    first, second = (model(x, torch.tensor(y), eps) for y in ([0, 1], [0, 2]))
+    # Batch normalisation lets each sample see the batch, so only the sample whose class changed is sure to.
+    assert not torch.equal(first.mu[1], second.mu[1])
+    assert not torch.equal(first.recon[1], second.recon[1])
+    if conditioning != "batch_norm":
+        assert torch.equal(first.mu[0], second.mu[0])
+
+
+def test_a_strided_network_takes_the_size_of_its_images():
+    model = CVAE.strided_conv((6, 9), 2, (4,), (8,), LATENT, num_classes=3)
+    assert model(torch.rand(2, 2, 6, 9), torch.tensor([0, 2])).recon.shape == (2, 2, 6, 9)

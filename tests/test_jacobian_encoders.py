@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from _helpers import Source, each_place, leaf
 from test_jacobian import GRAM, OPERATOR, each_activation
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvae import functional as FV
+from fastvae import reference
 from fastvae.functional import _chain
 from fastvae.ops._gram_chunks import gram_elements
 
@@ -192,6 +194,35 @@ def test_autograd(place, encoder, chunk_size):
 def conv_encoder() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.SiLU(), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(27, 4))
+
+
+class Attention(nn.Module):
+    """Self-attention between four vectors of four units, and one linear layer."""
+
+    def __init__(self, outputs: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.last = nn.Linear(4, 12), nn.Linear(16, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)
+        return self.last(F.scaled_dot_product_attention(query, key, value).flatten(1))
+
+
+@each_place(OPERATOR, dtype=torch.float64)
+@pytest.mark.parametrize("method", ["projection", "autograd"])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_attention(place, method, chunk_size):
+    """torch's fused attention has no second derivative; projections of one output are exact."""
+    encoder, x = Attention(1).to(place.device), torch.randn(5, 4, 4, device=place.device)
+    options = {"method": method, "reduction": "sample", "chunk_size": chunk_size}
+    for norm in (FV.jacobian_frobenius, reference.jacobian_frobenius):
+        parameters = tuple(encoder.parameters())
+        ours = torch.autograd.grad(norm(encoder, x, **options).sum(), parameters, allow_unused=True, materialize_grads=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            theirs = torch.autograd.grad(oracle_norms(encoder, x).sum(), parameters, allow_unused=True, materialize_grads=True)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("num_projections", [1, 4])
@@ -386,10 +417,15 @@ ENCODERS = {
 without_row = pytest.mark.parametrize("method", ["closed_form", "projection", "autograd"])
 
 
-@without_row
-def test_compiled_as_one_graph(method):
+COMPILED = {method: (method, ENCODERS[method]) for method in ("closed_form", "projection", "autograd")}
+COMPILED["attention"] = ("projection", lambda: (Attention(3), torch.randn(7, 4, 4)))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_as_one_graph(name):
     torch.compiler.reset()
-    encoder, x = ENCODERS[method]()
+    method, make = COMPILED[name]
+    encoder, x = make()
     parameters = list(encoder.parameters())
 
     def penalty(x):

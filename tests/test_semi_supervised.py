@@ -101,9 +101,9 @@ def test_what_has_no_label_is_read_at_the_classifier_s_class():
 
 def test_the_bound_without_a_class_is_the_mean_over_classes_of_the_likelihoods():
     model, x = make(), images()
-    at = [model.log_prob_bound(x, 2000, y=torch.full((BATCH,), label)) for label in range(CLASSES)]
+    at = [model.log_prob_bound(x, 20_000, y=torch.full((BATCH,), label)) for label in range(CLASSES)]
     expected = torch.logsumexp(torch.stack(at), 0) - math.log(CLASSES)
-    torch.testing.assert_close(model.log_prob_bound(x, 2000), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(model.log_prob_bound(x, 20_000), expected, rtol=0, atol=0.02)
     assert (model.log_prob_bound(x, 2000) > -model(x).loss - 5).all()
 
 

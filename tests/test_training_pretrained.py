@@ -67,6 +67,29 @@ def test_every_network_can_be_described():
         assert registry.build(description).recipe.name == name
 
 
+def batch_for(model) -> tuple[torch.Tensor, ...]:
+    """Two samples of what a network takes by default, with classes where it takes them."""
+    name = model.recipe.name
+    if name.startswith("SequenceVAE"):
+        return (torch.randint(1, 5, (2, 6)),)
+    if name.startswith("IndexPrior"):
+        return (torch.rand(2, 1, 8, 8),)
+    if name.endswith("linear"):
+        return (torch.rand(2, 16),)
+    shape = {"ImageVAE.residual": (3, 32, 32), "DeepVAE.residual": (3, 32, 32), "VQVAE.conv": (3, 16, 16), "VQVAE2.conv": (3, 16, 16)}
+    x = torch.rand(2, *shape.get(name, (1, 28, 28)))
+    return (x, torch.tensor([0, 9])) if getattr(model, "takes_labels", False) else (x,)
+
+
+@pytest.mark.parametrize("name", registry.networks())
+def test_every_network_learns_from_what_it_takes_by_default(name):
+    model = make_network(name)
+    output = model(*batch_for(model))
+    sum(getattr(output, loss) for loss in ("loss", "discriminator_loss") if hasattr(output, loss)).backward()
+    unused = [parameter for parameter, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    assert unused == []
+
+
 def test_a_model_of_another_class_is_an_error(tmp_path):
     AE.mlp(16, (6,), 3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^source: .* holds a AE, takes a VAE$"):

@@ -7,6 +7,7 @@ from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fastvae import _backend
@@ -315,7 +316,7 @@ def _exact(encoder, x) -> tuple[Tensor, Tensor]:
         return _no_norms(encoder, x)
 
     def encode_one(sample):
-        output = _check_output(encoder(sample.unsqueeze(0))).squeeze(0)
+        output = _encode(encoder, sample.unsqueeze(0)).squeeze(0)
         return output, output
 
     jacobians, output = torch.func.vmap(torch.func.jacrev(encode_one, has_aux=True))(x)
@@ -328,11 +329,14 @@ def _squared_norms(rows: Tensor) -> Tensor:
 
 def _no_norms(encoder, x) -> tuple[Tensor, Tensor]:
     """Of an empty batch: no values, with a graph behind them."""
-    output = _check_output(encoder(x))
+    output = _encode(encoder, x)
     return _squared_norms(output), output
 
 
-def _check_output(output) -> Tensor:
+def _encode(encoder, x) -> Tensor:
+    """The output of an encoder, whose attention can be differentiated twice: torch's fused kernels of it cannot."""
+    with sdpa_kernel(SDPBackend.MATH):
+        output = encoder(x)
     if not isinstance(output, Tensor):
         raise TypeError(f"encoder: gave {type(output).__name__}, has to give a tensor")
     return output
@@ -370,7 +374,7 @@ class _Projection:
         differentiated = torch.is_grad_enabled()
         with torch.enable_grad():
             x = x if x.requires_grad else x.detach().requires_grad_()
-            output = _check_output(self.encoder(x))
+            output = _encode(self.encoder, x)
             rows = [
                 torch.autograd.grad(output, x, v, create_graph=differentiated, retain_graph=differentiated or i + 1 < self.count)[0]
                 for i, v in enumerate(self._draw(output))
@@ -380,7 +384,7 @@ class _Projection:
     def _rows_transformed(self, x):
         # torch.compile and torch.func see through this one; it does not take an encoder that changes its buffers.
         vjp = cast("Callable[..., tuple[Tensor, Callable]]", torch.func.vjp)
-        output, pull_back = vjp(lambda x: _check_output(self.encoder(x)), x)
+        output, pull_back = vjp(lambda x: _encode(self.encoder, x), x)
         return [pull_back(v)[0] for v in self._draw(output)], output
 
     def _draw(self, output) -> Tensor:

@@ -2,21 +2,18 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
-from fastvae._types import Conditioning, Initialisation, LayerActivation
+from fastvae._types import Conditioning
 from fastvae.distributions.conditional import ConditionalPrior, PriorAt
 from fastvae.distributions.prior import VampPrior
-from fastvae.models import networks
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
-from fastvae.models._recipe import ready_made
-from fastvae.models.networks.layers import Pair
-from fastvae.models.vae import VAE, network_sizes
+from fastvae.models.vae import VAE
 from fastvae.nn.conditioning import At, call_at, conditioned
 from fastvae.nn.conditions import ClassCondition, Condition, ConditionEmbedding
 
@@ -42,6 +39,15 @@ class CVAE(VAE):
             :class:`~fastvae.nn.SequenceCondition`.
         latent_shape, options: see :class:`~fastvae.models.VAE`.
         drop_condition: probability in [0, 1).
+
+    The ready-made networks have a class as condition, and take these options too:
+
+    Args:
+        num_classes: y is int64, from 0 to ``num_classes - 1``; 10 by default.
+        conditioning: how y enters each hidden layer: ``"concatenation"``, ``"film"`` (the default), ``"batch_norm"`` or
+            ``"cross_attention"``.
+        condition_dim: size of the embedding of y, 32 by default.
+        conditional_prior: whether p(z | y) is learned; ``False`` by default.
     """
 
     # A training hands the labels of a batch to the network.
@@ -66,88 +72,28 @@ class CVAE(VAE):
         self.no_condition = nn.Parameter(torch.randn(condition.dim)) if drop_condition else None
 
     @classmethod
-    @ready_made
-    def conv(
+    def _of_networks(
         cls: type[AnyCVAE],
-        latent_dim: int = 20,
-        *,
-        num_classes: int = 10,
-        conditioning: Conditioning = "film",
-        condition_dim: int = 32,
-        conditional_prior: bool = False,
-        **options,
-    ) -> AnyCVAE:
-        """The networks of :meth:`fastvae.models.VAE.conv`, for images of 1 x 28 x 28, with a class as condition.
-
-        Args:
-            latent_dim: size of ``z``.
-            num_classes: y is int64, from 0 to ``num_classes - 1``.
-            conditioning: how y enters each hidden layer: ``"concatenation"``, ``"film"``, ``"batch_norm"`` or ``"cross_attention"``.
-            condition_dim: size of the embedding of y.
-            conditional_prior: whether p(z | y) is learned.
-            options: those of the class.
-        """
-        code_dim, out_channels = network_sizes(latent_dim, 1, options)
-        pair = networks.conv(latent_dim, code_dim=code_dim, out_channels=out_channels)
-        return cls._of_classes(pair, latent_dim, num_classes, conditioning, condition_dim, conditional_prior, **options)
-
-    @classmethod
-    @ready_made
-    def mlp(
-        cls: type[AnyCVAE],
-        data_shape: int | Sequence[int] = (1, 28, 28),
-        hidden: Sequence[int] = (400,),
-        latent_dim: int = 20,
-        *,
-        activation: LayerActivation = "relu",
-        init: Initialisation = "default",
-        dropout: float = 0.0,
-        spectral_norm: bool = False,
-        num_classes: int = 10,
-        conditioning: Conditioning = "film",
-        condition_dim: int = 32,
-        conditional_prior: bool = False,
-        **options,
-    ) -> AnyCVAE:
-        """An MLP and its mirror image with a class as condition, 784-400-20-400-784 by default.
-
-        Args:
-            data_shape, hidden, latent_dim, activation, init, dropout, spectral_norm: see :meth:`fastvae.models.VAE.mlp`; there is at
-                least one hidden layer.
-            num_classes, conditioning, condition_dim, conditional_prior, options: see :meth:`conv`.
-        """
-        code_dim, out_channels = network_sizes(latent_dim, data_shape, options)
-        layers = networks.Layers(activation, init, dropout, spectral_norm)
-        pair = networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, out_channels=out_channels, layers=layers)
-        return cls._of_classes(pair, latent_dim, num_classes, conditioning, condition_dim, conditional_prior, **options)
-
-    @classmethod
-    def strided_conv(cls, *args: Any, **options: Any) -> NoReturn:
-        """Is no network of a model with a condition, as little as the transformer.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(f"network: {cls.__name__} has conv and mlp, others are composed by fastvae.nn.conditioned")
-
-    transformer = strided_conv
-
-    @classmethod
-    def _of_classes(
-        cls: type[AnyCVAE],
-        pair: Pair,
+        encoder: nn.Sequential,
+        decoder: nn.Sequential,
         latent_dim: int,
-        num_classes: int,
-        conditioning: Conditioning,
-        condition_dim: int,
-        conditional_prior: bool,
+        *,
+        num_classes: int = 10,
+        conditioning: Conditioning = "film",
+        condition_dim: int = 32,
+        conditional_prior: bool = False,
         **options,
     ) -> AnyCVAE:
-        """The model of an encoder and a decoder without a condition."""
+        """The model of networks without a condition.
+
+        Args:
+            num_classes, conditioning, condition_dim, conditional_prior: see the class.
+        """
         if conditional_prior:
             options["prior"] = ConditionalPrior(latent_dim, condition_dim)
-        encoder, decoder = (conditioned(network, conditioning, condition_dim) for network in pair)
-        return cls(encoder, decoder, ClassCondition(num_classes, condition_dim), latent_dim, **options)
+        sees_condition = partial(conditioned, conditioning=conditioning, condition_dim=condition_dim)
+        condition = ClassCondition(num_classes, condition_dim)
+        return cls(sees_condition(encoder), sees_condition(decoder), condition, latent_dim, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, drop_condition={self.drop_condition}"

@@ -3,16 +3,14 @@
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae._pytree import exportable
-from fastvae._types import Conditioning
 from fastvae._types import Likelihood as LikelihoodName
-from fastvae.distributions.conditional import ConditionalPrior
 from fastvae.distributions.divergence import sample_with_kl
 from fastvae.distributions.likelihood import Likelihood
 from fastvae.distributions.normal import widened
@@ -22,8 +20,7 @@ from fastvae.functional._checks import check_nonnegative
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.models.conditional import CVAE
-from fastvae.models.networks.layers import Pair
-from fastvae.nn.conditioning import call_at, conditioned
+from fastvae.nn.conditioning import call_at
 from fastvae.nn.conditions import ClassCondition, repeat_rows
 from fastvae.nn.schedules import Schedule
 
@@ -111,23 +108,12 @@ class SemiSupervisedVAE(CVAE):
         self.alpha = check_nonnegative("alpha", alpha)
 
     @classmethod
-    def _of_classes(
-        cls: type[AnyM2],
-        pair: Pair,
-        latent_dim: int,
-        num_classes: int,
-        conditioning: Conditioning,
-        condition_dim: int,
-        conditional_prior: bool,
-        **options,
+    def _of_networks(
+        cls: type[AnyM2], encoder: nn.Sequential, decoder: nn.Sequential, latent_dim: int, *, num_classes: int = 10, **options
     ) -> AnyM2:
-        """The model of an encoder and a decoder without a condition; the classifier has the encoder's architecture."""
-        if conditional_prior:
-            options["prior"] = ConditionalPrior(latent_dim, condition_dim)
-        classifier = with_outputs(pair[0], num_classes)
-        encoder, decoder = (conditioned(network, conditioning, condition_dim) for network in pair)
-        condition = ClassCondition(num_classes, condition_dim)
-        return cls(encoder, decoder, condition, latent_dim, classifier=classifier, **options)
+        """The model of networks without a condition; the classifier has the encoder's architecture."""
+        classifier = with_outputs(encoder, num_classes)
+        return super()._of_networks(encoder, decoder, latent_dim, num_classes=num_classes, classifier=classifier, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}"
@@ -235,7 +221,8 @@ class SemiSupervisedVAE(CVAE):
 
 
 def with_outputs(network: nn.Sequential, outputs: int) -> nn.Sequential:
-    """A copy of a network of stages whose last linear layer gives another number of values."""
-    *below, last = copy.deepcopy(network)
-    linear = cast("nn.Linear", cast("nn.Sequential", last)[0])
-    return nn.Sequential(*below, nn.Sequential(nn.Linear(linear.in_features, outputs)))
+    """A copy of a network whose last linear layer, the end of all of it, gives another number of values."""
+    copied = copy.deepcopy(network)
+    name, linear = [(name, module) for name, module in copied.named_modules() if isinstance(module, nn.Linear)][-1]
+    copied.set_submodule(name, nn.Linear(linear.in_features, outputs))
+    return copied

@@ -121,7 +121,7 @@ class VAE(nn.Module, Pretrained):
         """
         code_dim, out_channels = network_sizes(latent_dim, 1, options)
         encoder, decoder = networks.conv(latent_dim, code_dim=code_dim, out_channels=out_channels)
-        return cls(encoder, decoder, latent_dim, **options)
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
 
     @classmethod
     @ready_made
@@ -149,7 +149,7 @@ class VAE(nn.Module, Pretrained):
         layers = networks.Layers(activation, init, dropout, spectral_norm)
         code_dim, out_channels = network_sizes(latent_dim, data_shape, options)
         encoder, decoder = networks.mlp(data_shape, hidden, latent_dim, code_dim=code_dim, out_channels=out_channels, layers=layers)
-        return cls(encoder, decoder, latent_dim, **options)
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
 
     @classmethod
     @ready_made
@@ -183,7 +183,7 @@ class VAE(nn.Module, Pretrained):
         encoder, decoder = networks.strided_conv(
             image_size, in_channels, channels, hidden, latent_dim, code_dim=code_dim, out_channels=out_channels, layers=layers
         )
-        return cls(encoder, decoder, latent_dim, **options)
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
 
     @classmethod
     @ready_made
@@ -234,6 +234,11 @@ class VAE(nn.Module, Pretrained):
             pooling=pooling,
             layers=layers,
         )
+        return cls._of_networks(encoder, decoder, latent_dim, **options)
+
+    @classmethod
+    def _of_networks(cls: type[AnyVAE], encoder: nn.Sequential, decoder: nn.Sequential, latent_dim: int, **options) -> AnyVAE:
+        """The model of ready-made networks; a subclass that takes more than the two overrides it."""
         return cls(encoder, decoder, latent_dim, **options)
 
     def extra_repr(self) -> str:

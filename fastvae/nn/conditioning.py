@@ -6,7 +6,6 @@ Each takes the values ``h`` of a hidden layer, ``(batch, channels, ...)``, befor
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import cast
 
 from torch import Tensor, nn
@@ -138,6 +137,21 @@ class At(nn.Module):
         return call_at(self.network, h, self.condition)
 
 
+class AtPositions(Conditioned):
+    """A layer of the condition for sequences ``(batch, positions, channels)``, whose channels come last.
+
+    Args:
+        layer: takes ``(batch, channels, positions)``.
+    """
+
+    def __init__(self, layer: Conditioned):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, h: Tensor, condition: Condition) -> Tensor:
+        return self.layer(h.mT, condition).mT
+
+
 CONDITIONINGS: dict[str, type[Conditioned]] = {
     "concatenation": Concatenation,
     "film": FiLM,
@@ -147,11 +161,12 @@ CONDITIONINGS: dict[str, type[Conditioned]] = {
 
 
 def conditioned(network: nn.Sequential, conditioning: Conditioning, condition_dim: int) -> ConditionedSequential:
-    """A network with a layer of the condition before the activation of each stage but the last.
+    """A network with a layer of the condition in each stage but the last: before its activation, or behind a stage of a transformer.
 
     Args:
         network: a sequence of stages, each a sequence of one linear or convolutional layer, an activation, and ``Flatten`` or
-            ``Unflatten``; its layers are used, not copied.
+            ``Unflatten``, or else a module with ``width`` channels that gives ``(batch, positions, width)``; its layers are used, not
+            copied.
         conditioning: ``"concatenation"``, ``"film"``, ``"batch_norm"`` or ``"cross_attention"``.
         condition_dim: size of the condition.
 
@@ -159,13 +174,15 @@ def conditioned(network: nn.Sequential, conditioning: Conditioning, condition_di
         ValueError: for a network of one stage, which has no hidden layer.
     """
     check_choice("conditioning", conditioning, CONDITIONINGS)
-    *hidden, last = cast("Iterable[nn.Sequential]", network)
+    *hidden, last = network
     if not hidden:
         raise ValueError("network: got one stage, takes at least one hidden layer for the condition")
     return ConditionedSequential(*(_conditioned_stage(stage, CONDITIONINGS[conditioning], condition_dim) for stage in hidden), last)
 
 
-def _conditioned_stage(stage: nn.Sequential, make: type[Conditioned], condition_dim: int) -> ConditionedSequential:
+def _conditioned_stage(stage: nn.Module, make: type[Conditioned], condition_dim: int) -> ConditionedSequential:
+    if not isinstance(stage, nn.Sequential):
+        return ConditionedSequential(stage, AtPositions(make(cast("int", stage.width), condition_dim)))
     # An activation does not care for shapes, so the condition sees the maps that come from a vector.
     before = [layer for layer in stage if isinstance(layer, nn.Flatten | nn.Unflatten) or hasattr(layer, "weight")]
     return ConditionedSequential(*before, make(_channels(before[-1]), condition_dim), *(layer for layer in stage if layer not in before))

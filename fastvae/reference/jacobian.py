@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvae._outputs import JacobianMethod
 from fastvae._torch_private import BATCH_NORMS
@@ -117,9 +118,10 @@ def explain_jacobian_method(encoder: nn.Module, x: Tensor) -> JacobianMethod:
 
 
 def _encode(encoder, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` as a tensor that can be differentiated by, and its codes."""
+    """``x`` as a tensor that can be differentiated by, and its codes, by an attention that can be differentiated twice."""
     x = x if x.requires_grad else x.detach().requires_grad_()
-    return x, encoder(x)
+    with sdpa_kernel(SDPBackend.MATH):
+        return x, encoder(x)
 
 
 def _squared_norms(rows: list[Tensor]) -> Tensor:

@@ -51,7 +51,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"heads: got {heads}, takes a divisor of width, {width}")
-        self.heads, self.causal = heads, causal
+        self.width, self.heads, self.causal = width, heads, causal
         self.norm1 = nn.LayerNorm(width)
         self.qkv = layers.prepare(nn.Linear(width, 3 * width))
         self.out = nn.Sequential(layers.prepare(nn.Linear(width, width)), *layers.dropouts())
@@ -83,7 +83,7 @@ class _Positions(nn.Module):
     def __init__(self, count: int, width: int, pooling: Pooling):
         super().__init__()
         self.positions = nn.Parameter(POSITION_STD * torch.randn(count + (pooling == "token"), width))
-        self.pooling = pooling
+        self.width, self.pooling = width, pooling
 
 
 class Patches(_Positions):
