@@ -5,8 +5,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
-# A process for each processor; the tests of one file stay in one process, because some build in one folder.
-PARALLEL := --numprocesses auto --dist loadfile --quiet
+# A process for each processor; the tests of one file stay in one process, because some build in one folder. The files go in the order in
+# which they are collected, the long ones first.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder --quiet
 
 # What `make bench` passes on, e.g. ARGS="latent --quick"; what `make gpu-pass` writes to and runs.
 ARGS ?=

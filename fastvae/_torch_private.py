@@ -99,3 +99,9 @@ def constant_when_compiled(function):
     all of torch.compile."""
     function._dynamo_marked_constant = True
     return function
+
+
+def not_compiled(function):
+    """Decorates a function that torch.compile leaves as it is. torch.compiler.disable does no more, but imports all of torch.compile before
+    the first call."""
+    return torch._disable_dynamo(function)

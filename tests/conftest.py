@@ -5,6 +5,10 @@ import sys
 
 # cuBLAS asks for this where deterministic algorithms are on; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Read when torch starts: workers share the processors, and threads that wait for one another take twice as long. Tests of what several
+# threads do say how many.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import hypothesis
 import pytest
@@ -25,7 +29,15 @@ def pytest_addoption(parser):
     parser.addoption("--tenth", type=int, choices=range(10), help="run every tenth test, beginning with this one")
 
 
+# Files that start many processes. One of them at the end would leave all other workers idle.
+LONG_FILES = {
+    *("test_training_page.py", "test_training_cli.py", "test_training_full_disk.py", "test_packaging.py"),
+    *("test_demo.py", "test_public_names.py", "test_training_ranks.py", "test_benchmarks.py"),
+}
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     tenth = config.getoption("--tenth")
     if tenth is not None:
         config.hook.pytest_deselected(items=[item for index, item in enumerate(items) if index % 10 != tenth])

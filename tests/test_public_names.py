@@ -41,6 +41,12 @@ def test_a_star_import_brings_every_public_name(module):
     assert in_a_new_process(code) == "True"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_brings_all_of_torch_compile(module):
+    """It takes longer than all of the package."""
+    assert in_a_new_process(f"import sys, {module}; print('torch._dynamo' in sys.modules)") == "False"
+
+
 @pytest.mark.parametrize("name", fastvae.__all__)
 def test_each_public_name_needs_no_import_but_that_of_the_package(name):
     assert in_a_new_process(f"import fastvae; print(fastvae.{name} is not None)") == "True"

@@ -91,9 +91,15 @@ class CVAE(VAE):
         """
         if conditional_prior:
             options["prior"] = ConditionalPrior(latent_dim, condition_dim)
+        options.update(cls._parts_of_classes(encoder, num_classes))
         sees_condition = partial(conditioned, conditioning=conditioning, condition_dim=condition_dim)
         condition = ClassCondition(num_classes, condition_dim)
         return cls(sees_condition(encoder), sees_condition(decoder), condition, latent_dim, **options)
+
+    @classmethod
+    def _parts_of_classes(cls, encoder: nn.Sequential, num_classes: int) -> dict[str, nn.Module]:
+        """What a subclass takes besides, by name."""
+        return {}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, drop_condition={self.drop_condition}"

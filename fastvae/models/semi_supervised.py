@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,6 @@ from fastvae.models.conditional import CVAE
 from fastvae.nn.conditioning import call_at
 from fastvae.nn.conditions import ClassCondition, repeat_rows
 from fastvae.nn.schedules import Schedule
-
-AnyM2 = TypeVar("AnyM2", bound="SemiSupervisedVAE")
 
 # The label of a sample whose class is not known.
 UNLABELLED = -1
@@ -108,12 +106,9 @@ class SemiSupervisedVAE(CVAE):
         self.alpha = check_nonnegative("alpha", alpha)
 
     @classmethod
-    def _of_networks(
-        cls: type[AnyM2], encoder: nn.Sequential, decoder: nn.Sequential, latent_dim: int, *, num_classes: int = 10, **options
-    ) -> AnyM2:
-        """The model of networks without a condition; the classifier has the encoder's architecture."""
-        classifier = with_outputs(encoder, num_classes)
-        return super()._of_networks(encoder, decoder, latent_dim, num_classes=num_classes, classifier=classifier, **options)
+    def _parts_of_classes(cls, encoder: nn.Sequential, num_classes: int) -> dict[str, nn.Module]:
+        """The classifier, which has the encoder's architecture."""
+        return {"classifier": with_outputs(encoder, num_classes)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}"

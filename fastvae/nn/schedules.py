@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastvae._torch_private import not_compiled
 from fastvae.nn._snapshot import snapshot
 
 Schedule = Callable[[int], float]
@@ -209,7 +210,7 @@ class ScheduledKL(nn.Module):
         else:
             self._step_functions()
 
-    @torch.compiler.disable
+    @not_compiled
     def _step_functions(self) -> None:
         steps = int(self.num_steps) if self._steps_are_unknown() else self._known_steps[2]
         self.num_steps.add_(1)

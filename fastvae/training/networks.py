@@ -4,6 +4,7 @@ A class path is a name of modules and a class, so a classmethod has none; and it
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,4 +56,6 @@ def _make_classes() -> dict[str, type[nn.Module]]:
     return {spelled(name): class_from_function(make, models[name.partition(".")[0]], name=spelled(name)) for name, make in MAKERS.items()}
 
 
-NETWORKS = _make_classes()
+# class_from_function looks at the whole stack for each network, which takes seconds inside an import. The stack of a thread is short.
+with ThreadPoolExecutor(1) as thread:
+    NETWORKS = thread.submit(_make_classes).result()
