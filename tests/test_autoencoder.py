@@ -251,6 +251,17 @@ def test_stacked_denoising_pretraining():
     assert calls == [(7, 16)] * 2 + [(7, 8)] * 2
 
 
+def test_interpolation_runs_from_one_reconstruction_to_the_other():
+    model, start, end = tiny(output="identity").train(), images(3), images(3).flip(0)
+    path = model.interpolate(start, end, 5)
+    assert path.shape == (3, 5, *start.shape[1:])
+    torch.testing.assert_close(path[:, 0], model.reconstruct(start))
+    torch.testing.assert_close(path[:, -1], model.reconstruct(end))
+    # The decoder is one linear layer.
+    torch.testing.assert_close(path[:, 2], (path[:, 0] + path[:, -1]) / 2)
+    assert model.training
+
+
 def test_threshold(tmp_path):
     """Fitted on validation data, stored with the model."""
     model, x = tiny(), images(200)
@@ -321,6 +332,8 @@ def test_compiled(model):
         (lambda: StackedAE.mlp(4, (), 3).pretrain([], 1), "batches: got none"),
         (lambda: tiny().fit_threshold(images(), quantile=1.5), r"quantile: got 1.5, takes a number in \(0, 1\]"),
         (lambda: tiny().fit_threshold(images(0)), "batches: got no samples"),
+        (lambda: tiny().interpolate(images(2), images(3)), r"end: got a batch whose latents have shape \(3, 5\), takes that of start"),
+        (lambda: tiny().interpolate(images(), images(), 0), "steps: got 0, takes an integer of at least 1"),
         (lambda: Masking(1.5), r"fraction: got 1.5, takes a number in \[0, 1\]"),
         (lambda: GaussianNoise(-1), "sigma: got -1, takes a number >= 0"),
         (lambda: MinMaxScaler(1, 0), "low, high: got 1, 0, takes low < high"),

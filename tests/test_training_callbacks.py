@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
+from fastvae.distributions import CholeskyPosterior, DiagonalPrior  # noqa: E402
 from fastvae.models import AE, VAE, VQVAE, LadderVAE  # noqa: E402
 from fastvae.training import latents, pictures  # noqa: E402
 from fastvae.training.callbacks import LatentCurves, Pictures, Speed, peak_memory_mib  # noqa: E402
@@ -20,9 +21,9 @@ from fastvae.training.module import LitAutoencoder  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")
 
 
-def vae() -> LitAutoencoder:
+def vae(**parts) -> LitAutoencoder:
     torch.manual_seed(0)
-    return LitAutoencoder(VAE.mlp((1, 8, 8), (16,), 3))
+    return LitAutoencoder(VAE.mlp((1, 8, 8), (16,), 3, **parts))
 
 
 def train(lit, folder, *callbacks, logger=True, **options) -> Trainer:
@@ -59,6 +60,13 @@ def test_curves_of_the_latent(tmp_path):
     assert 0 <= metrics["val/active_units"] <= 3
     assert metrics["images_per_second"] > 0
     assert metrics["peak_memory_mib"] > 10
+
+
+@pytest.mark.parametrize("parts", [{"prior": DiagonalPrior(3)}, {"posterior": CholeskyPosterior()}], ids=["prior", "posterior"])
+def test_no_curve_of_a_kl_that_is_no_sum_over_dimensions(parts, tmp_path):
+    metrics = train(vae(**parts), tmp_path, LatentCurves()).callback_metrics
+    assert "val/active_units" in metrics
+    assert not [name for name in metrics if name.startswith("val/kl_dim")]
 
 
 def test_memory_of_the_process_is_in_mib():

@@ -39,6 +39,15 @@ def test_labels_are_for_networks_that_take_them():
             labels_of(batch, conditional)
 
 
+def test_classes_that_a_network_does_not_have_are_named_before_the_training(tmp_path):
+    trainer = quiet_trainer(max_epochs=1, enable_checkpointing=False, default_root_dir=tmp_path)
+    with pytest.raises(TrainingError, match=r"^labelled: got data with hidden labels, CVAE takes a label for each sample$"):
+        trainer.fit(tiny(), SklearnDigits(labelled=100))
+    for model in (CVAE, SemiSupervisedVAE):
+        with pytest.raises(TrainingError, match=r"^num_classes: got 7 for data with the class 9, takes at least 10$"):
+            trainer.fit(tiny(model, num_classes=7), SklearnDigits())
+
+
 @pytest.mark.parametrize("model", [CVAE, SemiSupervisedVAE])
 def test_a_conditional_network_trains_on_the_batches_of_a_data_module(model, tmp_path):
     data = SklearnDigits(batch_size=512, labelled=None if model is CVAE else 100)

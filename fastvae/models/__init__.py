@@ -5,10 +5,12 @@ which takes its sizes and the options of the class: ``VAE.conv(latent_dim=20, be
 """
 
 from fastvae.models.ais import log_prob_ais
-from fastvae.models.autoencoder import AE, AEOutput, ContractiveAE, DenoisingAE, SparseAE, StackedAE
+from fastvae.models.autoencoder import AE, AEOutput
 from fastvae.models.beta_tc_vae import BetaTCOutput, BetaTCVAE
 from fastvae.models.conditional import CVAE
+from fastvae.models.contractive_ae import ContractiveAE
 from fastvae.models.deep_vae import DeepVAE
+from fastvae.models.denoising_ae import DenoisingAE
 from fastvae.models.dip_vae import DIPVAE, DIPOutput
 from fastvae.models.factor_vae import FactorVAE, FactorVAEOutput
 from fastvae.models.hierarchy import HierarchicalVAE, HierarchyOutput
@@ -18,6 +20,8 @@ from fastvae.models.iwae import IWAE, IWAEOutput
 from fastvae.models.ladder_vae import LadderVAE
 from fastvae.models.semi_supervised import SemiSupervisedOutput, SemiSupervisedVAE
 from fastvae.models.sequence_vae import SequenceVAE, SequenceVAEOutput
+from fastvae.models.sparse_ae import SparseAE
+from fastvae.models.stacked_ae import StackedAE
 from fastvae.models.vae import VAE, VAEOutput
 from fastvae.models.vq_prior import IndexPrior, IndexPriorOutput
 from fastvae.models.vqvae import VQVAE, VQVAE2, VQVAEOutput

@@ -139,8 +139,3 @@ def level_seed(seed: Tensor | int | None, level: int, q: DiagonalNormal) -> Tens
 def repeated(tensor: Tensor, times: int) -> Tensor:
     """A batch ``times`` times, one after the other."""
     return tensor if times == 1 else tensor.repeat(times, *(1,) * (tensor.ndim - 1))
-
-
-def line(first: Tensor, last: Tensor, weights: Tensor) -> Tensor:
-    """Points between two batches: ``(batch, len(weights), ...)``."""
-    return torch.lerp(first.unsqueeze(1), last.unsqueeze(1), weights.to(first.dtype).view(-1, *(1,) * (first.ndim - 1)))

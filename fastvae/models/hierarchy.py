@@ -15,8 +15,9 @@ from fastvae.distributions.normal import DiagonalNormal
 from fastvae.distributions.prior import check_count
 from fastvae.functional._checks import check_nonnegative
 from fastvae.models._hub import Pretrained
+from fastvae.models._line import points_between
 from fastvae.models._reading import reading
-from fastvae.models._top_down import Draw, Level, TopDown, level_seed, line, repeated
+from fastvae.models._top_down import Draw, Level, TopDown, level_seed, repeated
 from fastvae.models.bounds import importance_bound
 from fastvae.nn import KLPenalty
 from fastvae.nn.schedules import Schedule
@@ -154,9 +155,8 @@ class HierarchicalVAE(TopDown, Pretrained):
     def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
         """Decodes ``steps`` points on the lines between the posterior means of two batches, in all levels at once: ``(batch, steps, ...)``,
         both ends included."""
-        weights = torch.linspace(0, 1, steps, device=self.start.device, dtype=self.start.dtype)
         ends = zip(self.encode(start), self.encode(end), strict=True)
-        path = tuple(line(first.mu, last.mu, weights).flatten(0, 1) for first, last in ends)
+        path = tuple(points_between(first.mu, last.mu, steps).flatten(0, 1) for first, last in ends)
         return self.decode_mean(path).unflatten(0, (len(start), steps))
 
     @reading

@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from fastvae.models._recipe import Recipe, from_plain, to_plain
-from fastvae.models.autoencoder import AE, ContractiveAE, DenoisingAE, SparseAE, StackedAE
+from fastvae.models.autoencoder import AE
 from fastvae.models.beta_tc_vae import BetaTCVAE
 from fastvae.models.conditional import CVAE
+from fastvae.models.contractive_ae import ContractiveAE
 from fastvae.models.deep_vae import DeepVAE
+from fastvae.models.denoising_ae import DenoisingAE
 from fastvae.models.dip_vae import DIPVAE
 from fastvae.models.factor_vae import FactorVAE
 from fastvae.models.image_vae import ImageVAE
@@ -20,6 +22,8 @@ from fastvae.models.iwae import IWAE
 from fastvae.models.ladder_vae import LadderVAE
 from fastvae.models.semi_supervised import SemiSupervisedVAE
 from fastvae.models.sequence_vae import SequenceVAE
+from fastvae.models.sparse_ae import SparseAE
+from fastvae.models.stacked_ae import StackedAE
 from fastvae.models.vae import VAE
 from fastvae.models.vq_prior import IndexPrior
 from fastvae.models.vqvae import VQVAE, VQVAE2

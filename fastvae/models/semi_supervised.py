@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,9 @@ class SemiSupervisedVAE(CVAE):
         classifier: gives the logits of the classes for x, ``(batch, num_classes)``.
         alpha: :math:`\alpha`; in the paper 0.1 times the number of samples of the training set.
     """
+
+    # A training may hide labels.
+    takes_unlabelled: ClassVar[bool] = True
 
     condition: ClassCondition
 

@@ -16,6 +16,7 @@ from fastvae.functional._checks import check_nonnegative
 from fastvae.models._drawing import check_drawing, draw
 from fastvae.models._hub import Pretrained
 from fastvae.models._inputs import parameter_dtype
+from fastvae.models._line import points_between
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
 from fastvae.models.bounds import log_mean_weights
@@ -230,7 +231,5 @@ class SequenceVAE(nn.Module, Pretrained):
     def interpolate(self, start: Tensor, end: Tensor, steps: int = 10, max_length: int = 32) -> Tensor:
         """The most probable tokens at ``steps`` points on the line between the posterior means of two batches, both ends included:
         ``(batch, steps, max_length)``."""
-        first, last = self.encode(start).mean, self.encode(end).mean
-        weights = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype).view(-1, 1)
-        path = torch.lerp(first.unsqueeze(1), last.unsqueeze(1), weights)
+        path = points_between(self.encode(start).mean, self.encode(end).mean, steps)
         return self.generate(path.flatten(0, 1), max_length).unflatten(0, path.shape[:2])

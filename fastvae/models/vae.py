@@ -19,6 +19,7 @@ from fastvae.functional._checks import check_nonnegative
 from fastvae.models import networks
 from fastvae.models._hub import Pretrained
 from fastvae.models._inputs import as_float, parameter_dtype
+from fastvae.models._line import points_between
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
 from fastvae.models.bounds import importance_bound, log_weights
@@ -322,10 +323,8 @@ class VAE(nn.Module, Pretrained):
     @reading
     def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
         """Decodes ``steps`` points on the line between the posterior means of two batches: ``(batch, steps, ...)``, both ends included."""
-        first, last = self.encode(start).mean, self.encode(end).mean
-        weights = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype).view(-1, *(1,) * first.ndim)
-        path = torch.lerp(first, last, weights)
-        return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2]).transpose(0, 1)
+        path = points_between(self.encode(start).mean, self.encode(end).mean, steps)
+        return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2])
 
     def log_weights(self, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
         """The log importance weights of draws of the posterior, ``(num_samples, batch)``, see :func:`fastvae.models.bounds.log_weights`."""

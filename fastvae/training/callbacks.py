@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvae import functional as FV
 from fastvae._extras import extra
+from fastvae.distributions import DiagonalPosterior, StandardPrior
 from fastvae.nn import _processes
 from fastvae.training import latents, pictures
 from fastvae.training.errors import TrainingError
@@ -102,7 +103,8 @@ class LatentCurves(Callback):
     """Curves of a VAE's validation: ``val/active_units``, and the KL of each latent dimension, ``val/kl_dim_0``, where they are few.
 
     None of a hierarchy of latents, whose priors move with the levels above: neither the variance of a mean nor the KL to N(0, I) says there
-    whether a dimension is used. The training logs the KL of each level, ``val/kls_0`` that of the top.
+    whether a dimension is used. The training logs the KL of each level, ``val/kls_0`` that of the top. There is no KL of a dimension either
+    where the prior is not N(0, I) or the posterior no diagonal normal distribution.
     """
 
     def __init__(self) -> None:
@@ -127,8 +129,14 @@ class LatentCurves(Callback):
         count, mean, square, kl = self._sums[0], *(total / self._sums[0] for total in self._sums[1:])
         variance = (square - mean * mean) * count / (count - 1).clamp(min=1)
         pl_module.log("val/active_units", (variance > ACTIVE_VARIANCE).float().sum())
-        if len(kl) <= MAX_CURVES:
+        if len(kl) <= MAX_CURVES and _is_standard(pl_module.network):
             pl_module.log_dict({f"val/kl_dim_{i}": value for i, value in enumerate(kl)})
+
+
+def _is_standard(network: Any) -> bool:
+    """Whether the KL of a network is the sum of those of its dimensions to N(0, 1)."""
+    prior, posterior = getattr(network, "prior", None), getattr(network, "posterior", None)
+    return isinstance(prior, StandardPrior | None) and isinstance(posterior, DiagonalPosterior | None)
 
 
 class Speed(Callback):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.models import AE, SequenceVAE
+from fastvae.models._line import points_between
 from fastvae.nn import ClassCondition
 from fastvae.training.errors import TrainingError
 from fastvae.training.module import LitAutoencoder
@@ -115,15 +116,10 @@ def interpolate(
     check_continuous(lit.network, "interpolate")
     start_labels, end_labels = completed(lit, start, start_labels), completed(lit, end, end_labels)
     ends = zip(encode(lit, start, *start_labels), encode(lit, end, *end_labels), strict=True)
-    path = [_line(first, last, steps) for first, last in ends]
+    path = [points_between(first, last, steps).flatten(0, 1) for first, last in ends]
     nearer = (torch.arange(steps) >= steps / 2).long()
     labels = (torch.stack(pair, dim=1)[:, nearer].flatten(0, 1) for pair in zip(start_labels, end_labels, strict=True))
     return decode(lit, path if len(path) > 1 else path[0], *labels)
-
-
-def _line(first: Tensor, last: Tensor, steps: int) -> Tensor:
-    weights = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype).view(-1, *(1,) * (first.ndim - 1))
-    return torch.lerp(first.unsqueeze(1), last.unsqueeze(1), weights).flatten(0, 1)
 
 
 def traverse(lit: LitAutoencoder, x: Tensor, dimensions: int, span: float, steps: int, *labels: Tensor) -> Tensor:

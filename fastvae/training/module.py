@@ -14,7 +14,7 @@ from fastvae._types import check_choice
 from fastvae.functional._call import expected_gradient
 from fastvae.models import registry
 from fastvae.models._inputs import in_channels_last
-from fastvae.nn import _processes
+from fastvae.nn import ClassCondition, _processes
 from fastvae.nn.optimize import to_channels_last
 from fastvae.nn.schedules import ScheduledKL
 from fastvae.training.activations import checkpoint_activations
@@ -65,6 +65,18 @@ def labels_of(batch: Any, network: nn.Module) -> tuple[Tensor, ...]:
     if isinstance(batch, Sequence) and len(batch) > 1:
         return (batch[1],)
     raise TrainingError(f"label: got a batch without one, {type(network).__name__} takes a label for each sample")
+
+
+def check_labels(network: nn.Module, labels: Tensor | None) -> None:
+    """Raises where a network that takes classes cannot take those of a data set, of which a batch may show none."""
+    condition = getattr(network, "condition", None)
+    if labels is None or len(labels) == 0 or not isinstance(condition, ClassCondition):
+        return
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 and not getattr(network, "takes_unlabelled", False):
+        raise TrainingError(f"labelled: got data with hidden labels, {type(network).__name__} takes a label for each sample")
+    if most >= condition.num_classes:
+        raise TrainingError(f"num_classes: got {condition.num_classes} for data with the class {most}, takes at least {most + 1}")
 
 
 def scalars(output: Any) -> dict[str, Tensor]:
@@ -166,6 +178,7 @@ class LitAutoencoder(LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             self.data_name, self.data_options = type(data).__name__, dict(data.hparams)
+            check_labels(self.network, getattr(getattr(data, "source", None), "labels", None))
         make = getattr(data, "make_preprocessing", None)
         if make is not None and stage == "fit":
             self.preprocessing = make().to(self.device)
