@@ -97,13 +97,15 @@ def test_evaluation_takes_network_and_data_of_the_checkpoint(checkpoint, tmp_pat
     assert f"{part}/kl" in printed
 
 
-def test_evaluation_on_other_data(checkpoint, capsys, monkeypatch):
+def test_evaluation_on_other_data(checkpoint, tmp_path, capsys, monkeypatch):
     """Other options of the data of the training, then other data, which have another shape."""
+    monkeypatch.chdir(tmp_path)
     batches = []
     monkeypatch.setattr("fastvae.training.module.LitAutoencoder.on_test_batch_start", lambda *_: batches.append(0))
     command_line.main(["test", f"--ckpt_path={checkpoint}", *QUIET, "--data.batch_size=90"])
     assert len(batches) == 4, "of 359 samples"
     assert "test/loss" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [], "without a logger"
     with pytest.raises(SystemExit, match=r"MNISTDigits has samples of shape \(1, 28, 28\), the checkpoint was trained on SklearnDigits"):
         command_line.main(["test", str(checkpoint), *QUIET, "--data=MNISTDigits"])
 

@@ -191,6 +191,27 @@ def test_downloaded_data_sets_are_read_as_torchvision_has_them(monkeypatch, tmp_
     assert faces.test_part().names[0] == "test_0.jpg"
 
 
+@pytest.mark.parametrize("name", ["FashionMNIST", "CIFAR10"])
+def test_one_process_downloads_for_all(monkeypatch, tmp_path, name):
+    """Lightning calls prepare_data() in one process of each machine, before the others read."""
+    downloads = []
+
+    def data_set(root, *, train, download):
+        if not root.exists():
+            downloads.append(root.mkdir())
+        return types.SimpleNamespace(data=torch.zeros(20, 28, 28, dtype=torch.uint8), targets=torch.arange(20) % 10)
+
+    torchvision_with(monkeypatch, **{name: data_set})
+    monkeypatch.setattr("fastvae.training.datasets.FASHION_MNIST", tmp_path / "none")
+    root = tmp_path / "data"
+    data = FashionMNIST(download_root=root) if name == "FashionMNIST" else TorchvisionImages(name, root=root)
+    data.prepare_data()
+    assert len(downloads) == 1
+    assert data.source is None
+    assert len(ready(data).test_part()) == 20
+    assert len(downloads) == 1
+
+
 def test_data_sets_of_torchvision_become_8_bit_batches():
     class Grey:
         data, targets = torch.zeros(4, 28, 28, dtype=torch.uint8), torch.arange(4)

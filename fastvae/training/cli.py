@@ -19,7 +19,7 @@ from fastvae.training.parsing import Parser
 
 with extra("train"):
     from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -140,6 +140,8 @@ def main(arguments: list[str]) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            # The options of an evaluation are of no use later, and without a logger they would lie in the working folder.
+            save_config_callback=SaveConfigCallback if arguments[0] == "fit" else None,
             save_config_kwargs={"overwrite": True},
             args=arguments,
         )

@@ -98,16 +98,24 @@ class FashionMNIST(AutoencoderData):
         super().__init__(**options)
         self.root, self.download_root = None if root is None else Path(root), Path(download_root)
 
+    def prepare_data(self) -> None:
+        """Downloads what is not there, in one process of each machine."""
+        if self.root is None and not FASHION_MNIST.is_dir():
+            self._download()
+
+    def _download(self) -> list[Any]:
+        try:
+            return [torchvision_data_set("FashionMNIST", self.download_root, part) for part in ("train", "test")]
+        except (DataError, MissingExtraError) as error:
+            raise DataError(f"FashionMNIST: is not there. Either apt-get install dataset-fashion-mnist, or: {error}") from error
+
     def load(self) -> tuple[Source, Source | None]:
         folder = self.root or FASHION_MNIST
         if folder.is_dir():
             return self._read(folder, "train"), self._read(folder, "t10k")
         if self.root is not None:
             raise DataError(f"root: got {self.root}, takes a folder of the idx files of Fashion-MNIST")
-        try:
-            train, test = (torchvision_data_set("FashionMNIST", self.download_root, part) for part in ("train", "test"))
-        except (DataError, MissingExtraError) as error:
-            raise DataError(f"FashionMNIST: is not there. Either apt-get install dataset-fashion-mnist, or: {error}") from error
+        train, test = self._download()
         return in_memory(train), in_memory(test)
 
     def _read(self, folder: Path, part: str) -> InMemory:
@@ -156,6 +164,11 @@ class TorchvisionImages(AutoencoderData):
         if name not in get_args(TorchvisionName):
             raise DataError(f"name: got {name!r}, {nearest(name, get_args(TorchvisionName))}")
         self.data_set, self.root, self.size = name, Path(root), size
+
+    def prepare_data(self) -> None:
+        """Downloads what is not there, in one process of each machine."""
+        for part in ("train", "test"):
+            torchvision_data_set(self.data_set, self.root, part)
 
     def load(self) -> tuple[Source, Source | None]:
         if self.data_set == "CelebA":
