@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae._types import Kernel
@@ -12,15 +13,15 @@ from fastvae.distributions.normal import widened
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
-def _imq(distances: Tensor, scale: float) -> Tensor:
-    return scale / (scale + distances)
+def _imq(distances: Tensor, scales: Tensor) -> Tensor:
+    return scales / (scales + distances)
 
 
-def _rbf(distances: Tensor, scale: float) -> Tensor:
-    return torch.exp(-distances / scale)
+def _rbf(distances: Tensor, scales: Tensor) -> Tensor:
+    return torch.exp(-distances / scales)
 
 
-KERNELS: dict[str, Callable[[Tensor, float], Tensor]] = {"imq": _imq, "rbf": _rbf}
+KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"imq": _imq, "rbf": _rbf}
 
 
 def squared_mmd(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
@@ -33,14 +34,14 @@ def squared_mmd(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
         x, y: two sets of as many latents, at least two each.
         kernel: ``"imq"`` or ``"rbf"``.
     """
-    x, y = widened(x.flatten(1)), widened(y.flatten(1))
-    n, base = len(x), 2.0 * x.shape[1]
+    points = widened(torch.cat([x.flatten(1), y.flatten(1)]))
+    n, dimensions = len(x), points.shape[1]
     if n < 2:
         raise ValueError(f"x: got a batch of {n}, the discrepancy takes at least 2")
-
-    def total(a: Tensor, b: Tensor) -> Tensor:
-        distances = (a.unsqueeze(1) - b.unsqueeze(0)).square().sum(-1)
-        kernels = torch.stack([KERNELS[kernel](distances, scale * base) for scale in SCALES]).sum(0)
-        return kernels if a is not b else kernels * (1 - torch.eye(n, dtype=kernels.dtype, device=kernels.device))
-
-    return (total(x, x) + total(y, y)).sum() / (n * (n - 1)) - 2 * total(x, y).mean()
+    # Each pair once: 2 n (2 n - 1) / 2 of them.
+    distances = F.pdist(points).square()
+    first, second = torch.triu_indices(2 * n, 2 * n, 1, device=points.device)
+    within = ((first < n) == (second < n)).to(distances.dtype)
+    weights = within * (2 / (n * (n - 1))) - (1 - within) * (2 / n**2)
+    scales = 2.0 * dimensions * torch.tensor(SCALES, dtype=distances.dtype, device=distances.device).unsqueeze(1)
+    return KERNELS[kernel](distances, scales).sum(0) @ weights

@@ -175,6 +175,8 @@ class LitAutoencoder(LightningModule):
         self._non_finite: Tensor | None = None
 
     def setup(self, stage: str) -> None:
+        # A walk over all modules at each step would take as long as the loss of a small network.
+        self._kl_schedules = [module for module in self.network.modules() if isinstance(module, ScheduledKL)]
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             self.data_name, self.data_options = type(data).__name__, dict(data.hparams)
@@ -283,9 +285,8 @@ class LitAutoencoder(LightningModule):
             self._advance_kl_schedules()
 
     def _advance_kl_schedules(self) -> None:
-        for module in self.network.modules():
-            if isinstance(module, ScheduledKL):
-                module.step()
+        for schedules in self._kl_schedules:
+            schedules.step()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         try:
