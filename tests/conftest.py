@@ -31,8 +31,8 @@ def pytest_addoption(parser):
 
 # Files that start many processes. One of them at the end would leave all other workers idle.
 LONG_FILES = {
-    *("test_training_page.py", "test_training_cli.py", "test_training_full_disk.py", "test_packaging.py"),
-    *("test_demo.py", "test_public_names.py", "test_training_ranks.py", "test_benchmarks.py"),
+    *("test_training_cli.py", "test_training_full_disk.py", "test_packaging.py", "test_demo.py"),
+    *("test_public_names.py", "test_training_ranks.py", "test_benchmarks.py"),
 }
 
 

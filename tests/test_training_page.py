@@ -18,6 +18,7 @@ _spec.loader.exec_module(training_page)
 FEWER = {"zip(pixels, digits)": "zip(pixels[::20], digits[::20])", "--trainer.max_epochs 20": "--trainer.max_steps 2"}
 
 
+@pytest.mark.prove
 def test_the_commands_make_what_the_page_shows(tmp_path):
     page = training_page.PAGE.read_text()
     for text, replacement in FEWER.items():
