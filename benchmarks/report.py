@@ -1,4 +1,4 @@
-"""Draws the plots and writes the tables of the README and docs/benchmarks.md: ``python -m benchmarks.report [--check | --floors]``."""
+"""Draws the plots and writes the tables of the README, docs/benchmarks.md and docs/models.md: ``python -m benchmarks.report [--check | --floors]``."""
 
 import argparse
 import sys
@@ -9,7 +9,11 @@ from benchmarks.devices import Cpu
 
 ROOT = Path(__file__).parent.parent
 # Each document with what writes the text between its marks.
-DOCUMENTS = {ROOT / "README.md": tables.readme_section, ROOT / "docs" / "benchmarks.md": tables.page}
+DOCUMENTS = {
+    ROOT / "README.md": tables.readme_section,
+    ROOT / "docs" / "benchmarks.md": tables.page,
+    ROOT / "docs" / "models.md": tables.model_steps,
+}
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 

@@ -13,6 +13,7 @@ MOST_COLUMNS = 6
 HEADLINE_PLOT = "headline.png"
 NOT_MEASURED = "not measured"
 BASELINES = ("eager", "compile", "bare-loop")
+STEPS = {OURS: "fastvae", "eager": "plain PyTorch", "compile": "torch.compile of it", "pythae": "pythae"}
 MODES = {"launch": "", "graph": ", replayed from a CUDA graph"}
 ROOFS = {"GB/s": "a copy", "GFLOP/s": "a matrix product"}
 
@@ -117,6 +118,18 @@ def _glance(case: Case, rows: dict[tuple[str, str], Figure]) -> str:
         return NOT_MEASURED
     others = [f"{name} {units.ratio(rows[case.id, name].ratio)}" for name in BASELINES if (case.id, name) in rows]
     return f"{_time(rows[case.id, OURS])}: {', '.join(others)}" if others else _time(rows[case.id, OURS])
+
+
+def model_steps(figures: Iterable[Figure]) -> str:
+    """The training steps of the models, a row each."""
+    figures = sorted((row for row in figures if row.family == "models"), key=lambda row: row.slug)
+    parts = []
+    for _, group in groupby(figures, key=lambda row: row.slug):
+        rows = list(group)
+        found = {(row.case, row.provider): row for row in rows}
+        table = [[case.name, *(_time_of(case, provider, found) for provider in STEPS)] for case in registry.cases("models")]
+        parts += [f"On {describe_processor(rows[0])}:", _table(["training step", *STEPS.values()], table)]
+    return "\n\n".join(parts) or f"{NOT_MEASURED.capitalize()}."
 
 
 def _introduction(family: str) -> str:
