@@ -1,4 +1,4 @@
-"""Draws the plots and writes the tables of the README, docs/benchmarks.md and docs/models.md: ``python -m benchmarks.report [--check | --floors]``."""
+"""Draws the plots and writes the tables of the README and two pages of docs: ``python -m benchmarks.report [--check | --floors]``."""
 
 import argparse
 import sys
