@@ -323,8 +323,9 @@ class VAE(nn.Module, Pretrained):
     @reading
     def interpolate(self, start: Tensor, end: Tensor, steps: int = 10) -> Tensor:
         """Decodes ``steps`` points on the line between the posterior means of two batches: ``(batch, steps, ...)``, both ends included."""
-        path = points_between(self.encode(start).mean, self.encode(end).mean, steps)
-        return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2])
+        # A step of all samples comes before the next one: the conditions of a batch repeat in this order.
+        path = points_between(self.encode(start).mean, self.encode(end).mean, steps).transpose(0, 1)
+        return self.decode_mean(path.flatten(0, 1)).unflatten(0, path.shape[:2]).transpose(0, 1)
 
     def log_weights(self, x: Tensor, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
         """The log importance weights of draws of the posterior, ``(num_samples, batch)``, see :func:`fastvae.models.bounds.log_weights`."""
