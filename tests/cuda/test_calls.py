@@ -12,10 +12,11 @@ ON_CPU = pytest.mark.parametrize(("call", "place"), calls_on("cpu"), ids=str)
 
 def test_every_operator_is_called():
     called = {operator for call in CALLS for operator in call.operators}
-    # A backward pass on a GPU calls the first two where a gradient other than the expected one comes in. A backend may make jacobian_gram
-    # of the others.
-    inner = {"reconstruction_rescale_", "reconstruction_backward_", "jacobian_gram_scale", "jacobian_gram_reduce"}
-    assert called == set(OPERATORS) - inner
+    # A backward pass on a GPU calls these where a gradient other than the expected one comes in.
+    unexpected = {"reconstruction_rescale_", "reconstruction_backward_", "logistic_mixture_backward_"}
+    # A backend may make jacobian_gram of these.
+    inner = {"jacobian_gram_scale", "jacobian_gram_reduce"}
+    assert called == set(OPERATORS) - unexpected - inner
 
 
 @ON_CPU
