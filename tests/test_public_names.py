@@ -35,7 +35,7 @@ for code in sys.argv[1:]:
 
 
 def in_new_processes(codes: list[str]) -> list[str]:
-    """What each program prints, a line, in a process of its own."""
+    """Runs each program in a process of its own, and gives the line that it prints."""
     return subprocess.run([sys.executable, "-c", FORKS, *codes], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 

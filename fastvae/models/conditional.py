@@ -98,7 +98,7 @@ class CVAE(VAE):
 
     @classmethod
     def _parts_of_classes(cls, encoder: nn.Sequential, num_classes: int) -> dict[str, nn.Module]:
-        """What a subclass takes besides, by name."""
+        """Makes the parts that a subclass takes besides, by name."""
         return {}
 
     def extra_repr(self) -> str:
