@@ -1,5 +1,7 @@
 """The conditional VAE: every way in which a condition enters, against the formula, and bad conditions by name."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -246,6 +248,15 @@ def test_ready_made_networks_take_28x28_digits(conditioning):
     assert output.recon.shape == (2, 1, 28, 28)
     assert [type(stage[-2]) for stage in model.encoder[:2]] == [CONDITIONINGS[conditioning]] * 2
     assert CVAE.mlp(20, hidden=(16, 8), latent_dim=2, conditioning=conditioning)(torch.rand(2, 20), y).recon.shape == (2, 20)
+
+
+@each_condition
+def test_a_ready_made_network_of_any_condition_is_stored_and_made_again(kind):
+    model = CVAE.mlp((1, 4, 4), (8,), LATENT, condition=CONDITIONS[kind](), conditional_prior=True)
+    again = registry.build(json.loads(json.dumps(registry.describe(model))))
+    again.load_state_dict(model.state_dict())
+    x, y, eps = images(), condition_of(kind), torch.randn(BATCH, LATENT)
+    assert torch.equal(again(x, y, eps).loss, model(x, y, eps).loss)
 
 
 BAD_CONDITIONS = [

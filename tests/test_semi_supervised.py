@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastvae.distributions import CholeskyPosterior, MixturePrior
 from fastvae.models import SemiSupervisedVAE, registry
+from fastvae.nn import VectorCondition
 from fastvae.nn.conditioning import CONDITIONINGS
 from fastvae.reference import latent, reconstruction
 
@@ -105,6 +106,11 @@ def test_the_bound_without_a_class_is_the_mean_over_classes_of_the_likelihoods()
     expected = torch.logsumexp(torch.stack(at), 0) - math.log(CLASSES)
     torch.testing.assert_close(model.log_prob_bound(x, 20_000), expected, rtol=0, atol=0.02)
     assert (model.log_prob_bound(x, 2000) > -model(x).loss - 5).all()
+
+
+def test_a_condition_without_classes_is_named():
+    with pytest.raises(TypeError, match=r"^condition: got VectorCondition, takes a ClassCondition"):
+        SemiSupervisedVAE.mlp((1, 4, 4), (8,), LATENT, condition=VectorCondition(3, 4))
 
 
 PARTS = [{}, {"conditional_prior": True}, {"posterior": CholeskyPosterior()}, {"prior": MixturePrior(LATENT, 3)}]

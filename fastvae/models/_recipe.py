@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from fastvae import distributions
 from fastvae.distributions._options import Stored
+from fastvae.nn.conditions import ClassCondition, SequenceCondition, VectorCondition
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 from fastvae.nn.schedules import CapacitySchedule, CosineSchedule, CyclicalSchedule, LinearSchedule
 
@@ -15,9 +16,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Options that are objects, and the arguments that make each again.
-_CORRUPTIONS: dict[type, tuple[str, ...]] = {GaussianNoise: ("sigma",), Masking: ("fraction",), SaltAndPepper: ("fraction", "low", "high")}
+_MODULES: dict[type, tuple[str, ...]] = {
+    GaussianNoise: ("sigma",),
+    Masking: ("fraction",),
+    SaltAndPepper: ("fraction", "low", "high"),
+    ClassCondition: ("num_classes", "dim"),
+    VectorCondition: ("size", "dim"),
+    SequenceCondition: ("features", "dim"),
+}
 _SCHEDULES = (LinearSchedule, CosineSchedule, CyclicalSchedule, CapacitySchedule)
-_PARTS: dict[str, type] = {part.__name__: part for part in (*_CORRUPTIONS, *_SCHEDULES)}
+_PARTS: dict[str, type] = {part.__name__: part for part in (*_MODULES, *_SCHEDULES)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +77,8 @@ def to_plain(name: str, value: Any) -> Any:
         return [to_plain(name, item) for item in value]
     if type(value) in _SCHEDULES:
         return {"class": type(value).__name__, **dataclasses.asdict(value)}
-    if type(value) in _CORRUPTIONS:
-        return {"class": type(value).__name__, **{argument: getattr(value, argument) for argument in _CORRUPTIONS[type(value)]}}
+    if type(value) in _MODULES:
+        return {"class": type(value).__name__, **{argument: getattr(value, argument) for argument in _MODULES[type(value)]}}
     if isinstance(getattr(value, "recipe", None), Recipe):
         return {"class": value.recipe.name, **{option: to_plain(option, part) for option, part in value.recipe.options.items()}}
     if isinstance(value, Stored) and type(value).__name__ in distributions.__all__:

@@ -40,7 +40,7 @@ class CVAE(VAE):
         latent_shape, options: see :class:`~fastvae.models.VAE`.
         drop_condition: probability in [0, 1).
 
-    The ready-made networks have a class as condition, and take these options too:
+    The ready-made networks take these options too:
 
     Args:
         num_classes: y is int64, from 0 to ``num_classes - 1``; 10 by default.
@@ -48,6 +48,7 @@ class CVAE(VAE):
             ``"cross_attention"``.
         condition_dim: size of the embedding of y, 32 by default.
         conditional_prior: whether p(z | y) is learned; ``False`` by default.
+        condition: embeds a y of another kind, in place of ``num_classes`` and ``condition_dim``.
     """
 
     # A training hands the labels of a batch to the network.
@@ -82,22 +83,23 @@ class CVAE(VAE):
         conditioning: Conditioning = "film",
         condition_dim: int = 32,
         conditional_prior: bool = False,
+        condition: ConditionEmbedding | None = None,
         **options,
     ) -> AnyCVAE:
         """The model of networks without a condition.
 
         Args:
-            num_classes, conditioning, condition_dim, conditional_prior: see the class.
+            num_classes, conditioning, condition_dim, conditional_prior, condition: see the class.
         """
+        condition = ClassCondition(num_classes, condition_dim) if condition is None else condition
         if conditional_prior:
-            options["prior"] = ConditionalPrior(latent_dim, condition_dim)
-        options.update(cls._parts_of_classes(encoder, num_classes))
-        sees_condition = partial(conditioned, conditioning=conditioning, condition_dim=condition_dim)
-        condition = ClassCondition(num_classes, condition_dim)
+            options["prior"] = ConditionalPrior(latent_dim, condition.dim)
+        options.update(cls._parts_of_condition(encoder, condition))
+        sees_condition = partial(conditioned, conditioning=conditioning, condition_dim=condition.dim)
         return cls(sees_condition(encoder), sees_condition(decoder), condition, latent_dim, **options)
 
     @classmethod
-    def _parts_of_classes(cls, encoder: nn.Sequential, num_classes: int) -> dict[str, nn.Module]:
+    def _parts_of_condition(cls, encoder: nn.Sequential, condition: ConditionEmbedding) -> dict[str, nn.Module]:
         """Makes the parts that a subclass takes besides, by name."""
         return {}
 

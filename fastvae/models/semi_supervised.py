@@ -21,7 +21,7 @@ from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.models.conditional import CVAE
 from fastvae.nn.conditioning import call_at
-from fastvae.nn.conditions import ClassCondition, repeat_rows
+from fastvae.nn.conditions import ClassCondition, ConditionEmbedding, repeat_rows
 from fastvae.nn.schedules import Schedule
 
 # The label of a sample whose class is not known.
@@ -104,14 +104,14 @@ class SemiSupervisedVAE(CVAE):
         capacity: float | Schedule | None = None,
     ):
         parts: dict[str, Any] = {"prior": prior, "posterior": posterior, "likelihood": likelihood}
-        super().__init__(encoder, decoder, condition, latent_shape, beta=beta, capacity=capacity, **parts)
+        super().__init__(encoder, decoder, _classes(condition), latent_shape, beta=beta, capacity=capacity, **parts)
         self.classifier = classifier
         self.alpha = check_nonnegative("alpha", alpha)
 
     @classmethod
-    def _parts_of_classes(cls, encoder: nn.Sequential, num_classes: int) -> dict[str, nn.Module]:
+    def _parts_of_condition(cls, encoder: nn.Sequential, condition: ConditionEmbedding) -> dict[str, nn.Module]:
         """The classifier, which has the encoder's architecture."""
-        return {"classifier": with_outputs(encoder, num_classes)}
+        return {"classifier": with_outputs(encoder, _classes(condition).num_classes)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}"
@@ -216,6 +216,12 @@ class SemiSupervisedVAE(CVAE):
         classes = torch.arange(count, device=x.device).repeat_interleave(len(x))
         bounds = super().log_prob_bound(repeat_rows(x, count), num_samples, y=classes, **options)
         return torch.logsumexp(bounds.view(count, -1), 0) - math.log(count)
+
+
+def _classes(condition: nn.Module) -> ClassCondition:
+    if not isinstance(condition, ClassCondition):
+        raise TypeError(f"condition: got {type(condition).__name__}, takes a ClassCondition, over whose classes the bound is a sum")
+    return condition
 
 
 def with_outputs(network: nn.Sequential, outputs: int) -> nn.Sequential:

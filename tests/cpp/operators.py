@@ -14,6 +14,7 @@ from pathlib import Path
 from build import ROOT, SANITIZERS, check_compiler
 
 TESTS = ("codebook", "group_norm", "jacobian", "latent", "logistic_mixture", "philox", "reconstruction")
+PARALLEL = ("--numprocesses=auto", "--dist=loadfile")
 # Python is not linked with a sanitizer's library, which has to be there before all others; with GCC's, an exception of C++ is lost where
 # the standard library comes later.
 PRELOADED = {"address": ("libasan.so", "libstdc++.so.6"), "undefined": ("libubsan.so",)}
@@ -45,7 +46,7 @@ def run(package: Path, compiler: str, sanitize: str, arguments: list[str]) -> No
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
     # A compiler that torch starts would be sanitized too.
     selection = ["-k", "not compiles"] if sanitize != "none" else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={package}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={package}", *PARALLEL]
     environment = {name: value for name, value in os.environ.items() if name != "CXX"}
     subprocess.run([*command, *selection, *tests, *arguments], cwd=package, check=True, env=environment | preload(compiler, sanitize))
 
