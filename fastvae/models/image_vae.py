@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from fastvae._torch_private import processor_multiplies_bfloat16
 from fastvae._types import Initialisation, LayerActivation, Precision, check_choice
 from fastvae.models._inputs import as_float, in_channels_last, parameter_dtype
+from fastvae.models._ready_made_vae import network_sizes
 from fastvae.models._recipe import ready_made
 from fastvae.models.networks import Layers, ResidualDecoder, ResidualEncoder
 from fastvae.models.networks.layers import height_and_width
-from fastvae.models.vae import VAE, network_sizes
+from fastvae.models.vae import VAE
 from fastvae.ops._autograd import has_autocast
 
 
