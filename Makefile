@@ -23,7 +23,7 @@ PROOFS ?=
 NATIVE := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 
-.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang sanitize prove bench results compat lint format build setup clean gpu-pass
+.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang test-clang-kernels sanitize prove bench results compat lint format build setup clean gpu-pass
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -51,9 +51,11 @@ test-offline: build
 	$(RUN) -m pytest tests/offline
 
 # The C++ tests: the kernels without Python, by each compiler, and the operators' tests on what it builds.
-test-clang: setup
-	$(RUN) tests/cpp/build.py clang++
+test-clang: test-clang-kernels
 	$(RUN) tests/cpp/operators.py clang++
+
+test-clang-kernels: setup
+	$(RUN) tests/cpp/build.py clang++
 
 # The same under sanitizers, each of which ends at its first report. About an hour on two cores.
 sanitize: setup
