@@ -1,10 +1,10 @@
-"""Draws the plots and writes the tables of the README and two pages of docs: ``python -m benchmarks.report [--check | --floors]``."""
+"""Draws the plots and writes the tables of the README and of pages of docs: ``python -m benchmarks.report [--check | --floors]``."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import floors, plots, results, tables
+from benchmarks import floors, plots, published_figures, results, tables
 from benchmarks.devices import Cpu
 
 ROOT = Path(__file__).parent.parent
@@ -13,6 +13,7 @@ DOCUMENTS = {
     ROOT / "README.md": tables.readme_section,
     ROOT / "docs" / "benchmarks.md": tables.page,
     ROOT / "docs" / "models.md": tables.model_steps,
+    ROOT / "docs" / "evaluation.md": lambda figures: published_figures.table(published_figures.stored()),
 }
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 

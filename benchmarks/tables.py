@@ -60,7 +60,7 @@ def readme_section(figures: Iterable[Figure]) -> str:
     first = rows[0].fastvae
     note = HEADLINE_NOTE.format(processor=describe_processor(first), versions=f"torch {first.torch}")
     header = ["", "fastvae", "eager PyTorch", "torch.compile", "memory, fastvae", "memory, eager"]
-    table = _table(header, [_headline_cells(row) for row in rows])
+    table = markdown(header, [_headline_cells(row) for row in rows])
     return "\n\n".join((f"![Time and memory of the four operations]({_picture(HEADLINE_PLOT)})", table, note))
 
 
@@ -87,7 +87,7 @@ def page(figures: Iterable[Figure]) -> str:
 
 def _processors(processors: list[list[Figure]]) -> list[str]:
     header = ["in the tables", "model name", "threads", "vector and matrix extensions", "versions", "measured"]
-    table = _table(header, [_processor_cells(rows) for rows in processors])
+    table = markdown(header, [_processor_cells(rows) for rows in processors])
     gpu = any(rows[0].device == "cuda" for rows in processors)
     return [table, *([] if gpu else [f"GPUs: {NOT_MEASURED}."])]
 
@@ -109,7 +109,7 @@ def _at_a_glance(processors: list[list[Figure]]) -> list[str]:
     for some in _pieces(processors, MOST_COLUMNS - 1):
         found = [{(row.case, row.provider): row for row in rows if row.mode == rows[0].mode} for rows in some]
         header = ["case", *(describe_processor(rows[0]) for rows in some)]
-        tables.append(_table(header, [[case_title(case), *(_glance(case, rows) for rows in found)] for case in registry.all_cases()]))
+        tables.append(markdown(header, [[case_title(case), *(_glance(case, rows) for rows in found)] for case in registry.all_cases()]))
     return tables
 
 
@@ -127,9 +127,16 @@ def model_steps(figures: Iterable[Figure]) -> str:
     for _, group in groupby(figures, key=lambda row: row.slug):
         rows = list(group)
         found = {(row.case, row.provider): row for row in rows}
-        table = [[case.name, *(_time_of(case, provider, found) for provider in STEPS)] for case in registry.cases("models")]
-        parts += [f"On {describe_processor(rows[0])}:", _table(["training step", *STEPS.values()], table)]
+        cases = registry.cases("models")
+        table = [[case.name, *(_time_of(case, provider, found) for provider in STEPS), _memory_of(case, found)] for case in cases]
+        parts += [f"On {describe_processor(rows[0])}:", markdown(["training step", *STEPS.values(), "memory, and of plain"], table)]
     return "\n\n".join(parts) or f"{NOT_MEASURED.capitalize()}."
+
+
+def _memory_of(case: Case, found: dict[tuple[str, str], Figure]) -> str:
+    """What a step holds at most beside model and data, with fastvae and with plain PyTorch."""
+    rows = [found.get((case.id, provider)) for provider in (OURS, "eager")]
+    return ", ".join(units.memory(row.peak_memory_mb) for row in rows if row is not None)
 
 
 def _introduction(family: str) -> str:
@@ -179,7 +186,7 @@ def _is_emulated(row: Figure) -> bool:
 
 def _times(cases: Sequence[Case], providers: list[str], found: dict[tuple[str, str], Figure]) -> str:
     rows = [[f"`{name}`", *(_time_of(case, name, found) for case in cases)] for name in providers]
-    return _table(["provider", *map(case_title, cases)], [row for row in rows if any(row[1:])])
+    return markdown(["provider", *map(case_title, cases)], [row for row in rows if any(row[1:])])
 
 
 def _time_of(case: Case, provider: str, found: dict[tuple[str, str], Figure]) -> str:
@@ -198,7 +205,7 @@ def _work(cases: list[Case], first: str, found: dict[tuple[str, str], Figure]) -
     remarks = [found[case.id, OURS].remark if (case.id, OURS) in found else "" for case in cases]
     if any(remarks):
         header, rows = [*header, "remark"], [[*cells, remark] for cells, remark in zip(rows, remarks, strict=True)]
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 def _work_cells(case: Case, first: str, found: dict[tuple[str, str], Figure]) -> list[str]:
@@ -218,7 +225,8 @@ def _pieces(items: Sequence, most: int) -> list[Sequence]:
     return [items[start:stop] for start, stop in pairwise(starts)]
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 

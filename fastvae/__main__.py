@@ -14,7 +14,7 @@ Training:
 
 With a checkpoint: fastvae validate|test CHECKPOINT
   validate      evaluates it on the validation part of the data: those of the training, or --data
-  test          evaluates it on the test part
+  test          every metric that applies, on the test part: a table, and a file beside the checkpoint
 
 With a checkpoint: fastvae COMMAND CHECKPOINT --out DIR
   sample        pictures of draws from the prior
@@ -23,13 +23,16 @@ With a checkpoint: fastvae COMMAND CHECKPOINT --out DIR
   traverse      pictures of single latent dimensions
   encode        the latents of a data set as .npz, with labels and file names
 
+With several checkpoints that have been tested: fastvae compare CHECKPOINT CHECKPOINT --out DIR
+  compare       their figures in a table, and a page of pictures
+
   demo          trains VAEs on real digits, measures plain torch beside fastvae, and writes pictures and a report
   info          versions, instruction sets and backends of this machine
 
 Each command has its own --help."""
 
 TRAININGS = ("fit", "validate", "test")
-AFTER_TRAINING = ("sample", "reconstruct", "interpolate", "traverse", "encode")
+AFTER_TRAINING = ("sample", "reconstruct", "interpolate", "traverse", "encode", "compare")
 # The exit status that a shell gives a process that Ctrl-C ended.
 INTERRUPTED = 128 + 2
 

@@ -27,9 +27,9 @@ RANKS = {
     "distributions": 6,
     "models": 7,
     "compat": 7,
-    "metrics": 7,
-    "training": 8,
-    "__main__": 9,
+    "metrics": 8,
+    "training": 9,
+    "__main__": 10,
 }
 # These hand themselves to the operators: they know ops, the names of options and of results, and each other; only _load loads them.
 IMPLEMENTATIONS = ("fallback", "reference", "kernels", "_C")

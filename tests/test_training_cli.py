@@ -89,12 +89,11 @@ def test_two_processes_that_torchrun_starts(tmp_path):
 QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
 
 
-@pytest.mark.parametrize("subcommand", ["validate", "test"])
-def test_evaluation_takes_network_and_data_of_the_checkpoint(checkpoint, tmp_path, subcommand):
-    printed = fastvae(subcommand, checkpoint, *QUIET, folder=tmp_path)
-    part = {"validate": "val", "test": "test"}[subcommand]
-    assert f"{part}/loss" in printed
-    assert f"{part}/kl" in printed
+@pytest.mark.parametrize(("subcommand", "figures"), [("validate", ("val/loss", "val/kl")), ("test", ("recon_loss  ", "PSNR [dB]  "))])
+def test_evaluation_takes_network_and_data_of_the_checkpoint(checkpoint, tmp_path, subcommand, figures):
+    options = ["--evaluation.features=null"] if subcommand == "test" else []
+    printed = fastvae(subcommand, checkpoint, *QUIET, *options, folder=tmp_path)
+    assert all(figure in printed for figure in figures)
 
 
 def test_evaluation_on_other_data(checkpoint, tmp_path, capsys, monkeypatch):
@@ -102,9 +101,9 @@ def test_evaluation_on_other_data(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     batches = []
     monkeypatch.setattr("fastvae.training.module.LitAutoencoder.on_test_batch_start", lambda *_: batches.append(0))
-    command_line.main(["test", f"--ckpt_path={checkpoint}", *QUIET, "--data.batch_size=90"])
+    command_line.main(["test", f"--ckpt_path={checkpoint}", *QUIET, "--data.batch_size=90", "--evaluation.features=null"])
     assert len(batches) == 4, "of 359 samples"
-    assert "test/loss" in capsys.readouterr().out
+    assert "recon_loss  " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [], "without a logger"
     with pytest.raises(SystemExit, match=r"MNISTDigits has samples of shape \(1, 28, 28\), the checkpoint was trained on SklearnDigits"):
         command_line.main(["test", str(checkpoint), *QUIET, "--data=MNISTDigits"])

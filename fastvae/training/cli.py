@@ -8,12 +8,13 @@ from typing import Any
 
 from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, networks
-from fastvae.training._warnings import ignore_warnings_of_lightning
+from fastvae.training._warnings import ignore_warnings_of_lightning, keep_lightning_quiet
 from fastvae.training.callbacks import LatentCurves, Pictures, Speed
 from fastvae.training.checkpoint_io import AtomicCheckpointIO
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.errors import CheckpointError, TrainingError
+from fastvae.training.evaluation import Evaluation
 from fastvae.training.module import LitAutoencoder, check_entry, labels_of
 from fastvae.training.parsing import Parser
 
@@ -43,6 +44,9 @@ class CommandLine(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.set_defaults({"data": "MNISTDigits"})
+        if subcommand == "test":
+            parser.add_lightning_class_args(Evaluation, "evaluation")
+            parser.set_defaults({"verbose": False})
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -131,6 +135,8 @@ def main(arguments: list[str]) -> None:
     if arguments[0] != "fit" and arguments[1:] and not arguments[1].startswith("-"):
         arguments = [arguments[0], "--ckpt_path", *arguments[1:]]
     ignore_warnings_of_lightning()
+    if arguments[0] != "fit":
+        keep_lightning_quiet()
     try:
         CommandLine(
             LitAutoencoder,

@@ -1,6 +1,7 @@
 """The commands after a training: ``fastvae sample | reconstruct | interpolate | traverse | encode CHECKPOINT --out DIR``."""
 
 import itertools
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.errors import TrainingError, writing
 from fastvae.training.module import LitAutoencoder, labels_of
 from fastvae.training.parsing import Parser
+from fastvae.training.side_by_side import compare
 
 
 def sample(
@@ -191,12 +193,19 @@ def _with_lists(arguments: list[str]) -> list[str]:
     return [*arguments[:place], f"[{','.join(numbers)}]", *arguments[place + len(numbers) :]] if numbers else arguments
 
 
+def _with_one_list(arguments: list[str]) -> list[str]:
+    """The arguments with the paths before the first option as one list."""
+    paths = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    return [json.dumps(paths), *arguments[len(paths) :]] if paths else arguments
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "reconstruct": reconstruct,
     "interpolate": interpolate,
     "traverse": traverse,
     "encode": encode,
+    "compare": compare,
 }
 
 
@@ -205,5 +214,6 @@ def main(arguments: list[str]) -> None:
     with extra("train"):
         from jsonargparse import auto_cli
     name = arguments[0]
+    listed = _with_one_list if name == "compare" else _with_lists
     with torch.no_grad():
-        auto_cli(COMMANDS[name], args=_with_lists(arguments[1:]), prog=f"fastvae {name}", as_positional=True, parser_class=Parser)
+        auto_cli(COMMANDS[name], args=listed(arguments[1:]), prog=f"fastvae {name}", as_positional=True, parser_class=Parser)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae._extras import MissingExtraError, extra
+from fastvae.metrics.shapes import LARGEST, FactorImages
 from fastvae.models.registry import nearest
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.errors import DataError
@@ -266,5 +267,60 @@ class Arrays(AutoencoderData):
         return loaded[key]
 
 
-_MODULES = (MNISTDigits, FashionMNIST, SklearnDigits, PhotographPatches, TorchvisionImages, ImageFolder, Arrays, GrammarSentences)
+class ShapeImages(Source):
+    """Images of shapes that are drawn when they are read, with ``factors`` beside them.
+
+    Args:
+        images: the grid of factors.
+        chosen: numbers of its images, ``(count,)``.
+    """
+
+    def __init__(self, images: FactorImages, chosen: Tensor):
+        self.images, self.factors = images, images.factors_of(chosen)
+        super().__init__(len(chosen), labels=self.factors[:, 0])
+
+    def read(self, indices: list[int]) -> dict[str, Any]:
+        index = torch.tensor(indices, dtype=torch.int64)
+        factors = self.factors[index]
+        return {"x": (255 * self.images.render(factors)).round().to(torch.uint8), "factors": factors, "index": index}
+
+
+class GeneratedShapes(AutoencoderData):
+    """Squares, ellipses and hearts of known shape, scale, rotation and position, 8-bit, 1 x 64 x 64, drawn when they are read.
+
+    A batch has ``factors`` too, ``(batch, 5)``, by which ``fastvae test`` judges how well the latents follow them; ``label`` is the shape.
+
+    Args:
+        count: images, chosen from the grid of :class:`fastvae.metrics.shapes.FactorImages` by ``seed``.
+        shape, scale, rotation, position_x, position_y: values of each factor.
+        options: of :class:`AutoencoderData`.
+    """
+
+    def __init__(
+        self,
+        count: int = 20_000,
+        shape: int = LARGEST.shape,
+        scale: int = LARGEST.scale,
+        rotation: int = LARGEST.rotation,
+        position_x: int = LARGEST.position_x,
+        position_y: int = LARGEST.position_y,
+        **options,
+    ):
+        super().__init__(**options)
+        sizes = {"shape": shape, "scale": scale, "rotation": rotation, "position_x": position_x, "position_y": position_y}
+        self.images, self.count = FactorImages(**sizes), count
+        if not 1 <= count <= len(self.images):
+            raise DataError(f"count: got {count}, takes an integer from 1 to the {len(self.images)} images of the grid")
+
+    def load(self) -> tuple[Source, Source | None]:
+        if self.binarize == "static":
+            raise DataError("binarize: got 'static' for images that are drawn when they are read, takes 'dynamic' or 'none'")
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.seed))
+        return ShapeImages(self.images, order[: self.count]), None
+
+
+_MODULES = (
+    *(MNISTDigits, FashionMNIST, SklearnDigits, PhotographPatches, GeneratedShapes, TorchvisionImages, ImageFolder, Arrays),
+    GrammarSentences,
+)
 DATA_MODULES: dict[str, type[AutoencoderData]] = {module.__name__: module for module in _MODULES}
