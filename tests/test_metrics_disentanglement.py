@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from torch import Tensor
 from fastvae.metrics._groups import group_by_value
 from fastvae.metrics._mutual_information import discretize, histogram_information
 from fastvae.metrics._representation import Representation, split
-from fastvae.metrics._samples import SampledMetric, hash_rows
+from fastvae.metrics._row_hash import hash_rows
+from fastvae.metrics._samples import SampledMetric
 from fastvae.metrics.dci import DCI, importance_scores
 from fastvae.metrics.intervention_scores import BetaVAEScore, FactorVAEScore, accuracy_of_votes, count_votes
 from fastvae.metrics.mig import MutualInformationGap
@@ -71,7 +73,7 @@ def case_tensors(case: str) -> tuple[Tensor, Tensor]:
 class Kept(SampledMetric):
     """The sample itself."""
 
-    fields = {"codes": torch.float64, "factors": torch.int64}  # noqa: RUF012
+    fields: ClassVar = {"codes": torch.float64, "factors": torch.int64}
 
     def update(self, codes: Tensor, factors: Tensor) -> None:
         self.add_samples(codes=codes, factors=factors)
@@ -170,6 +172,20 @@ def test_two_processes_compute_what_one_does(ranks, shares):
     for name in ("mig_histogram", "factor_vae_score"):
         expected = _rank_scores(0, name, [slice(None)])
         assert ranks.run(_rank_scores, name, shares) == [expected, expected]
+
+
+def _rank_error(rank: int) -> str:
+    metric = MutualInformationGap()
+    metric.update(noise(5, 2 + rank), factors_of(5))
+    with pytest.raises(ValueError, match="dim") as caught:
+        metric.compute()
+    assert isinstance(metric.rows, list)
+    return str(caught.value)
+
+
+def test_processes_with_codes_of_other_dims_are_told(ranks):
+    message = "add_samples: got tensors of dim [[2, 3], [3, 3]] in the processes, takes the same in all"
+    assert ranks.run(_rank_error) == [message, message]
 
 
 # Each metric.
@@ -478,6 +494,12 @@ def test_a_change_of_dim_is_named():
         (DCI, noise(9, 2), factors_of(9)[:, :1], r"factors: got dim 1, takes at least 2"),
         (SAPScore, noise(9, 2), torch.zeros(9, 1).long(), r"factors: column 0 has one value in the samples, takes at least 2"),
         (Explicitness, noise(4, 2), torch.tensor([[0], [0], [0], [1]]), r"factors: column 0 has one value in the (training|test) samples"),
+        (
+            Explicitness,
+            noise(9, 2),
+            torch.arange(9)[:, None],
+            r"factors: no value of a factor is in both the training and the test samples",
+        ),
         (BetaVAEScore, noise(4, 2), torch.arange(4)[:, None].repeat(1, 2), r"column 0 has at most 1 samples with one value, takes 2"),
         (FactorVAEScore, noise(90, 2), factors_of(90), r"column 0 has at most 51 samples with one value, takes 64"),
     ],

@@ -7,34 +7,21 @@ from torch import Tensor
 
 from fastvae._extras import extra
 from fastvae.distributions.prior import check_count
+from fastvae.metrics._row_hash import hash_rows
 
 with extra("metrics"):
     from torchmetrics import Metric
 
-# The multipliers and shifts of splitmix64 (Steele et al., *Fast Splittable Pseudorandom Number Generators*, 2014), as signed integers.
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-SHIFTS = (30, 27, 31)
 # Counting the rows of more parts at each update takes longer than joining them.
 MAX_PARTS = 1000
 
 
-def _shift_right(words: Tensor, bits: int) -> Tensor:
-    """The logical shift; torch's is arithmetic."""
-    return (words >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _mix(words: Tensor) -> Tensor:
-    """A bijection of 64-bit words whose outputs look independent."""
-    for shift, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
-        words = (words ^ _shift_right(words, shift)) * multiplier
-    return words ^ _shift_right(words, SHIFTS[-1])
-
-
-def hash_rows(words: Tensor) -> Tensor:
-    """A 64-bit key of each row of int64 ``(n, width)``, which depends on the row alone and is the same on every device."""
-    columns = _mix(torch.arange(1, words.shape[1] + 1, device=words.device) * GOLDEN)
-    return _mix(_mix(words ^ columns).sum(1))
+def _common_widths(widths: Tensor) -> Tensor:
+    """The widths ``(fields,)`` of ``(processes, fields)``, where 0 is that of a process without data."""
+    common = widths.amax(0)
+    if ((widths != common) & (widths > 0)).any():
+        raise ValueError(f"add_samples: got tensors of dim {widths.tolist()} in the processes, takes the same in all")
+    return common
 
 
 class SampledMetric(Metric):
@@ -64,8 +51,9 @@ class SampledMetric(Metric):
     def __init__(self, max_samples: int = 100_000, **kwargs: Any):
         super().__init__(**kwargs)
         self.max_samples = check_count("max_samples", max_samples)
+        # Joined first, so that an error leaves the rows of this process as they were.
+        self.add_state("widths", torch.zeros(len(self.fields), dtype=torch.int64), dist_reduce_fx=_common_widths)
         self.add_state("rows", [], dist_reduce_fx="cat")
-        self.add_state("widths", torch.zeros(len(self.fields), dtype=torch.int64), dist_reduce_fx="max")
 
     def add_samples(self, **tensors: Tensor) -> None:
         """Adds a batch.

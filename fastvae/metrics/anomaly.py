@@ -1,6 +1,6 @@
 """Anomaly detection: scores of samples, a threshold from validation data, and how well the scores tell anomalies from the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -131,31 +131,38 @@ Score = Callable[[Tensor], Tensor]
 
 
 def leave_one_class_out(
-    fit: Callable[[Tensor], Score],
+    fit: Callable[[Tensor], Mapping[str, Score]],
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     *,
-    classes: tuple[int, ...] | None = None,
+    classes: Sequence[int] | None = None,
     validation: int = 400,
     quantile: float = 0.95,
-) -> dict[int, AnomalyResult]:
-    """Each class in turn as the anomaly: a model learns the others, and its scores look for that class in the test data.
+) -> dict[int, dict[str, AnomalyResult]]:
+    """Each class in turn as the anomaly: models learn the others, and their scores look for that class in the test data.
 
     Args:
-        fit: trains on data without the class and gives a function from data to scores.
+        fit: trains on data without the class and gives functions from data to scores, by name.
         train, test: data and int64 labels.
         classes: those that are left out; by default all of the training data.
-        validation: samples of the training data, their first ones, from which the threshold comes and not the model.
+        validation: samples of the training data, their first ones, from which thresholds come and not the models.
         quantile: see :func:`threshold_of`.
     """
-    (x, labels), (test_x, test_labels) = train, test
+    x, labels = train
     results = {}
     for left_out in labels.unique().tolist() if classes is None else classes:
         normal = x[labels != left_out]
         if not 0 < validation < len(normal):
             raise ValueError(f"validation: got {validation}, takes fewer than the {len(normal)} samples of the other classes, and some")
-        score = fit(normal[validation:])
-        metric = AnomalyDetection(threshold_of(score(normal[:validation]), quantile))
-        metric.update(score(test_x), test_labels == left_out)
-        results[int(left_out)] = metric.compute()
+        scores = fit(normal[validation:])
+        results[left_out] = {
+            name: _judged(score, threshold_of(score(normal[:validation]), quantile), test, left_out) for name, score in scores.items()
+        }
     return results
+
+
+def _judged(score: Score, threshold: float, test: tuple[Tensor, Tensor], left_out: int) -> AnomalyResult:
+    x, labels = test
+    metric = AnomalyDetection(threshold)
+    metric.update(score(x), labels == left_out)
+    return metric.compute()

@@ -83,4 +83,6 @@ def _mean_area(train: tuple, test: tuple) -> float:
     scores = classifier.predict_proba(codes)
     # A value without a test sample has no curve.
     present = [(index, value) for index, value in enumerate(classifier.classes_) if (values == value).any()]
+    if not present:
+        raise ValueError("factors: no value of a factor is in both the training and the test samples")
     return float(np.mean([roc_auc_score(values == value, scores[:, index]) for index, value in present]))
