@@ -23,8 +23,8 @@ With a checkpoint: fastvae COMMAND CHECKPOINT --out DIR
   traverse      pictures of single latent dimensions
   encode        the latents of a data set as .npz, with labels and file names
 
-With several checkpoints that have been tested: fastvae compare CHECKPOINT CHECKPOINT --out DIR
-  compare       their figures in a table, and a page of pictures
+With several checkpoints: fastvae compare CHECKPOINT CHECKPOINT --out DIR
+  compare       tests them, and sets figures and pictures side by side
 
   demo          trains VAEs on real digits, measures plain torch beside fastvae, and writes pictures and a report
   info          versions, instruction sets and backends of this machine

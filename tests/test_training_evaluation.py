@@ -22,9 +22,11 @@ from fastvae.models import (
 )
 from fastvae.nn import GaussianNoise, ResidualVectorQuantizer
 from fastvae.training.datasets import GeneratedShapes, MNISTDigits, SklearnDigits
+from fastvae.training.errors import TrainingError
 from fastvae.training.evaluation import Evaluation
 from fastvae.training.module import LitAutoencoder
 from fastvae.training.sentences import GrammarSentences
+from fastvae.training.side_by_side import compare
 from tests._training import quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +96,9 @@ def test_known_factors_judge_the_latents(capsys):
     assert torch.equal(batch["label"], batch["factors"][:, 0])
 
 
-def test_samples_are_judged_by_named_features():
+def test_samples_are_judged_by_named_features(tmp_path, monkeypatch):
+    # The network of the features is trained and kept there.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     figures = evaluated(lambda: VAE.mlp((1, 28, 28), (16,), 2), MNISTDigits(val=0.0), features="lenet-mnist")
     assert figures["FID[lenet-mnist]"] > 10
     assert figures["KID[lenet-mnist]"] > 0
@@ -163,10 +167,16 @@ def test_one_command_judges_and_another_compares(checkpoints, tmp_path, capsys):
     assert json.loads((tmp_path / "comparison.json").read_text()).keys() == {str(path) for path in checkpoints}
 
 
-def test_what_cannot_be_compared_is_named(checkpoints, tmp_path):
-    with pytest.raises(SystemExit, match=r"^fastvae: checkpoints: got 1, takes at least 2"):
-        command_line.main(["compare", str(checkpoints[0])])
+def test_what_has_not_been_evaluated_is_evaluated(checkpoints, tmp_path):
     new = tmp_path / "new.ckpt"
-    new.write_bytes(checkpoints[0].read_bytes())
-    with pytest.raises(SystemExit, match=r"^fastvae: checkpoints: .*new.ckpt has not been evaluated: fastvae test "):
-        command_line.main(["compare", str(new), str(new)])
+    new.write_bytes(checkpoints[1].read_bytes())
+    command_line.main(["compare", str(new), "--out", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "new.test.json").read_text())["metrics"]["MSE"] > 0
+    assert (tmp_path / "out" / "comparison.png").is_file()
+
+
+def test_what_cannot_be_compared_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"^fastvae: checkpoint: .*missing.ckpt is no file"):
+        command_line.main(["compare", str(tmp_path / "missing.ckpt")])
+    with pytest.raises(TrainingError, match=r"^checkpoints: got none, takes at least one"):
+        compare([])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvae._extras import extra
-from fastvae.training import checkpoints, pictures
+from fastvae.training import checkpoints, cli, pictures
 from fastvae.training.callbacks import draw_pictures
 from fastvae.training.errors import TrainingError, writing
 from fastvae.training.evaluation import result_path
@@ -32,16 +32,16 @@ class Run(NamedTuple):
 
 
 def compare(checkpoints: list[Path], out: Path = Path("out")) -> None:
-    """Sets the evaluations of several checkpoints side by side: comparison.md, comparison.json and comparison.png.
+    """Sets the evaluations of checkpoints side by side: comparison.md, comparison.json and comparison.png.
 
     The page shows reconstructions, samples and traversals of each, and for VAEs the rate against the distortion.
 
     Args:
-        checkpoints: files that fastvae fit wrote and fastvae test has evaluated.
+        checkpoints: files that fastvae fit wrote; those that fastvae test has not evaluated are evaluated with its default options.
         out: folder of the results.
     """
-    if len(checkpoints) < 2:
-        raise TrainingError(f"checkpoints: got {len(checkpoints)}, takes at least 2")
+    if not checkpoints:
+        raise TrainingError("checkpoints: got none, takes at least one")
     runs = [read_run(path) for path in checkpoints]
     text = as_markdown(runs)
     with writing(out / "comparison.md"):
@@ -58,7 +58,7 @@ def read_run(checkpoint: Path) -> Run:
     """A checkpoint with the figures of its last evaluation."""
     path = result_path(checkpoint)
     if not path.is_file():
-        raise TrainingError(f"checkpoints: {checkpoint} has not been evaluated: fastvae test {checkpoint}")
+        cli.main(["test", str(checkpoint), "--trainer.logger=false"])
     content = json.loads(path.read_text())
     return Run(str(checkpoint), checkpoint, content["metrics"], content["settings"])
 
