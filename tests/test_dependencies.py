@@ -25,8 +25,8 @@ COMMANDS = {"clang-format", "mypy", "pre-commit", "pytest-benchmark", "pytest-xd
 # The packages that a build needs, and those that come with pip and torch.
 OF_THE_BUILD = {"setuptools", "wheel", "pybind11", "ninja"}
 # Whoever wants its data sets installs it: with its torch it is gigabytes, which the extra does not impose.
-# pythae, whose losses a table of its figures stands for where it is not installed, asks for other releases of what we have.
-OF_THE_USER = {"torchvision", "pythae"}
+# pythae and disent, for which tables of their figures stand where they are not installed, ask for other releases of what we have.
+OF_THE_USER = {"torchvision", "pythae", "disent"}
 
 
 def declared() -> set[str]:
