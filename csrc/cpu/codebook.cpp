@@ -114,8 +114,6 @@ void check_indices(const int64_t* indices, int64_t count, int64_t codes) {
     STD_TORCH_CHECK(indices[i] < codes, "indices: got ", indices[i], ", takes indices below the number of codes, ", codes);
 }
 
-void fill_zero(const Tensor& tensor) { memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size()); }
-
 // Whether elements [begin, end) of a tensor of sums are finite.
 bool are_finite(const Tensor& sums, int64_t begin, int64_t end) {
   const void* data = sums.const_data_ptr();
@@ -137,7 +135,7 @@ void sum_head(const CodebookSums& s, const int64_t* indices, const CodebookKerne
 std::tuple<Tensor, Tensor> codebook_sums(const Tensor& x, const Tensor& indices, int64_t codes) {
   int64_t heads = x.size(0), rows = x.size(1), dim = x.size(2), head_size = codes * dim;
   Tensor counts = cpu.empty({heads, codes}, ScalarType::Long), sums = cpu.empty({heads, codes, dim}, accumulation_dtype(x));
-  fill_zero(sums);
+  set_bytes(sums, 0);
   Copies copies;
   Tensor dense_indices = dense(indices);
   const auto* index = static_cast<const int64_t*>(dense_indices.const_data_ptr());
@@ -168,7 +166,7 @@ std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad
   auto reduction = static_cast<Reduction>(reduction_number);
   Tensor grad_x = cpu.empty(shape_of(x), x.scalar_type());
   Tensor grad_codebook = cpu.empty(with_codebook ? shape_of(codebook) : Sizes{0}, codebook.scalar_type());
-  if (with_codebook) fill_zero(grad_codebook);
+  if (with_codebook) set_bytes(grad_codebook, 0);
   if (x.numel() == 0) return {grad_x, grad_codebook};
 
   Copies copies;

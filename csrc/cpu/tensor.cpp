@@ -1,7 +1,6 @@
 #include "tensor.h"
 
 #include <atomic>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -20,7 +19,7 @@ void raise_failed_allocation(int64_t bytes) { throw std::runtime_error("fastvae:
 Tensor Cpu::empty_strided(const Sizes& shape, const Sizes& strides, ScalarType dtype) const {
   Tensor tensor = allocate_strided(shape, strides, dtype, aoti_torch_device_type_cpu(), 0);
   // With all bits set, a number is NaN in every floating dtype.
-  if (poison.load(std::memory_order_relaxed)) memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
+  if (poison.load(std::memory_order_relaxed)) set_bytes(tensor, 0xff);
   return tensor;
 }
 

@@ -1,6 +1,8 @@
 // The host part of the CPU operators, beside csrc/common/tensor.h: allocation, and the kernels' views of torch's stable tensors.
 #pragma once
 
+#include <cstring>
+
 #include "../common/tensor.h"
 #include "partition.h"
 #include "poison.h"
@@ -15,6 +17,11 @@ class Cpu : public Allocations<Cpu> {
 };
 
 constexpr Cpu cpu{};
+
+// A tensor without elements has no address, and memset takes none even for no bytes.
+inline void set_bytes(const Tensor& tensor, int value) {
+  if (tensor.numel() > 0) memset(tensor.mutable_data_ptr(), value, tensor.numel() * tensor.element_size());
+}
 
 inline View contiguous_view(const Tensor& tensor) {
   View view;

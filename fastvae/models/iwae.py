@@ -14,6 +14,7 @@ from fastvae.distributions.likelihood import Likelihood
 from fastvae.distributions.posterior import CholeskyPosterior, DiagonalPosterior, Posterior
 from fastvae.distributions.prior import Prior, check_count
 from fastvae.models.vae import VAE
+from fastvae.ops._results import accumulation_dtype
 
 
 @exportable
@@ -31,6 +32,29 @@ class IWAEOutput(NamedTuple):
     z: Tensor
     mu: Tensor
     logvar: Tensor
+
+
+class GradientTimesShare(torch.autograd.Function):
+    """Gives z, and zeros ``(num_samples, batch)`` and ``()``, by whose gradients the backward pass learns a factor of that of z.
+
+    With the two zeros in a loss, the first times the shares, their gradients are the shares times that of the loss, and that of the loss.
+    Where nothing flows through the loss, such as from a picture, the gradient of z is left as it is. A hook on z would do the same, which
+    torch.compile of 2.12 cannot trace.
+    """
+
+    @staticmethod
+    def forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = accumulation_dtype(z.dtype)
+        return z.view_as(z), z.new_zeros(z.shape[:2], dtype=dtype), z.new_zeros((), dtype=dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_share: Tensor, grad_loss: Tensor) -> Tensor:
+        share = torch.where(grad_loss == 0, 1.0, grad_share / grad_loss).to(grad.dtype)
+        return grad * share.view(*share.shape, *(1,) * (grad.ndim - 2))
 
 
 class IWAE(VAE):
@@ -77,17 +101,15 @@ class IWAE(VAE):
         """The negative bound of a batch; see :meth:`fastvae.models.VAE.forward` for the arguments."""
         q = self.encode(x)
         z = q.rsample(self.num_samples, eps=eps, generator=generator, seed=seed)
-        # The z of the weights is a view: gradients that a caller sends through the z of the output pass by the hook.
-        weighted = z.view_as(z)
+        weighted, share_of_gradient, one = GradientTimesShare.apply(z) if self.gradient == "doubly_reparameterized" else (z, None, None)
         recon = self.decode_samples(weighted, self.num_samples)
         log_px = -self.recon_loss(recon, x, self.num_samples, "sample")
         kl = self._density(q).log_prob(weighted) - self.prior_distribution(q).log_prob(weighted)
         log_weights = log_px - kl
         loss = math.log(cast("int", self.num_samples)) - torch.logsumexp(log_weights, 0).mean()
-        if self.gradient == "doubly_reparameterized" and weighted.requires_grad:
-            # The bound's gradient w.r.t. z_k has the factor w_k / sum w; the estimator's has its square.
-            share = log_weights.detach().softmax(0).to(z.dtype)
-            weighted.register_hook(lambda grad: grad * share.view(*share.shape, *(1,) * (grad.ndim - 2)))
+        if share_of_gradient is not None:
+            # Both terms are zero, and tell the backward pass the shares.
+            loss = loss + (share_of_gradient * log_weights.detach().softmax(0)).sum() + one
         return IWAEOutput(loss, -log_px.mean(), kl.mean(), recon, z, q.mu, q.logvar)
 
     def _density(self, q: Any) -> Any:

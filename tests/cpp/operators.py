@@ -14,12 +14,14 @@ from pathlib import Path
 from build import ROOT, SANITIZERS, check_compiler
 
 TESTS = ("codebook", "group_norm", "jacobian", "latent", "logistic_mixture", "philox", "reconstruction")
-PARALLEL = ("--numprocesses=auto", "--dist=loadfile")
+PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]
+# A report ends the process, so that what pytest or its workers had captured would be lost.
+SHOWN = ["-s", "-p", "no:faulthandler"]
 # Python is not linked with a sanitizer's library, which has to be there before all others; with GCC's, an exception of C++ is lost where
 # the standard library comes later.
 PRELOADED = {"address": ("libasan.so", "libstdc++.so.6"), "undefined": ("libubsan.so",)}
 # Python keeps memory to its end; a stack of torch's is long.
-OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "FASTVAE_SANITIZED": "1"}
 
 
 def build(compiler: str, sanitize: str) -> Path:
@@ -45,8 +47,8 @@ def preload(compiler: str, sanitize: str) -> dict[str, str]:
 def run(package: Path, compiler: str, sanitize: str, arguments: list[str]) -> None:
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
     # A compiler that torch starts would be sanitized too.
-    selection = ["-k", "not compiles"] if sanitize != "none" else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={package}", *PARALLEL]
+    selection = ["-k", "not compiles", *SHOWN] if sanitize != "none" else PARALLEL
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={package}"]
     environment = {name: value for name, value in os.environ.items() if name != "CXX"}
     subprocess.run([*command, *selection, *tests, *arguments], cwd=package, check=True, env=environment | preload(compiler, sanitize))
 
