@@ -107,8 +107,10 @@ class FactorVAE(VAE):
         if len(z) < 2:
             raise ValueError(f"x: got a batch of {len(z)}, the discriminator takes at least 2 samples")
         joint, others = z.tensor_split(2)
-        logits = [widened(self.discriminator(half)) for half in (joint, permute_dimensions(others, generator))]
-        losses = [F.cross_entropy(given, given.new_full((len(given),), kind, dtype=torch.int64)) for kind, given in enumerate(logits)]
+        # One call: the weights of the discriminator, of which a batch has few rows, are read once.
+        logits = widened(self.discriminator(torch.cat([joint, permute_dimensions(others, generator)])))
+        halves = logits.tensor_split(2)
+        losses = [F.cross_entropy(given, given.new_full((len(given),), kind, dtype=torch.int64)) for kind, given in enumerate(halves)]
         return 0.5 * (losses[0] + losses[1])
 
 
