@@ -57,18 +57,18 @@ def _normal(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
 
 
 def _kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """To N(0, I), of each sample."""
+    """Gives the KL of each sample to N(0, I)."""
     return -0.5 * torch.sum((1 + logvar - mu.pow(2) - logvar.exp()).flatten(1), dim=1)
 
 
 def _kl_between(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
-    """Between two normals, of each sample."""
+    """Gives the KL of each sample between two normals."""
     terms = prior_logvar - logvar + (logvar.exp() + (mu - prior_mu).pow(2)) / prior_logvar.exp() - 1
     return 0.5 * terms.flatten(1).sum(1)
 
 
 def _cross_entropy(logits: Tensor, x: Tensor) -> Tensor:
-    """Of each sample."""
+    """Gives the cross-entropy of each sample."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
 
 
@@ -152,7 +152,7 @@ def _levels(model: LadderVAE | DeepVAE, x: Tensor) -> Batch:
 
 
 def plain_hierarchy(model: LadderVAE | DeepVAE, batch: Batch) -> Tensor:
-    """Of a ladder and of a deep VAE: their levels know how prior, posterior and state follow from one another."""
+    """Serves a ladder and a deep VAE, whose levels know how prior, posterior and state follow from one another."""
     x = batch["x"]
     state, kl = model.started(len(x)), x.new_zeros(len(x))
     for level, feature, eps in zip(model.levels, model.encoded(x), batch["eps"], strict=True):

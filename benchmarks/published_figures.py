@@ -21,7 +21,7 @@ from fastvae.models import AE, IWAE, VAE, DenoisingAE, SparseAE, networks
 from fastvae.training.datasets import FASHION_MNIST, FashionMNIST, MNISTDigits
 
 OUT = Path(__file__).parent / "results" / "published_figures.json"
-# What examples/anomaly_digits.py writes.
+# examples/anomaly_digits.py writes it.
 ANOMALIES = OUT.parent / "anomaly_digits.json"
 ANOMALIES_NOTE = """\
 One digit left out of the training and looked for among 1,000 others that were held out: the area under the ROC curve, and in brackets that
@@ -94,10 +94,12 @@ FIGURES = {
     "AE 784-512-256-2": Published(0.040, ERROR, OF_5000, lambda: AE.mlp(latent_dim=2), squared_error),
     "AE 784-512-256-32": Published(0.0125, ERROR, OF_5000, AE.mlp, squared_error, on_clothes=True),
     "denoising AE, sigma 0.3": Published(
-        0.019, ERROR, OF_5000, DenoisingAE.mlp, squared_error, why="A better minimum of the same loss, with no change of settings"
+        0.019, ERROR, OF_5000, DenoisingAE.mlp, squared_error, why="A better minimum, with no change of settings"
     ),
     "sparse AE, L1 1e-3": Published(0.013, ERROR, OF_5000, lambda: SparseAE.mlp(penalty="l1", weight=L1_WEIGHT), squared_error),
-    "convolutional AE, d = 32": Published(0.0083, ERROR, OF_5000, AE.conv, squared_error),
+    "convolutional AE, d = 32": Published(
+        0.0083, ERROR, OF_5000, AE.conv, squared_error, why="A better minimum, with no change of settings"
+    ),
     "convolutional VAE, d = 20": Published(
         0.03, ERROR, "tutorials: 60,000 digits, 20 epochs, 0.01 to 0.03", VAE.conv, squared_error, 20, why=FEWER
     ),

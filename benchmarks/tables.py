@@ -134,7 +134,7 @@ def model_steps(figures: Iterable[Figure]) -> str:
 
 
 def _memory_of(case: Case, found: dict[tuple[str, str], Figure]) -> str:
-    """What a step holds at most beside model and data, with fastvae and with plain PyTorch."""
+    """Says what a step holds at most beside model and data, with fastvae and with plain PyTorch."""
     rows = [found.get((case.id, provider)) for provider in (OURS, "eager")]
     return ", ".join(units.memory(row.peak_memory_mb) for row in rows if row is not None)
 

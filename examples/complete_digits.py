@@ -28,7 +28,7 @@ def upper_half() -> Tensor:
 
 
 TASKS: dict[str, tuple[Observe, Tensor]] = {
-    # Of a low resolution no pixel has been seen.
+    # A low resolution shows no pixel by itself.
     "lower half": (masked(upper_half()), ~upper_half()),
     "quarter of the resolution": (downscaled(4), torch.ones(28, 28, dtype=torch.bool)),
 }
@@ -47,7 +47,7 @@ def train(model: VAE, images: Tensor, epochs: int, observe: Observe | None = Non
 
 
 def nearest_neighbour(train_images: Tensor, observed: Tensor, observe: Observe) -> Tensor:
-    """What to beat: the training image whose observation is nearest."""
+    """Gives the training image whose observation is nearest, which the others have to beat."""
     known = observe(train_images).flatten(1)
     return train_images[torch.cdist(observed.flatten(1), known).argmin(1)]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvae.distributions.normal import LOG_TWO_PI
 
-# Of one block of densities, (draws, N) float64. The passes over a block stay in the processor's cache.
+# A block of densities, (draws, N) float64, has so many bytes at most: the passes over it stay in the processor's cache.
 BLOCK_BYTES = 2**21
 
 

@@ -1,4 +1,4 @@
-"""What a model writes of a batch: a reconstruction and its bits."""
+"""Codes of batches: a model as something that writes bits and reads a reconstruction from them."""
 
 import functools
 import math
