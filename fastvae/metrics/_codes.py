@@ -22,7 +22,7 @@ class Symbols(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """What a code makes of a batch x: its reconstruction in the range of x, in which uint8 means value / 255; the bits of each sample,
+    """A code makes these of a batch x: its reconstruction in the range of x, in which uint8 means value / 255; the bits of each sample,
     ``(batch,)``; and the indices that it writes, where it writes any."""
 
     recon: Tensor

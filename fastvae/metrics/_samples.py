@@ -77,7 +77,7 @@ class SampledMetric(Metric):
             self._compact()
 
     def samples(self, min_samples: int = 1) -> dict[str, Tensor]:
-        """What is kept, ``(n, width)`` under each name, n at most ``max_samples``, in the order of keys, float64 or int64.
+        """Gives what is kept, ``(n, width)`` under each name, n at most ``max_samples``, in the order of keys, float64 or int64.
 
         Samples that came several times stand there as often, or in proportion where there are more than ``max_samples`` in all.
 

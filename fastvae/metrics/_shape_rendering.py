@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Of the ellipse, whose semi-major axis is 1.
+# The semi-major axis of the ellipse is 1.
 SEMI_MINOR_AXIS = 0.5
 
 

@@ -1,4 +1,4 @@
-"""What a representation is worth to others: the accuracy of simple classifiers of the codes."""
+"""The accuracy of simple classifiers says what a representation is worth to others."""
 
 from typing import NamedTuple
 

@@ -135,7 +135,7 @@ class FactorVAEScore(InterventionScore):
 
 
 def count_votes(variances: Tensor, shared: Tensor, num_factors: int) -> Tensor:
-    """How often each code varied least in a group that shares each factor, ``(d, num_factors)``.
+    """Counts how often each code varied least in a group that shares each factor, ``(d, num_factors)``.
 
     Args:
         variances: of the codes in each group, ``(groups, d)``.

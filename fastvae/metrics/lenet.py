@@ -113,7 +113,7 @@ def _one_thread() -> Iterator[None]:
 
 def _train(model: LeNet, images: Tensor, labels: Tensor, epochs: int, seed: int) -> None:
     x = images.cpu().float() / (255 if images.dtype == torch.uint8 else 1)
-    # Those of inference mode cannot be kept for a backward pass.
+    # A tensor of inference mode cannot be kept for a backward pass.
     y = labels.cpu().clone()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

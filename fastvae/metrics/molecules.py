@@ -70,7 +70,7 @@ class MoleculeQuality(Metric):
         unique = valid.unique()
         new = ~torch.isin(unique, self.known)
         shares = ((len(valid), int(self.total)), (len(unique), len(valid)), (int(new.sum()), len(unique)))
-        # Of no molecules none is different or new.
+        # Where there are no molecules, none is different or new.
         return MoleculeResult(*(torch.tensor(part / max(whole, 1), dtype=torch.float64) for part, whole in shares))
 
 

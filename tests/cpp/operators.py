@@ -21,7 +21,7 @@ SHOWN = ["-s", "-p", "no:faulthandler"]
 # the standard library comes later.
 PRELOADED = {"address": ("libasan.so", "libstdc++.so.6"), "undefined": ("libubsan.so",)}
 # Python keeps memory to its end; a stack of torch's is long.
-OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "FASTVAE_SANITIZED": "1"}
+OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
 def build(compiler: str, sanitize: str) -> Path:
@@ -50,6 +50,8 @@ def run(package: Path, compiler: str, sanitize: str, arguments: list[str]) -> No
     selection = ["-k", "not compiles", *SHOWN] if sanitize != "none" else PARALLEL
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={package}"]
     environment = {name: value for name, value in os.environ.items() if name != "CXX"}
+    if sanitize != "none":
+        environment["FASTVAE_SANITIZED"] = "1"
     subprocess.run([*command, *selection, *tests, *arguments], cwd=package, check=True, env=environment | preload(compiler, sanitize))
 
 

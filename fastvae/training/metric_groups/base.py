@@ -1,4 +1,4 @@
-"""What a group of metrics is given, and what it gives."""
+"""The base of the groups of metrics, with what each is given."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
