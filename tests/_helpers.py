@@ -1,6 +1,5 @@
 """What the tests share: where operators run, how close results have to be, and inputs in every layout."""
 
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,9 +22,6 @@ TOLERANCES = {
     torch.float16: {"rtol": 5.0e-4, "atol": 2e-6},
 }
 NOISE_TOLERANCE = 2e-6
-# A kernel adds the 512 numbers of a tile in at least four chains, one for each element of a vector, and the error of a chain grows with its
-# length. A sanitizer keeps the compiler from making vectors (tests/cpp/operators.py), which leaves one chain four times as long.
-LONGER_CHAINS = 4 if "FASTVAE_SANITIZED" in os.environ else 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def assert_close(
     """
     assert actual.dtype == dtype
     assert actual.shape == oracle.shape
-    rtol, atol = TOLERANCES[dtype]["rtol"] * roundings * LONGER_CHAINS, TOLERANCES[dtype]["atol"] * scale
+    rtol, atol = TOLERANCES[dtype]["rtol"] * roundings, TOLERANCES[dtype]["atol"] * scale
     rounded = oracle.to(dtype).double()
     expected = torch.where(rounded.isinf(), rounded, oracle)
     torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=max(atol, rtol * magnitude), equal_nan=True)

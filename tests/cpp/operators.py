@@ -50,8 +50,6 @@ def run(package: Path, compiler: str, sanitize: str, arguments: list[str]) -> No
     selection = ["-k", "not compiles", *SHOWN] if sanitize != "none" else PARALLEL
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={package}"]
     environment = {name: value for name, value in os.environ.items() if name != "CXX"}
-    if sanitize != "none":
-        environment["FASTVAE_SANITIZED"] = "1"
     subprocess.run([*command, *selection, *tests, *arguments], cwd=package, check=True, env=environment | preload(compiler, sanitize))
 
 

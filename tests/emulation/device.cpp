@@ -138,10 +138,14 @@ EXPORT void emulated_best(const float* scores, int64_t count, int64_t threads, f
 
 // The tickets of the current stream's workspace that are not 0, between two operators.
 EXPORT int64_t emulated_open_tickets() {
-  torch::stable::accelerator::DeviceGuard guard(0);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(0, &stream));
   fastvae::Tensor owner;
-  fastvae::Workspace workspace = fastvae::workspace_of(0, stream, &owner);
+  fastvae::Workspace workspace;
+  {
+    // The end of the guard runs what is queued, which clears the workspace of a captured call.
+    torch::stable::accelerator::DeviceGuard guard(0);
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(0, &stream));
+    workspace = fastvae::workspace_of(0, stream, &owner);
+  }
   return fastvae::kTickets - std::count(workspace.tickets, workspace.tickets + fastvae::kTickets, 0u);
 }

@@ -145,7 +145,7 @@ void penalties(const ContractivePenalty& p, const UnitBlock& block, const T* squ
 #pragma omp simd
     for (int64_t u = 0; u < kBlockUnits; ++u) values[u] = squared_norms[u] * Act::at(h[u], alpha).square;
     if (p.elements) write(p.elements, b * p.units + block.first, block.count, values);
-    if (p.sample_sums) p.sample_sums[block.index * p.batch + b] = static_cast<double>(sum_run(values, block.count));
+    if (p.sample_sums) p.sample_sums[block.index * p.batch + b] = sum_run(values, block.count);
   }
 }
 

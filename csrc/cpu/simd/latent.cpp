@@ -152,15 +152,18 @@ void plain_forward(const LatentForward& p, LatentTile<T>& tile, int64_t item, in
   prefetch_to_write(z, count);
   const T *noise = tile.noise(p, begin, count), *mu = tile.mu, *logvar = tile.logvar;
   if (p.noise) write(p.noise, begin, count, noise);
-  T clamp_min = tile.clamp_min, clamp_max = tile.clamp_max, total = 0;
+  T clamp_min = tile.clamp_min, clamp_max = tile.clamp_max;
+  p.sums[p.partition.slot(item, begin)] += sum_pieces(count, [=](int64_t first, int64_t last) {
+    T total = 0;
 #pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < count; ++i) {
-    VarianceRatio<T> ratio = variance_ratio<true>(clamp(logvar[i], clamp_min, clamp_max));
-    z[i] = fma(ratio.root, noise[i], mu[i]);
-    total += kl_standard(mu[i], ratio.divergence);
-  }
+    for (int64_t i = first; i < last; ++i) {
+      VarianceRatio<T> ratio = variance_ratio<true>(clamp(logvar[i], clamp_min, clamp_max));
+      z[i] = fma(ratio.root, noise[i], mu[i]);
+      total += kl_standard(mu[i], ratio.divergence);
+    }
+    return total;
+  });
   store(p.z, begin, count, z);
-  p.sums[p.partition.slot(item, begin)] += total;
 }
 
 template <bool kBounded, class T>

@@ -37,12 +37,12 @@ struct Operands<Gaussian, T> {
   FASTVAE_INLINE LossTerms<T> terms(const Operands& o, int64_t i) { return Gaussian::terms(o.input[i], o.target[i], o.extra[i]); }
 };
 
-// Writes the gradient of the input, and returns the sum of the losses.
+// Writes the gradient of the input of elements [begin, end), and returns the sum of their losses.
 template <class Terms, class T>
-T loss_and_gradient(const Operands<Terms, T>& operands, int64_t count, T scale, T* __restrict grad_input) {
+FASTVAE_INLINE T loss_and_gradient(const Operands<Terms, T>& operands, int64_t begin, int64_t end, T scale, T* __restrict grad_input) {
   T total = 0;
 #pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     LossTerms<T> terms = Operands<Terms, T>::terms(operands, i);
     total += terms.loss;
     grad_input[i] = terms.input * scale;
@@ -55,7 +55,9 @@ template <class Terms, class T>
 void plain_tile(const Reconstruction& p, const Operands<Terms, T>& operands, int64_t item, int64_t begin, int64_t count) {
   T grad_buffer[kTile];
   T* grad_input = destination(p.grad_input, begin, grad_buffer);
-  T total = loss_and_gradient(operands, count, static_cast<T>(p.grad_scale), grad_input);
+  T scale = static_cast<T>(p.grad_scale);
+  double total =
+      sum_pieces(count, [&](int64_t first, int64_t last) { return loss_and_gradient(operands, first, last, scale, grad_input); });
   store(p.grad_input, begin, count, grad_input);
   p.sums[p.partition.slot(item, begin)] += total;
 }

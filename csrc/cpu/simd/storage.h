@@ -145,12 +145,32 @@ static void write(const Output& output, int64_t begin, int64_t count, const T* v
     store(output, begin, count, values);
 }
 
+// float32 adds up at most so many elements before double takes the sum, so that accuracy does not depend on how many partial sums the
+// compiler's vectors keep.
+constexpr int64_t kSumRun = 128;
+
+// The sum over the elements of a tile; sum_of(begin, end) returns that of a piece. Whole pieces are apart, so that the compiler knows
+// their length.
+template <class F>
+FASTVAE_INLINE double sum_pieces(int64_t count, F sum_of) {
+  double total = 0.0;
+  int64_t begin = 0;
+  for (; begin + kSumRun <= count; begin += kSumRun) total += static_cast<double>(sum_of(begin, begin + kSumRun));
+  if (begin < count) total += static_cast<double>(sum_of(begin, count));
+  return total;
+}
+
 template <class T>
-FASTVAE_INLINE T sum_run(const T* values, int64_t count) {
+FASTVAE_INLINE T sum_piece(const T* values, int64_t begin, int64_t end) {
   T total = 0;
 #pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < count; ++i) total += values[i];
+  for (int64_t i = begin; i < end; ++i) total += values[i];
   return total;
+}
+
+template <class T>
+static double sum_run(const T* values, int64_t count) {
+  return sum_pieces(count, [values](int64_t begin, int64_t end) { return sum_piece(values, begin, end); });
 }
 
 }  // namespace FASTVAE_ISA
