@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 
 from fastvae.models import AE, VQVAE, AEOutput  # noqa: E402
-from fastvae.models.vqvae import conv_decoder, conv_encoder  # noqa: E402
+from fastvae.models.networks.vq_convolutional import conv_decoder, conv_encoder  # noqa: E402
 from fastvae.nn import ResidualVectorQuantizer  # noqa: E402
 from fastvae.training import checkpoints  # noqa: E402
 from fastvae.training.callbacks import AveragedWeights, Pictures  # noqa: E402

@@ -91,9 +91,9 @@ def test_steps_with_the_cache_give_the_logits_of_the_whole_sequence(make, size, 
     indices = drawn_indices(prior, 4)
     flat = tuple(level.flatten(1) for level in indices)
     with torch.no_grad():
-        whole = prior._logits(flat, label)
+        whole = prior.logits(flat, label)
         caches = [KeyValueCache(len(prior.positions)) for _ in prior.blocks]
-        embedded = prior._start(4, label)
+        embedded = prior.start_of(4, label)
         for level, embedding, output, expected in zip(flat, prior.embeddings, prior.outputs, whole, strict=True):
             for position in range(level.shape[1]):
                 logits = output(prior._next(embedded, caches))
@@ -105,11 +105,11 @@ def test_steps_with_the_cache_give_the_logits_of_the_whole_sequence(make, size, 
 def test_a_position_is_given_only_those_before_it(make, size):
     prior = make().eval()
     flat = [level.flatten(1) for level in drawn_indices(prior, 1)]
-    whole = torch.cat(prior._logits(tuple(flat), None), dim=1)
+    whole = torch.cat(prior.logits(tuple(flat), None), dim=1)
     changed = [level.clone() for level in flat]
     changed[-1][:, 2] = (changed[-1][:, 2] + 1) % 8
     position = sum(prior.lengths[:-1]) + 2
-    other = torch.cat(prior._logits(tuple(changed), None), dim=1)
+    other = torch.cat(prior.logits(tuple(changed), None), dim=1)
     assert torch.equal(whole[:, : position + 1], other[:, : position + 1])
     assert not torch.allclose(whole[:, position + 1 :], other[:, position + 1 :])
 

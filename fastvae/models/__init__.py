@@ -24,7 +24,8 @@ from fastvae.models.sparse_ae import SparseAE
 from fastvae.models.stacked_ae import StackedAE
 from fastvae.models.vae import VAE, VAEOutput
 from fastvae.models.vq_prior import IndexPrior, IndexPriorOutput
-from fastvae.models.vqvae import VQVAE, VQVAE2, VQVAEOutput
+from fastvae.models.vqvae import VQVAE, VQVAEOutput
+from fastvae.models.vqvae2 import VQVAE2
 from fastvae.models.wae import WAE
 
 __all__ = [

@@ -26,7 +26,8 @@ from fastvae.models.sparse_ae import SparseAE
 from fastvae.models.stacked_ae import StackedAE
 from fastvae.models.vae import VAE
 from fastvae.models.vq_prior import IndexPrior
-from fastvae.models.vqvae import VQVAE, VQVAE2
+from fastvae.models.vqvae import VQVAE
+from fastvae.models.vqvae2 import VQVAE2
 from fastvae.models.wae import WAE
 
 MODELS: tuple[type[nn.Module], ...] = (

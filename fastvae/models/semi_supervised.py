@@ -6,26 +6,22 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae._pytree import exportable
 from fastvae._types import Likelihood as LikelihoodName
 from fastvae.distributions.divergence import sample_with_kl
 from fastvae.distributions.likelihood import Likelihood
-from fastvae.distributions.normal import widened
 from fastvae.distributions.posterior import Posterior
 from fastvae.distributions.prior import Prior
 from fastvae.functional._checks import check_nonnegative
+from fastvae.models._class_terms import UNLABELLED, class_terms
 from fastvae.models._inputs import as_float
 from fastvae.models._reading import reading
 from fastvae.models.conditional import CVAE
 from fastvae.nn.conditioning import call_at
 from fastvae.nn.conditions import ClassCondition, ConditionEmbedding, repeat_rows
 from fastvae.nn.schedules import Schedule
-
-# The label of a sample whose class is not known.
-UNLABELLED = -1
 
 
 @exportable
@@ -48,19 +44,6 @@ class SemiSupervisedOutput(NamedTuple):
     mu: Tensor
     logvar: Tensor
     logits: Tensor
-
-
-@exportable
-class ClassTerms(NamedTuple):
-    """The terms of a loss that come from the classifier.
-
-    ``weights``, ``(batch, num_classes)``, are q(y | x), or 1 at the label of a labelled sample and 0 elsewhere.
-    """
-
-    weights: Tensor
-    class_kl: Tensor
-    classification_loss: Tensor
-    accuracy: Tensor
 
 
 class SemiSupervisedVAE(CVAE):
@@ -155,7 +138,7 @@ class SemiSupervisedVAE(CVAE):
             eps: the noise, ``(num_classes, batch, *latent_shape)``; drawn where it is not given, by ``generator`` or ``seed``.
         """
         labels, logits = self._labels(x, y), self.class_logits(x)
-        weights, class_kl, classification_loss, accuracy = self._class_terms(logits, labels)
+        weights, class_kl, classification_loss, accuracy = class_terms(logits, labels)
 
         # All samples at the first class, then all at the second one, and so on.
         count = self.condition.num_classes
@@ -172,20 +155,6 @@ class SemiSupervisedVAE(CVAE):
         chosen = weights.argmax(1) * len(x) + torch.arange(len(x), device=x.device)
         recon, z, mu, logvar = (tensor[chosen] for tensor in (recon, z, q.mu, q.logvar))
         return SemiSupervisedOutput(loss, recon_loss, kl, class_kl, classification_loss, accuracy, recon, z, mu, logvar, logits)
-
-    def _class_terms(self, logits: Tensor, labels: Tensor) -> ClassTerms:
-        log_q, labelled = widened(logits).log_softmax(1), labels != UNLABELLED
-        one_hot = F.one_hot(labels.clamp_min(0), self.condition.num_classes).to(log_q.dtype)
-        weights = torch.where(labelled[:, None], one_hot, log_q.exp())
-        # A label leaves no entropy.
-        entropy = torch.where(labelled, 0.0, -(log_q.exp() * log_q).sum(1))
-        hits = labelled & (logits.argmax(1) == labels)
-        return ClassTerms(
-            weights,
-            math.log(self.condition.num_classes) - entropy.mean(),
-            torch.where(labelled, -(one_hot * log_q).sum(1), 0.0).mean(),
-            hits.sum() / labelled.sum().clamp_min(1),
-        )
 
     @reading
     def sample(self, n: int, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """The VAE of sequences of tokens (Bowman et al., *Generating Sentences from a Continuous Space*, 2016)."""
 
 import functools
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,12 @@ from fastvae._pytree import exportable
 from fastvae._types import Initialisation, RecurrentCell
 from fastvae.distributions.divergence import sample_with_kl
 from fastvae.distributions.posterior import DiagonalPosterior, Posterior
-from fastvae.distributions.prior import Prior, StandardPrior, check_count
+from fastvae.distributions.prior import Prior, StandardPrior
 from fastvae.functional._checks import check_nonnegative
-from fastvae.models._drawing import check_drawing, draw
 from fastvae.models._hub import Pretrained
-from fastvae.models._inputs import parameter_dtype
-from fastvae.models._line import points_between
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
+from fastvae.models._sequence_writing import SequenceWriting
 from fastvae.models.bounds import log_mean_weights
 from fastvae.models.networks import Layers, TokenDecoder, TokenEncoder
 from fastvae.nn import KLPenalty
@@ -42,7 +40,7 @@ class SequenceVAEOutput(NamedTuple):
 AnySequenceVAE = TypeVar("AnySequenceVAE", bound="SequenceVAE")
 
 
-class SequenceVAE(nn.Module, Pretrained):
+class SequenceVAE(SequenceWriting, nn.Module, Pretrained):
     r"""A VAE whose decoder writes a sequence token by token, each given the code and the tokens before it.
 
     .. math:: -\mathbb{E}_{q(z|x)} \sum_t \log p(x_t \mid z, x_{<t}) + \beta\, KL(q(z|x) \| p(z))
@@ -189,47 +187,3 @@ class SequenceVAE(nn.Module, Pretrained):
         """The importance-weighted lower bound on log p(x) of each sequence in nats, ``(batch,)``, see
         :func:`fastvae.models.bounds.importance_bound`; with one sample the evidence lower bound."""
         return log_mean_weights(functools.partial(self.log_weights, tokens, generator=generator), num_samples, samples_at_once)
-
-    @reading
-    def generate(self, z: Tensor, max_length: int = 32, *, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-        """Writes a sequence for each ``z``: ``(batch, max_length)``, int64, padding behind the token of the end.
-
-        Args:
-            z: ``(batch, latent_dim)``.
-            max_length: tokens; a sequence that is longer is cut.
-            temperature: 0 takes the most probable token at each step, 1 draws from the model's probabilities.
-            generator: decides the draws; one of the CPU serves every device.
-        """
-        check_drawing(temperature)
-        check_count("max_length", max_length)
-        decoder = cast("Any", self.decoder)
-        token = torch.full((len(z),), self.begin, dtype=torch.int64, device=z.device)
-        ended, state, written = torch.zeros_like(token, dtype=torch.bool), decoder.start(z), []
-        for _ in range(max_length):
-            logits, state = decoder.step(z, token, state)
-            token = draw(self._writable(logits), generator, temperature).masked_fill(ended, self.pad)
-            ended = ended | (token == self.end)
-            written.append(token)
-        return torch.stack(written, dim=1)
-
-    def _writable(self, logits: Tensor) -> Tensor:
-        """Padding and the beginning are no words; a model that has not been trained on them gives them some probability."""
-        return logits.index_fill(1, torch.tensor([self.pad, self.begin], device=logits.device), -torch.inf)
-
-    @reading
-    def sample(self, n: int, max_length: int = 32, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """Sequences for ``n`` draws of ``z`` from the prior, ``(n, max_length)``; see :meth:`generate`."""
-        z = self.prior(self.encode).sample(n, generator).to(parameter_dtype(self.decoder))
-        return self.generate(z, max_length, temperature=temperature, generator=generator)
-
-    @reading
-    def reconstruct(self, tokens: Tensor) -> Tensor:
-        """The most probable tokens, one after the other, at the posterior's mean of ``z``: ``(batch, length)``."""
-        return self.generate(self.encode(tokens).mean, tokens.shape[1])
-
-    @reading
-    def interpolate(self, start: Tensor, end: Tensor, steps: int = 10, max_length: int = 32) -> Tensor:
-        """The most probable tokens at ``steps`` points on the line between the posterior means of two batches, both ends included:
-        ``(batch, steps, max_length)``."""
-        path = points_between(self.encode(start).mean, self.encode(end).mean, steps)
-        return self.generate(path.flatten(0, 1), max_length).unflatten(0, path.shape[:2])

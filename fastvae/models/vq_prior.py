@@ -1,23 +1,19 @@
 """A prior over the codes of a VQ-VAE, by which a VQ-VAE can be sampled."""
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae._pytree import exportable
 from fastvae.models._drawing import check_drawing, draw
 from fastvae.models._hub import Pretrained
+from fastvae.models._index_transformer import IndexShape, IndexTransformer, cross_entropy, level_shapes, shown
 from fastvae.models._reading import reading
 from fastvae.models._recipe import ready_made
-from fastvae.models.networks import KeyValueCache, Layers, TransformerBlock
-from fastvae.models.networks.transformer import POSITION_STD
-from fastvae.models.vqvae import VQVAE, VQVAE2
+from fastvae.models.vqvae import VQVAE
+from fastvae.models.vqvae2 import VQVAE2
 from fastvae.nn import ResidualVectorQuantizer, VectorQuantizer
-from fastvae.ops._results import accumulation_dtype
 
 
 @exportable
@@ -32,11 +28,9 @@ class IndexPriorOutput(NamedTuple):
 
 
 AnyIndexPrior = TypeVar("AnyIndexPrior", bound="IndexPrior")
-# The shape of one image's indices, or one shape for each level.
-IndexShape = Sequence[int] | Sequence[Sequence[int]]
 
 
-class IndexPrior(nn.Module, Pretrained):
+class IndexPrior(IndexTransformer, Pretrained):
     r"""An autoregressive distribution of the indices of a trained VQ-VAE, by a causal transformer (van den Oord et al., *Neural Discrete
     Representation Learning*, 2017, section 3.3; Razavi et al., *VQ-VAE-2*, 2019, section 3.2, with one transformer for both levels).
 
@@ -71,23 +65,10 @@ class IndexPrior(nn.Module, Pretrained):
         num_classes: int | None = None,
         dropout: float = 0.0,
     ):
-        super().__init__()
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes: got {num_classes}, takes an integer >= 1 or None")
-        if depth < 1:
-            raise ValueError(f"depth: got {depth}, takes an integer >= 1")
         codes = [_num_codes(quantizer) for quantizer in _quantizers(vqvae)]
-        self.index_shapes = _level_shapes(index_shape, len(codes))
-        self.num_classes = num_classes
+        shapes = level_shapes(index_shape, len(codes))
+        super().__init__(codes, shapes, width=width, depth=depth, heads=heads, num_classes=num_classes, dropout=dropout)
         self.vqvae = vqvae.requires_grad_(False).eval()
-        self.lengths = [math.prod(shape) for shape in self.index_shapes]
-        self.start = nn.Embedding(num_classes or 1, width)
-        self.embeddings = nn.ModuleList(nn.Embedding(count, width) for count in codes)
-        self.positions = nn.Parameter(POSITION_STD * torch.randn(sum(self.lengths), width))
-        layers = Layers("silu", dropout=dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, causal=True, layers=layers) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.outputs = nn.ModuleList(nn.Linear(width, count) for count in codes)
 
     @classmethod
     @ready_made
@@ -118,15 +99,15 @@ class IndexPrior(nn.Module, Pretrained):
         """
         encoded = self.encode(x)
         indices = self._flattened((encoded,) if isinstance(encoded, Tensor) else encoded)
-        logits = self._logits(indices, label)
-        losses = [_cross_entropy(*level) for level in zip(logits, indices, strict=True)]
+        logits = self.logits(indices, label)
+        losses = [cross_entropy(*level) for level in zip(logits, indices, strict=True)]
         level_loss = tuple(loss.mean() for loss in losses)
         return IndexPriorOutput(sum(level_loss[1:], level_loss[0]), level_loss, logits, indices)
 
     def log_prob(self, indices: Tensor | tuple[Tensor, ...], label: Tensor | None = None) -> Tensor:
         """The log-probability of indices as :meth:`VQVAE.encode` gives them, in nats: ``(batch,)``."""
         levels = self._flattened((indices,) if isinstance(indices, Tensor) else indices)
-        losses = [_cross_entropy(*level) for level in zip(self._logits(levels, label), levels, strict=True)]
+        losses = [cross_entropy(*level) for level in zip(self.logits(levels, label), levels, strict=True)]
         return -sum(losses[1:], losses[0])
 
     def encode(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -140,28 +121,8 @@ class IndexPrior(nn.Module, Pretrained):
     def _flattened(self, indices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         shapes = tuple(tuple(level.shape[1:]) for level in indices)
         if shapes != self.index_shapes:
-            raise ValueError(f"index_shape: got {_shown(self.index_shapes)} for indices of shape {_shown(shapes)}")
+            raise ValueError(f"index_shape: got {shown(self.index_shapes)} for indices of shape {shown(shapes)}")
         return tuple(level.flatten(1) for level in indices)
-
-    def _logits(self, indices: tuple[Tensor, ...], label: Tensor | None) -> tuple[Tensor, ...]:
-        """Those of every position, given the indices before it; a tensor ``(batch, positions, codes)`` for each level."""
-        embedded = [embedding(level) for embedding, level in zip(self.embeddings, indices, strict=True)]
-        hidden = torch.cat([self._start(len(indices[0]), label), *embedded], dim=1)[:, :-1] + self.positions
-        for block in self.blocks:
-            hidden = block(hidden)
-        levels = self.norm(hidden).split(self.lengths, dim=1)
-        return tuple(output(level) for output, level in zip(self.outputs, levels, strict=True))
-
-    def _start(self, n: int, label: Tensor | None) -> Tensor:
-        """The vector before the first index, ``(n, 1, width)``."""
-        if self.num_classes is None:
-            if label is not None:
-                raise ValueError("label: got one, takes None for a prior without num_classes")
-            return self.start.weight.expand(n, 1, -1)
-        if label is None or label.shape != (n,) or label.is_floating_point():
-            got = None if label is None else f"{label.dtype} of shape {tuple(label.shape)}"
-            raise ValueError(f"label: got {got}, takes {n} integers below num_classes, {self.num_classes}")
-        return self.start(label).unsqueeze(1)
 
     @reading
     def sample_indices(
@@ -178,22 +139,7 @@ class IndexPrior(nn.Module, Pretrained):
         The arguments are those of :meth:`sample`.
         """
         check_drawing(temperature, top_k)
-        caches = [KeyValueCache(len(self.positions)) for _ in self.blocks]
-        embedded, levels = self._start(n, label), []
-        for embedding, output, shape in zip(self.embeddings, self.outputs, self.index_shapes, strict=True):
-            drawn = []
-            for _ in range(math.prod(shape)):
-                drawn.append(draw(output(self._next(embedded, caches)), generator, temperature, top_k))
-                embedded = embedding(drawn[-1]).unsqueeze(1)
-            levels.append(torch.stack(drawn, dim=1).unflatten(1, shape))
-        return tuple(levels)
-
-    def _next(self, embedded: Tensor, caches: list[KeyValueCache]) -> Tensor:
-        """The hidden vector ``(batch, width)`` of the position whose predecessor is ``embedded``."""
-        hidden = embedded + self.positions[caches[0].length]
-        for block, cache in zip(self.blocks, caches, strict=True):
-            hidden = block(hidden, cache)
-        return self.norm(hidden[:, 0])
+        return self.write(self.start_of(n, label), lambda logits: draw(logits, generator, temperature, top_k))
 
     @reading
     def sample(
@@ -218,13 +164,7 @@ class IndexPrior(nn.Module, Pretrained):
         return self.vqvae.decode(cast("Any", indices if isinstance(self.vqvae, VQVAE2) else indices[0]))
 
     def extra_repr(self) -> str:
-        return f"index_shape={_shown(self.index_shapes)}, num_classes={self.num_classes}"
-
-
-def _cross_entropy(logits: Tensor, indices: Tensor) -> Tensor:
-    """Of each sample: the sum over its positions, ``(batch,)``."""
-    logits = logits.to(accumulation_dtype(logits.dtype))
-    return F.cross_entropy(logits.mT, indices, reduction="none").sum(1)
+        return f"index_shape={shown(self.index_shapes)}, num_classes={self.num_classes}"
 
 
 def _quantizers(vqvae: nn.Module) -> list[nn.Module]:
@@ -240,17 +180,3 @@ def _num_codes(quantizer: nn.Module) -> int:
     if not isinstance(first, VectorQuantizer):
         raise TypeError(f"quantizer: got {type(quantizer).__name__}, takes a VectorQuantizer or a ResidualVectorQuantizer")
     return first.num_codes
-
-
-def _level_shapes(index_shape: Any, levels: int) -> tuple[tuple[int, ...], ...]:
-    nested = [isinstance(part, Sequence) for part in index_shape]
-    shapes = tuple(tuple(shape) for shape in index_shape) if nested and all(nested) else (tuple(index_shape),)
-    sizes = [size for shape in shapes for size in shape]
-    if len(shapes) != levels or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        takes = "a shape" if levels == 1 else "the shapes of top and bottom"
-        raise ValueError(f"index_shape: got {index_shape}, takes {takes} of integers >= 1")
-    return shapes
-
-
-def _shown(shapes: tuple[tuple[int, ...], ...]) -> str:
-    return str(shapes if len(shapes) > 1 else shapes[0])
