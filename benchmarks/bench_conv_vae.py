@@ -1,9 +1,11 @@
 """Training steps (forward, backward, optimizer) of large convolutional VAEs: the residual VAE of the package and diffusers' AutoencoderKL.
 
 The baselines are the same networks of plain PyTorch modules with plain PyTorch losses. ``channels-last`` has weights and images in that
-layout, the others are contiguous; the package's have the channels last, but for ``-nchw``.
+layout, the others are contiguous; the package's have the channels last, but for ``-nchw``. ``-lean`` keeps of a normalisation and the
+convolution behind it one input for the backward pass.
 """
 
+import functools
 import importlib.util
 import math
 
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.registry import Case, Inputs, Provider, Results, Unavailable
 from fastvae import functional as FV
+from fastvae._types import Memory
 from fastvae.compat import patch_diffusers
 from fastvae.models import ImageVAE
 from fastvae.training.plain_torch import with_plain_layers
@@ -36,8 +39,8 @@ def fused_loss(encode, decode, x, eps):
 class Residual:
     """The residual VAE."""
 
-    def __init__(self, size, device, fused: bool):
-        model = ImageVAE.residual(size[1], CHANNELS, precision="float32").to(device)
+    def __init__(self, size, device, fused: bool, memory: Memory = "full"):
+        model = ImageVAE.residual(size[1], CHANNELS, precision="float32", memory=memory).to(device)
         self.model = model if fused else with_plain_layers(model)
 
     def encode(self, x):
@@ -135,7 +138,8 @@ def flops(inputs: Inputs) -> float:
     return 3 * total
 
 
-def _case(name, network, size, dtype) -> Case:
+def _case(name, network, size, dtype, **variants) -> Case:
+    """``variants`` are further networks, by the name of the provider."""
     autocast = None if dtype == torch.float32 else dtype
 
     def step(**options):
@@ -155,6 +159,7 @@ def _case(name, network, size, dtype) -> Case:
             "compile": step(compile=True),
             "compile-channels-last": step(compile=True, channels_last=True),
             "fastvae": step(fused=True, channels_last=True),
+            **{variant: training_step(other, fused=True, channels_last=True, autocast=autocast) for variant, other in variants.items()},
             "fastvae-nchw": step(fused=True),
             "fastvae-compile": step(fused=True, channels_last=True, compile=True),
         },
@@ -165,9 +170,10 @@ def _case(name, network, size, dtype) -> Case:
     )
 
 
+LEAN = {"fastvae-lean": functools.partial(Residual, memory="lean")}
 CASES = (
-    _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.float32),
-    _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.bfloat16),
+    _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.float32, **LEAN),
+    _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.bfloat16, **LEAN),
 )
 if importlib.util.find_spec("diffusers"):
     CASES += (

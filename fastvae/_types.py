@@ -36,6 +36,8 @@ Conditioning = Literal["concatenation", "film", "batch_norm", "cross_attention"]
 # How the posterior of a ladder's level is made of the encoder's and the prior.
 LadderPosterior = Literal["precision_weighted", "plain"]
 Precision = Literal["auto", "bfloat16", "float32"]
+# What a network keeps for the backward pass: all that its layers keep, or of a normalisation and the convolution behind it one input.
+Memory = Literal["full", "lean"]
 
 
 Choice = TypeVar("Choice", bound=str)

@@ -334,35 +334,70 @@ class _GroupNormCall:
 
 @_device.implements(ops.forward)
 def _forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
-    input, num_groups, weight, bias, eps, activation = arguments
-    results = output, mean, rstd = arguments.allocate()
+    input, num_groups, *_, eps, _ = arguments
+    _, mean, rstd = results = arguments.allocate()
     if input.numel() == 0:
         mean.zero_()
         rstd.fill_(0.0 if eps == 0 else eps**-0.5)
         return results
     call = _GroupNormCall.of(input, num_groups)
-    parameters = tuple(t if t is None else t.contiguous() for t in (weight, bias))
     sizes = call.channels, call.positions
     with _device.on(input.device):
-        group_options = call.group_options(FORWARD_LIMITS)
-        if group_options is not None:
-            group_norm_forward_group_kernel[(call.batch * num_groups,)](
-                call.input, output, mean, rstd, *parameters, *sizes, num_groups, eps,
-                ACTIVATION=activation, **group_options,
-            )  # fmt: skip
+        if _forward_on_chip(call, arguments, results):
             return results
         config, grid, options = call.blocks()
-        partition = config.split_positions, config.tiles, config.splits
         partial_moments = input.new_empty((call.batch * config.splits * call.channels * 3,), dtype=torch.float32)
-        group_norm_moments_kernel[grid](call.input, partial_moments, *sizes, *partition, **options)
+        group_norm_moments_kernel[grid](call.input, partial_moments, *sizes, *_partition(config), **options)
         group_norm_combine_moments_kernel[(call.batch * num_groups,)](
             partial_moments, mean, rstd, *sizes, config.split_positions, config.splits, num_groups, call.width, eps,
             BLOCK=PARTIALS, **_launch.OPTIONS,
         )  # fmt: skip
-        group_norm_forward_kernel[grid](
-            call.input, output, mean, rstd, *parameters, *sizes, *partition, num_groups, call.width, ACTIVATION=activation, **options
-        )
+        _forward_in_splits(call, arguments, results)
     return results
+
+
+@_device.implements(ops.recompute)
+def _recompute(arguments: ops.RecomputeArguments) -> torch.Tensor:
+    """By the kernel of the forward pass, so that the result is the same to the last bit: the one that keeps a group on chip, which computes
+    the statistics again, or the one that reads them."""
+    forward = arguments.forward
+    results = forward.allocate()
+    if arguments.input.numel() == 0:
+        return results.output
+    call = _GroupNormCall.of(arguments.input, arguments.num_groups)
+    with _device.on(arguments.input.device):
+        if not _forward_on_chip(call, forward, results):
+            _forward_in_splits(call, forward, results._replace(mean=arguments.mean, rstd=arguments.rstd))
+    return results.output
+
+
+def _parameters(arguments: ops.ForwardArguments):
+    return tuple(t if t is None else t.contiguous() for t in (arguments.weight, arguments.bias))
+
+
+def _partition(config) -> tuple[int, int, int]:
+    return config.split_positions, config.tiles, config.splits
+
+
+def _forward_on_chip(call: _GroupNormCall, arguments: ops.ForwardArguments, results: ops.ForwardResults) -> bool:
+    """Computes the results by the kernel that keeps a group on chip; False where that is not possible."""
+    group_options = call.group_options(FORWARD_LIMITS)
+    if group_options is None:
+        return False
+    group_norm_forward_group_kernel[(call.batch * call.groups,)](
+        call.input, *results, *_parameters(arguments), call.channels, call.positions, call.groups, arguments.eps,
+        ACTIVATION=arguments.activation, **group_options,
+    )  # fmt: skip
+    return True
+
+
+def _forward_in_splits(call: _GroupNormCall, arguments: ops.ForwardArguments, results: ops.ForwardResults) -> None:
+    """Computes the output from mean and rstd."""
+    config, grid, options = call.blocks()
+    group_norm_forward_kernel[grid](
+        call.input, *results, *_parameters(arguments), call.channels, call.positions, *_partition(config), call.groups, call.width,
+        ACTIVATION=arguments.activation, **options,
+    )  # fmt: skip
 
 
 @_device.implements(ops.backward)

@@ -157,6 +157,11 @@ def feature_map(source, rows, size, layout):
     return {"input": lay_out(source.normal(rows, 16, size, size), layout), "weight": source.normal(16), "bias": source.normal(16)}
 
 
+def convolved_map(source, rows, layout):
+    input, norm = lay_out(source.normal(rows, 16, 7, 8), layout), {"norm_weight": source.normal(16), "norm_bias": source.normal(16)}
+    return {"input": input, **norm, "weight": source.normal(6, 16, 3, 3) / 12, "bias": source.normal(6)}
+
+
 def layer(source, rows):
     return {"hidden": source.uniform(rows, 33), "weight": source.normal(33, 50)}
 
@@ -198,11 +203,21 @@ def move_codes(codebook, ema_count, ema_sum, x, indices):
 LATENT, LOSS = ("latent_forward", "latent_backward"), ("reconstruction_forward", "reconstruction_backward")
 MIXTURE = ("logistic_mixture_forward", "logistic_mixture_backward")
 NORM, PENALTY = ("group_norm_forward", "group_norm_backward"), ("jacobian_forward", "jacobian_backward")
+NORM_TWICE = (*NORM, "group_norm_recompute")
 QUANTIZE, MOVE = ("codebook_quantize", "codebook_quantize_backward"), ("codebook_sums", "codebook_ema_")
 
 # One reduction for each shape of a result.
 SHAPES = ("none", "sample", "mean")
 NORMS = {"leaves": ("input", "weight", "bias"), "shared": ("weight", "bias"), "activations": ("input", "output 0"), "workspace": 0.2}
+
+CONVOLVED = {
+    "leaves": ("input", "norm_weight", "norm_bias", "weight", "bias"),
+    "shared": ("norm_weight", "norm_bias", "weight", "bias"),
+    "activations": ("input", "output 0"),
+    # The input of the convolution, and what the library takes for it.
+    "workspace": 8.0,
+    "by_library": True,
+}
 
 CALLS = (
     Call(
@@ -296,6 +311,16 @@ CALLS = (
     Call(
         "GroupNorm alone", "group_norm_silu", NORM, lambda source, rows: {"input": source.normal(rows, 16, 9)},
         {"num_groups": 4, "activation": "none"}, leaves=("input",), activations=("input", "output 0"), workspace=0.2,
+    ),
+    Call(
+        "norm, SiLU and convolution", "norm_act_conv", NORM_TWICE, lambda source, rows: convolved_map(source, rows, "contiguous"),
+        {"num_groups": 4, "padding": 1}, **CONVOLVED,
+        module=lambda: fnn.NormActConv2d(4, 16, 6, 3, padding=1), module_takes=("input",),
+    ),
+    Call(
+        "norm and strided convolution, channels last", "norm_act_conv", NORM_TWICE,
+        lambda source, rows: convolved_map(source, rows, "channels_last"),
+        {"num_groups": 2, "activation": "none", "stride": (2, 1), "padding": "valid"}, **CONVOLVED,
     ),
     Call(
         "contractive penalty", "contractive_penalty", PENALTY, layer, leaves=("hidden", "weight"), shared=("weight",),

@@ -103,14 +103,29 @@ void launch_whole_groups(const Launch& launch, void (*kernel)(GroupNormParams<T>
 }
 
 template <class T, bool kChannelsLast>
+void launch_forward_of_groups(const Launch& launch, GroupNormParams<T>& p) {
+  launch_whole_groups(launch, group_norm_forward_group_kernel<T, kChannelsLast>, kChannelsLast, kGroupRuns, sizeof(Vector<T>), p);
+}
+
+template <class T, bool kChannelsLast>
 void launch_forward(const Launch& launch, const GroupNormArguments& a, GroupNormParams<T>& p) {
-  if (p.blocks.whole_groups)
-    return launch_whole_groups(launch, group_norm_forward_group_kernel<T, kChannelsLast>, kChannelsLast, kGroupRuns, sizeof(Vector<T>), p);
+  if (p.blocks.whole_groups) return launch_forward_of_groups<T, kChannelsLast>(launch, p);
   Tensor partial_moments = launch.empty(Sizes{p.blocks.batch, p.blocks.splits, p.blocks.channels, 2}, ScalarType::Double);
   p.partial_moments = static_cast<double*>(partial_moments.mutable_data_ptr());
   launch.run(group_norm_moments_kernel<T, kChannelsLast>, p.blocks.count(), 1, kThreads, p);
   launch.run<GroupNormProblem>(group_norm_combine_moments_kernel, a.groups(), 1, kThreads, p);
   launch.run(group_norm_forward_kernel<T, kChannelsLast>, p.blocks.count(), 1, kThreads, p);
+}
+
+// Launches the kernel that wrote the output in the forward pass, so that the result is the same to the last bit: the one of whole groups,
+// which computes the moments again, or the one that reads them.
+template <class T, bool kChannelsLast>
+void launch_recompute(const Launch& launch, const GroupNormArguments& a, GroupNormParams<T>& p) {
+  if (!p.blocks.whole_groups) return launch.run(group_norm_forward_kernel<T, kChannelsLast>, p.blocks.count(), 1, kThreads, p);
+  Tensor moments = launch.empty({2, a.groups()}, ScalarType::Double);
+  p.mean = static_cast<double*>(moments.mutable_data_ptr());
+  p.rstd = p.mean + a.groups();
+  launch_forward_of_groups<T, kChannelsLast>(launch, p);
 }
 
 template <class T, bool kChannelsLast>
@@ -172,6 +187,24 @@ ThreeTensors group_norm_forward(const Tensor& input, int64_t num_groups, const O
   return {output, mean, rstd};
 }
 
+Tensor group_norm_recompute(const Tensor& /* grad_output */, const Tensor& input, const Tensor& mean, const Tensor& rstd,
+                            const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, double eps, int64_t activation) {
+  GroupNormArguments a{input, weight, bias, GroupedChannels(input, num_groups), static_cast<NormActivation>(activation)};
+  Launch launch(input);
+  Tensor output = empty_in_layout(launch, input, a.sizes.channels_last);
+  if (input.numel() == 0) return output;
+  dispatch(input.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::Type;
+    Copies copies;
+    GroupNormParams<T> p = params_of<T>(launch, a, copies);
+    p.eps = eps;
+    p.output = static_cast<T*>(output.mutable_data_ptr());
+    p.moments = {moments_data(mean, copies), moments_data(rstd, copies)};
+    a.channels_last() ? launch_recompute<T, true>(launch, a, p) : launch_recompute<T, false>(launch, a, p);
+  });
+  return output;
+}
+
 // The gradient of a parameter, empty where there is no parameter.
 Tensor empty_gradient(const Launch& launch, const OptionalTensor& parameter, const Tensor& input) {
   return parameter ? launch.empty(shape_of(*parameter), parameter->scalar_type()) : launch.empty({0}, input.scalar_type());
@@ -208,6 +241,7 @@ ThreeTensors group_norm_backward(const Tensor& grad_output, const Tensor& input,
 
 STABLE_TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
   m.impl("group_norm_forward.cuda", TORCH_BOX(&group_norm_forward));
+  m.impl("group_norm_recompute.cuda", TORCH_BOX(&group_norm_recompute));
   m.impl("group_norm_backward.cuda", TORCH_BOX(&group_norm_backward));
 }
 

@@ -175,6 +175,12 @@ def _write_statistics(layout: _Layout, pieces, dtype: torch.dtype, center: Tenso
     return rest
 
 
+@implements(ops.recompute)
+def group_norm_recompute(arguments: ops.RecomputeArguments) -> Tensor:
+    # torch's own kernel computes statistics and output in one.
+    return group_norm_forward(arguments.forward).output
+
+
 @implements(ops.backward)
 def group_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     input, backward = arguments.input, _Backward(arguments)

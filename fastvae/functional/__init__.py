@@ -6,6 +6,7 @@ from fastvae.functional.group_norm import group_norm_silu
 from fastvae.functional.jacobian import contractive_penalty, explain_jacobian_method, jacobian_frobenius
 from fastvae.functional.latent import kl_normal, reparameterize, reparameterize_kl
 from fastvae.functional.logistic_mixture import logistic_mixture_nll
+from fastvae.functional.norm_act_conv import norm_act_conv
 from fastvae.functional.reconstruction import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -31,6 +32,7 @@ __all__ = [
     "kl_normal",
     "logistic_mixture_nll",
     "mse_loss",
+    "norm_act_conv",
     "reparameterize",
     "reparameterize_kl",
     "vae_loss",

@@ -45,20 +45,33 @@ def group_norm_silu(
     Raises:
         $errors
     """
+    arguments = norm_arguments(input, num_groups, weight, bias, eps, activation)
+    return apply(GroupNorm, arguments, _backend.resolve("group_norm_forward", input.device, input.dtype))[0]
+
+
+def norm_arguments(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: NormActivation,
+    prefix: str = "",
+) -> ForwardArguments:
+    """The checked arguments of the operator. Errors name weight and bias with ``prefix``."""
     check_tensor("input", input)
     if input.ndim < 2:
         raise ValueError(f"input: got shape {tuple(input.shape)}, takes (batch, channels, ...)")
     channels = input.shape[1]
     if isinstance(num_groups, bool) or not isinstance(num_groups, int | torch.SymInt) or num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups: got {num_groups!r} for {channels} channels, takes a divisor of the number of channels")
-    for name, value in (("weight", weight), ("bias", bias)):
+    for name, value in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
         if value is not None:
             _check_parameter(name, value, input)
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps!r}, takes a finite number >= 0")
     check_choice("activation", activation, NORM_ACTIVATIONS)
-    arguments = ForwardArguments(input, num_groups, weight, bias, float(eps), NORM_ACTIVATIONS[activation])
-    return apply(GroupNorm, arguments, _backend.resolve("group_norm_forward", input.device, input.dtype))[0]
+    return ForwardArguments(input, num_groups, weight, bias, float(eps), NORM_ACTIVATIONS[activation])
 
 
 def _check_parameter(name: str, value, input: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._torch_private import processor_multiplies_bfloat16
-from fastvae._types import Initialisation, LayerActivation, Precision, check_choice
+from fastvae._types import Initialisation, LayerActivation, Memory, Precision, check_choice
 from fastvae.models._inputs import as_float, in_channels_last, parameter_dtype
 from fastvae.models._ready_made_vae import network_sizes
 from fastvae.models._recipe import ready_made
@@ -74,6 +74,7 @@ class ImageVAE(VAE):
         init: Initialisation = "default",
         dropout: float = 0.0,
         spectral_norm: bool = False,
+        memory: Memory = "full",
         **options,
     ) -> AnyImageVAE:
         """Residual blocks of GroupNorm, SiLU and convolution, with a latent image (Rombach et al., *High-Resolution Image Synthesis with
@@ -89,11 +90,14 @@ class ImageVAE(VAE):
             image_size: height and width of the images, one number for both; :meth:`sample` needs it.
             activation, init, dropout, spectral_norm: of all layers, see :class:`fastvae.models.networks.Layers`. Any activation but SiLU
                 is a pass of its own behind the normalisation.
+            memory: ``"lean"`` keeps about half for the backward pass, and computes the inputs of convolutions again there: one more pass
+                over memory for each. Outputs and gradients are the same to the last bit.
             options: those of the class.
         """
         for width in channels:
             if width % groups:
                 raise ValueError(f"groups: got {groups} for {width} channels, takes a divisor of every number of channels")
+        check_choice("memory", memory, get_args(Memory))
         layers = Layers(activation, init, dropout, spectral_norm)
         architecture = in_channels, channels, blocks, groups, latent_channels, attention
         latent_shape = None
@@ -102,8 +106,9 @@ class ImageVAE(VAE):
             scale = 2 ** (len(channels) - 1)
             latent_shape = (latent_channels, height // scale, width // scale)
         code_channels, out_channels = network_sizes(latent_channels, in_channels, options)
-        encoder = ResidualEncoder(*architecture, code_channels=code_channels, layers=layers)
-        return cls(encoder, ResidualDecoder(*architecture, out_channels=out_channels, layers=layers), latent_shape, **options)
+        encoder = ResidualEncoder(*architecture, code_channels=code_channels, layers=layers, memory=memory)
+        decoder = ResidualDecoder(*architecture, out_channels=out_channels, layers=layers, memory=memory)
+        return cls(encoder, decoder, latent_shape, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision!r}"

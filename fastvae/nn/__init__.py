@@ -13,6 +13,7 @@ from fastvae.nn.conditions import ClassCondition, Condition, ConditionEmbedding,
 from fastvae.nn.corruption import GaussianNoise, Masking, SaltAndPepper
 from fastvae.nn.group_norm import GroupNormSiLU
 from fastvae.nn.losses import BCELoss, BCEWithLogitsLoss, ELBOLoss, GaussianNLL, KLPenalty, LogisticMixtureNLL, MSELoss
+from fastvae.nn.norm_act_conv import NormActConv2d, NormActConv3d
 from fastvae.nn.preprocessing import MinMaxScaler, StandardScaler
 from fastvae.nn.residual_quantizer import ResidualVectorQuantizer
 from fastvae.nn.sampling import Reparameterize, ReparameterizeKL
@@ -45,6 +46,8 @@ __all__ = [
     "MSELoss",
     "Masking",
     "MinMaxScaler",
+    "NormActConv2d",
+    "NormActConv3d",
     "Reparameterize",
     "ReparameterizeKL",
     "ResidualVectorQuantizer",

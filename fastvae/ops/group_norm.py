@@ -36,6 +36,32 @@ class ForwardArguments(NamedTuple):
         return ForwardResults(empty_in_layout(self.input), mean, rstd)
 
 
+class RecomputeArguments(NamedTuple):
+    """Those of the forward pass and its results, for a backward pass that needs the output again.
+
+    The result does not depend on ``grad_output``: that it is an argument keeps torch.compile from computing the result in the forward pass,
+    and from storing it for the backward pass.
+    """
+
+    grad_output: Tensor
+    input: Tensor
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    num_groups: Size
+    eps: float
+    activation: int
+
+    def allocate(self) -> Tensor:
+        return empty_in_layout(self.input)
+
+    @property
+    def forward(self) -> ForwardArguments:
+        """The arguments of the forward pass."""
+        return ForwardArguments(self.input, self.num_groups, self.weight, self.bias, self.eps, self.activation)
+
+
 class BackwardResults(NamedTuple):
     """The gradient of an absent parameter has no elements."""
 
@@ -61,6 +87,8 @@ class BackwardArguments(NamedTuple):
 
 forward = Operator("group_norm_forward", ForwardArguments)
 backward = Operator("group_norm_backward", BackwardArguments)
+# The output of the forward pass to the last bit.
+recompute = Operator("group_norm_recompute", RecomputeArguments)
 
 
 class GroupNorm(torch.autograd.Function):

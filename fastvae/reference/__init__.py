@@ -10,6 +10,7 @@ from fastvae.reference.group_norm import group_norm_silu
 from fastvae.reference.jacobian import contractive_penalty, explain_jacobian_method, jacobian_frobenius
 from fastvae.reference.latent import kl_normal, reparameterize, reparameterize_kl
 from fastvae.reference.logistic_mixture import logistic_mixture_nll
+from fastvae.reference.norm_act_conv import norm_act_conv
 from fastvae.reference.reconstruction import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -35,6 +36,7 @@ __all__ = [
     "kl_normal",
     "logistic_mixture_nll",
     "mse_loss",
+    "norm_act_conv",
     "reparameterize",
     "reparameterize_kl",
     "vae_loss",

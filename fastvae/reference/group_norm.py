@@ -70,6 +70,11 @@ def group_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     return ops.ForwardResults(_in_layout(output, input), mean, rstd)
 
 
+@ops.recompute.implement("reference")
+def _group_norm_recompute(arguments: ops.RecomputeArguments) -> Tensor:
+    return group_norm_forward(arguments.forward).output
+
+
 @ops.backward.implement("reference")
 def _group_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     input, rstd, weight, bias, num_groups = arguments.input, arguments.rstd, arguments.weight, arguments.bias, arguments.num_groups
