@@ -99,9 +99,10 @@ struct LatentActiveParams : LatentInputs<T> {
   bool* out;  // (inner,)
 };
 
-// Decides whether the mean KL of each dimension over the batch is above the free bits.
+// Decides whether the mean KL of each dimension over the batch is above the free bits. Without the number of blocks that a multiprocessor
+// runs at a time, nvcc 13.0 spills on sm_120 to make room for more.
 template <class T, bool kPrior>
-__global__ void __launch_bounds__(kThreads) latent_active_kernel(const __grid_constant__ LatentActiveParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 6) latent_active_kernel(const __grid_constant__ LatentActiveParams<T> p) {
   auto kl = [&](int64_t element) {
     LatentCell cell = LatentCell::of(p, element);
     float mu = to_float(p.mu.data[cell.offset(p.mu)]);

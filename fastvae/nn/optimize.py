@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TypeGuard, cast
+from typing import TypeGuard, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
+from fastvae._types import Memory, check_choice
 from fastvae.functional._modules import call_obstacle, is_exactly, swap_obstacle, wrapped_tensor
 from fastvae.nn._forward_code import NotUnderstood, generate, rewritten, trace
+from fastvae.nn._lean_modules import RESIDUAL_BLOCK_FORWARD, LeanSequential, lean_pairs, residual_block, residual_block_obstacle
 from fastvae.nn.group_norm import GroupNormSiLU
 from fastvae.nn.upsampling import UpsampleConv2d, conv_obstacle
 
@@ -32,15 +34,19 @@ class Finding:
         name: its name in the module.
         followed_by: the SiLU, or the convolution, that becomes one with it; ``None`` where it is left alone.
         reason: why it is left alone.
+        lean: whether the two keep one input, by ``memory="lean"``.
     """
 
     name: str
     followed_by: str | None = None
     reason: str | None = None
+    lean: bool = False
 
     def __str__(self) -> str:
         if self.followed_by is None:
             return f"left {self.name}: {self.reason}"
+        if self.lean:
+            return f"{self.name} and {self.followed_by} keep one input"
         return f"fused {self.name} with {self.followed_by}"
 
 
@@ -53,7 +59,9 @@ class _Plan:
     apply: Callable[[], None]
 
 
-def optimize(module: nn.Module, *, channels_last: bool = False, report: Callable[[str], None] | None = print) -> nn.Module:
+def optimize(
+    module: nn.Module, *, channels_last: bool = False, memory: Memory = "full", report: Callable[[str], None] | None = print
+) -> nn.Module:
     """Swaps, in place, each GroupNorm that SiLU follows for one :class:`GroupNormSiLU` that does both, and each upsampling by repetition
     that a convolution of size 3 follows for one :class:`UpsampleConv2d`.
 
@@ -71,13 +79,17 @@ def optimize(module: nn.Module, *, channels_last: bool = False, report: Callable
         module: any module; it is changed.
         channels_last: also puts the weights of convolutions into ``torch.channels_last`` (``channels_last_3d``); their outputs follow.
             Sharded weights stay as they are, and FSDP does not shard weights in this layout.
+        memory: ``"lean"`` also lets a GroupNorm with SiLU and the convolution behind it keep one input for the backward pass, see
+            :func:`fastvae.functional.norm_act_conv`: in an :class:`torch.nn.Sequential`, in code that is traced, and in the residual
+            blocks of diffusers. Results and gradients are the same to the last bit.
         report: called with one line for each GroupNorm and each upsampling, what was done or why nothing was; ``None`` for silence.
             :func:`examine` gives the same without a change.
 
     Returns:
         ``module``.
     """
-    for finding in _walk(module, change=True):
+    check_choice("memory", memory, get_args(Memory))
+    for finding in [*_walk(module, change=True), *(_make_lean(module) if memory == "lean" else ())]:
         if report is not None:
             report(str(finding))
     if channels_last:
@@ -120,6 +132,31 @@ def _walk_norms(root: nn.Module, uses: Counter, change: bool) -> Iterator[Findin
                 yield Finding(full, reason=reasons[name] or reason or "no SiLU follows it")
     if _is_group_norm(root):
         yield Finding("", reason="it is the module itself")
+
+
+def _make_lean(root: nn.Module) -> Iterator[Finding]:
+    """Changes the modules of a tree whose norms are fused already."""
+    for prefix, parent in list(root.named_modules()):
+        pairs = _lean_pairs(parent)
+        if pairs and type(parent) is nn.Sequential:
+            parent.__class__ = LeanSequential
+        elif pairs and not _is_lean(parent):
+            functions = ("residual_block", residual_block), ("original", type(parent).forward)
+            parent.__class__ = rewritten(type(parent), RESIDUAL_BLOCK_FORWARD, functions)  # type: ignore[arg-type]  # a class is hashable
+        for norm, conv in pairs.items():
+            yield Finding(f"{prefix}.{norm}".removeprefix("."), conv, lean=True)
+
+
+def _is_lean(parent: nn.Module) -> bool:
+    return isinstance(parent, LeanSequential) or type(parent).forward.__globals__.get("residual_block") is residual_block
+
+
+def _lean_pairs(parent: nn.Module) -> dict[str, str]:
+    if type(parent) in (nn.Sequential, LeanSequential):
+        return lean_pairs(cast("nn.Sequential", parent))
+    if _is_of_diffusers(parent, "ResnetBlock2D") and residual_block_obstacle(parent) is None:
+        return {"norm1": "conv1", "norm2": "conv2"}
+    return {}
 
 
 def _is_group_norm(module: nn.Module | None) -> bool:
