@@ -157,9 +157,9 @@ def feature_map(source, rows, size, layout):
     return {"input": lay_out(source.normal(rows, 16, size, size), layout), "weight": source.normal(16), "bias": source.normal(16)}
 
 
-def convolved_map(source, rows, layout):
-    input, norm = lay_out(source.normal(rows, 16, 7, 8), layout), {"norm_weight": source.normal(16), "norm_bias": source.normal(16)}
-    return {"input": input, **norm, "weight": source.normal(6, 16, 3, 3) / 12, "bias": source.normal(6)}
+def convolved_map(source, rows):
+    norm = {"norm_weight": source.normal(16), "norm_bias": source.normal(16)}
+    return {"input": source.normal(rows, 16, 7, 8), **norm, "weight": source.normal(6, 16, 3, 3) / 12, "bias": source.normal(6)}
 
 
 def layer(source, rows):
@@ -213,7 +213,7 @@ NORMS = {"leaves": ("input", "weight", "bias"), "shared": ("weight", "bias"), "a
 CONVOLVED = {
     "leaves": ("input", "norm_weight", "norm_bias", "weight", "bias"),
     "shared": ("norm_weight", "norm_bias", "weight", "bias"),
-    "activations": ("input", "output 0"),
+    "activations": ("input", "weight", "bias", "output 0"),
     # The input of the convolution, and what the library takes for it.
     "workspace": 8.0,
     "by_library": True,
@@ -313,13 +313,11 @@ CALLS = (
         {"num_groups": 4, "activation": "none"}, leaves=("input",), activations=("input", "output 0"), workspace=0.2,
     ),
     Call(
-        "norm, SiLU and convolution", "norm_act_conv", NORM_TWICE, lambda source, rows: convolved_map(source, rows, "contiguous"),
-        {"num_groups": 4, "padding": 1}, **CONVOLVED,
+        "norm, SiLU and convolution", "norm_act_conv", NORM_TWICE, convolved_map, {"num_groups": 4, "padding": 1}, **CONVOLVED,
         module=lambda: fnn.NormActConv2d(4, 16, 6, 3, padding=1), module_takes=("input",),
     ),
     Call(
-        "norm and strided convolution, channels last", "norm_act_conv", NORM_TWICE,
-        lambda source, rows: convolved_map(source, rows, "channels_last"),
+        "norm and strided convolution", "norm_act_conv", NORM_TWICE, convolved_map,
         {"num_groups": 2, "activation": "none", "stride": (2, 1), "padding": "valid"}, **CONVOLVED,
     ),
     Call(

@@ -71,6 +71,10 @@ DIFFERENTIATED = {
     "jacobian_frobenius": (penalised(), LAYERS),
     "jacobian_frobenius by projection": (penalised(method="projection", num_projections=2, chunk_size=1), LAYERS),
     "group_norm_silu": (lambda x, w, b: reference.group_norm_silu(x, 2, w, b), (normal(2, 4, 3), normal(4), normal(4))),
+    "norm_act_conv": (
+        lambda x, *parameters: reference.norm_act_conv(x, 2, *parameters, padding=1),
+        (normal(2, 4, 3), normal(4), normal(4), normal(2, 4, 3), normal(2)),
+    ),
 }  # fmt: skip
 NOT_DIFFERENTIABLE = {"vq_nearest", "codebook_ema_update_", "explain_jacobian_method"}
 

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as FV
+from fastvae._types import Memory
 from fastvae.functional.latent import LOGVAR_CLAMP
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 from fastvae.nn.optimize import examine, optimize
 
 
-def patch_diffusers(vae: nn.Module, *, channels_last: bool = False, report: Callable[[str], None] | None = None) -> nn.Module:
+def patch_diffusers(
+    vae: nn.Module, *, channels_last: bool = False, memory: Memory = "full", report: Callable[[str], None] | None = None
+) -> nn.Module:
     """Fuses GroupNorm and SiLU, upsampling and convolution in a VAE of diffusers (``AutoencoderKL`` and its like), in place:
     :func:`fastvae.optimize` on it.
 
@@ -22,6 +25,7 @@ def patch_diffusers(vae: nn.Module, *, channels_last: bool = False, report: Call
     Args:
         vae: the model; it is changed. Patching it again changes nothing.
         channels_last: also puts the weights of its convolutions into ``torch.channels_last``.
+        memory: ``"lean"`` also lets the norms of the residual blocks and the convolutions behind them keep one input for the backward pass.
         report: called with one line for each norm and each upsampling; silent by default.
 
     Returns:
@@ -36,7 +40,7 @@ def patch_diffusers(vae: nn.Module, *, channels_last: bool = False, report: Call
         missing = "a GroupNorm that SiLU follows or an upsampling that a convolution follows"
         reasons = f" ({findings[0]})" if findings else ""
         raise ValueError(f"vae: got a {type(vae).__name__} without {missing}{reasons}, takes a VAE of diffusers")
-    return optimize(vae, channels_last=channels_last, report=report)
+    return optimize(vae, channels_last=channels_last, memory=memory, report=report)
 
 
 class DiagonalGaussianDistribution:

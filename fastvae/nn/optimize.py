@@ -80,8 +80,8 @@ def optimize(
         channels_last: also puts the weights of convolutions into ``torch.channels_last`` (``channels_last_3d``); their outputs follow.
             Sharded weights stay as they are, and FSDP does not shard weights in this layout.
         memory: ``"lean"`` also lets a GroupNorm with SiLU and the convolution behind it keep one input for the backward pass, see
-            :func:`fastvae.functional.norm_act_conv`: in an :class:`torch.nn.Sequential`, in code that is traced, and in the residual
-            blocks of diffusers. Results and gradients are the same to the last bit.
+            :func:`fastvae.functional.norm_act_conv`: in an :class:`torch.nn.Sequential` and in the residual blocks of diffusers. Results
+            and gradients are the same to the last bit.
         report: called with one line for each GroupNorm and each upsampling, what was done or why nothing was; ``None`` for silence.
             :func:`examine` gives the same without a change.
 
