@@ -111,6 +111,9 @@ def test_hooks_and_other_modules_afterwards(pair):
     for model in (fused, lean):
         convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
         convolutions[1].register_forward_hook(lambda module, inputs, output: output * 2)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.register_forward_hook(lambda module, inputs, output: output + 1)
         norms = [name for name, module in model.named_modules() if isinstance(module, GroupNormSiLU)]
         last = model.get_submodule(norms[-1])
         model.set_submodule(norms[-1], nn.Sequential(copy.deepcopy(last), nn.Tanh()))

@@ -39,15 +39,21 @@ def is_identity(module: object) -> bool:
 def residual_block_obstacle(block: Any, temb: Tensor | None = None) -> str | None:
     """Why a residual block of diffusers, whose norms do their activation, has to run its own code; None where
     :func:`residual_block` gives the same."""
-    if temb is not None or block.time_emb_proj is not None:
+    if temb is not None or block.time_emb_proj is not None or block.time_embedding_norm == "scale_shift":
         return "takes a time embedding"
     if block.upsample is not None or block.downsample is not None:
         return "changes the size of images"
-    if block.training and block.dropout.p > 0:
-        return "drops values between a norm and its convolution"
+    if not _drops_nothing(block.dropout):
+        return "does something between a norm and its convolution"
     if not is_identity(block.nonlinearity):
         return "has another activation"
     return lean_obstacle(block.norm1, block.conv1) or lean_obstacle(block.norm2, block.conv2)
+
+
+def _drops_nothing(dropout: Any) -> bool:
+    if type(dropout) is not nn.Dropout or call_obstacle(dropout):
+        return False
+    return dropout.p == 0 or not dropout.training
 
 
 def residual_block(block: Any, original: Callable, input: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
