@@ -81,7 +81,7 @@ def test_sanitizer_looks_for_bad_accesses_races_barriers_and_unwritten_memory():
         assert f"--tool={tool}" in command
 
 
-@pytest.mark.parametrize("family", sorted(path.stem for path in (ROOT / "fastvae/functional").glob("[!_]*.py")))
+@pytest.mark.parametrize("family", sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py")))
 def test_every_family_has_a_test_for_the_sanitizer(family):
     """The sanitizer selects tests by name."""
     assert "odd_sizes" in gpu_pass.SANITIZED_TESTS[-1]

@@ -54,7 +54,7 @@ def norm_then_conv(norm: nn.Module, conv: nn.Module, input: Tensor) -> Tensor:
 
 
 class _NormActConv(nn.Module):
-    conv_class: ClassVar[Any]
+    _conv_class: ClassVar[Any]
 
     norm: GroupNormSiLU
 
@@ -79,7 +79,7 @@ class _NormActConv(nn.Module):
         super().__init__()
         self.norm = GroupNormSiLU(num_groups, in_channels, eps, affine, device, dtype, activation=activation)
         sizes = in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
-        self.conv = self.conv_class(*sizes, device=device, dtype=dtype)
+        self.conv = self._conv_class(*sizes, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """The output in the dtype and memory layout that the convolution gives."""
@@ -100,10 +100,20 @@ class NormActConv2d(_NormActConv):
         activation: ``"silu"``, or ``"none"`` for the normalisation alone.
     """
 
-    conv_class = nn.Conv2d
+    _conv_class = nn.Conv2d
 
 
 class NormActConv3d(_NormActConv):
-    """:class:`NormActConv2d` for volumes and videos, with a :class:`torch.nn.Conv3d`."""
+    """:func:`fastvae.functional.norm_act_conv` of volumes and videos as a module: a :class:`GroupNormSiLU`, ``norm``, and a
+    :class:`torch.nn.Conv3d`, ``conv``; see :class:`NormActConv2d`.
 
-    conv_class = nn.Conv3d
+    Args:
+        num_groups: groups of the normalisation, a divisor of ``in_channels``.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: those of the convolution.
+        eps: added to the variance.
+        affine: whether the normalisation has a weight and a bias.
+        device, dtype: of the parameters.
+        activation: ``"silu"``, or ``"none"`` for the normalisation alone.
+    """
+
+    _conv_class = nn.Conv3d
