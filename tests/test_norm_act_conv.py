@@ -9,7 +9,6 @@ from _helpers import LAYOUTS, Source, each_place, lay_out, places
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-import fastvae
 from fastvae import functional as FV
 from fastvae import nn as fnn
 from fastvae.models import ImageVAE
@@ -68,8 +67,6 @@ def test_equals_norm_and_convolution_to_the_last_bit(place, layout, autocast):
 @pytest.mark.parametrize("place", [place for place in places(*OPERATORS) if place.device == "cpu"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_each_dtype(place, dtype):
-    if dtype not in fastvae._backend.BACKENDS[place.backend].dtypes:
-        pytest.skip("the backend does not take the dtype")
     source = Source("cpu", dtype, 0)
     tensors = source.normal(2, 16, 9, 8), *parameters(source)
     assert_same_bits(results(in_one(2, padding=1), *tensors), results(one_after_the_other(2, padding=1), *tensors))
@@ -269,7 +266,7 @@ X, W = torch.zeros(2, 16, 5, 5), torch.zeros(6, 16, 3, 3)
         ({"padding": "reflect"}, ValueError, "padding: got 'reflect', takes numbers, 'same' or 'valid'"),
         ({"padding": "same", "stride": 2}, ValueError, "padding: got 'same' for a kernel of"),
         ({"groups": True}, ValueError, "groups: got True, takes an integer >= 1"),
-        ({"activation": "relu"}, ValueError, "activation: got 'relu', takes one of 'none', 'silu'|activation: got 'relu'"),
+        ({"activation": "relu"}, ValueError, "activation: got 'relu', takes one of"),
         ({"eps": -1.0}, ValueError, "eps: got -1.0, takes a finite number >= 0"),
     ],
     ids=str,
