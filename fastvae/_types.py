@@ -36,7 +36,7 @@ Conditioning = Literal["concatenation", "film", "batch_norm", "cross_attention"]
 # How the posterior of a ladder's level is made of the encoder's and the prior.
 LadderPosterior = Literal["precision_weighted", "plain"]
 Precision = Literal["auto", "bfloat16", "float32"]
-# What a network keeps for the backward pass: all that its layers keep, or of a normalisation and the convolution behind it one input.
+# A network keeps for the backward pass all that its layers keep, or one input of a normalisation and the convolution behind it.
 Memory = Literal["full", "lean"]
 
 

@@ -119,7 +119,7 @@ def test_gradcheck():
 
 
 def kept_bytes(function, *tensors) -> int:
-    """Of the memory that is kept for the backward pass, without the tensors themselves."""
+    """Counts what is kept for the backward pass, without the tensors themselves."""
     kept = {}
 
     def pack(tensor):

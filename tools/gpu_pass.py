@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Those that have kernels.
+# A family has kernels of its own.
 FAMILIES = sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
 FAMILY_TESTS = tuple(f"tests/test_{family}.py" for family in FAMILIES)
 # Families that only read and write memory come first, whole models last, because compiling those takes the longest.

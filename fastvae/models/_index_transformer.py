@@ -52,7 +52,7 @@ class IndexTransformer(nn.Module):
         self.outputs = nn.ModuleList(nn.Linear(width, count) for count in codes)
 
     def logits(self, indices: tuple[Tensor, ...], label: Tensor | None) -> tuple[Tensor, ...]:
-        """Those of every position, given the indices before it; a tensor ``(batch, positions, codes)`` for each level."""
+        """Gives the logits of every position, given the indices before it; a tensor ``(batch, positions, codes)`` for each level."""
         embedded = [embedding(level) for embedding, level in zip(self.embeddings, indices, strict=True)]
         hidden = torch.cat([self.start_of(len(indices[0]), label), *embedded], dim=1)[:, :-1] + self.positions
         for block in self.blocks:
@@ -93,7 +93,7 @@ class IndexTransformer(nn.Module):
 
 
 def cross_entropy(logits: Tensor, indices: Tensor) -> Tensor:
-    """Of each sample: the sum over its positions, ``(batch,)``."""
+    """Sums the cross-entropy of each sample over its positions, ``(batch,)``."""
     logits = logits.to(accumulation_dtype(logits.dtype))
     return F.cross_entropy(logits.mT, indices, reduction="none").sum(1)
 
@@ -110,5 +110,5 @@ def level_shapes(index_shape: Any, levels: int) -> tuple[tuple[int, ...], ...]:
 
 
 def shown(shapes: tuple[tuple[int, ...], ...]) -> str:
-    """What a caller gives for these shapes."""
+    """Writes shapes as a caller gives them."""
     return str(shapes if len(shapes) > 1 else shapes[0])

@@ -37,7 +37,7 @@ class ForwardArguments(NamedTuple):
 
 
 class RecomputeArguments(NamedTuple):
-    """Those of the forward pass and its results, for a backward pass that needs the output again.
+    """The operands of the forward pass and its results, for a backward pass that needs the output again.
 
     The result does not depend on ``grad_output``: that it is an argument keeps torch.compile from computing the result in the forward pass,
     and from storing it for the backward pass.
