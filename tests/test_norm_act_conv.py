@@ -112,6 +112,16 @@ def test_what_learns_alone_gets_a_gradient(frozen):
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@each_place(*OPERATORS)
+def test_an_empty_batch(place):
+    source = Source(place.device, torch.float32, 0)
+    tensors = torch.empty(0, 16, 9, 8, device=place.device), *parameters(source)
+    output, *gradients = results(in_one(4, padding=1), *tensors)
+    assert output.shape == (0, 6, 9, 8)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_gradcheck():
     source = Source("cpu", torch.float64, 0)
     tensors = [t.requires_grad_() for t in (source.normal(2, 4, 3, 3), *parameters(source, channels=4))]
