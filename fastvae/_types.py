@@ -14,6 +14,8 @@ CategoricalData = Literal["integers", "images", "tokens"]
 ReconLoss = Literal["mse", "bce_with_logits", "bce"]
 SparsePenalty = Literal["kl", "l1"]
 NormActivation = Literal["silu", "none"]
+# How eps keeps the normalisation of a small vector finite: added to its mean square, or as the least norm it is divided by.
+EpsMode = Literal["add", "clamp"]
 # The contractive penalty knows the derivatives of these activations.
 Activation = Literal["identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus", "silu", "gelu", "gelu_tanh"]
 # The ready-made networks take these activations.

@@ -117,6 +117,11 @@ def gradient_matrix(grad_output: Tensor, shape: torch.Size, reduction: int, dtyp
     return grad_output.to(dtype).reshape(size) * reduction_scale(shape, reduction)
 
 
+def widen(piece: Tensor, dtype: torch.dtype) -> Tensor:
+    """A piece of a tensor in the dtype of sums, contiguous whatever the strides are, so that sums do not depend on them."""
+    return piece.to(dtype).contiguous()
+
+
 @contextmanager
 def written(output: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Memory in ``dtype`` for what ``output`` gets: itself, where it is of that dtype."""

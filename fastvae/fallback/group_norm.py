@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae.fallback import _device
-from fastvae.fallback._blocks import Block, block_elements, blocks, written
+from fastvae.fallback._blocks import Block, block_elements, blocks, widen, written
 from fastvae.fallback._register import implements
 from fastvae.ops import group_norm as ops
 from fastvae.ops._results import accumulation_dtype, channels_are_last, empty_in_layout
@@ -96,11 +96,6 @@ class _Layout:
         return samples, channels, positions, channels // self.width
 
 
-def _widen(piece: Tensor, dtype: torch.dtype) -> Tensor:
-    """A piece in the accumulation dtype, contiguous whatever the strides are, so that sums do not depend on them."""
-    return piece.to(dtype).contiguous()
-
-
 def _is_small(mean: Tensor, rstd: Tensor) -> bool:
     """Whether the elements may be used as they are: not where a mean is NaN, a variance infinite, or the device would have to wait."""
     if not _device.is_cpu(mean.device):
@@ -140,7 +135,7 @@ def _normalise_natively(layout: _Layout, elements, results, mean, rstd, paramete
     """By torch's own kernel, which has no room for the digits of a large mean."""
     for block in layout.blocks():
         channels = layout.channels_of(block)
-        wide = _widen(elements[channels], accumulation_dtype(elements.dtype))
+        wide = widen(elements[channels], accumulation_dtype(elements.dtype))
         weight, bias = (None if p is None else p[channels[1]] for p in parameters)
         values, *statistics = torch.native_group_norm(wide, weight, bias, *layout.native(wide), eps)
         for table, groups in zip((mean, rstd), statistics, strict=True):
@@ -157,7 +152,7 @@ def _normalise(layout: _Layout, pieces, results, mean, rstd, block: Block, param
     channels = layout.channels_of(block)[1]
     scale, shift = layout.affine(rest, rstd.to(dtype), *(None if p is None else p[channels] for p in parameters))
     for piece, result in zip(pieces, results, strict=True):
-        values = layout.subtract(_widen(piece, dtype), center)
+        values = layout.subtract(widen(piece, dtype), center)
         _write_activated(result, torch.mul(values, layout.spread(scale)).add_(layout.spread(shift)), activation)
 
 
@@ -166,7 +161,7 @@ def _write_statistics(layout: _Layout, pieces, dtype: torch.dtype, center: Tenso
     spread = None if center is None else layout.by_channel(center)
     sums, squares = (torch.zeros((mean.shape[0], mean.shape[1] * layout.width), dtype=dtype, device=mean.device) for _ in range(2))
     for piece in pieces:
-        deviations = layout.subtract(_widen(piece, dtype), spread)
+        deviations = layout.subtract(widen(piece, dtype), spread)
         sums.add_(layout.sums(deviations))
         squares.add_(layout.sums(deviations.square()))
     rest = layout.group_means(sums)
@@ -213,11 +208,11 @@ class _Backward:
         self.with_silu = arguments.activation == NORM_ACTIVATIONS["silu"]
 
     def deviations(self, piece: Tensor, channels: Block) -> Tensor:
-        return self.layout.subtract(_widen(piece, self.dtype), None if self.center is None else self.center[channels])
+        return self.layout.subtract(widen(piece, self.dtype), None if self.center is None else self.center[channels])
 
     def grad_affine(self, grad_output: Tensor, deviations: Tensor, channels: Block) -> Tensor:
         """The gradient of the affine map's result."""
-        grad_output = _widen(grad_output, self.dtype)
+        grad_output = widen(grad_output, self.dtype)
         if not self.with_silu:
             return grad_output
         scale, shift = (self.layout.spread(t[channels]) for t in (self.scale, self.shift))

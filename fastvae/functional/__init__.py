@@ -15,6 +15,7 @@ from fastvae.functional.reconstruction import (
     mse_loss,
     vae_loss,
 )
+from fastvae.functional.rms_norm import rms_norm_silu
 
 __all__ = [
     "ELBO",
@@ -35,6 +36,7 @@ __all__ = [
     "norm_act_conv",
     "reparameterize",
     "reparameterize_kl",
+    "rms_norm_silu",
     "vae_loss",
     "vector_quantize",
     "vq_nearest",

@@ -19,6 +19,7 @@ from fastvae.reference.reconstruction import (
     mse_loss,
     vae_loss,
 )
+from fastvae.reference.rms_norm import rms_norm_silu
 
 __all__ = [
     "ELBO",
@@ -39,6 +40,7 @@ __all__ = [
     "norm_act_conv",
     "reparameterize",
     "reparameterize_kl",
+    "rms_norm_silu",
     "vae_loss",
     "vector_quantize",
     "vq_nearest",
