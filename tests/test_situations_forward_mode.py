@@ -158,7 +158,7 @@ def test_forward_mode_through_a_backward_pass_names_the_reference():
 
 
 @each_function
-@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("transform", ["grad", "jvp", pytest.param("vmap", marks=pytest.mark.prove)])
 def test_a_transformation_inside_compiled_code(function, transform):
     """Where torch.compile would trace a forward pass and leave its gradient out, silently."""
 

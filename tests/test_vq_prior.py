@@ -221,7 +221,13 @@ def test_a_prior_that_was_trained_on_a_checkpoint_needs_its_own_alone(tmp_path):
     assert not latents.is_continuous(lit.network)
 
 
-@EACH_KIND
+# A compiler takes half a minute for a kind, and this one has what the others have.
+OFTEN = "two_levels"
+
+
+@pytest.mark.parametrize(
+    ("make", "size"), [pytest.param(*KINDS[kind], id=kind, marks=() if kind == OFTEN else pytest.mark.prove) for kind in KINDS]
+)
 def test_the_loss_compiles(make, size):
     torch.compiler.reset()
     prior, x = make(num_classes=3), images(size)

@@ -186,6 +186,7 @@ FASTVAE_INLINE float divide(float a, float b) { return a * flush_denormal(FASTVA
 FASTVAE_INLINE float sqrt(float x) { return ::sqrtf(x); }
 FASTVAE_INLINE float divide(float a, float b) { return a / b; }
 #endif
+FASTVAE_INLINE double sqrt(double x) { return ::sqrt(x); }
 FASTVAE_INLINE double divide(double a, double b) { return a / b; }
 
 FASTVAE_INLINE float absolute(float x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }

@@ -4,9 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../common/layout.h"
 #include "group_norm_kernels.h"
-#include "tensor.h"
+#include "norm_tensors.h"
 
 namespace fastvae {
 
@@ -14,17 +13,6 @@ namespace {
 
 // An operator calls this once, because another thread may select another instruction set between two calls.
 const GroupNormKernels& selected_kernels() { return FASTVAE_SELECT_KERNELS(group_norm); }
-
-Tensor empty_in_layout(const Tensor& like, bool channels_last) {
-  Sizes shape = shape_of(like);
-  return cpu.empty_strided(shape, strides_in_layout(shape, channels_last), like.scalar_type());
-}
-
-Tensor copy_in_layout(const Tensor& tensor, bool channels_last) {
-  Tensor copy = empty_in_layout(tensor, channels_last);
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
 
 NormRuns runs_of(const GroupedChannels& sizes) {
   return sizes.channels_adjacent() ? NormRuns(sizes.batch, sizes.positions * sizes.channels, sizes.channels)
@@ -184,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output
   GroupNormCall call(input, num_groups, weight, bias, activation);
   GroupNorm& p = call.p;
   const GroupedChannels& sizes = call.sizes;
-  Tensor grad = is_in_layout(grad_output, sizes.channels_last) ? grad_output : copy_in_layout(grad_output, sizes.channels_last);
+  Tensor grad = in_layout(grad_output, sizes.channels_last);
   Tensor grad_input = empty_in_layout(input, sizes.channels_last), dense_mean = dense(mean), dense_rstd = dense(rstd);
   const auto* means = static_cast<const double*>(dense_mean.const_data_ptr());
   const auto* rstds = static_cast<const double*>(dense_rstd.const_data_ptr());

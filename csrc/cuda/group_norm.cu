@@ -1,36 +1,11 @@
 // The operators of group norm on a GPU: the parameters of the kernels, the choice of kernels, and their launches. The kernels are in
 // group_norm_forward.cuh and group_norm_backward.cuh, whose first lines list them.
-#include <algorithm>
-#include <map>
-#include <mutex>
-
-#include "../common/layout.h"
 #include "group_norm_backward.cuh"
 #include "group_norm_forward.cuh"
-#include "loss.h"
+#include "norm_host.h"
 
 namespace fastvae {
 namespace {
-
-// An uninitialised tensor of the shape and dtype of `like`, contiguous or channels-last.
-Tensor empty_in_layout(const Launch& launch, const Tensor& like, bool channels_last) {
-  Sizes shape = shape_of(like);
-  return launch.empty_strided(shape, strides_in_layout(shape, channels_last), like.scalar_type());
-}
-
-// The data of a tensor in this layout, which is that of a copy where the tensor has another one.
-template <class T>
-const T* data_in_layout(const Launch& launch, const Tensor& tensor, bool channels_last, Copies& copies) {
-  if (is_in_layout(tensor, channels_last)) return static_cast<const T*>(tensor.const_data_ptr());
-  copies.push_back(empty_in_layout(launch, tensor, channels_last));
-  torch::stable::copy_(copies.back(), tensor);
-  return static_cast<const T*>(copies.back().const_data_ptr());
-}
-
-GroupNormParameter parameter_of(const OptionalTensor& tensor, float default_value, Copies& copies) {
-  if (!tensor) return {nullptr, DType::float32, default_value};
-  return {readable(*tensor, copies).const_data_ptr(), dtype_of(*tensor), default_value};
-}
 
 const double* moments_data(const Tensor& tensor, Copies& copies) {
   return static_cast<const double*>(readable(tensor, copies).const_data_ptr());
@@ -67,39 +42,13 @@ GroupNormParams<T> params_of(const Launch& launch, const GroupNormArguments& a, 
   return p;
 }
 
-// Beside the dynamic shared memory a block has up to 3 KB for its sums.
-constexpr int kStaticSharedBytes = 4096;
-
-int device_attribute(int32_t device, cudaDeviceAttr attribute) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "asking for an attribute of a device");
-  return value;
-}
-
-// The dynamic shared memory with which kGroupBlocks blocks of this kernel share a multiprocessor of this device. The first call asks the
-// device and permits it to the kernel, which otherwise may take 48 KB.
-int64_t permitted_shared_bytes(int32_t device, const void* kernel) {
-  static std::mutex mutex;
-  static std::map<std::pair<int32_t, const void*>, int64_t> known;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto found = known.find({device, kernel});
-  if (found != known.end()) return found->second;
-  int of_block = device_attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  int of_blocks = device_attribute(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kGroupBlocks -
-                  device_attribute(device, cudaDevAttrReservedSharedMemoryPerBlock);
-  int bytes = std::min(of_block, of_blocks) - kStaticSharedBytes;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "permitting shared memory to a kernel");
-  return known[{device, kernel}] = bytes;
-}
-
 // Launches a kernel whose blocks handle whole groups. For each vector of a thread that it keeps, a block takes `vector_bytes` of shared
 // memory.
 template <class T>
 void launch_whole_groups(const Launch& launch, void (*kernel)(GroupNormParams<T>), bool channels_last, int runs, int64_t vector_bytes,
                          GroupNormParams<T>& p) {
-  int64_t max_bytes = permitted_shared_bytes(launch.device(), reinterpret_cast<const void*>(kernel));
-  p.kept_vectors = kept_vectors(p.blocks, channels_last, runs, vector_bytes, max_bytes);
-  launch.run(kernel, p.blocks.count(), 1, p.blocks.threads, p, p.kept_vectors * p.blocks.threads * vector_bytes);
+  int64_t vectors = vectors_of_group_thread(p.blocks, channels_last);
+  launch_keeping_vectors(launch, kernel, p.blocks.count(), p.blocks.threads, vectors, runs, vector_bytes, p);
 }
 
 template <class T, bool kChannelsLast>
@@ -203,11 +152,6 @@ Tensor group_norm_recompute(const Tensor& /* grad_output */, const Tensor& input
     a.channels_last() ? launch_recompute<T, true>(launch, a, p) : launch_recompute<T, false>(launch, a, p);
   });
   return output;
-}
-
-// The gradient of a parameter, empty where there is no parameter.
-Tensor empty_gradient(const Launch& launch, const OptionalTensor& parameter, const Tensor& input) {
-  return parameter ? launch.empty(shape_of(*parameter), parameter->scalar_type()) : launch.empty({0}, input.scalar_type());
 }
 
 ThreeTensors group_norm_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& rstd,

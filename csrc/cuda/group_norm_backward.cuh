@@ -182,7 +182,7 @@ __device__ __forceinline__ ChannelStatisticsGradient statistics_gradient_of_grou
 // Computes grad_input and the partial sums of one group. Each thread keeps its first p.kept_vectors vectors of the input, and du in
 // float32, in shared memory. It reads the others again, from the L2 cache where that has not replaced them yet; the results are the same.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kMaxGroupThreads, kGroupBlocks)
+__global__ void __launch_bounds__(kMaxNormThreads, kNormBlocks)
     group_norm_backward_group_kernel(const __grid_constant__ GroupNormParams<T> p) {
   constexpr int kCount = kGroupGradientRuns<kChannelsLast>;
   FASTVAE_DYNAMIC_SHARED(memory);
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kMaxGroupThreads, kGroupBlocks)
     input_slots.store(first, stored);
     du_slots.store(first, gradients);
   });
-  sums.template store<kMaxGroupThreads>(p.blocks, block, start, p.partial_sums);
+  sums.template store<kMaxNormThreads>(p.blocks, block, start, p.partial_sums);
   ChannelStatisticsGradient gradient = statistics_gradient_of_group(p, start, sums);
   // All channels of the block belong to one group.
   ChannelStatisticsGradient statistics[kThreadChannels<kChannelsLast>];

@@ -4,29 +4,11 @@
 
 #include "../common/group_norm_formulas.h"
 #include "group_norm_partition.h"
+#include "norm_device.cuh"
 #include "reduce.cuh"
 
 namespace fastvae {
 namespace {
-
-// The weight or the bias.
-struct GroupNormParameter {
-  const void* data;  // (channels,) of dtype, or nullptr
-  DType dtype;
-  float default_value;  // stands for every element where data is nullptr
-};
-
-__device__ __forceinline__ float value_of(const GroupNormParameter& parameter, int64_t channel) {
-  if (!parameter.data) return parameter.default_value;
-  switch (parameter.dtype) {
-    case DType::float32:
-      return static_cast<const float*>(parameter.data)[channel];
-    case DType::bfloat16:
-      return to_float(static_cast<const BFloat16*>(parameter.data)[channel]);
-    default:
-      return to_float(static_cast<const Half*>(parameter.data)[channel]);
-  }
-}
 
 struct GroupNormGroups {
   int64_t count;     // groups of a sample
@@ -57,7 +39,7 @@ struct GroupNormProblem {
   GroupNormGroups groups;
   NormActivation activation;
   bool aligned;  // every vector of input, output and the gradients is whole and aligned
-  GroupNormParameter weight, bias;
+  NormParameter weight, bias;  // (channels,)
   GroupNormMoments moments;  // what backward and the last step of forward read
   double eps;
   double *mean, *rstd;         // (batch, groups): where forward writes the moments
@@ -104,10 +86,10 @@ __device__ __forceinline__ T channel_sum(T value, const GroupNormBlocks& b) {
                        : sum_across<kMaxThreads>(value, 1, b.threads_per_line);
 }
 
-// Replaces each value by its sum over the threads of the block, of which there are kMaxGroupThreads at most.
+// Replaces each value by its sum over the threads of the block, of which there are kMaxNormThreads at most.
 template <int kCount, class T>
 __device__ __forceinline__ void group_sums(T (&values)[kCount]) {
-  __shared__ T parts[kMaxGroupThreads / kWarp][kCount];
+  __shared__ T parts[kMaxNormThreads / kWarp][kCount];
   int warps = static_cast<int>(blockDim.x) / kWarp;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -122,97 +104,6 @@ __device__ __forceinline__ void group_sums(T (&values)[kCount]) {
     for (int i = 0; i < kCount; ++i) values[i] += parts[warp][i];
   // Without this barrier the next call could overwrite `parts` before a slower warp has read it.
   __syncthreads();
-}
-
-// The elements of `kCount` vectors of a thread, in registers.
-template <int kCount>
-using ThreadValues = float[kCount][kVector];
-
-// Loads the next kCount vectors of a thread as they are stored, and 0 for elements that do not exist. All loads are issued before the first
-// value is used, so that their latencies overlap.
-template <int kCount, class T, bool kChannelsLast>
-__device__ __forceinline__ void load_stored(const T* from, const GroupNormVectors<kChannelsLast>& vectors, bool aligned,
-                                            Vector<T> (&to)[kCount]) {
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) to[j] = {};
-  if (aligned) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      if (vectors.count(j) > 0) to[j] = *reinterpret_cast<const Vector<T>*>(from + vectors.element + j * vectors.element_stride);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      for (int k = 0; k < kVector; ++k)
-        if (k < vectors.count(j)) to[j].v[k] = from[vectors.element + j * vectors.element_stride + k];
-  }
-}
-
-template <int kCount, class T>
-__device__ __forceinline__ void convert_vectors(const Vector<T> (&from)[kCount], ThreadValues<kCount>& to) {
-#pragma unroll
-  for (int j = 0; j < kCount; ++j)
-    for (int k = 0; k < kVector; ++k) to[j][k] = to_float(from[j].v[k]);
-}
-
-// Loads the next kCount vectors of a thread as float32.
-template <int kCount, class T, bool kChannelsLast>
-__device__ __forceinline__ void load_vectors(const T* from, const GroupNormVectors<kChannelsLast>& vectors, bool aligned,
-                                             ThreadValues<kCount>& to) {
-  Vector<T> stored[kCount];
-  load_stored(from, vectors, aligned, stored);
-  convert_vectors(stored, to);
-}
-
-// Slots for `count` vectors of each thread in the shared memory of the block. A thread reads no slot but its own, so that no barrier is
-// needed; the slots of adjacent threads are adjacent, so that a warp accesses all banks.
-template <class T>
-class ThreadSlots {
- public:
-  __device__ __forceinline__ ThreadSlots(unsigned char* memory, int count)
-      : slots_(reinterpret_cast<Vector<T>*>(memory) + threadIdx.x), end_(memory + count * blockDim.x * sizeof(Vector<T>)) {}
-
-  __device__ __forceinline__ unsigned char* end() const { return end_; }
-
-  // Vector j of `from` goes into slot first + j.
-  template <int kCount>
-  __device__ __forceinline__ void store(int first, const Vector<T> (&from)[kCount]) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) slots_[(first + j) * blockDim.x] = from[j];
-  }
-  template <int kCount>
-  __device__ __forceinline__ void load(int first, Vector<T> (&to)[kCount]) const {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) to[j] = slots_[(first + j) * blockDim.x];
-  }
-
-  // The same for slots of float32.
-  template <int kCount>
-  __device__ __forceinline__ void store(int first, const ThreadValues<kCount>& from) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) slots_[(first + j) * blockDim.x] = {from[j][0], from[j][1], from[j][2], from[j][3]};
-  }
-  template <int kCount>
-  __device__ __forceinline__ void load(int first, ThreadValues<kCount>& to) const {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      Vector<T> vector = slots_[(first + j) * blockDim.x];
-      for (int k = 0; k < kVector; ++k) to[j][k] = vector.v[k];
-    }
-  }
-
- private:
-  Vector<T>* slots_;
-  unsigned char* end_;
-};
-
-template <int kCount, class T, bool kChannelsLast>
-__device__ __forceinline__ void store_vectors(T* to, const GroupNormVectors<kChannelsLast>& vectors, bool aligned,
-                                              const ThreadValues<kCount>& from) {
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    int count = vectors.count(j);
-    store(to + vectors.element + j * vectors.element_stride, count, aligned && count > 0, from[j]);
-  }
 }
 
 // Calls f(j, k, c) for element k of vector j and the index c of its channel among those of the thread.

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_forward_kernel(const __gr
 // Computes the moments and the output of one group, of whose elements each thread keeps the first p.kept_vectors vectors in shared memory.
 // It reads the others again, from the L2 cache where that has not replaced them yet; the results are the same.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kMaxGroupThreads, kGroupBlocks)
+__global__ void __launch_bounds__(kMaxNormThreads, kNormBlocks)
     group_norm_forward_group_kernel(const __grid_constant__ GroupNormParams<T> p) {
   FASTVAE_DYNAMIC_SHARED(memory);
   GroupNormBlock block(p.blocks);

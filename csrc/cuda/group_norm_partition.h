@@ -2,7 +2,7 @@
 // memory layout. Everything is arithmetic on sizes alone, so that tests need no GPU.
 #pragma once
 
-#include "partition.h"
+#include "norm_partition.h"
 
 namespace fastvae {
 
@@ -28,17 +28,11 @@ struct GroupNormLimits {
   int64_t many_groups = FASTVAE_MANY_NORM_GROUPS;
 };
 
-// Elements of a group for each thread of its block, up to kMaxGroupThreads threads: eight vectors.
-constexpr int64_t kNormThreadElements = 32;
-// Two blocks of 512 threads with 64 registers fill the register file of a multiprocessor: while one waits for memory, the other computes.
-constexpr int kMaxGroupThreads = 512, kGroupBlocks = 2;
 // Vectors of each operand that a thread loads in a step where a block handles a whole group. The backward pass has two operands, and in
 // channels-last memory the coefficients of four channels in registers.
 constexpr int kGroupRuns = kRuns;
 template <bool kChannelsLast>
 constexpr int kGroupGradientRuns = kChannelsLast ? 1 : 2;
-// Memory delivers sectors of 32 bytes. In channels-last memory a block that reads fewer adjacent bytes would waste the rest of each sector.
-constexpr int64_t kSectorBytes = 32;
 
 // The partition of a launch. A block handles a tile of adjacent channels of one sample, over one split of the positions. `threads_per_line`
 // adjacent threads, a power of two, read a line, which is what lies side by side in memory: positions of one channel in contiguous memory,
@@ -52,13 +46,6 @@ struct GroupNormBlocks {
 
   int64_t count() const { return batch * tiles * splits; }
 };
-
-// The smallest power of two that is not below n.
-FASTVAE_INLINE int next_power_of_two(int64_t n) {
-  int power = 1;
-  while (power < n) power *= 2;
-  return power;
-}
 
 // The number of positions from one vector of a thread to the next.
 FASTVAE_INLINE int64_t position_stride_of(int threads, int threads_per_line, bool channels_last) {
@@ -97,7 +84,7 @@ inline GroupNormBlocks split_group_norm_blocks(int64_t batch, int64_t channels, 
 // channels-last memory as the vectors that a warp reads side by side.
 inline bool is_whole_group(int64_t width, int64_t positions, int64_t all_groups, bool channels_last, int64_t itemsize,
                            const GroupNormLimits& limits) {
-  if (width > (channels_last ? kWarp * kVector : kMaxGroupThreads)) return false;
+  if (width > (channels_last ? kWarp * kVector : kMaxNormThreads)) return false;
   if (channels_last && positions > 1 && width * itemsize < kSectorBytes) return false;
   int64_t max_bytes = all_groups >= limits.many_groups ? 2 * limits.group_bytes : limits.group_bytes;
   return width * positions * itemsize <= max_bytes;
@@ -110,18 +97,16 @@ inline GroupNormBlocks group_norm_blocks(int64_t batch, int64_t channels, int64_
   if (!is_whole_group(width, positions, batch * groups, channels_last, itemsize, limits))
     return split_group_norm_blocks(batch, channels, positions, channels_last, limits.max_blocks);
   int threads = kThreads;
-  while (threads < kMaxGroupThreads && (width * positions > threads * kNormThreadElements || (!channels_last && width > threads)))
+  while (threads < kMaxNormThreads && (width * positions > threads * kNormThreadElements || (!channels_last && width > threads)))
     threads *= 2;
   int64_t vectors = ceil_div(channels_last ? width : positions, kVector);
   int max_threads = channels_last ? kWarp : threads / next_power_of_two(width);
   return {batch, channels, positions, width, groups, positions, 1, threads, next_power_of_two(min64(vectors, max_threads)), true};
 }
 
-// The vectors of each thread that a block which handles a whole group keeps in `shared_bytes` of shared memory, where each takes
-// `vector_bytes`: whole steps of `runs` vectors.
-inline int kept_vectors(const GroupNormBlocks& b, bool channels_last, int runs, int64_t vector_bytes, int64_t shared_bytes) {
-  int64_t steps = ceil_div(b.positions, position_stride_of(b.threads, b.threads_per_line, channels_last) * runs);
-  return static_cast<int>(min64(steps, shared_bytes / (runs * b.threads * vector_bytes))) * runs;
+// The number of vectors that a thread reads where a block handles a whole group.
+inline int64_t vectors_of_group_thread(const GroupNormBlocks& b, bool channels_last) {
+  return ceil_div(b.positions, position_stride_of(b.threads, b.threads_per_line, channels_last));
 }
 
 // The vectors that one thread reads. Vector i begins at element + i * element_stride. In contiguous memory it holds positions of one

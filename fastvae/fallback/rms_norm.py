@@ -4,6 +4,7 @@ A tensor is seen as (samples, channels, positions), or as (samples, positions, c
 channels of some positions, so that one of samples whose positions are few holds several samples.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -24,7 +25,7 @@ class _Layout:
     def __init__(self, input: Tensor):
         self.last, self.device = channels_are_last(input), input.device
         self.samples, self.channels = input.shape[:2]
-        self.positions = input[0:1, 0:1].numel() if self.samples and self.channels else 0
+        self.positions = math.prod(input.shape[2:])
         # The dimension of the channels in a block, and that of the positions.
         self.axis = 2 if self.last else 1
         self.position_axis = 3 - self.axis
@@ -67,7 +68,7 @@ def rms_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     if not input.numel():
         results.rrms.zero_()
     elements, outputs = layout.matrices(input), layout.matrices(results.output)
-    table = results.rrms.view(layout.samples, -1).unsqueeze(layout.axis)
+    table = results.rrms.view(layout.samples, layout.positions).unsqueeze(layout.axis)
     parameters = [layout.per_channel(p, dtype) for p in (arguments.weight, arguments.bias)]
     for block in layout.blocks():
         values = widen(layout.part(elements, block), dtype)
@@ -92,7 +93,7 @@ def rms_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     input, dtype = arguments.input, accumulation_dtype(arguments.input.dtype)
     layout, grad_input = _Layout(input), arguments.allocate().grad_input
     elements, incoming, results = (layout.matrices(t) for t in (input, arguments.grad_output, grad_input))
-    table = arguments.rrms.reshape(layout.samples, -1).unsqueeze(layout.axis)
+    table = arguments.rrms.reshape(layout.samples, layout.positions).unsqueeze(layout.axis)
     weight, bias = parameters = [layout.per_channel(p, dtype) for p in (arguments.weight, arguments.bias)]
     sums = [None if p is None else torch.zeros_like(p) for p in parameters]
     for block in layout.blocks():

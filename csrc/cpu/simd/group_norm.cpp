@@ -75,12 +75,6 @@ void sum_columns_by_channel(const T* columns, int64_t count, int64_t channels, d
     for (int64_t c = 0; c < channels; ++c) to[c] += columns[first + c];
 }
 
-// Converts to T. A NaN loses its payload, because BFloat16::rounded() relies on that.
-template <class T>
-FASTVAE_INLINE T narrowed(double value) {
-  return value == value ? static_cast<T>(value) : T(NAN);
-}
-
 // Fills the columns with the value of their channel, the inverse of sum_columns_by_channel().
 template <class T>
 void spread(const double* values, int64_t count, int64_t channels, T* columns) {
@@ -221,16 +215,7 @@ void backward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* me
 template <class F>
 void with_storage(const GroupNorm& p, F f) {
   record_run(Family::group_norm, kIsaName);
-  switch (p.dtype) {
-    case DType::float32:
-      return f(Native<float>{});
-    case DType::float64:
-      return f(Native<double>{});
-    case DType::bfloat16:
-      return f(BFloat16{});
-    default:
-      return f(Float16{});
-  }
+  with_storage_of(p.dtype, f);
 }
 
 // Calls f with the storage type and the activation, accurate for sums.
@@ -264,16 +249,10 @@ void run_backward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch)
   with_stored_types(p, [&](auto s, auto a) { backward<decltype(s), decltype(a)>(p, begin, end, scratch); });
 }
 
-void to_double(const View& view, int64_t count, double* to) { convert(view.data, view.dtype, 0, count, to); }
-
-void from_double(const double* from, int64_t count, const Output& to) {
-  to.dtype == DType::float64 ? write(to, 0, count, from) : store(to, 0, count, from);
-}
-
 }  // namespace
 }  // namespace FASTVAE_ISA
 
-const GroupNormKernels FASTVAE_CONCAT(group_norm_kernels_, FASTVAE_ISA) = {scratch_bytes, run_moments, run_forward, run_gradient_sums,
-                                                                           run_backward,  to_double,   from_double};
+const GroupNormKernels FASTVAE_CONCAT(group_norm_kernels_, FASTVAE_ISA) = {
+    scratch_bytes, run_moments, run_forward, run_gradient_sums, run_backward, parameter_to_double, parameter_from_double};
 
 }  // namespace fastvae

@@ -1,5 +1,5 @@
-// The storage types of the group norm kernels, and the loops over one to four rows of a piece; columns_of() in ../group_norm_kernels.h says
-// what rows and columns are. Each loop treats column i of all rows together: the parameters of a column are loaded once, and the sum over
+// The loops of the group norm kernels over one to four rows of a piece; columns_of() in ../group_norm_kernels.h says what rows and columns
+// are. Each loop treats column i of all rows together: the parameters of a column are loaded once, and the sum over
 // the rows is added once to the sum of the column in memory.
 //
 //   add_rows         sums of x
@@ -12,85 +12,11 @@
 #pragma once
 
 #include "../group_norm_kernels.h"
-#include "tiles.h"
+#include "words.h"
 
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 namespace {
-
-// A number that is known at compile time, as the type of a function argument.
-template <int number>
-struct Number {
-  static constexpr int value = number;
-};
-
-// The values that one iteration of a loop over columns handles: those of a word, or of the words of several rows. No function takes or
-// returns them by value, because clang passes two floats as one vector, and does not vectorise a loop that contains such a vector.
-template <class T, int count>
-struct Values {
-  T at[count];
-
-  Values() = default;
-  FASTVAE_MEMBER explicit Values(const T* from) {
-#pragma GCC unroll 2
-    for (int i = 0; i < count; ++i) at[i] = from[i];
-  }
-};
-
-// A storage type has these members:
-//   Stored, T          what memory holds, and the type of the arithmetic
-//   kLanes, get, put   the number of elements of a word, and access to a word or to one element
-//   Accuracy           the accuracy of the activation that suffices for a stored result; sums always use Accurate
-//   kKeepsGradient     whether gradient_sums stores du in grad_input, from where backward reads it; not where that would round du
-//
-// Native is the storage of float32 and float64, which are the types of the arithmetic themselves.
-template <class Value>
-struct Native {
-  using Accuracy = Accurate;
-  static constexpr bool kKeepsGradient = true;
-  static constexpr int kLanes = 1;
-  using Stored = Value;
-  using T = Value;
-  FASTVAE_INLINE void get(const Stored* from, Number<1>, T* to) { *to = *from; }
-  FASTVAE_INLINE void put(Stored* to, Number<1>, const T* from) { *to = *from; }
-};
-
-// Two adjacent elements are handled as one word of 32 bits. A vector of words then has as many lanes as a vector of floats, and conversions
-// need shifts and masks alone, where 16-bit elements would have to be moved across lanes.
-struct BFloat16 {
-  using Accuracy = Coarse;
-  static constexpr bool kKeepsGradient = false;
-  static constexpr int kLanes = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 2 : 1;
-  using Stored = uint16_t;
-  using Word [[gnu::may_alias, gnu::aligned(sizeof(Stored))]] = uint32_t;
-  using T = float;
-  FASTVAE_INLINE void get(const Stored* from, Number<1>, T* to) { *to = bfloat16_to_float(*from); }
-  FASTVAE_INLINE void get(const Stored* from, Number<2>, T* to) {
-    uint32_t word = *reinterpret_cast<const Word*>(from);
-    to[0] = bits_to_float(word << 16);
-    to[1] = bits_to_float(word & 0xffff0000u);
-  }
-  FASTVAE_INLINE void put(Stored* to, Number<1>, const T* from) { *to = static_cast<Stored>(rounded(*from) >> 16); }
-  FASTVAE_INLINE void put(Stored* to, Number<2>, const T* from) {
-    *reinterpret_cast<Word*>(to) = (rounded(from[0]) >> 16) | (rounded(from[1]) & 0xffff0000u);
-  }
-
- private:
-  // Rounds to the nearest bfloat16, in the upper 16 bits. Ties are rounded away from zero, which takes one addition only; one result in
-  // 65536 is a tie. A NaN needs no test. Its lower 16 bits are 0, because those of a NaN in the tensors are, and spread() in group_norm.cpp
-  // sees to those of the parameters, so that the addition cannot carry into the sign.
-  FASTVAE_INLINE uint32_t rounded(T value) { return float_to_bits(value) + 0x8000u; }
-};
-
-struct Float16 {
-  using Accuracy = Accurate;
-  static constexpr bool kKeepsGradient = false;
-  static constexpr int kLanes = 1;
-  using Stored = uint16_t;
-  using T = float;
-  FASTVAE_INLINE void get(const Stored* from, Number<1>, T* to) { *to = half_to_float(*from); }
-  FASTVAE_INLINE void put(Stored* to, Number<1>, const T* from) { *to = float_to_half(*from); }
-};
 
 // Rows that a loop over columns handles at a time: four independent chains of operations, which hide the latency of each.
 constexpr int kRows = 4;
@@ -103,15 +29,6 @@ FASTVAE_INLINE void for_each_rows(int64_t length, int64_t columns, F f) {
   for (; offset + kRows * columns <= length; offset += kRows * columns) f(Number<kRows>{}, offset, columns);
   for (; offset + columns <= length; offset += columns) f(Number<1>{}, offset, columns);
   if (offset < length) f(Number<1>{}, offset, length - offset);
-}
-
-// Calls f(Number<lanes>{}, column) for the words of a row, and for the last element where the number of elements is odd.
-template <class S, class F>
-FASTVAE_INLINE void for_each_word(int64_t count, F f) {
-  int64_t words = count / S::kLanes;
-#pragma omp simd
-  for (int64_t i = 0; i < words; ++i) f(Number<S::kLanes>{}, i * S::kLanes);
-  if (S::kLanes > 1 && count % S::kLanes != 0) f(Number<1>{}, count - 1);
 }
 
 template <class T, int lanes>

@@ -1,0 +1,150 @@
+// This file decides which elements of a (batch, channels, positions) tensor a block and a thread of the RMS norm kernels read, in either
+// memory layout. Everything is arithmetic on sizes alone, so that tests need no GPU.
+#pragma once
+
+#include "norm_partition.h"
+
+namespace fastvae {
+
+// Tests build with smaller limits, so that small tensors lie on both sides of each.
+#if !defined(FASTVAE_MAX_RMS_NORM_BLOCKS)
+#define FASTVAE_MAX_RMS_NORM_BLOCKS 8192
+#endif
+#if !defined(FASTVAE_MIN_RMS_NORM_BLOCKS)
+#define FASTVAE_MIN_RMS_NORM_BLOCKS 512
+#endif
+#if !defined(FASTVAE_RMS_NORM_TILE_BYTES)
+#define FASTVAE_RMS_NORM_TILE_BYTES 98304
+#endif
+
+struct RmsNormLimits {
+  // With so many blocks an H200, whose 132 multiprocessors each run two to ten at a time, works in six waves at least: the last one, which
+  // leaves some multiprocessors idle, is then a small part of the run.
+  int64_t max_blocks = FASTVAE_MAX_RMS_NORM_BLOCKS;
+  // Blocks become longer only where there are so many of them, about four for each multiprocessor.
+  int64_t min_blocks = FASTVAE_MIN_RMS_NORM_BLOCKS;
+  // Bytes that a block of the tile kernels keeps of a step. Two blocks of 96 KB share a multiprocessor of an H200, which has 228 KB.
+  int64_t tile_bytes = FASTVAE_RMS_NORM_TILE_BYTES;
+};
+
+// Vectors that a thread of the line kernels keeps in registers, and the channels for which a block has threads then.
+constexpr int kLineVectors = kRuns;
+constexpr int64_t kMaxLineChannels = static_cast<int64_t>(kThreads) * kLineVectors * kVector;
+// Vectors of each operand that a thread of the tile kernels loads in a step. The backward pass has two operands.
+constexpr int kTileRuns = kRuns, kTileGradientRuns = 2;
+// Bytes of one channel that a tile reads side by side where it is narrow enough to be kept: a line of the L2 cache.
+constexpr int64_t kTileLineBytes = 128;
+// Positions of a block that has to read the weight and the bias too. With 16 these add an eighth to what it reads, out of the L2 cache.
+constexpr int64_t kForwardPositions = 16;
+// Positions of a block of the backward pass, which writes two float32 partial sums for each channel, and another kernel reads them: 16 bytes
+// beside the 6 bytes of each position in bfloat16, a twenty-fourth.
+constexpr int64_t kBackwardPositions = 64;
+
+// The partition of a launch. A block handles a split of the positions of one sample, `step_positions` at a time, with all their channels.
+// `threads_per_line` adjacent threads, a power of two, read a line, which is what lies side by side in memory: positions of one channel in
+// contiguous memory, and channels of one position in channels-last memory.
+struct RmsNormBlocks {
+  int64_t batch, channels, positions;
+  int64_t split_positions, splits;  // positions of a split, and splits of a sample
+  int64_t step_positions;
+  int threads, threads_per_line;  // threads of a block, and those of them that share a line
+
+  int64_t count() const { return batch * splits; }
+};
+
+// Splits the positions of each sample among blocks, whole steps for each.
+inline void split_positions(RmsNormBlocks& b, bool backward, const RmsNormLimits& limits) {
+  int64_t steps = ceil_div(b.positions, b.step_positions);
+  int64_t long_blocks = ceil_div(b.batch * b.positions, backward ? kBackwardPositions : kForwardPositions);
+  int64_t blocks = min64(max64(long_blocks, limits.min_blocks), limits.max_blocks);
+  int64_t splits = min64(ceil_div(blocks, b.batch), steps);
+  b.split_positions = ceil_div(steps, splits) * b.step_positions;
+  b.splits = ceil_div(b.positions, b.split_positions);
+}
+
+// The partition for channels-last memory of up to kMaxLineChannels channels. As few threads as can share a position, so that each has
+// several loads under way.
+inline RmsNormBlocks line_blocks(int64_t batch, int64_t channels, int64_t positions, bool backward, const RmsNormLimits& limits) {
+  int threads_per_line = next_power_of_two(ceil_div(channels, kLineVectors * kVector));
+  RmsNormBlocks b{batch, channels, positions, 0, 0, kThreads / threads_per_line, kThreads, threads_per_line};
+  split_positions(b, backward, limits);
+  return b;
+}
+
+// The partition for contiguous memory. The lines of a tile are as long as a line of the L2 cache, or shorter where there are many channels,
+// down to a sector.
+inline RmsNormBlocks tile_blocks(int64_t batch, int64_t channels, int64_t positions, int64_t itemsize, bool backward,
+                                 const RmsNormLimits& limits) {
+  // The backward pass keeps the gradient too, as float32.
+  int64_t kept_bytes = itemsize + (backward ? static_cast<int64_t>(sizeof(float)) : 0), line = kTileLineBytes;
+  while (line > kSectorBytes && channels * (line / itemsize) * kept_bytes > limits.tile_bytes) line /= 2;
+  int64_t line_vectors = line / (itemsize * kVector);
+  // Lines of few channels are longer, so that each thread has a channel.
+  line_vectors = max64(line_vectors, min64(kThreads / next_power_of_two(channels), kWarp));
+  int threads_per_line = next_power_of_two(min64(line_vectors, ceil_div(positions, kVector)));
+  int64_t step_positions = static_cast<int64_t>(threads_per_line) * kVector;
+  int threads = kThreads;
+  while (threads < kMaxNormThreads && channels * step_positions > threads * kNormThreadElements) threads *= 2;
+  RmsNormBlocks b{batch, channels, positions, 0, 0, step_positions, threads, threads_per_line};
+  split_positions(b, backward, limits);
+  return b;
+}
+
+// Whether the line kernels serve channels-last memory.
+inline bool has_line_kernel(int64_t channels) { return channels <= kMaxLineChannels; }
+
+// The partition for these sizes, none of which may be 0.
+inline RmsNormBlocks rms_norm_blocks(int64_t batch, int64_t channels, int64_t positions, bool channels_last, int64_t itemsize,
+                                     bool backward, const RmsNormLimits& limits = {}) {
+  return channels_last ? line_blocks(batch, channels, positions, backward, limits)
+                       : tile_blocks(batch, channels, positions, itemsize, backward, limits);
+}
+
+// The number of vectors that a thread of the tile kernels reads in a step: one for each of its channels.
+FASTVAE_INLINE int64_t vectors_of_tile_thread(const RmsNormBlocks& b) { return ceil_div(b.channels, b.threads / b.threads_per_line); }
+
+// The vectors of one thread in a step. Vector i begins at element + i * element_stride. In contiguous memory it holds positions of channel
+// `channel + i * channel_stride`; in channels-last memory it holds channels of one position, from that channel on.
+template <bool kChannelsLast>
+struct RmsNormVectors {
+  int64_t element, element_stride;
+  int64_t channel, channel_stride, channels;
+  int64_t position;     // the thread's first position in (batch, positions)
+  int position_count;  // positions of the thread, 0 where it has nothing to read
+
+  // The number of elements in vector i, counted from the current one.
+  FASTVAE_MEMBER int count(int i) const {
+    int64_t left = channels - channel - i * channel_stride;
+    return kChannelsLast ? vector_count(position_count > 0 ? left : 0) : (left > 0 ? position_count : 0);
+  }
+  FASTVAE_MEMBER void skip(int vectors) {
+    element += vectors * element_stride;
+    channel += vectors * channel_stride;
+  }
+};
+
+// `step` is the first position of the step in the sample.
+template <bool kChannelsLast>
+FASTVAE_INLINE RmsNormVectors<kChannelsLast> rms_norm_vectors(const RmsNormBlocks& b, int64_t sample, int64_t step, int thread) {
+  int member = thread % b.threads_per_line, line = thread / b.threads_per_line, lines = b.threads / b.threads_per_line;
+  int64_t position = step + (kChannelsLast ? line : member * kVector);
+  RmsNormVectors<kChannelsLast> vectors;
+  vectors.channels = b.channels;
+  vectors.position = sample * b.positions + position;
+  if (kChannelsLast) {
+    vectors.channel = member * kVector;
+    vectors.channel_stride = b.threads_per_line * kVector;
+    vectors.element = vectors.position * b.channels + vectors.channel;
+    vectors.element_stride = vectors.channel_stride;
+    vectors.position_count = position < b.positions ? 1 : 0;
+  } else {
+    vectors.channel = line;
+    vectors.channel_stride = lines;
+    vectors.element = (sample * b.channels + line) * b.positions + position;
+    vectors.element_stride = lines * b.positions;
+    vectors.position_count = vector_count(b.positions - position);
+  }
+  return vectors;
+}
+
+}  // namespace fastvae
