@@ -9,10 +9,26 @@ from fastvae.functional import vae_loss
 
 if TYPE_CHECKING:
     from fastvae import compat, distributions, models, nn, reference
+    from fastvae.models.tiling import tiled
     from fastvae.nn.optimize import optimize
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "compat", "distributions", "functional", "models", "nn", "optimize", "reference", "use_backend", "vae_loss"]
+__all__ = [
+    "BackendError",
+    "compat",
+    "distributions",
+    "functional",
+    "models",
+    "nn",
+    "optimize",
+    "reference",
+    "tiled",
+    "use_backend",
+    "vae_loss",
+]
+
+# Functions of the layers above functional, and where they are.
+_FUNCTIONS = {"optimize": "fastvae.nn.optimize", "tiled": "fastvae.models.tiling"}
 
 _checkout.map_kernels()
 load_backends()
@@ -20,8 +36,8 @@ load_backends()
 
 def __getattr__(name: str):
     # The layers above functional are imported when something asks for them: `import fastvae` stays quick.
-    if name == "optimize":
-        return importlib.import_module("fastvae.nn.optimize").optimize
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     if name in __all__:
         return importlib.import_module(f"fastvae.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,12 +10,7 @@ import triton
 import triton.language as tl
 
 from fastvae.kernels import _launch
-from fastvae.ops.group_norm import NORM_ACTIVATIONS
-
-SILU = tl.constexpr(NORM_ACTIVATIONS["silu"])
-
-# Memory delivers sectors of 32 bytes. In channels-last memory a program that reads fewer adjacent bytes would waste the rest of a sector.
-SECTOR_BYTES = 32
+from fastvae.kernels._norm import SECTOR_BYTES, differentiate, load, load_parameter, split_evenly
 
 
 @dataclass(frozen=True)
@@ -42,9 +37,7 @@ def blocks(batch: int, channels: int, positions: int, channels_last: bool, items
         rows = min(triton.next_power_of_2(positions), elements)
         columns = min(triton.next_power_of_2(channels), elements // rows)
     tiles = triton.cdiv(channels, columns)
-    splits = max(1, min(triton.cdiv(positions, rows), triton.cdiv(2 * machine.programs, batch * tiles)))
-    split_positions = triton.cdiv(triton.cdiv(positions, splits), rows) * rows
-    return GroupNormBlocks(rows, columns, tiles, split_positions, triton.cdiv(positions, split_positions))
+    return GroupNormBlocks(rows, columns, tiles, *split_evenly(positions, rows, triton.cdiv(2 * machine.programs, batch * tiles)))
 
 
 @dataclass(frozen=True)
@@ -91,41 +84,6 @@ def whole_group(
 
 
 @triton.jit
-def load(pointers, mask):
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def activate(u, ACTIVATION: tl.constexpr):
-    if ACTIVATION == SILU:
-        return u / (1.0 + tl.exp(-u))
-    else:
-        return u
-
-
-@triton.jit
-def differentiate(u, grad_output, ACTIVATION: tl.constexpr):
-    """du = act'(u) * grad_output."""
-    if ACTIVATION == SILU:
-        decay = tl.exp(-u)
-        sigmoid = 1.0 / (1.0 + decay)
-        # decay * sigmoid is 1 - sigmoid without a difference. Where decay overflows, that would be inf * 0, and the value is 1.
-        complement = tl.where(u < -80.0, 1.0, decay * sigmoid)
-        return grad_output * sigmoid * tl.fma(u, complement, 1.0)
-    else:
-        return grad_output
-
-
-@triton.jit
-def load_parameter(pointer, channel, mask, DEFAULT: tl.constexpr):
-    """The weight or the bias of the channels in float32; DEFAULT where there is none."""
-    if pointer is None:
-        return tl.full(channel.shape, DEFAULT, tl.float32)
-    else:
-        return tl.load(pointer + channel, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def two_floats(mean):
     """A float64 as the sum of two float32: the rounded value, which is the `centre` of the kernels, and the rounding error."""
     high = mean.to(tl.float32)
@@ -133,42 +91,10 @@ def two_floats(mean):
 
 
 @triton.jit
-def program_split(positions, split_positions, tiles, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The part of the tensor that this program handles: sample, split, first channel, first position, end position.
-
-    Program numbers count tiles first, then splits, then samples.
-    """
-    program = tl.program_id(0)
-    sample, split = (program // tiles // splits).to(tl.int64), (program // tiles % splits).to(tl.int64)
-    first = tl.multiple_of(split * split_positions, ROWS)
-    return sample, split, (program % tiles).to(tl.int64) * COLUMNS, first, tl.minimum(first + split_positions, positions)
-
-
-@triton.jit
 def program_group(groups):
     """The group that this program handles: its index in (batch, groups), its sample, and its index in the sample."""
     program = tl.program_id(0)
     return program.to(tl.int64), (program // groups).to(tl.int64), (program % groups).to(tl.int64)
-
-
-@triton.jit
-def offset_in_sample(position, channel, positions, channels, CHANNELS_LAST: tl.constexpr):
-    if CHANNELS_LAST:
-        return position[:, None] * channels + channel[None, :]
-    else:
-        return channel[None, :] * positions + position[:, None]
-
-
-@triton.jit
-def block_offsets(start, sample, channel, end_channel, channels, positions, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr):
-    """The offsets of a block of elements, ROWS positions from ``start`` on by the channels ``channel``, and the mask of those that exist.
-
-    The mask compares with all positions of the sample, not with the end of the split: a split ends with a whole block, and whether
-    ``positions`` is a multiple of 16 is known at compile time, which makes accesses wider.
-    """
-    position = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
-    mask = (position < positions)[:, None] & (channel < end_channel)[None, :]
-    return sample * channels * positions + offset_in_sample(position, channel, positions, channels, CHANNELS_LAST), mask
 
 
 @triton.jit

@@ -58,6 +58,29 @@ def sincos_turn(w):
 
 
 @triton.jit
+def sine_pair(t):
+    """sin(t)^2 and sin(t) cos(t), whose period is pi, with an absolute error of 3e-7 while float32 holds the phase.
+
+    t = n pi + r with an integer n and |r| <= pi / 2. pi is subtracted in two parts, so that r keeps its digits.
+    """
+    n = tl.floor(tl.fma(t, 0.318309886, 0.5))
+    r = tl.fma(n, 8.74227801e-8, tl.fma(n, -3.14159274, t))
+    # Where float32 cannot hold the phase the limits keep the results between 0 and 1; the comparisons keep NaN.
+    r = tl.where(r < -1.5708, -1.5708, r)
+    r = tl.where(r > 1.5708, 1.5708, r)
+    square = r * r
+    s = tl.fma(square, 2.6087896356e-6, -1.9811053451e-4)
+    s = tl.fma(s, square, 8.3330874407e-3)
+    s = tl.fma(s, square, -1.6666660438e-1)
+    s = tl.fma(s * square, r, r)
+    c = tl.fma(square, -2.6075662662e-7, 2.4761808159e-5)
+    c = tl.fma(c, square, -1.3888402069e-3)
+    c = tl.fma(c, square, 4.1666640625e-2)
+    c = tl.fma(c, square, -4.9999999547e-1)
+    return s * s, s * tl.fma(c, square, 1.0)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1, with a relative error of 6e-7."""
     p = tl.fma(x, 0.00138888718, 0.00836977828)

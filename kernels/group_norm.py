@@ -42,23 +42,27 @@ from fastvae.kernels import _device, _launch
 from fastvae.kernels._group_norm import (
     FORWARD_LIMITS,
     GroupLimits,
-    activate,
     backward_limits,
-    block_offsets,
     blocks,
-    differentiate,
-    load,
     load_affine,
     load_gradients,
     load_moments,
-    load_parameter,
     program_group,
-    program_split,
     two_floats,
     whole_group,
 )
+from fastvae.kernels._norm import (
+    NormCall,
+    activate,
+    block_offsets,
+    contiguous,
+    dense,
+    differentiate,
+    load,
+    load_parameter,
+    program_split,
+)
 from fastvae.ops import group_norm as ops
-from fastvae.ops._results import channels_are_last, empty_in_layout
 
 # Partial sums that a program of a combining kernel loads at a time: two for each of 128 threads.
 PARTIALS = 256
@@ -280,42 +284,18 @@ def group_norm_backward_group_kernel(
 
 
 @dataclass(frozen=True)
-class _GroupNormCall:
-    """The input of a call, contiguous or channels-last, with its sizes and the options of its kernels."""
+class _GroupNormCall(NormCall):
+    """The input of a call with the options of its kernels."""
 
-    input: torch.Tensor
     groups: int
-    channels_last: bool
 
     @classmethod
     def of(cls, input, groups):
-        channels_last = channels_are_last(input)
-        return cls(input if channels_last else input.contiguous(), groups, channels_last)
-
-    @property
-    def batch(self) -> int:
-        return self.input.shape[0]
-
-    @property
-    def channels(self) -> int:
-        return self.input.shape[1]
+        return cls(*dense(input), groups)
 
     @property
     def width(self) -> int:
         return self.channels // self.groups
-
-    @property
-    def positions(self) -> int:
-        return self.input.shape[2:].numel()
-
-    @property
-    def machine(self) -> _launch.Machine:
-        return _device.machine(self.input.device)
-
-    def in_same_layout(self, tensor):
-        """``tensor`` in the layout of the input, copied only where it has another one."""
-        fits = tensor.movedim(1, -1).is_contiguous() if self.channels_last else tensor.is_contiguous()
-        return tensor if fits else empty_in_layout(self.input).copy_(tensor)
 
     def group_options(self, limits: GroupLimits) -> dict | None:
         """The options of a kernel that keeps a group on chip; None where that is not possible."""
@@ -371,10 +351,6 @@ def _recompute(arguments: ops.RecomputeArguments) -> torch.Tensor:
     return results.output
 
 
-def _parameters(arguments: ops.ForwardArguments):
-    return tuple(t if t is None else t.contiguous() for t in (arguments.weight, arguments.bias))
-
-
 def _partition(config) -> tuple[int, int, int]:
     return config.split_positions, config.tiles, config.splits
 
@@ -385,7 +361,7 @@ def _forward_on_chip(call: _GroupNormCall, arguments: ops.ForwardArguments, resu
     if group_options is None:
         return False
     group_norm_forward_group_kernel[(call.batch * call.groups,)](
-        call.input, *results, *_parameters(arguments), call.channels, call.positions, call.groups, arguments.eps,
+        call.input, *results, *contiguous(arguments.weight, arguments.bias), call.channels, call.positions, call.groups, arguments.eps,
         ACTIVATION=arguments.activation, **group_options,
     )  # fmt: skip
     return True
@@ -395,8 +371,8 @@ def _forward_in_splits(call: _GroupNormCall, arguments: ops.ForwardArguments, re
     """Computes the output from mean and rstd."""
     config, grid, options = call.blocks()
     group_norm_forward_kernel[grid](
-        call.input, *results, *_parameters(arguments), call.channels, call.positions, *_partition(config), call.groups, call.width,
-        ACTIVATION=arguments.activation, **options,
+        call.input, *results, *contiguous(arguments.weight, arguments.bias), call.channels, call.positions, *_partition(config),
+        call.groups, call.width, ACTIVATION=arguments.activation, **options,
     )  # fmt: skip
 
 
@@ -410,7 +386,7 @@ def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
         return results
     call = _GroupNormCall.of(input, num_groups)
     grad_output = call.in_same_layout(grad_output)
-    parameters = tuple(t if t is None else t.contiguous() for t in (weight, bias))
+    parameters = contiguous(weight, bias)
     has_parameters = weight is not None or bias is not None
     sample_sums = input.new_empty((call.batch * call.channels * 2,), dtype=torch.float64) if has_parameters else None
     sizes = call.channels, call.positions

@@ -157,6 +157,14 @@ def feature_map(source, rows, size, layout):
     return {"input": lay_out(source.normal(rows, 16, size, size), layout), "weight": source.normal(16), "bias": source.normal(16)}
 
 
+def modulated_map(source, rows):
+    return {"input": source.normal(rows, 16, 9), "scale": source.normal(rows, 16), "shift": source.normal(rows, 16)}
+
+
+def waveform(source, rows):
+    return {"input": source.normal(rows, 6, 37), "alpha": source.uniform(6) + 0.5, "beta": source.uniform(6) + 0.5}
+
+
 def convolved_map(source, rows):
     norm = {"norm_weight": source.normal(16), "norm_bias": source.normal(16)}
     return {"input": source.normal(rows, 16, 7, 8), **norm, "weight": source.normal(6, 16, 3, 3) / 12, "bias": source.normal(6)}
@@ -173,6 +181,16 @@ def encoder(source, rows):
 
 def vectors(source, rows):
     return {"x": source.normal(rows, 16), "codebook": source.normal(100, 16)}
+
+
+def bits(source, rows):
+    return {"x": source.normal(rows, 7)}
+
+
+def bits_and_mask(source, rows):
+    """Whatever the seed, the first vector counts."""
+    mask = source.uniform(rows) < 0.7
+    return {"x": source.normal(rows, 4), "mask": mask.index_fill(0, torch.tensor([0], device=mask.device), True)}
 
 
 def vectors_and_averages(source, rows):
@@ -203,7 +221,10 @@ def move_codes(codebook, ema_count, ema_sum, x, indices):
 LATENT, LOSS = ("latent_forward", "latent_backward"), ("reconstruction_forward", "reconstruction_backward")
 MIXTURE = ("logistic_mixture_forward", "logistic_mixture_backward")
 NORM, PENALTY = ("group_norm_forward", "group_norm_backward"), ("jacobian_forward", "jacobian_backward")
+RMS = ("rms_norm_forward", "rms_norm_backward")
+SNAKE = ("snake_forward", "snake_backward")
 NORM_TWICE = (*NORM, "group_norm_recompute")
+ENTROPIES = ("binary_code_entropy_forward", "binary_code_entropy_backward")
 QUANTIZE, MOVE = ("codebook_quantize", "codebook_quantize_backward"), ("codebook_sums", "codebook_ema_")
 
 # One reduction for each shape of a result.
@@ -313,6 +334,22 @@ CALLS = (
         {"num_groups": 4, "activation": "none"}, leaves=("input",), activations=("input", "output 0"), workspace=0.2,
     ),
     Call(
+        "RMS norm and SiLU", "rms_norm_silu", RMS, lambda source, rows: feature_map(source, rows, 7, "contiguous"), **NORMS,
+        module=lambda: fnn.RMSNormSiLU(16), module_takes=("input",),
+    ),
+    Call(
+        "bounded RMS norm and SiLU, channels last", "rms_norm_silu", RMS, lambda source, rows: feature_map(source, rows, 9, "channels_last"),
+        {"eps_mode": "clamp", "eps": 3.9}, **NORMS,
+    ),
+    Call(
+        "modulated RMS norm", "rms_norm_silu", RMS, modulated_map, {"activation": "none"}, leaves=("input", "scale", "shift"),
+        activations=("input", "scale", "shift", "output 0"), workspace=1.0,
+    ),
+    Call(
+        "snake", "snake", SNAKE, waveform, leaves=("input", "alpha", "beta"), shared=("alpha", "beta"), activations=("input", "output 0"),
+        workspace=1.0, module=lambda: fnn.Snake(6), module_takes=("input",),
+    ),
+    Call(
         "norm, SiLU and convolution", "norm_act_conv", NORM_TWICE, convolved_map, {"num_groups": 4, "padding": 1}, **CONVOLVED,
         module=lambda: fnn.NormActConv2d(4, 16, 6, 3, padding=1), module_takes=("input",),
     ),
@@ -353,7 +390,19 @@ CALLS = (
         shared=("codebook", "ema_count", "ema_sum"), activations=("x",), workspace=1.0,
         module=lambda: fnn.VectorQuantizer(8, 16), module_takes=("x",),
     ),
+    Call(
+        "entropies of binary codes", "binary_code_entropy", ENTROPIES, bits, {"inv_temperature": 1.5}, leaves=("x",), activations=("x",),
+        workspace=20.0, by_library=True,
+        module=lambda: fnn.LFQ(dim=7, codebook_size=16), module_takes=("x",),
+    ),
+    Call(
+        "entropies of binary codes with a mask", "binary_code_entropy", ENTROPIES, bits_and_mask, leaves=("x",), activations=("x",),
+        workspace=20.0, by_library=True,
+    ),
 )  # fmt: skip
+
+# The entropies of binary codes are torch's products.
+CALLS_OF_KERNELS = tuple(call for call in CALLS if call.operators != ENTROPIES)
 
 
 def calls_on(device: str, compiled: bool = False) -> list[tuple[Call, Place]]:

@@ -1,6 +1,7 @@
 """diffusers' own AutoencoderKL patched, and the twin of its distribution."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 from fastvae.nn.optimize import examine
 
 diffusers = pytest.importorskip("diffusers")
+from diffusers.models.autoencoders.autoencoder_kl_cosmos import CosmosResnetBlock3d  # noqa: E402
+from diffusers.models.autoencoders.autoencoder_kl_ltx import LTXVideoResnetBlock3d  # noqa: E402
+from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoResnetBlock3d  # noqa: E402
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock  # noqa: E402
 from diffusers.models.autoencoders.vae import Decoder  # noqa: E402
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Original  # noqa: E402
-from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
+from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock  # noqa: E402
 
 
 def small_vae(**options) -> nn.Module:
@@ -126,26 +131,75 @@ def test_hooks_and_replaced_forwards_keep_their_modules():
     assert isinstance(vae.decoder.conv_norm_out, GroupNormSiLU)
 
 
-BLOCKS = [
-    ({"temb_channels": 8}, "applied to a time embedding too"),
-    ({"temb_channels": 8, "time_embedding_norm": "scale_shift", "skip_time_act": True}, "applied to a time embedding too"),
-    ({"temb_channels": None, "non_linearity": "gelu"}, "nonlinearity is not SiLU alone"),
-]
+def test_a_block_with_another_activation_stays():
+    make = partial(ResnetBlock2D, in_channels=8, groups=2, temb_channels=None, non_linearity="gelu")
+    with pytest.raises(ValueError, match="without a norm that SiLU follows"):
+        patch_diffusers(make())
+    assert [finding.reason for finding in examine(make())] == ["nonlinearity is not SiLU alone"] * 2
 
 
-@pytest.mark.parametrize(("options", "reason"), BLOCKS, ids=[reason for _, reason in BLOCKS])
-def test_blocks_of_another_kind_stay(options, reason):
+SCALED = {"temb_channels": 8, "time_embedding_norm": "scale_shift"}
+IMAGES, VIDEOS = (2, 8, 4, 4), (2, 8, 3, 4, 4)
+# Blocks and the shapes of what they take, with the number of norms that are fused.
+BLOCKS = {
+    "no time embedding": (partial(ResnetBlock2D, in_channels=8, groups=2, temb_channels=None), [IMAGES], 2),
+    "a time embedding": (partial(ResnetBlock2D, in_channels=8, groups=2, temb_channels=8), [IMAGES, (2, 8)], 2),
+    "a scale and a shift": (partial(ResnetBlock2D, in_channels=8, groups=2, **SCALED), [IMAGES, (2, 8)], 1),
+    "an embedding without activation": (partial(ResnetBlock2D, in_channels=8, groups=2, skip_time_act=True, **SCALED), [IMAGES, (2, 8)], 1),
+    "frames": (partial(TemporalResnetBlock, 32, 64, temb_channels=None), [(2, 32, 3, 4, 4)], 2),
+    "frames with a time embedding": (partial(TemporalResnetBlock, 32, temb_channels=8), [(2, 32, 3, 4, 4), (2, 3, 8)], 2),
+    "frames, each normalised": (partial(CosmosResnetBlock3d, 8, 8), [VIDEOS], 2),
+    "L2 norms": (partial(WanResidualBlock, 8, 4), [VIDEOS], 2),
+    "RMS norms": (partial(LTXVideoResnetBlock3d, 8, 8, elementwise_affine=True), [VIDEOS], 2),
+    "pixel norms": (partial(LTX2VideoResnetBlock3d, 8), [VIDEOS], 2),
+}
+
+
+def block_and_inputs(name: str) -> tuple[nn.Module, list[torch.Tensor], int]:
+    make, shapes, fused = BLOCKS[name]
+    torch.manual_seed(0)
+    block, source = make(), Source("cpu")
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    inputs = [source.normal(*shape) for shape in shapes]
+    return block, [*inputs, *[None] * (isinstance(block, ResnetBlock2D | TemporalResnetBlock) and len(inputs) == 1)], fused
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_blocks_give_the_same(name, channels_last):
+    block, inputs, fused = block_and_inputs(name)
+    if channels_last:
+        layout = torch.channels_last if inputs[0].ndim == 4 else torch.channels_last_3d
+        inputs[0] = inputs[0].contiguous(memory_format=layout)
     lines = []
-    with pytest.raises(ValueError, match="without a GroupNorm that SiLU follows"):
-        patch_diffusers(ResnetBlock2D(in_channels=8, groups=2, **options), report=lines.append)
-    assert all(reason in str(finding) for finding in examine(ResnetBlock2D(in_channels=8, groups=2, **options)))
+    optimized = patch_diffusers(copy.deepcopy(block), channels_last=channels_last, report=lines.append)
+    assert sum(line.startswith("fused") for line in lines) == fused
+    results = []
+    for each in (optimized, block):
+        leaves = [None if x is None else leaf(x) for x in inputs]
+        output = each(*leaves)
+        leaves = [x for x in (*leaves, *each.parameters()) if x is not None]
+        results.append((output.detach(), torch.autograd.grad(output.square().sum(), leaves)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()) + 1e-4)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_compile_whole(name):
+    torch.compiler.reset()
+    block, inputs, _ = block_and_inputs(name)
+    compiled = torch.compile(patch_diffusers(block), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), block(*inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_spatial_norm_stays():
     """The decoder of MoVQ."""
     decoder = Decoder(4, 3, ("UpDecoderBlock2D",), (32,), norm_num_groups=8, norm_type="spatial")
     before = repr(decoder.conv_norm_out)
-    with pytest.raises(ValueError, match="without a GroupNorm"):
+    with pytest.raises(ValueError, match="without a norm"):
         patch_diffusers(decoder)
     assert repr(decoder.conv_norm_out) == before
 

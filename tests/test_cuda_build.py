@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _calls import ENTROPIES
 
 from fastvae.ops import OPERATORS
 
@@ -186,7 +187,8 @@ def test_library_loads_and_registers_beside_a_stand_in_for_torch_s_cuda_library(
     environment = {**os.environ, "LD_LIBRARY_PATH": str(objects)}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == list(OPERATORS)
+    # The entropies of binary codes are torch's products.
+    assert result.stdout.split() == [op for op in OPERATORS if op not in ENTROPIES]
 
 
 @compiles

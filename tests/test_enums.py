@@ -66,7 +66,7 @@ PYTHON, CPP = python_enums(), cpp_enums()
 
 
 def test_every_table_is_found():
-    assert PYTHON.keys() == {"REDUCTIONS", "LIKELIHOODS", "ACTIVATIONS", "NORM_ACTIVATIONS"}
+    assert PYTHON.keys() == {"REDUCTIONS", "LIKELIHOODS", "ACTIVATIONS", "NORM_ACTIVATIONS", "EPS_MODES"}
     assert CPP.keys() == {cpp_name(table) for table in PYTHON}
 
 

@@ -1,4 +1,4 @@
-"""GroupNormSiLU as a module, what ``fastvae.optimize`` changes, and what it leaves alone."""
+"""GroupNormSiLU and RMSNormSiLU as modules, what ``fastvae.optimize`` changes, and what it leaves alone."""
 
 import copy
 import pickle
@@ -10,7 +10,7 @@ from _helpers import Source, leaf
 from torch import nn
 
 import fastvae
-from fastvae.nn import GroupNormSiLU, UpsampleConv2d
+from fastvae.nn import GroupNormSiLU, RMSNormSiLU, UpsampleConv2d
 from fastvae.nn.optimize import examine
 
 
@@ -33,6 +33,38 @@ def test_the_module_checks_its_arguments():
         GroupNormSiLU(2, 4, activation="gelu")
     with pytest.raises(ValueError, match="num_channels"):
         GroupNormSiLU(3, 4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_other_module_is_rms_norm_and_silu(bias):
+    x, norm = Source("cpu").normal(2, 5, 12), nn.RMSNorm(12, eps=1e-3)
+    nn.init.normal_(norm.weight)
+    ours = RMSNormSiLU(12, 1e-3, bias=bias, dim=-1)
+    ours.load_state_dict(norm.state_dict() | ({"bias": torch.linspace(-1, 1, 12)} if bias else {}))
+    expected = norm(x) + (ours.bias if bias else 0.0)
+    torch.testing.assert_close(ours(x), F.silu(expected))
+    torch.testing.assert_close(ours(x, activation="none"), expected)
+    assert "dim=-1, activation='silu', eps_mode='add'" in repr(ours)
+
+
+def test_the_other_module_bounds_a_norm():
+    x = Source("cpu").normal(2, 12, 3, 3)
+    module = RMSNormSiLU(12, 1e-12, elementwise_affine=False, activation="none", eps_mode="clamp")
+    torch.testing.assert_close(module(x), F.normalize(x, dim=1) * 12**0.5)
+    assert list(module.parameters()) == []
+    assert list(module.state_dict()) == []
+
+
+def test_the_other_module_checks_its_arguments():
+    for options, message in (
+        ({"num_channels": 0}, "num_channels: got 0, takes an int >= 1"),
+        ({"num_channels": 2, "activation": "gelu"}, "activation: got 'gelu'"),
+        ({"num_channels": 2, "eps_mode": "max"}, "eps_mode: got 'max'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RMSNormSiLU(**options)
+    with pytest.raises(ValueError, match="weight: "):
+        RMSNormSiLU(4)(torch.ones(2, 5, 3))
 
 
 @pytest.mark.parametrize("affine", [True, False])

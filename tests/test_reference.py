@@ -66,11 +66,17 @@ DIFFERENTIATED = {
     "vae_loss": (reference.vae_loss, (uniform(3, 4), uniform(3, 4), *POSTERIOR[:2])),
     "vector_quantize, vectors": (lambda x: reference.vector_quantize(x, normal(5, 2).detach())[::2], (normal(7, 2),)),
     "vector_quantize, codes": (lambda c: reference.vector_quantize(normal(7, 2).detach(), c).loss, (normal(5, 2),)),
+    "binary_code_entropy": (lambda x: reference.binary_code_entropy(x, 0.5, mask=torch.tensor([True, True, False])), (normal(3, 4),)),
     "contractive_penalty": (lambda *t: reference.contractive_penalty(*t, "tanh", "sample"), (uniform(3, 4), normal(4, 2))),
     "contractive_penalty of gelu": (lambda *t: reference.contractive_penalty(*t, "gelu"), (normal(3, 4), normal(4, 2))),
     "jacobian_frobenius": (penalised(), LAYERS),
     "jacobian_frobenius by projection": (penalised(method="projection", num_projections=2, chunk_size=1), LAYERS),
     "group_norm_silu": (lambda x, w, b: reference.group_norm_silu(x, 2, w, b), (normal(2, 4, 3), normal(4), normal(4))),
+    "rms_norm_silu": (lambda x, *parameters: reference.rms_norm_silu(x, *parameters), (normal(2, 4, 3), normal(4), normal(4))),
+    "rms_norm_silu, modulated": (
+        lambda x, s, t: reference.rms_norm_silu(x, eps=0.5, eps_mode="clamp", scale=s, shift=t), (normal(2, 4, 3), normal(2, 4), normal(2, 4))
+    ),
+    "snake": (reference.snake, (normal(2, 4, 3), uniform(4), uniform(4))),
     "norm_act_conv": (
         lambda x, *parameters: reference.norm_act_conv(x, 2, *parameters, padding=1),
         (normal(2, 4, 3), normal(4), normal(4), normal(2, 4, 3), normal(2)),

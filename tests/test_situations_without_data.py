@@ -32,6 +32,9 @@ SCALARS = {
     "KL": (places("latent_forward"), lambda x: FV.kl_normal(x, x, free_bits=0.1)),
     "sample": (places("latent_forward"), lambda x: FV.reparameterize(x, x, seed=3).square().sum()),
     "contractive penalty": (places("jacobian_forward"), lambda x: FV.contractive_penalty(x.sigmoid(), torch.full((4, 5), 0.2))),
+    "RMS norm": (places("rms_norm_forward"), lambda x: FV.rms_norm_silu(x[..., None]).square().sum()),
+    "snake": (places("snake_forward"), lambda x: FV.snake(x[..., None], torch.ones_like(x[0])).square().sum()),
+    "binary codes": (places("binary_code_entropy_forward"), lambda x: sum(e.sum() for e in FV.binary_code_entropy(x[..., :4], 0.7))),
     "GroupNorm": (places("group_norm_forward"), lambda x: FV.group_norm_silu(x[..., None], 2).square().sum()),
 }
 each_scalar = pytest.mark.parametrize(

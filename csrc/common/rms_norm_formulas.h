@@ -17,13 +17,14 @@ template <class T>
 struct RmsBound {
   T eps, limit;
 
+  RmsBound() = default;
   FASTVAE_MEMBER RmsBound(EpsMode mode, double eps, int64_t channels)
       : eps(mode == EpsMode::add ? static_cast<T>(eps) : T(0)),
         limit(mode == EpsMode::add ? T(INFINITY) : static_cast<T>(::sqrt(static_cast<double>(channels)) / eps)) {}
 
   // A NaN stays one, and with an infinite limit, so does 1 / 0.
   FASTVAE_MEMBER T rrms(T mean_square) const {
-    T value = T(1) / sqrt(mean_square + eps);
+    T value = divide(T(1), sqrt(mean_square + eps));
     return value > limit ? limit : value;
   }
   // Where the limit decides, rrms does not depend on x.

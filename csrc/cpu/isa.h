@@ -12,9 +12,10 @@ Isa isa_in_use();             // the widest available, unless set_isa() chose an
 void set_isa(Isa isa);
 
 // Each compiled path records that it ran, so that tests can prove that they reach it.
-enum class Family { latent, reconstruction, jacobian, codebook, group_norm, logistic_mixture, rms_norm };
-constexpr const char* kFamilyNames[] = {"latent", "reconstruction", "jacobian", "codebook", "group_norm", "logistic_mixture", "rms_norm"};
-constexpr int kFamilyCount = 7;
+enum class Family { latent, reconstruction, jacobian, codebook, group_norm, logistic_mixture, rms_norm, snake };
+constexpr const char* kFamilyNames[] = {"latent",     "reconstruction",   "jacobian", "codebook",
+                                        "group_norm", "logistic_mixture", "rms_norm", "snake"};
+constexpr int kFamilyCount = 8;
 
 void record_run(Family family, const char* isa_name);
 const char* last_run(Family family);  // nullptr before the first run

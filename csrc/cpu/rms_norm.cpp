@@ -45,7 +45,7 @@ struct RmsNormCall {
   // Calls a kernel, given as a member of the table, for all items; each thread has a scratch buffer of its own.
   template <class Kernel>
   void run(Kernel kernel) const {
-    int64_t doubles = ceil_div(kernels.scratch_bytes(p.runs), sizeof(double));
+    int64_t doubles = ceil_div(kernels.scratch_bytes(p), sizeof(double));
     torch::stable::parallel_for(0, p.runs.items(), 1, [&](int64_t begin, int64_t end) {
       std::vector<double> scratch(doubles);
       (kernels.*kernel)(p, begin, end, scratch.data());
@@ -84,9 +84,9 @@ struct RmsNormCall {
     return values;
   }
 
-  RmsRuns runs_of(bool of_samples) const {
-    return sizes.channels_adjacent() && !of_samples ? RmsRuns(1, sizes.batch * sizes.positions, sizes.channels, true)
-                                                    : RmsRuns(sizes.batch, sizes.positions, sizes.channels, !of_samples);
+  ChannelRuns runs_of(bool of_samples) const {
+    return sizes.channels_adjacent() && !of_samples ? ChannelRuns(1, sizes.batch * sizes.positions, sizes.channels, true)
+                                                    : ChannelRuns(sizes.batch, sizes.positions, sizes.channels, !of_samples);
   }
 };
 
@@ -99,20 +99,6 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& input, const OptionalT
   call.p.rrms = rrms.mutable_data_ptr();
   call.run(&RmsNormKernels::forward);
   return {output, rrms};
-}
-
-// Adds the slots of each run, in their order: the sums of du * n and of du, each (runs, channels).
-std::pair<std::vector<double>, std::vector<double>> add_slots(const RmsRuns& runs, const std::vector<double>& slots) {
-  int64_t channels = runs.channels, slots_per_run = runs.shared ? runs.slots() : runs.pieces_per_run;
-  int64_t rows = runs.shared ? 1 : runs.count;
-  std::vector<double> of_weight(rows * channels), of_bias(rows * channels);
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < slots_per_run; ++i) {
-      const double* slot = slots.data() + (row * slots_per_run + i) * 2 * channels;
-      for (int64_t c = 0; c < channels; ++c) of_weight[row * channels + c] += slot[c];
-      for (int64_t c = 0; c < channels; ++c) of_bias[row * channels + c] += slot[channels + c];
-    }
-  return {of_weight, of_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& input, const Tensor& rrms,
@@ -128,8 +114,8 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, 
   call.p.rrms = const_cast<void*>(dense_rrms.const_data_ptr());
   call.p.sums = slots.data();
   call.run(&RmsNormKernels::backward);
-  auto [of_weight, of_bias] = add_slots(call.p.runs, slots);
-  return {grad_input, call.parameter_gradient(weight, of_weight), call.parameter_gradient(bias, of_bias)};
+  ChannelSums sums = add_slots(call.p.runs, slots);
+  return {grad_input, call.parameter_gradient(weight, sums.first), call.parameter_gradient(bias, sums.second)};
 }
 
 }  // namespace

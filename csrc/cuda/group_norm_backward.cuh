@@ -57,14 +57,7 @@ struct GradientSums {
   template <int kMaxThreads = kThreads>
   __device__ __forceinline__ void store(const GroupNormBlocks& b, const GroupNormBlock& block,
                                         const GroupNormVectors<kChannelsLast>& vectors, float* partial_sums) const {
-    float* slot = partial_sums + (block.sample * b.splits + block.split) * 2 * b.channels + vectors.first_channel;
-#pragma unroll
-    for (int c = 0; c < kThreadChannels<kChannelsLast>; ++c) {
-      float block_du = channel_sum<kChannelsLast, kMaxThreads>(du[c], b), block_du_x = channel_sum<kChannelsLast, kMaxThreads>(du_x[c], b);
-      if (c >= vectors.channel_count || !writes_channel_sums<kChannelsLast>(b, threadIdx.x)) continue;
-      slot[c] = block_du;
-      slot[b.channels + c] = block_du_x;
-    }
+    store_channel_sums<kChannelsLast, kMaxThreads>(b, block, vectors, du, du_x, partial_sums);
   }
 };
 

@@ -38,9 +38,9 @@ struct GroupNormProblem {
   GroupNormBlocks blocks;
   GroupNormGroups groups;
   NormActivation activation;
-  bool aligned;  // every vector of input, output and the gradients is whole and aligned
+  bool aligned;                // every vector of input, output and the gradients is whole and aligned
   NormParameter weight, bias;  // (channels,)
-  GroupNormMoments moments;  // what backward and the last step of forward read
+  GroupNormMoments moments;    // what backward and the last step of forward read
   double eps;
   double *mean, *rstd;         // (batch, groups): where forward writes the moments
   double* partial_moments;     // (batch, splits, channels, 2): mean and sum of squared deviations from it
@@ -84,6 +84,24 @@ __device__ __forceinline__ T channel_sum(T value, const GroupNormBlocks& b) {
   int threads = kMaxThreads == kThreads ? kThreads : b.threads;
   return kChannelsLast ? sum_across<kMaxThreads>(value, b.threads_per_line, threads)
                        : sum_across<kMaxThreads>(value, 1, b.threads_per_line);
+}
+
+// Adds two sums for each channel of the threads of the block, kMaxThreads at most, and stores them in `partial_sums`, (batch, splits, 2,
+// channels). Every thread of the block has to call this.
+template <bool kChannelsLast, int kMaxThreads = kThreads>
+__device__ __forceinline__ void store_channel_sums(const GroupNormBlocks& b, const GroupNormBlock& block,
+                                                   const GroupNormVectors<kChannelsLast>& vectors,
+                                                   const float (&first)[kThreadChannels<kChannelsLast>],
+                                                   const float (&second)[kThreadChannels<kChannelsLast>], float* partial_sums) {
+  float* slot = partial_sums + (block.sample * b.splits + block.split) * 2 * b.channels + vectors.first_channel;
+#pragma unroll
+  for (int c = 0; c < kThreadChannels<kChannelsLast>; ++c) {
+    float of_block = channel_sum<kChannelsLast, kMaxThreads>(first[c], b),
+          second_of_block = channel_sum<kChannelsLast, kMaxThreads>(second[c], b);
+    if (c >= vectors.channel_count || !writes_channel_sums<kChannelsLast>(b, threadIdx.x)) continue;
+    slot[c] = of_block;
+    slot[b.channels + c] = second_of_block;
+  }
 }
 
 // Replaces each value by its sum over the threads of the block, of which there are kMaxNormThreads at most.

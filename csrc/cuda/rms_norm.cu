@@ -32,8 +32,8 @@ struct RmsNormArguments {
   // the line kernels take: its tensors are copied.
   bool channels_last_tensors() const { return sizes.channels_last && channels_last(); }
 
-  // The partition. In channels-last memory the positions of all samples are adjacent, and are one sample's where the parameters are the same
-  // for all samples.
+  // The partition. In channels-last memory the positions of all samples are adjacent, and are one sample's where the parameters are the
+  // same for all samples.
   RmsNormBlocks blocks(bool backward) const {
     bool one_sample = channels_last() && !is_of_samples(weight) && !is_of_samples(bias);
     int64_t batch = one_sample ? 1 : sizes.batch, positions = one_sample ? sizes.batch * sizes.positions : sizes.positions;
@@ -84,7 +84,7 @@ void launch_forward(const Launch& launch, const RmsNormArguments& a, RmsNormPara
 template <class T>
 void launch_backward(const Launch& launch, const RmsNormArguments& a, RmsNormParams<T>& p) {
   if (!a.channels_last())
-    return launch_tile(launch, rms_norm_backward_tile_kernel<T>, kTileGradientRuns, sizeof(Vector<T>) + sizeof(Vector<float>), p);
+    return launch_tile(launch, rms_norm_backward_tile_kernel<T>, kTileShortRuns, sizeof(Vector<T>) + sizeof(Vector<float>), p);
   int64_t shared_bytes = LineParameters::bytes(p.blocks) + LineGradientSums::bytes(p.blocks);
   launch.run(rms_norm_backward_line_kernel<T>, p.blocks.count(), 1, kThreads, p, shared_bytes);
 }
@@ -92,13 +92,14 @@ void launch_backward(const Launch& launch, const RmsNormArguments& a, RmsNormPar
 // Sums the partial sums of those parameters that are of samples, or of those that are not.
 void launch_parameter_gradients(Launch& launch, const RmsNormArguments& a, const RmsNormBlocks& blocks, const float* partial_sums,
                                 bool of_samples, const Tensor& grad_weight, const Tensor& grad_bias) {
+  bool has_weight = a.weight && is_of_samples(a.weight) == of_samples, has_bias = a.bias && is_of_samples(a.bias) == of_samples;
+  if (!has_weight && !has_bias) return;
   int64_t both_sums = 2 * blocks.channels, rows = blocks.splits * (of_samples ? 1 : blocks.batch);
   int64_t columns = of_samples ? blocks.batch * both_sums : both_sums;
   RmsNormParameterGradientParams p{
       partial_sums, blocks.channels, divider(both_sums), column_sums_of(rows, columns, 1), launch.workspace(), {}, {}};
-  if (a.weight && is_of_samples(a.weight) == of_samples) p.grad_weight = output_of(grad_weight);
-  if (a.bias && is_of_samples(a.bias) == of_samples) p.grad_bias = output_of(grad_bias);
-  if (!p.grad_weight && !p.grad_bias) return;
+  if (has_weight) p.grad_weight = output_of(grad_weight);
+  if (has_bias) p.grad_bias = output_of(grad_bias);
   launch.run(rms_norm_parameter_gradients_kernel, p.columns.groups, p.columns.splits, kThreads, p);
 }
 
@@ -145,10 +146,12 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, 
     p.aligned = p.aligned && is_aligned(p.grad_output) && is_aligned(p.stored_rrms);
     p.grad_input = static_cast<T*>(grad_input.mutable_data_ptr());
     bool has_parameters = weight || bias;
-    Tensor partial_sums = launch.empty(Sizes{has_parameters ? p.blocks.splits * p.blocks.batch : 0, 2, p.blocks.channels}, ScalarType::Float);
+    Tensor partial_sums =
+        launch.empty(Sizes{has_parameters ? p.blocks.splits * p.blocks.batch : 0, 2, p.blocks.channels}, ScalarType::Float);
     if (has_parameters) p.partial_sums = static_cast<float*>(partial_sums.mutable_data_ptr());
     launch_backward(launch, a, p);
-    for (bool of_samples : {false, true}) launch_parameter_gradients(launch, a, p.blocks, p.partial_sums, of_samples, grad_weight, grad_bias);
+    for (bool of_samples : {false, true})
+      launch_parameter_gradients(launch, a, p.blocks, p.partial_sums, of_samples, grad_weight, grad_bias);
   });
   return {in_layout_of_input(launch, a, grad_input), grad_weight, grad_bias};
 }

@@ -26,8 +26,8 @@ constexpr int kLineGradientBlocks = 4;
 struct LineGradientSums {
   ThreadValues<kLineVectors> du_n = {}, du = {};
 
-  // The block adds its sums in shared memory, (rows, 2, entries of LineParameters). A row has those of the threads that share a position, or
-  // of a warp where several positions share one.
+  // The block adds its sums in shared memory, (rows, 2, entries of LineParameters). A row has those of the threads that share a position,
+  // or of a warp where several positions share one.
   FASTVAE_MEMBER static int rows(const RmsNormBlocks& b) { return kThreads / (b.threads_per_line < kWarp ? kWarp : b.threads_per_line); }
   FASTVAE_MEMBER static int64_t bytes(const RmsNormBlocks& b) { return rows(b) * LineParameters::bytes(b); }
 
@@ -62,28 +62,27 @@ struct LineGradientSums {
 // Computes grad_input of the positions of a split and the partial sums of the split, with all channels of a position in the registers of
 // the threads that share it.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kLineGradientBlocks)
-    rms_norm_backward_line_kernel(const __grid_constant__ RmsNormParams<T> p) {
+__global__ void __launch_bounds__(kThreads, kLineGradientBlocks) rms_norm_backward_line_kernel(const __grid_constant__ RmsNormParams<T> p) {
   FASTVAE_DYNAMIC_SHARED(memory);
   RmsNormBlock block(p.blocks);
   LineParameters parameters(p, block.sample, memory);
   LineGradientSums sums;
-  for (int64_t step = block.begin; step < block.end; step += p.blocks.step_positions) {
-    RmsNormVectors<true> vectors = rms_norm_vectors<true>(p.blocks, block.sample, step, threadIdx.x);
-    float rrms = vectors.position_count > 0 ? p.stored_rrms[vectors.position] : 0.0f;
-    Vector<T> stored[kLineVectors];
-    ThreadValues<kLineVectors> inputs, gradients;
-    load_stored(p.input, vectors, p.aligned, stored);
-    load_vectors(p.grad_output, vectors, p.aligned, gradients);
-    convert_vectors(stored, inputs);
+  for_each_step<true>(p.blocks, block, [&](const RmsNormVectors<true>& vectors) {
+    float rrms = vectors.positions_left > 0 ? p.stored_rrms[vectors.position] : 0.0f;
+    Vector<T> inputs[kLineVectors], grad_outputs[kLineVectors];
+    load_stored(p.input, vectors, p.aligned, inputs);
+    load_stored(p.grad_output, vectors, p.aligned, grad_outputs);
+    ThreadValues<kLineVectors> gradients = {};  // weight * du
     float projection = 0.0f;
     with_norm_activation(p.activation, [&](auto act) {
 #pragma unroll
       for (int j = 0; j < kLineVectors; ++j) {
-        int64_t channel = vectors.channel + j * vectors.channel_stride;
+        if (j * vectors.channel_stride >= vectors.channels) break;
+        int channel = vectors.channel + j * vectors.channel_stride;
         Vector<float> weight = parameters.weight(channel), bias = parameters.bias(channel);
         for (int k = 0; k < kVector; ++k) {
-          float n = inputs[j][k] * rrms, du = act.gradient(fma(n, weight.v[k], bias.v[k]), gradients[j][k]);
+          float n = to_float(inputs[j].v[k]) * rrms;
+          float du = act.gradient(fma(n, weight.v[k], bias.v[k]), to_float(grad_outputs[j].v[k]));
           sums.du_n[j][k] = fma(du, n, sums.du_n[j][k]);
           sums.du[j][k] += du;
           gradients[j][k] = weight.v[k] * du;
@@ -93,14 +92,14 @@ __global__ void __launch_bounds__(kThreads, kLineGradientBlocks)
     });
     projection = sum_across(projection, 1, p.blocks.threads_per_line) * p.inverse_channels;
     if (p.bound.is_constant(rrms)) projection = 0.0f;
-    convert_vectors(stored, inputs);
 #pragma unroll
     for (int j = 0; j < kLineVectors; ++j)
-      for (int k = 0; k < kVector; ++k) gradients[j][k] = rms_gradient_of_input(inputs[j][k], gradients[j][k], rrms, projection);
+      for (int k = 0; k < kVector; ++k)
+        gradients[j][k] = rms_gradient_of_input(to_float(inputs[j].v[k]), gradients[j][k], rrms, projection);
     store_vectors(p.grad_input, vectors, p.aligned, gradients);
-  }
+  });
   if (!p.partial_sums) return;
-  RmsNormVectors<true> vectors = rms_norm_vectors<true>(p.blocks, block.sample, block.begin, threadIdx.x);
+  RmsNormVectors<true> vectors = rms_norm_vectors<true>(p.blocks, block.sample, block.split, threadIdx.x);
   float* parts = reinterpret_cast<float*>(memory + LineParameters::bytes(p.blocks));
   sums.finish(p.blocks, vectors, parts, block.partial_sums(p));
 }
@@ -144,58 +143,58 @@ __device__ __forceinline__ void add_tile_sums(const RmsNormBlocks& b, const RmsN
 // a step in shared memory, those of weight * du as float32. It reads the others again, from the L2 cache where that has not replaced them
 // yet; the results are the same.
 template <class T>
-__global__ void __launch_bounds__(kMaxNormThreads, kNormBlocks)
-    rms_norm_backward_tile_kernel(const __grid_constant__ RmsNormParams<T> p) {
-  constexpr int kCount = kTileGradientRuns;
+__global__ void __launch_bounds__(kMaxNormThreads, kNormBlocks) rms_norm_backward_tile_kernel(const __grid_constant__ RmsNormParams<T> p) {
+  constexpr int kCount = kTileShortRuns;
   FASTVAE_DYNAMIC_SHARED(memory);
   RmsNormBlock block(p.blocks);
   ThreadSlots<T> input_slots(memory, p.kept_vectors);
   ThreadSlots<float> gradient_slots(input_slots.end(), p.kept_vectors);
-  for (int64_t step = block.begin; step < block.end; step += p.blocks.step_positions) {
-    const RmsNormVectors<false> start = rms_norm_vectors<false>(p.blocks, block.sample, step, threadIdx.x);
+  bool first_step = true;
+  for_each_step<false>(p.blocks, block, [&](const RmsNormVectors<false>& start) {
     float rrms[kVector], projection[kVector] = {};
-    load(p.stored_rrms + start.position, start.position_count, p.aligned && start.position_count > 0, rrms);
+    int count = start.position_count();
+    load(p.stored_rrms + start.position, count, p.aligned && count > 0, rrms);
     // Loads inputs, and replaces gradients by weight * du.
-    auto differentiate = [&](const RmsNormVectors<false>& vectors, Vector<T>(&stored)[kCount], ThreadValues<kCount>& inputs,
-                             ThreadValues<kCount>& gradients, float(&du_n)[kCount], float(&du)[kCount]) {
+    auto differentiate = [&](int first, const RmsNormVectors<false>& vectors, ThreadValues<kCount>& inputs, ThreadValues<kCount>& gradients,
+                             float (&du_n)[kCount], float (&du)[kCount]) {
+      Vector<T> stored[kCount];
       load_stored(p.input, vectors, p.aligned, stored);
       load_vectors(p.grad_output, vectors, p.aligned, gradients);
+      if (first < p.kept_vectors) input_slots.store(first, stored);
       convert_vectors(stored, inputs);
       differentiate_tile(p, block.sample, vectors, rrms, inputs, gradients, du_n, du);
     };
-    for_each_tile_step<kCount>(p.blocks, start, [&](int first, const RmsNormVectors<false>& vectors) {
-      Vector<T> stored[kCount];
+    for_each_vectors<kCount>(p.blocks, start, [&](int first, const RmsNormVectors<false>& vectors) {
       ThreadValues<kCount> inputs, gradients;
       float du_n[kCount] = {}, du[kCount] = {};
-      differentiate(vectors, stored, inputs, gradients, du_n, du);
+      differentiate(first, vectors, inputs, gradients, du_n, du);
 #pragma unroll
       for (int j = 0; j < kCount; ++j)
         for (int k = 0; k < kVector; ++k) projection[k] = fma(gradients[j][k], inputs[j][k] * rrms[k], projection[k]);
-      if (p.partial_sums) add_tile_sums(p.blocks, vectors, step == block.begin, du_n, du, block.partial_sums(p));
-      if (first >= p.kept_vectors) return;
-      input_slots.store(first, stored);
-      gradient_slots.store(first, gradients);
+      if (p.partial_sums) add_tile_sums(p.blocks, vectors, first_step, du_n, du, block.partial_sums(p));
+      if (first < p.kept_vectors) gradient_slots.store(first, gradients);
     });
     position_sums(p.blocks, projection);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) projection[k] = p.bound.is_constant(rrms[k]) ? 0.0f : projection[k] * p.inverse_channels;
-    for_each_tile_step<kCount>(p.blocks, start, [&](int first, const RmsNormVectors<false>& vectors) {
-      Vector<T> stored[kCount];
+    for_each_vectors<kCount>(p.blocks, start, [&](int first, const RmsNormVectors<false>& vectors) {
       ThreadValues<kCount> inputs, gradients;
       if (first < p.kept_vectors) {
+        Vector<T> stored[kCount];
         input_slots.load(first, stored);
         gradient_slots.load(first, gradients);
         convert_vectors(stored, inputs);
       } else {
         float unused_du_n[kCount] = {}, unused_du[kCount] = {};
-        differentiate(vectors, stored, inputs, gradients, unused_du_n, unused_du);
+        differentiate(first, vectors, inputs, gradients, unused_du_n, unused_du);
       }
 #pragma unroll
       for (int j = 0; j < kCount; ++j)
         for (int k = 0; k < kVector; ++k) gradients[j][k] = rms_gradient_of_input(inputs[j][k], gradients[j][k], rrms[k], projection[k]);
       store_vectors(p.grad_input, vectors, p.aligned, gradients);
     });
-  }
+    first_step = false;
+  });
 }
 
 struct RmsNormParameterGradientParams {
@@ -209,8 +208,7 @@ struct RmsNormParameterGradientParams {
 
 // Sums the columns of `partial_sums`. Of a parameter of all samples the matrix has splits * batch rows and 2 * channels columns; of one of
 // each sample it has splits rows and batch * 2 * channels columns.
-__global__ void __launch_bounds__(kThreads)
-    rms_norm_parameter_gradients_kernel(const __grid_constant__ RmsNormParameterGradientParams p) {
+__global__ void __launch_bounds__(kThreads) rms_norm_parameter_gradients_kernel(const __grid_constant__ RmsNormParameterGradientParams p) {
   auto finish = [&](int64_t column, double total) {
     int64_t sample = quotient(p.both_sums, column), channel = column - sample * p.both_sums.divisor;
     bool of_weight = channel < p.channels;

@@ -37,16 +37,14 @@ struct RmsNormParams {
   int kept_vectors;          // vectors of a thread that a tile kernel keeps in shared memory
 };
 
-// The part of the tensor that a block handles: positions [begin, end) of a sample. blockIdx.x counts splits first, then samples.
+// The part of the tensor that a block handles: a split of the positions of a sample. blockIdx.x counts splits first, then samples.
 struct RmsNormBlock {
-  int64_t sample, split, begin, end;
+  int sample, split;
 
   __device__ __forceinline__ explicit RmsNormBlock(const RmsNormBlocks& b) {
     unsigned splits = static_cast<unsigned>(b.splits);
-    sample = blockIdx.x / splits;
-    split = blockIdx.x - sample * splits;
-    begin = split * b.split_positions;
-    end = min64(begin + b.split_positions, b.positions);
+    sample = static_cast<int>(blockIdx.x / splits);
+    split = static_cast<int>(blockIdx.x % splits);
   }
 
   // The partial sums of the block, (2, channels).
@@ -75,7 +73,9 @@ class LineParameters {
   }
 
   // Those of the channels of a vector.
-  __device__ __forceinline__ Vector<float> weight(int64_t channel) const { return *reinterpret_cast<const Vector<float>*>(weight_ + channel); }
+  __device__ __forceinline__ Vector<float> weight(int64_t channel) const {
+    return *reinterpret_cast<const Vector<float>*>(weight_ + channel);
+  }
   __device__ __forceinline__ Vector<float> bias(int64_t channel) const { return *reinterpret_cast<const Vector<float>*>(bias_ + channel); }
 
  private:
@@ -109,11 +109,19 @@ __device__ __forceinline__ void load_channels(const RmsNormParameter& parameter,
   }
 }
 
-// Calls f(first, vectors) for each step of kCount vectors of a thread of a tile kernel; `first` counts the vectors before the step. All
-// threads of a block take the same number of steps, so that f may contain shuffles.
+// Calls f(vectors) for each step of a block with the vectors of this thread. All threads take the same number of steps, so that f may
+// contain barriers.
+template <bool kChannelsLast, class F>
+__device__ __forceinline__ void for_each_step(const RmsNormBlocks& b, const RmsNormBlock& block, F f) {
+  RmsNormVectors<kChannelsLast> vectors = rms_norm_vectors<kChannelsLast>(b, block.sample, block.split, threadIdx.x);
+  for (int left = b.positions_of(block.split); left > 0; left -= b.step_positions, vectors.next_step(b.step_positions)) f(vectors);
+}
+
+// Calls f(first, vectors) for every kCount vectors that a thread of a tile kernel has in a step; `first` counts those before. All threads
+// make the same number of calls, so that f may contain shuffles.
 template <int kCount, class F>
-__device__ __forceinline__ void for_each_tile_step(const RmsNormBlocks& b, RmsNormVectors<false> vectors, F f) {
-  int64_t count = vectors_of_tile_thread(b);
+__device__ __forceinline__ void for_each_vectors(const RmsNormBlocks& b, RmsNormVectors<false> vectors, F f) {
+  int count = vectors_of_tile_thread(b);
   for (int first = 0; first < count; first += kCount, vectors.skip(kCount)) f(first, vectors);
 }
 

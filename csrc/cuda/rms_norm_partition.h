@@ -31,13 +31,13 @@ struct RmsNormLimits {
 constexpr int kLineVectors = kRuns;
 constexpr int64_t kMaxLineChannels = static_cast<int64_t>(kThreads) * kLineVectors * kVector;
 // Vectors of each operand that a thread of the tile kernels loads in a step. The backward pass has two operands.
-constexpr int kTileRuns = kRuns, kTileGradientRuns = 2;
+constexpr int kTileRuns = kRuns, kTileShortRuns = 2;
 // Bytes of one channel that a tile reads side by side where it is narrow enough to be kept: a line of the L2 cache.
 constexpr int64_t kTileLineBytes = 128;
 // Positions of a block that has to read the weight and the bias too. With 16 these add an eighth to what it reads, out of the L2 cache.
 constexpr int64_t kForwardPositions = 16;
-// Positions of a block of the backward pass, which writes two float32 partial sums for each channel, and another kernel reads them: 16 bytes
-// beside the 6 bytes of each position in bfloat16, a twenty-fourth.
+// Positions of a block of the backward pass, which writes two float32 partial sums for each channel, and another kernel reads them: 16
+// bytes beside the 6 bytes of each position in bfloat16, a twenty-fourth.
 constexpr int64_t kBackwardPositions = 64;
 
 // The partition of a launch. A block handles a split of the positions of one sample, `step_positions` at a time, with all their channels.
@@ -46,10 +46,14 @@ constexpr int64_t kBackwardPositions = 64;
 struct RmsNormBlocks {
   int64_t batch, channels, positions;
   int64_t split_positions, splits;  // positions of a split, and splits of a sample
-  int64_t step_positions;
+  int step_positions;
   int threads, threads_per_line;  // threads of a block, and those of them that share a line
+  int channel_stride;             // channels from one vector of a thread to the next in a step
+  int64_t element_stride;         // elements, likewise
 
   int64_t count() const { return batch * splits; }
+  // The number of positions of a split.
+  FASTVAE_MEMBER int positions_of(int split) const { return static_cast<int>(min64(split_positions, positions - split * split_positions)); }
 };
 
 // Splits the positions of each sample among blocks, whole steps for each.
@@ -66,7 +70,9 @@ inline void split_positions(RmsNormBlocks& b, bool backward, const RmsNormLimits
 // several loads under way.
 inline RmsNormBlocks line_blocks(int64_t batch, int64_t channels, int64_t positions, bool backward, const RmsNormLimits& limits) {
   int threads_per_line = next_power_of_two(ceil_div(channels, kLineVectors * kVector));
-  RmsNormBlocks b{batch, channels, positions, 0, 0, kThreads / threads_per_line, kThreads, threads_per_line};
+  RmsNormBlocks b{batch, channels, positions, 0, 0, kThreads / threads_per_line, kThreads, threads_per_line, 0, 0};
+  b.channel_stride = threads_per_line * kVector;
+  b.element_stride = b.channel_stride;
   split_positions(b, backward, limits);
   return b;
 }
@@ -82,10 +88,12 @@ inline RmsNormBlocks tile_blocks(int64_t batch, int64_t channels, int64_t positi
   // Lines of few channels are longer, so that each thread has a channel.
   line_vectors = max64(line_vectors, min64(kThreads / next_power_of_two(channels), kWarp));
   int threads_per_line = next_power_of_two(min64(line_vectors, ceil_div(positions, kVector)));
-  int64_t step_positions = static_cast<int64_t>(threads_per_line) * kVector;
+  int step_positions = threads_per_line * kVector;
   int threads = kThreads;
   while (threads < kMaxNormThreads && channels * step_positions > threads * kNormThreadElements) threads *= 2;
-  RmsNormBlocks b{batch, channels, positions, 0, 0, step_positions, threads, threads_per_line};
+  RmsNormBlocks b{batch, channels, positions, 0, 0, step_positions, threads, threads_per_line, 0, 0};
+  b.channel_stride = threads / threads_per_line;
+  b.element_stride = b.channel_stride * positions;
   split_positions(b, backward, limits);
   return b;
 }
@@ -101,48 +109,53 @@ inline RmsNormBlocks rms_norm_blocks(int64_t batch, int64_t channels, int64_t po
 }
 
 // The number of vectors that a thread of the tile kernels reads in a step: one for each of its channels.
-FASTVAE_INLINE int64_t vectors_of_tile_thread(const RmsNormBlocks& b) { return ceil_div(b.channels, b.threads / b.threads_per_line); }
+FASTVAE_INLINE int vectors_of_tile_thread(const RmsNormBlocks& b) { return static_cast<int>(ceil_div(b.channels, b.channel_stride)); }
 
 // The vectors of one thread in a step. Vector i begins at element + i * element_stride. In contiguous memory it holds positions of channel
 // `channel + i * channel_stride`; in channels-last memory it holds channels of one position, from that channel on.
 template <bool kChannelsLast>
 struct RmsNormVectors {
   int64_t element, element_stride;
-  int64_t channel, channel_stride, channels;
-  int64_t position;     // the thread's first position in (batch, positions)
-  int position_count;  // positions of the thread, 0 where it has nothing to read
+  int64_t position;    // the thread's first position of the step, in (batch, positions)
+  int positions_left;  // from there to the end of the split
+  int channel, channel_stride, channels;
 
+  // The number of positions that the thread has in the step.
+  FASTVAE_MEMBER int position_count() const { return kChannelsLast ? (positions_left > 0 ? 1 : 0) : vector_count(positions_left); }
   // The number of elements in vector i, counted from the current one.
   FASTVAE_MEMBER int count(int i) const {
-    int64_t left = channels - channel - i * channel_stride;
-    return kChannelsLast ? vector_count(position_count > 0 ? left : 0) : (left > 0 ? position_count : 0);
+    int channels_left = channels - channel - i * channel_stride;
+    if (kChannelsLast) return positions_left > 0 ? vector_count(channels_left) : 0;
+    return channels_left > 0 ? position_count() : 0;
   }
   FASTVAE_MEMBER void skip(int vectors) {
     element += vectors * element_stride;
     channel += vectors * channel_stride;
   }
+  FASTVAE_MEMBER void next_step(int positions) {
+    element += kChannelsLast ? static_cast<int64_t>(positions) * channels : positions;
+    position += positions;
+    positions_left -= positions;
+  }
 };
 
-// `step` is the first position of the step in the sample.
+// The vectors of a thread in the first step of its block.
 template <bool kChannelsLast>
-FASTVAE_INLINE RmsNormVectors<kChannelsLast> rms_norm_vectors(const RmsNormBlocks& b, int64_t sample, int64_t step, int thread) {
-  int member = thread % b.threads_per_line, line = thread / b.threads_per_line, lines = b.threads / b.threads_per_line;
-  int64_t position = step + (kChannelsLast ? line : member * kVector);
+FASTVAE_INLINE RmsNormVectors<kChannelsLast> rms_norm_vectors(const RmsNormBlocks& b, int sample, int split, int thread) {
+  int member = thread % b.threads_per_line, line = thread / b.threads_per_line, offset = kChannelsLast ? line : member * kVector;
+  int64_t position = split * b.split_positions + offset;
   RmsNormVectors<kChannelsLast> vectors;
-  vectors.channels = b.channels;
   vectors.position = sample * b.positions + position;
+  vectors.positions_left = b.positions_of(split) - offset;
+  vectors.channels = static_cast<int>(b.channels);
+  vectors.channel_stride = b.channel_stride;
+  vectors.element_stride = b.element_stride;
   if (kChannelsLast) {
     vectors.channel = member * kVector;
-    vectors.channel_stride = b.threads_per_line * kVector;
     vectors.element = vectors.position * b.channels + vectors.channel;
-    vectors.element_stride = vectors.channel_stride;
-    vectors.position_count = position < b.positions ? 1 : 0;
   } else {
     vectors.channel = line;
-    vectors.channel_stride = lines;
     vectors.element = (sample * b.channels + line) * b.positions + position;
-    vectors.element_stride = lines * b.positions;
-    vectors.position_count = vector_count(b.positions - position);
   }
   return vectors;
 }

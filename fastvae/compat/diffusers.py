@@ -1,6 +1,7 @@
 """For models of diffusers, which need not be installed."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,39 +9,47 @@ from torch import Tensor, nn
 from fastvae import functional as FV
 from fastvae._types import Memory
 from fastvae.functional.latent import LOGVAR_CLAMP
-from fastvae.nn import GroupNormSiLU, UpsampleConv2d
+from fastvae.nn import UpsampleConv2d
+from fastvae.nn._fused_norms import is_fused
 from fastvae.nn.optimize import examine, optimize
 
 
 def patch_diffusers(
-    vae: nn.Module, *, channels_last: bool = False, memory: Memory = "full", report: Callable[[str], None] | None = None
+    vae: nn.Module,
+    *,
+    channels_last: bool = False,
+    memory: Memory = "full",
+    report: Callable[[str], None] | None = None,
+    example_inputs: tuple | dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Fuses GroupNorm and SiLU, upsampling and convolution in a VAE of diffusers (``AutoencoderKL`` and its like), in place:
-    :func:`fastvae.optimize` on it.
+    """Fuses normalisation and SiLU, upsampling and convolution in an autoencoder of diffusers, in place: :func:`fastvae.optimize` on it.
 
-    ``norm1`` and ``norm2`` of the residual blocks and ``conv_norm_out`` of encoder and decoder take over the activation behind them, and
-    the decoder's ``upsamplers`` compute repetition and convolution as one. Names and parameters stay, so checkpoints load as before;
-    ``SpatialNorm`` and the norms of attention are left alone.
+    The norms of the residual blocks and of the ends of encoder and decoder take over the activation behind them, and the ``upsamplers`` of
+    the decoders of images compute repetition and convolution as one. Names and parameters stay, so checkpoints load as before, and what
+    ``save_pretrained`` writes is what it wrote. Spatial norms and the norms of attention are left alone.
 
     Args:
         vae: the model; it is changed. Patching it again changes nothing.
         channels_last: also puts the weights of its convolutions into ``torch.channels_last``.
         memory: ``"lean"`` also lets the norms of the residual blocks and the convolutions behind them keep one input for the backward pass.
         report: called with one line for each norm and each upsampling; silent by default.
+        example_inputs: a tuple of arguments or a dict of keyword arguments of ``vae``. What changes outputs or gradients for them by more
+            than rounding is left alone.
 
     Returns:
         ``vae``.
 
     Raises:
-        ValueError: where there is nothing to fuse.
+        TypeError: where ``example_inputs`` is neither a tuple nor a dict.
+        ValueError: where there is nothing to fuse, or ``vae`` gives no tensors for ``example_inputs``, or others in each call.
     """
-    patched = any(isinstance(module, GroupNormSiLU | UpsampleConv2d) for module in vae.modules())
+    patched = any(is_fused(module) or isinstance(module, UpsampleConv2d) for module in vae.modules())
     findings = [] if patched else examine(vae)
     if not patched and all(finding.followed_by is None for finding in findings):
-        missing = "a GroupNorm that SiLU follows or an upsampling that a convolution follows"
+        missing = "a norm that SiLU follows or an upsampling that a convolution follows"
         reasons = f" ({findings[0]})" if findings else ""
         raise ValueError(f"vae: got a {type(vae).__name__} without {missing}{reasons}, takes a VAE of diffusers")
-    return optimize(vae, channels_last=channels_last, memory=memory, report=report)
+    return optimize(vae, channels_last=channels_last, memory=memory, report=report, example_inputs=example_inputs)
 
 
 class DiagonalGaussianDistribution:

@@ -4,50 +4,17 @@ A tensor is seen as (samples, channels, positions), or as (samples, positions, c
 channels of some positions, so that one of samples whose positions are few holds several samples.
 """
 
-import math
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.fallback._blocks import Block, blocks, widen, written
+from fastvae.fallback._blocks import Block, widen, written
+from fastvae.fallback._layout import ChannelLayout
 from fastvae.fallback._register import implements
 from fastvae.ops import rms_norm as ops
-from fastvae.ops._results import accumulation_dtype, channels_are_last
+from fastvae.ops._results import accumulation_dtype
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 from fastvae.ops.rms_norm import EPS_MODES
-
-
-class _Layout:
-    """How the elements of an input lie in memory, and the blocks of whole positions that they are cut into."""
-
-    def __init__(self, input: Tensor):
-        self.last, self.device = channels_are_last(input), input.device
-        self.samples, self.channels = input.shape[:2]
-        self.positions = math.prod(input.shape[2:])
-        # The dimension of the channels in a block, and that of the positions.
-        self.axis = 2 if self.last else 1
-        self.position_axis = 3 - self.axis
-
-    def matrices(self, tensor: Tensor) -> Tensor:
-        if self.last:
-            return tensor.movedim(1, -1).reshape(self.samples, self.positions, self.channels)
-        return tensor.reshape(self.samples, self.channels, self.positions)
-
-    def blocks(self) -> Iterator[Block]:
-        return blocks(self.samples, self.positions, self.device, self.channels)
-
-    def part(self, matrices: Tensor, block: Block) -> Tensor:
-        """A block of samples and positions."""
-        samples, positions = block
-        return matrices[samples, positions] if self.last else matrices[samples, :, positions]
-
-    def per_channel(self, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """A parameter as (samples or 1, channels) with a dimension for the positions."""
-        if parameter is None:
-            return None
-        return (parameter if parameter.ndim == 2 else parameter.unsqueeze(0)).to(dtype).unsqueeze(self.position_axis)
 
 
 def _of_samples(parameter: Tensor | None, block: Block) -> Tensor | None:
@@ -64,7 +31,7 @@ def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
 @implements(ops.forward)
 def rms_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     input, dtype = arguments.input, accumulation_dtype(arguments.input.dtype)
-    layout, results = _Layout(input), arguments.allocate()
+    layout, results = ChannelLayout(input), arguments.allocate()
     if not input.numel():
         results.rrms.zero_()
     elements, outputs = layout.matrices(input), layout.matrices(results.output)
@@ -91,7 +58,7 @@ def _write_rrms(rrms: Tensor, norms: Tensor, arguments: ops.ForwardArguments) ->
 @implements(ops.backward)
 def rms_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     input, dtype = arguments.input, accumulation_dtype(arguments.input.dtype)
-    layout, grad_input = _Layout(input), arguments.allocate().grad_input
+    layout, grad_input = ChannelLayout(input), arguments.allocate().grad_input
     elements, incoming, results = (layout.matrices(t) for t in (input, arguments.grad_output, grad_input))
     table = arguments.rrms.reshape(layout.samples, layout.positions).unsqueeze(layout.axis)
     weight, bias = parameters = [layout.per_channel(p, dtype) for p in (arguments.weight, arguments.bias)]

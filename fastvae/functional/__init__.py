@@ -1,6 +1,7 @@
 """The public functions: argument checks, documentation, and below each its ``torch.autograd.Function``."""
 
 from fastvae._outputs import ELBO, VQ, JacobianMethod
+from fastvae.functional.binary_code_entropy import binary_code_entropy
 from fastvae.functional.codebook import codebook_ema_update_, vector_quantize, vq_nearest
 from fastvae.functional.group_norm import group_norm_silu
 from fastvae.functional.jacobian import contractive_penalty, explain_jacobian_method, jacobian_frobenius
@@ -16,11 +17,13 @@ from fastvae.functional.reconstruction import (
     vae_loss,
 )
 from fastvae.functional.rms_norm import rms_norm_silu
+from fastvae.functional.snake import snake
 
 __all__ = [
     "ELBO",
     "VQ",
     "JacobianMethod",
+    "binary_code_entropy",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "codebook_ema_update_",
@@ -37,6 +40,7 @@ __all__ = [
     "reparameterize",
     "reparameterize_kl",
     "rms_norm_silu",
+    "snake",
     "vae_loss",
     "vector_quantize",
     "vq_nearest",

@@ -23,6 +23,20 @@ def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None
         raise ValueError(f"{name}: got a tensor on {value.device}, takes the device of {like_name}, {like.device}")
 
 
+def check_channel_parameter(name: str, value, input: Tensor) -> None:
+    """``value`` is a tensor of parameters of the channels of ``input``; its shape is checked elsewhere."""
+    check_tensor(name, value)
+    check_device(name, value, "input", input)
+    if value.dtype not in (input.dtype, torch.float32):
+        raise TypeError(f"{name}: got {value.dtype}, takes the dtype of input, {input.dtype}, or torch.float32")
+
+
+def check_eps(eps) -> float:
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps!r}, takes a finite number >= 0")
+    return float(eps)
+
+
 def check_like(name: str, value, like_name: str, like: Tensor) -> None:
     """``value`` has the shape, dtype and device of ``like``."""
     check_tensor(name, value)

@@ -1,14 +1,12 @@
 """Group normalisation and SiLU in one operator, for training."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastvae import _backend
 from fastvae._types import NormActivation, check_choice
 from fastvae.functional._call import apply
-from fastvae.functional._checks import check_device, check_shape, check_tensor
+from fastvae.functional._checks import check_channel_parameter, check_eps, check_shape, check_tensor
 from fastvae.functional._documentation import documented
 from fastvae.ops.group_norm import NORM_ACTIVATIONS, ForwardArguments, GroupNorm
 
@@ -67,16 +65,8 @@ def norm_arguments(
         raise ValueError(f"num_groups: got {num_groups!r} for {channels} channels, takes a divisor of the number of channels")
     for name, value in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
         if value is not None:
-            _check_parameter(name, value, input)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps!r}, takes a finite number >= 0")
+            check_channel_parameter(name, value, input)
+            check_shape(name, value, (channels,), "one value a channel")
+    eps = check_eps(eps)
     check_choice("activation", activation, NORM_ACTIVATIONS)
-    return ForwardArguments(input, num_groups, weight, bias, float(eps), NORM_ACTIVATIONS[activation])
-
-
-def _check_parameter(name: str, value, input: Tensor) -> None:
-    check_tensor(name, value)
-    check_device(name, value, "input", input)
-    if value.dtype not in (input.dtype, torch.float32):
-        raise TypeError(f"{name}: got {value.dtype}, takes the dtype of input, {input.dtype}, or torch.float32")
-    check_shape(name, value, (input.shape[1],), "one value a channel")
+    return ForwardArguments(input, num_groups, weight, bias, eps, NORM_ACTIVATIONS[activation])

@@ -1,14 +1,11 @@
 """RMS normalisation and SiLU in one operator, for training."""
 
-import math
-
-import torch
 from torch import Tensor
 
 from fastvae import _backend
 from fastvae._types import EpsMode, NormActivation, check_choice
 from fastvae.functional._call import apply
-from fastvae.functional._checks import check_device, check_shape, check_tensor
+from fastvae.functional._checks import check_channel_parameter, check_eps, check_shape, check_tensor
 from fastvae.functional._documentation import documented
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 from fastvae.ops.rms_norm import EPS_MODES, ForwardArguments, RMSNorm, modulated
@@ -59,15 +56,14 @@ def rms_norm_silu(
     moved = input.movedim(_checked_dim(dim, input), 1)
     check_choice("eps_mode", eps_mode, EPS_MODES)
     check_choice("activation", activation, NORM_ACTIVATIONS)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps!r}, takes a finite number >= 0")
+    eps = check_eps(eps)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
-            _check_parameter(name, value, input)
+            check_channel_parameter(name, value, input)
             check_shape(name, value, (moved.shape[1],), "one value a channel")
     scale, shift = (_of_samples(name, value, moved) for name, value in (("scale", scale), ("shift", shift)))
     parameters = modulated(moved, weight, bias, scale, shift)
-    arguments = ForwardArguments(moved, *parameters, float(eps), EPS_MODES[eps_mode], NORM_ACTIVATIONS[activation])
+    arguments = ForwardArguments(moved, *parameters, eps, EPS_MODES[eps_mode], NORM_ACTIVATIONS[activation])
     output = apply(RMSNorm, arguments, _backend.resolve("rms_norm_forward", input.device, input.dtype))[0]
     return output if dim == 1 else output.movedim(1, dim)
 
@@ -85,15 +81,8 @@ def _of_samples(name: str, value: Tensor | None, moved: Tensor) -> Tensor | None
     """``value`` as ``(batch, channels)``."""
     if value is None:
         return None
-    _check_parameter(name, value, moved)
+    check_channel_parameter(name, value, moved)
     if value.ndim < 2 or any(size != 1 for size in value.shape[2:]):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, takes (batch, channels), which dimensions of size 1 may follow")
     check_shape(name, value, (*moved.shape[:2], *value.shape[2:]), "one value a channel of each sample")
     return value.reshape(moved.shape[:2])
-
-
-def _check_parameter(name: str, value, input: Tensor) -> None:
-    check_tensor(name, value)
-    check_device(name, value, "input", input)
-    if value.dtype not in (input.dtype, torch.float32):
-        raise TypeError(f"{name}: got {value.dtype}, takes the dtype of input, {input.dtype}, or torch.float32")

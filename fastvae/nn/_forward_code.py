@@ -73,8 +73,11 @@ def generate(graph: fx.Graph, *functions: Callable) -> tuple[str, tuple[tuple[st
 
 @functools.cache
 def rewritten(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Callable], ...]) -> type[nn.Module]:
-    """The subclass of ``cls``, of the same name, with the ``forward`` of ``source``. Modules that are alike share it."""
-    namespace = {**_NAMES, **dict(functions)}
+    """The subclass of ``cls``, of the same name, with the ``forward`` of ``source``, which may use the names that the original one may.
+    Modules that are alike share it."""
+    # Without the name of the original's module, where torch.compile would look for all of these.
+    names = {name: value for name, value in cls.forward.__globals__.items() if not name.startswith("__")}
+    namespace = {**names, **_NAMES, **dict(functions)}
     exec(compile(source, f"<fastvae.optimize: {cls.__qualname__}.forward>", "exec"), namespace)
 
     def reduce(self, protocol):

@@ -74,6 +74,12 @@ def channels_are_last(tensor: Tensor) -> bool:
     return not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
 
 
+def in_layout(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` in the dtype and the memory layout of ``like``."""
+    values = values.to(like.dtype)
+    return values.movedim(1, -1).contiguous().movedim(-1, 1) if channels_are_last(like) else values.contiguous()
+
+
 def empty_in_layout(like: Tensor) -> Tensor:
     """An empty tensor with the channels last where those of ``like`` are, contiguous otherwise."""
     if channels_are_last(like):

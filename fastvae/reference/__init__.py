@@ -5,6 +5,7 @@ They check less, and they are slow.
 """
 
 from fastvae._outputs import ELBO, VQ, JacobianMethod
+from fastvae.reference.binary_code_entropy import binary_code_entropy
 from fastvae.reference.codebook import codebook_ema_update_, vector_quantize, vq_nearest
 from fastvae.reference.group_norm import group_norm_silu
 from fastvae.reference.jacobian import contractive_penalty, explain_jacobian_method, jacobian_frobenius
@@ -20,11 +21,13 @@ from fastvae.reference.reconstruction import (
     vae_loss,
 )
 from fastvae.reference.rms_norm import rms_norm_silu
+from fastvae.reference.snake import snake
 
 __all__ = [
     "ELBO",
     "VQ",
     "JacobianMethod",
+    "binary_code_entropy",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "codebook_ema_update_",
@@ -41,6 +44,7 @@ __all__ = [
     "reparameterize",
     "reparameterize_kl",
     "rms_norm_silu",
+    "snake",
     "vae_loss",
     "vector_quantize",
     "vq_nearest",

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastvae._types import NormActivation, check_choice
 from fastvae.ops import group_norm as ops
 from fastvae.ops._autograd import in_plain_torch
-from fastvae.ops._results import accumulation_dtype, channels_are_last
+from fastvae.ops._results import accumulation_dtype, in_layout
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
 
@@ -38,12 +38,6 @@ def _normalise(wide: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     return (centred * rstd.to(wide.dtype).unsqueeze(2)).view(wide.shape)
 
 
-def _in_layout(values: Tensor, like: Tensor) -> Tensor:
-    """``values`` in the dtype and the memory layout of ``like``."""
-    values = values.to(like.dtype)
-    return values.movedim(1, -1).contiguous().movedim(-1, 1) if channels_are_last(like) else values.contiguous()
-
-
 def group_norm_silu(
     input: Tensor,
     num_groups: int,
@@ -67,7 +61,7 @@ def group_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     normal = _normalise(wide, mean, rstd)
     affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
     output = torch.nn.functional.silu(affine) if arguments.activation == NORM_ACTIVATIONS["silu"] else affine
-    return ops.ForwardResults(_in_layout(output, input), mean, rstd)
+    return ops.ForwardResults(in_layout(output, input), mean, rstd)
 
 
 @ops.recompute.implement("reference")
@@ -95,4 +89,4 @@ def _group_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResult
     mean_grad = scaled.sum(2, keepdim=True) / count
     projection = (scaled * standard).sum(2, keepdim=True) / count
     grad_input = (scaled - mean_grad - standard * projection) * rstd.to(wide.dtype).unsqueeze(2)
-    return ops.BackwardResults(_in_layout(grad_input.view(input.shape), input), grad_weight, grad_bias)
+    return ops.BackwardResults(in_layout(grad_input.view(input.shape), input), grad_weight, grad_bias)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastvae._types import EpsMode, NormActivation, check_choice
 from fastvae.ops import rms_norm as ops
 from fastvae.ops._autograd import in_plain_torch
-from fastvae.ops._results import accumulation_dtype, channels_are_last
+from fastvae.ops._results import accumulation_dtype, in_layout
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 from fastvae.ops.rms_norm import EPS_MODES
 
@@ -27,12 +27,6 @@ def _rrms(wide: Tensor, eps: float, eps_mode: int) -> Tensor:
     if eps_mode == EPS_MODES["add"]:
         return (squares / channels + eps).rsqrt().to(wide.dtype)
     return (math.sqrt(channels) / squares.sqrt().clamp(min=eps)).to(wide.dtype)
-
-
-def _in_layout(values: Tensor, like: Tensor) -> Tensor:
-    """``values`` in the dtype and the memory layout of ``like``."""
-    values = values.to(like.dtype)
-    return values.movedim(1, -1).contiguous().movedim(-1, 1) if channels_are_last(like) else values.contiguous()
 
 
 def rms_norm_silu(
@@ -66,7 +60,7 @@ def rms_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     normal = wide * rrms.unsqueeze(1)
     affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
     output = torch.nn.functional.silu(affine) if arguments.activation == NORM_ACTIVATIONS["silu"] else affine
-    return ops.ForwardResults(_in_layout(output, input), rrms.contiguous())
+    return ops.ForwardResults(in_layout(output, input), rrms.contiguous())
 
 
 @ops.backward.implement("reference")
@@ -90,7 +84,7 @@ def _rms_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
         limit = torch.tensor(ops.limit_of_rrms(input.shape[1], arguments.eps), dtype=wide.dtype, device=input.device)
         projection = torch.where(rrms >= limit, 0.0, projection)
     grad_input = (scaled - normal * projection) * rrms
-    return ops.BackwardResults(_in_layout(grad_input, input), grad_weight, grad_bias)
+    return ops.BackwardResults(in_layout(grad_input, input), grad_weight, grad_bias)
 
 
 def _sum_to(parameter: Tensor, terms: Tensor) -> Tensor:

@@ -195,6 +195,13 @@ inline std::string name(const std::string& what, std::initializer_list<int64_t> 
   return text;
 }
 
+inline double sigmoid(double u) { return u < 0.0 ? std::exp(u) / (1.0 + std::exp(u)) : 1.0 / (1.0 + std::exp(-u)); }
+inline double silu(double u) { return u * sigmoid(u); }
+inline double silu_slope(double u) { return sigmoid(u) * (1.0 + u * sigmoid(-u)); }
+
+// bfloat16 results come from a coarser logistic function: see NormSilu.
+inline double coarse(DType dtype, double size) { return dtype == DType::bfloat16 ? size * 100.0 : size; }
+
 constexpr DType kFloats[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
 
 // One a family; each runs the kernels of the instruction set in use.
@@ -204,5 +211,7 @@ void test_group_norm();
 void test_latent();
 void test_logistic_mixture();
 void test_reconstruction();
+void test_rms_norm();
+void test_snake();
 
 }  // namespace fastvae::testing

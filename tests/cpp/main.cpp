@@ -12,7 +12,9 @@ int main() {
                   {"group_norm", testing::test_group_norm, Isa::avx512},
                   {"latent", testing::test_latent, Isa::avx512},
                   {"logistic_mixture", testing::test_logistic_mixture, Isa::avx512},
-                  {"reconstruction", testing::test_reconstruction, Isa::avx512}};
+                  {"reconstruction", testing::test_reconstruction, Isa::avx512},
+                  {"rms_norm", testing::test_rms_norm, Isa::avx512},
+                  {"snake", testing::test_snake, Isa::avx512}};
   for (int i = 0; i < kIsaCount; ++i) {
     Isa isa = static_cast<Isa>(i);
     if (!isa_available(isa)) continue;

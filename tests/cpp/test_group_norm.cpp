@@ -6,10 +6,6 @@ namespace {
 
 const GroupNormKernels& kernels() { return FASTVAE_SELECT_KERNELS(group_norm); }
 
-double sigmoid(double u) { return u < 0.0 ? std::exp(u) / (1.0 + std::exp(u)) : 1.0 / (1.0 + std::exp(-u)); }
-double silu(double u) { return u * sigmoid(u); }
-double silu_slope(double u) { return sigmoid(u) * (1.0 + u * sigmoid(-u)); }
-
 // Runs of positions * channels elements with the channels side by side, in groups; see NormRuns.
 struct Sizes {
   int64_t runs, positions, channels, groups;
@@ -78,9 +74,6 @@ struct Problem {
     return grad_output.get(i) * slope;
   }
 };
-
-// bfloat16 results come from a coarser logistic function: see NormSilu.
-double coarse(DType dtype, double size) { return dtype == DType::bfloat16 ? size * 100.0 : size; }
 
 void check_moments(Problem& problem) {
   const Sizes& s = problem.s;

@@ -25,7 +25,10 @@ ALIGNMENT = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing")
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Small tensors reach the paths of large ones.
-NORM_LIMITS = ("-DFASTVAE_MAX_NORM_BLOCKS=16", "-DFASTVAE_NORM_GROUP_BYTES=16384", "-DFASTVAE_MANY_NORM_GROUPS=8")
+NORM_LIMITS = (
+    *("-DFASTVAE_MAX_NORM_BLOCKS=16", "-DFASTVAE_NORM_GROUP_BYTES=16384", "-DFASTVAE_MANY_NORM_GROUPS=8"),
+    *("-DFASTVAE_MAX_RMS_NORM_BLOCKS=12", "-DFASTVAE_MIN_RMS_NORM_BLOCKS=3", "-DFASTVAE_RMS_NORM_TILE_BYTES=16384"),
+)
 DEFINES = ("-DUSE_CUDA", TORCH_TARGET, *NORM_LIMITS, "-include", "cuda_runtime.h")
 # What the builds differ in: flags of all sources, flags of the kernels alone, flags of the linker. "plain" is what `make test` runs, the
 # others are proofs: see CONTRIBUTING.md.

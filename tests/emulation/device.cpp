@@ -81,7 +81,8 @@ EXPORT int64_t emulated_kept_vectors(int64_t batch, int64_t channels, int64_t po
                                      int64_t itemsize, int64_t runs, int64_t vector_bytes, int64_t shared_bytes) {
   fastvae::GroupNormBlocks b =
       fastvae::group_norm_blocks(batch, channels, positions, groups, channels_last != 0, itemsize, {2048, 65536, 256});
-  return fastvae::kept_vectors(b, channels_last != 0, static_cast<int>(runs), vector_bytes, shared_bytes);
+  int64_t vectors = fastvae::vectors_of_group_thread(b, channels_last != 0);
+  return fastvae::kept_vectors(vectors, b.threads, static_cast<int>(runs), vector_bytes, shared_bytes);
 }
 
 EXPORT void emulated_norm_visits(int64_t batch, int64_t channels, int64_t positions, int64_t groups, int64_t channels_last,

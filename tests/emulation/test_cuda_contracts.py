@@ -1,12 +1,12 @@
 """The CUDA kernels, emulated, under the contracts of tests/test_contracts.py whose outcome depends on a backend's operators."""
 
 import pytest
-from _calls import CALLS
+from _calls import CALLS_OF_KERNELS
 from _helpers import Place
 from test_contracts import CONTRACTS, QUICK_CHECKS, check_the_other_operators, runs_operators_that_pass_opcheck
 
 EMULATED = Place("cpu", "cuda")
-each_call = pytest.mark.parametrize("call", CALLS, ids=str)
+each_call = pytest.mark.parametrize("call", CALLS_OF_KERNELS, ids=str)
 # With this argument the backend is forced.
 pytestmark = pytest.mark.parametrize("place", [EMULATED], ids=str)
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from _calls import CALLS
+from _calls import CALLS_OF_KERNELS
 
 import fastvae
 from fastvae import functional as FV
@@ -13,7 +13,7 @@ STREAMS_WITH_A_WORKSPACE = 16
 INVALID_CONFIGURATION = 9
 COUNTERS = {"allocation": "allocations", "launch": "launches"}
 
-each_call = pytest.mark.parametrize("call", CALLS, ids=str)
+each_call = pytest.mark.parametrize("call", CALLS_OF_KERNELS, ids=str)
 
 
 def launch(emulated, kernel, blocks=(1, 1), threads=64, *, default_stream=False, guard=True):

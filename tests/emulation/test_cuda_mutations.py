@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import test_codebook as codebook_contract
 import torch
-from _calls import CALLS
+from _calls import CALLS_OF_KERNELS
 from _helpers import Source
 
 import fastvae
@@ -160,7 +160,7 @@ def reaching(emulated) -> dict[tuple[str, int], list]:
     """The calls that come to each site, where nothing is taken away; there they are without a report."""
     emulated.reset(capturing=False)
     found = {}
-    for name, call in {**{call.name: call for call in CALLS}, **EXTRA}.items():
+    for name, call in {**{call.name: call for call in CALLS_OF_KERNELS}, **EXTRA}.items():
         emulated.take_reached()
         run(call)
         assert emulated.take_reports() == [], name

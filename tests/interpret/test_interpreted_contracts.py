@@ -1,18 +1,18 @@
 """The Triton kernels, interpreted, under the contracts of tests/test_contracts.py whose outcome depends on a backend's operators."""
 
 import pytest
-from _calls import CALLS
+from _calls import CALLS_OF_KERNELS
 from _helpers import Place
 from test_contracts import CONTRACTS, QUICK_CHECKS, check_the_other_operators, runs_operators_that_pass_opcheck
 
 INTERPRETED = Place("cpu", "triton")
 # The interpreter takes seconds for a large feature map; test_interpreted_group_norm.py has its pieces.
-each_call = pytest.mark.parametrize("call", [call for call in CALLS if not call.name.startswith("GroupNorm and SiLU")], ids=str)
+each_call = pytest.mark.parametrize("call", [call for call in CALLS_OF_KERNELS if not call.name.startswith("GroupNorm and SiLU")], ids=str)
 # One of each family.
 FAMILIES = ("KL by sample", "MSE elementwise", "contractive penalty", "gram", "vector quantization", "GroupNorm alone")
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if call.name in FAMILIES], ids=str)
+@pytest.mark.parametrize("call", [call for call in CALLS_OF_KERNELS if call.name in FAMILIES], ids=str)
 def test_a_kernel_is_part_of_one_graph(call):
     CONTRACTS["compiles_in_one_graph"](call, INTERPRETED)
 

@@ -11,36 +11,21 @@
 #include <algorithm>
 
 #include "../rms_norm_kernels.h"
+#include "channel_segments.h"
 #include "words.h"
 
 namespace fastvae {
 inline namespace FASTVAE_ISA {
 namespace {
 
-// Some positions of a run. `element` is the first of their elements in the tensor, `position` their first position in it.
-struct Segment {
-  int64_t run, slot, element, position, positions;
-};
+// Positions of a block. In channels-last memory its float32 elements take 32 KB of the L1 cache. In contiguous memory the stretch of a
+// plane that belongs to a block has to be long enough for the processor to fetch ahead, so that a block is as large as the L2 cache allows.
+constexpr int64_t kMinPositions = 16, kMaxPositions = 512, kRowElements = 8192, kPlaneElements = 49152;
 
-// Calls f(segment) for the pieces of an item: one piece of a long run, or several short runs.
-template <class F>
-FASTVAE_INLINE void for_each_segment(const RmsNorm& p, int64_t begin_item, int64_t end_item, F f) {
-  const RmsRuns& runs = p.runs;
-  int64_t step = p.channels_last ? runs.channels : 1;
-  for (int64_t item = begin_item; item < end_item; ++item) {
-    int64_t first = item / runs.pieces_per_run * runs.runs_per_item, part = item % runs.pieces_per_run;
-    int64_t end = min64(first + runs.runs_per_item, runs.count);
-    for (int64_t run = first; run < end; ++run)
-      f(Segment{run, runs.shared ? item : run * runs.pieces_per_run + part, run * runs.positions * runs.channels + part * runs.piece * step,
-                run * runs.positions + part * runs.piece, runs.piece_length(part)});
-  }
-}
-
-// Positions of a block: at most so many that float32 adds up, and such that a block of float32 takes 32 KB where it has kMinPositions.
-constexpr int64_t kMaxPositions = kSumRun, kMinPositions = 16, kBlockElements = 8192;
-
-int64_t block_positions(const RmsRuns& runs) {
-  return std::clamp(kBlockElements / max64(runs.channels, 1) / kMinPositions * kMinPositions, kMinPositions, kMaxPositions);
+int64_t block_positions(const RmsNorm& p) {
+  int64_t channels = max64(p.runs.channels, 1);
+  int64_t positions = (p.channels_last ? kRowElements : kPlaneElements) / channels / kMinPositions * kMinPositions;
+  return std::clamp(positions, kMinPositions, p.channels_last ? kSumRun : kMaxPositions);
 }
 
 // The scratch buffer of one call: an array of the block's elements, four of one value for each channel, and two of one value for each
@@ -49,19 +34,19 @@ template <class T>
 struct Scratch {
   T *elements, *weight, *bias, *weight_sums, *bias_sums, *rrms, *sums;
 
-  Scratch(const RmsRuns& runs, void* memory) {
+  Scratch(const RmsNorm& p, void* memory) {
     elements = static_cast<T*>(memory);
-    weight = elements + block_positions(runs) * runs.channels;
-    bias = weight + runs.channels;
-    weight_sums = bias + runs.channels;
-    bias_sums = weight_sums + runs.channels;
-    rrms = bias_sums + runs.channels;
+    weight = elements + block_positions(p) * p.runs.channels;
+    bias = weight + p.runs.channels;
+    weight_sums = bias + p.runs.channels;
+    bias_sums = weight_sums + p.runs.channels;
+    rrms = bias_sums + p.runs.channels;
     sums = rrms + kMaxPositions;
   }
 };
 
-int64_t scratch_bytes(const RmsRuns& runs) {
-  int64_t values = (block_positions(runs) + 4) * runs.channels + 2 * kMaxPositions;
+int64_t scratch_bytes(const RmsNorm& p) {
+  int64_t values = (block_positions(p) + 4) * p.runs.channels + 2 * kMaxPositions;
   return values * static_cast<int64_t>(sizeof(double));
 }
 
@@ -234,8 +219,15 @@ struct Planes {
         }
       };
       int64_t words = positions / S::kLanes * S::kLanes;
-#pragma omp simd reduction(+ : of_weight, of_bias)
-      for (int64_t i = 0; i < words; i += S::kLanes) add(Number<S::kLanes>{}, i, of_weight, of_bias);
+      // Sums of pieces are added to the others, so that float32 adds up few numbers at a time.
+      for (int64_t begin = 0; begin < words; begin += kSumRun) {
+        T weight_sum = 0, bias_sum = 0;
+        int64_t end = min64(begin + kSumRun, words);
+#pragma omp simd reduction(+ : weight_sum, bias_sum)
+        for (int64_t i = begin; i < end; i += S::kLanes) add(Number<S::kLanes>{}, i, weight_sum, bias_sum);
+        of_weight += weight_sum;
+        of_bias += bias_sum;
+      }
       if (words < positions) add(Number<1>{}, words, of_weight, of_bias);
       scratch.weight_sums[c] += of_weight;
       scratch.bias_sums[c] += of_bias;
@@ -261,7 +253,7 @@ struct Planes {
 // Calls f(element, position, positions) for the blocks of a segment.
 template <class F>
 FASTVAE_INLINE void for_each_block(const RmsNorm& p, const Segment& segment, F f) {
-  int64_t step = p.channels_last ? p.runs.channels : 1, most = block_positions(p.runs);
+  int64_t step = p.channels_last ? p.runs.channels : 1, most = block_positions(p);
   for (int64_t begin = 0; begin < segment.positions; begin += most)
     f(segment.element + begin * step, segment.position + begin, min64(most, segment.positions - begin));
 }
@@ -285,10 +277,10 @@ template <class S, class A, class Layout>
 void forward(const RmsNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
   using T = typename S::T;
   using Stored = typename S::Stored;
-  Scratch<T> scratch(p.runs, memory);
+  Scratch<T> scratch(p, memory);
   int64_t channels = p.runs.channels, stride = p.runs.positions, loaded_run = -1;
   RmsBound<T> bound(p.eps_mode, p.eps, channels);
-  for_each_segment(p, begin_item, end_item, [&](const Segment& segment) {
+  for_each_segment(p.runs, p.channels_last, begin_item, end_item, [&](const Segment& segment) {
     if (loaded_run < 0 || !p.runs.shared) load_parameters(p, segment.run, scratch);
     loaded_run = segment.run;
     for_each_block(p, segment, [&](int64_t element, int64_t position, int64_t positions) {
@@ -305,11 +297,11 @@ template <class S, class A, class Layout>
 void backward(const RmsNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
   using T = typename S::T;
   using Stored = typename S::Stored;
-  Scratch<T> scratch(p.runs, memory);
+  Scratch<T> scratch(p, memory);
   int64_t channels = p.runs.channels, stride = p.runs.positions, loaded_run = -1;
   RmsBound<T> bound(p.eps_mode, p.eps, channels);
   clear(scratch.weight_sums, 2 * channels);
-  for_each_segment(p, begin_item, end_item, [&](const Segment& segment) {
+  for_each_segment(p.runs, p.channels_last, begin_item, end_item, [&](const Segment& segment) {
     if (loaded_run < 0 || !p.runs.shared) load_parameters(p, segment.run, scratch);
     loaded_run = segment.run;
     for_each_block(p, segment, [&](int64_t element, int64_t position, int64_t positions) {
