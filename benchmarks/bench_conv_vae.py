@@ -5,6 +5,7 @@ layout, the others are contiguous; the package's have the channels last, but for
 convolution behind it one input for the backward pass.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -19,7 +20,7 @@ from fastvae.compat import patch_diffusers
 from fastvae.models import ImageVAE
 from fastvae.training.plain_torch import with_plain_layers
 
-CHANNELS = (32, 64, 128)
+CHANNELS, LATENT_CHANNELS = (32, 64, 128), 4
 
 
 def plain_loss(encode, decode, x, eps):
@@ -53,31 +54,56 @@ class Residual:
 class Diffusers:
     """AutoencoderKL with the channels of the residual VAE: a quarter of Stable Diffusion's."""
 
-    def __init__(self, size, device, fused: bool):
+    def __init__(self, size, device, fused: bool, memory: Memory = "full"):
+        model = self.plain_model(size[1])
+        self.model = (patch_diffusers(model, memory=memory) if fused else model).to(device)
+
+    def plain_model(self, channels: int):
         from diffusers import AutoencoderKL
 
         levels = len(CHANNELS)
-        model = AutoencoderKL(
-            in_channels=size[1],
-            out_channels=size[1],
+        return AutoencoderKL(
+            in_channels=channels,
+            out_channels=channels,
             block_out_channels=CHANNELS,
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             layers_per_block=2,
         )
-        self.model = (patch_diffusers(model) if fused else model).to(device)
 
     def encode(self, x):
-        return self.model.quant_conv(self.model.encoder(x))
+        return self.model.encode(x).latent_dist.parameters
 
     def decode(self, z):
-        return self.model.decoder(self.model.post_quant_conv(z))
+        return self.model.decode(z).sample
+
+
+class Wan(Diffusers):
+    """The video autoencoder of Wan 2.1 with a third of its channels and one level less."""
+
+    def plain_model(self, channels: int):
+        from diffusers import AutoencoderKLWan
+
+        return AutoencoderKLWan(base_dim=32, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 4], num_res_blocks=2, temperal_downsample=[False, True])
+
+
+class Mochi(Diffusers):
+    """The video autoencoder of Mochi with a quarter of its channels and a block where it has several."""
+
+    def plain_model(self, channels: int):
+        from diffusers import AutoencoderKLMochi
+
+        widths = (32, 64, 64, 96)
+        return AutoencoderKLMochi(
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            latent_channels=LATENT_CHANNELS,
+            layers_per_block=(1,) * 5,
+        )
 
 
 def make_inputs(size, dtype, device) -> Inputs:
-    latent = (size[0], 4, *(length // 2 ** (len(CHANNELS) - 1) for length in size[2:]))
-    others = {"x": torch.rand(size, device=device), "eps": torch.randn(latent, device=device), "size": size}
-    return Inputs({}, others)
+    return Inputs({}, {"x": torch.rand(size, device=device), "size": size})
 
 
 def training_step(
@@ -87,9 +113,11 @@ def training_step(
     loss_function = fused_loss if fused else plain_loss
 
     def provide(inputs: Inputs):
-        x, eps = inputs.others["x"], inputs.others["eps"]
+        x = inputs.others["x"]
         torch.manual_seed(0)
         net = network(inputs.others["size"], x.device, fused)
+        with torch.no_grad():
+            eps = torch.randn_like(net.encode(x).chunk(2, dim=1)[0])
         layout = torch.channels_last if channels_last else torch.contiguous_format
         net.model.to(memory_format=layout)
         x = x.contiguous(memory_format=layout)
@@ -138,18 +166,17 @@ def flops(inputs: Inputs) -> float:
     return 3 * total
 
 
-def _case(name, network, size, dtype, **variants) -> Case:
-    """``variants`` are further networks, by the name of the provider."""
+def _case(name, network, size, dtype, tiny=(1, 3, 16, 16)) -> Case:
     autocast = None if dtype == torch.float32 else dtype
 
-    def step(**options):
+    def step(network=network, **options):
         return training_step(network, **{"autocast": autocast, **options})
 
     return Case(
         family="conv_vae",
         name=name,
         size=size,
-        tiny=(1, 3, 16, 16),
+        tiny=tiny,
         dtype=dtype,
         setup=make_inputs,
         providers={
@@ -159,7 +186,7 @@ def _case(name, network, size, dtype, **variants) -> Case:
             "compile": step(compile=True),
             "compile-channels-last": step(compile=True, channels_last=True),
             "fastvae": step(fused=True, channels_last=True),
-            **{variant: training_step(other, fused=True, channels_last=True, autocast=autocast) for variant, other in variants.items()},
+            "fastvae-lean": step(functools.partial(network, memory="lean"), fused=True, channels_last=True),
             "fastvae-nchw": step(fused=True),
             "fastvae-compile": step(fused=True, channels_last=True, compile=True),
         },
@@ -170,13 +197,22 @@ def _case(name, network, size, dtype, **variants) -> Case:
     )
 
 
-LEAN = {"fastvae-lean": functools.partial(Residual, memory="lean")}
+def _video_case(name, network, size, dtype, tiny) -> Case:
+    """The modules of videos have no layout but contiguous, and torch.compile takes minutes for their loops over frames."""
+    case = _case(name, network, size, dtype, tiny)
+    kept = "eager-fp32", "eager", "fastvae-nchw"
+    lean = training_step(functools.partial(network, memory="lean"), fused=True, autocast=None if dtype == torch.float32 else dtype)
+    return dataclasses.replace(case, providers={**{name: case.providers[name] for name in kept}, "fastvae-nchw-lean": lean})
+
+
 CASES = (
-    _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.float32, **LEAN),
-    _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.bfloat16, **LEAN),
+    _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.float32),
+    _case("residual_vae_step", Residual, (4, 3, 128, 128), torch.bfloat16),
 )
 if importlib.util.find_spec("diffusers"):
     CASES += (
         _case("autoencoder_kl_step", Diffusers, (2, 3, 128, 128), torch.float32),
         _case("autoencoder_kl_step", Diffusers, (2, 3, 128, 128), torch.bfloat16),
+        _video_case("wan_step", Wan, (1, 3, 5, 64, 64), torch.bfloat16, (1, 3, 5, 8, 8)),
+        _video_case("mochi_step", Mochi, (1, 3, 7, 64, 64), torch.bfloat16, (1, 3, 7, 16, 16)),
     )

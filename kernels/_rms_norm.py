@@ -15,13 +15,27 @@ from fastvae.ops.rms_norm import EPS_MODES
 
 CLAMP = tl.constexpr(EPS_MODES["clamp"])
 
-THREAD_ELEMENTS, MAX_ELEMENTS = 16, 4096
-MAX_CHANNELS = {True: 8192, False: 1024}
+# The elements of a block for each thread of its program: two accesses to each float32 operand, one in 16 bits. A block has MAX_ELEMENTS at
+# most, those of 512 threads, unless its channels alone are more.
+THREAD_ELEMENTS, MAX_ELEMENTS = 8, 4096
+
+# The most channels that a program keeps on chip, by whether they are last. In contiguous memory they come with MIN_RUN positions, for which
+# a program has 1024 threads.
+MAX_CHANNELS = {True: 4096, False: 1024}
+
+# In contiguous memory a block reads a run of adjacent positions of each channel: two sectors, which memory delivers together, where the
+# channels leave room for that, and MIN_RUN positions or more, which are a sector of float32 and one access of a thread in 16 bits.
 RUN_BYTES, MIN_RUN = 2 * SECTOR_BYTES, 8
 
-# Positions of a block that does not hold all channels: the partial sums of a block, two float32 for each channel, are 1/24 of what it moves
-# in 16 bits.
+# Positions of a block that does not hold all channels. In 16 bits the partial sums of the backward pass, two float32 for each channel of a
+# block, are then 1/24 of what it moves.
 TILE_ROWS = 32
+
+# The registers of a thread of the backward pass, by whether the channels are last: in contiguous memory two programs of 512 threads share a
+# multiprocessor, of channels-last memory, where a thread keeps sums of each of its elements, six of 128 threads. NVIDIA's assembler keeps
+# to that for these architectures; for sm_100 it would spill.
+BACKWARD_REGISTERS = {True: 80, False: 64}
+LIMITED_ARCHITECTURES = ("sm_80", "sm_90")
 
 
 @dataclass(frozen=True)
@@ -39,26 +53,34 @@ class PositionBlocks:
 
 
 def position_blocks(channels: int, positions: int, channels_last: bool, itemsize: int, machine: _launch.Machine) -> PositionBlocks:
-    """Blocks of all channels where they fit on chip, with as many positions as memory takes to be read well."""
+    """Blocks of all channels where they fit on chip, with as many positions as fill a program or a run of contiguous memory."""
     all_rows, columns = triton.next_power_of_2(positions), triton.next_power_of_2(channels)
     if columns > MAX_CHANNELS[channels_last]:
         rows = min(all_rows, TILE_ROWS)
-        return PositionBlocks(rows, THREAD_ELEMENTS * machine.threads // rows, _launch.WARPS, False)
+        return PositionBlocks(rows, THREAD_ELEMENTS * machine.threads // rows, _launch.WARPS, whole=False)
     run, min_run = (1, 1) if channels_last else (RUN_BYTES // itemsize, MIN_RUN)
     elements = min(max(run * columns, THREAD_ELEMENTS * machine.threads), MAX_ELEMENTS)
     rows = min(all_rows, max(elements // columns, min_run))
     threads = max(rows * columns // THREAD_ELEMENTS, machine.threads)
-    return PositionBlocks(rows, columns, threads // machine.warp_size, True)
+    return PositionBlocks(rows, columns, threads // machine.warp_size, whole=True)
 
 
-def backward_splits(batch: int, positions: int, blocks: PositionBlocks, machine: _launch.Machine) -> tuple[int, int]:
+def backward_splits(batch: int, positions: int, blocks: PositionBlocks, channels_last: bool, machine: _launch.Machine) -> tuple[int, int]:
     """(split_positions, splits) of each sample for the backward pass, where each split has partial sums of its own.
 
-    The programs that keep all channels handle several blocks each, so that there are few partial sums: as many programs as have the threads
-    of ``machine.programs`` programs of the usual size. The others handle one block each.
+    A program that keeps all channels handles several blocks, so that there are few partial sums: so many programs that all run at once,
+    because a few that had to wait for the others would take as long as those. Other programs handle one block.
     """
-    max_splits = triton.cdiv(machine.programs * _launch.WARPS // blocks.warps, batch) if blocks.whole else positions
-    return split_evenly(positions, blocks.rows, max_splits)
+    if not blocks.whole:
+        return split_evenly(positions, blocks.rows, positions)
+    # Eight programs of four warps with 64 registers a thread share a multiprocessor, see _launch.PROGRAMS.
+    programs = machine.programs // 8 * max(8 * _launch.WARPS * 64 // (blocks.warps * BACKWARD_REGISTERS[channels_last]), 1)
+    return split_evenly(positions, blocks.rows, programs // batch)
+
+
+def backward_registers(channels_last: bool, machine: _launch.Machine) -> dict:
+    """The option that limits the registers of the kernel that keeps all channels."""
+    return {"maxnreg": BACKWARD_REGISTERS[channels_last]} if machine.architecture in LIMITED_ARCHITECTURES else {}
 
 
 @triton.jit
@@ -113,8 +135,9 @@ def load_normal_and_du(input, grad_output, offsets, mask, rrms, parameters, ACTI
 
 
 @triton.jit
-def sum_rows(terms, CHANNELS_LAST: tl.constexpr):
-    """The terms of a block as they are added to those of other blocks."""
+def summed_rows(terms, CHANNELS_LAST: tl.constexpr):
+    """The terms of a block as the sums over blocks keep them. In channels-last memory a thread has its elements in many channels and few
+    positions, so that sums of each element take no more registers, and no exchange among threads for every block."""
     if CHANNELS_LAST:
         return terms
     else:

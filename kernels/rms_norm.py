@@ -35,6 +35,7 @@ from fastvae.kernels._norm import NormCall, activate, block_offsets, contiguous,
 from fastvae.kernels._rms_norm import (
     PositionBlocks,
     affine,
+    backward_registers,
     backward_splits,
     gradient_through_rrms,
     load_normal_and_du,
@@ -42,7 +43,7 @@ from fastvae.kernels._rms_norm import (
     position_blocks,
     position_offsets,
     reciprocal_rms,
-    sum_rows,
+    summed_rows,
 )
 from fastvae.ops import rms_norm as ops
 from fastvae.ops.rms_norm import EPS_MODES
@@ -114,9 +115,9 @@ def rms_norm_backward_kernel(
         block_rrms = load(rrms + position, exists)
         normal, du = load_normal_and_du(input, grad_output, offsets, mask, block_rrms, parameters, ACTIVATION)
         if weight_sums is not None:
-            sum_du_n += sum_rows(du * normal, CHANNELS_LAST)
+            sum_du_n += summed_rows(du * normal, CHANNELS_LAST)
         if bias_sums is not None:
-            sum_du += sum_rows(du, CHANNELS_LAST)
+            sum_du += summed_rows(du, CHANNELS_LAST)
         wdu = du * parameters[0][None, :]
         projection = gradient_through_rrms(tl.sum(wdu * normal, axis=1), channels, block_rrms, bound, EPS_MODE)
         tl.store(grad_input + offsets, (wdu - normal * projection[:, None]) * block_rrms[:, None], mask=mask)
@@ -251,7 +252,7 @@ def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
         return results
     call = _RMSNormCall.of(arguments)
     blocks, grad_output = call.blocks(), call.in_same_layout(arguments.grad_output)
-    split_positions, splits = backward_splits(call.batch, call.positions, blocks, call.machine)
+    split_positions, splits = backward_splits(call.batch, call.positions, blocks, call.channels_last, call.machine)
     grid, options = (splits * call.batch,), call.options(blocks)
     sums = [
         None if parameter is None else call.input.new_empty((call.batch, splits, call.channels), dtype=torch.float32)
@@ -263,7 +264,7 @@ def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     )  # fmt: skip
     with _device.on(call.input.device):
         if blocks.whole:
-            rms_norm_backward_kernel[grid](*operands, **options)
+            rms_norm_backward_kernel[grid](*operands, **options, **backward_registers(call.channels_last, call.machine))
         else:
             rms_norm_backward_tiles_kernel[grid](*operands, **options)
         for partial_sums, grad in zip(sums, (grad_weight, grad_bias), strict=True):

@@ -48,6 +48,8 @@ RmsNormParameter rms_norm_parameter_of(const OptionalTensor& tensor, float defau
 // Fills in what both passes read.
 template <class T>
 RmsNormParams<T> params_of(const Launch& launch, const RmsNormArguments& a, bool backward, Copies& copies) {
+  // The kernels count channels in 32 bits.
+  STD_TORCH_CHECK(a.sizes.channels < (int64_t{1} << 30), "fastvae: the CUDA kernels of rms_norm take fewer than 2^30 channels");
   RmsNormParams<T> p{};
   p.bound = a.bound;
   p.blocks = a.blocks(backward);

@@ -269,6 +269,28 @@ def test_group_norm_beyond_two_to_the_31(place, layout):
         assert_close(gradient[:, -16:, part], expected_gradient[..., part].double(), torch.bfloat16, magnitude=0.1)
 
 
+@compiled("rms_norm_forward", "rms_norm_backward")
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_rms_norm_beyond_two_to_the_31(place, layout):
+    """In one sample, whose first and last positions are looked at."""
+    needs(45)
+    channels, positions = 264, 2**23 + 4
+    x = filled(1, channels, positions, seed=0) if layout == "contiguous" else filled(1, positions, channels, seed=0).movedim(-1, 1)
+    x.requires_grad_()
+    weight = filled(channels, seed=1).requires_grad_()
+    y = FV.rms_norm_silu(x, weight)
+    incoming = x.detach()
+    gradient, grad_weight = torch.autograd.grad(y, (x, weight), incoming)
+    for part in (slice(0, 1000), slice(positions - 1000, positions)):
+        some = x.detach()[..., part].double().requires_grad_()
+        normal = some * (some.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+        expected = torch.nn.functional.silu(normal * weight.detach().double()[:, None])
+        (expected_gradient,) = torch.autograd.grad(expected, some, some.detach())
+        assert_close(y.detach()[..., part], expected.detach(), torch.bfloat16, magnitude=0.1)
+        assert_close(gradient[..., part], expected_gradient, torch.bfloat16, magnitude=0.1)
+    assert grad_weight.isfinite().all()
+
+
 @compiled("jacobian_forward", "jacobian_backward")
 def test_jacobian_beyond_two_to_the_31(place):
     needs(30)

@@ -2,10 +2,12 @@
 #include "cuda/launch.h"
 #include "exports.h"
 
-// The functions below expose the arithmetic of csrc/cuda/partition.h, codebook_partition.h, group_norm_partition.h and noise.cuh.
+// The functions below expose the arithmetic of csrc/cuda/partition.h, codebook_partition.h, group_norm_partition.h, rms_norm_partition.h
+// and noise.cuh.
 #include "cuda/codebook_partition.h"
 #include "cuda/group_norm_partition.h"
 #include "cuda/noise.cuh"
+#include "cuda/rms_norm_partition.h"
 
 namespace {
 
@@ -24,6 +26,27 @@ void visit(const fastvae::GroupNormBlocks& blocks, int64_t* visits, int64_t* cha
           visits[vectors.element + k] += 1;
           channels[vectors.element + k] = vectors.first_channel + (kChannelsLast ? k : 0);
         }
+    }
+}
+
+// Counts in `visits` how often each element is read, and writes to `channels` and `positions` those that it is taken for; a position is one
+// of (batch, positions).
+template <bool kChannelsLast>
+void visit_steps(const fastvae::RmsNormBlocks& b, int64_t* visits, int64_t* channels, int64_t* positions) {
+  int64_t vectors_of_step = kChannelsLast ? fastvae::kLineVectors : fastvae::vectors_of_tile_thread(b);
+  for (int64_t block = 0; block < b.count(); ++block)
+    for (int thread = 0; thread < b.threads; ++thread) {
+      int sample = static_cast<int>(block / b.splits), split = static_cast<int>(block % b.splits);
+      auto vectors = fastvae::rms_norm_vectors<kChannelsLast>(b, sample, split, thread);
+      for (int left = b.positions_of(split); left > 0; left -= b.step_positions, vectors.next_step(b.step_positions)) {
+        auto current = vectors;
+        for (int64_t i = 0; i < vectors_of_step; ++i, current.skip(1))
+          for (int k = 0; k < current.count(0); ++k) {
+            visits[current.element + k] += 1;
+            channels[current.element + k] = current.channel + (kChannelsLast ? k : 0);
+            positions[current.element + k] = current.position + (kChannelsLast ? 0 : k);
+          }
+      }
     }
 }
 
@@ -91,6 +114,23 @@ EXPORT void emulated_norm_visits(int64_t batch, int64_t channels, int64_t positi
       fastvae::group_norm_blocks(batch, channels, positions, groups, channels_last != 0, itemsize, {max_blocks, group_bytes, many_groups});
   int64_t numel = batch * channels * positions;
   channels_last ? visit<true>(b, out, out + numel) : visit<false>(b, out, out + numel);
+}
+
+// The limits are the largest and the smallest number of blocks, and the bytes that a block keeps of a step.
+EXPORT void emulated_rms_norm_blocks(int64_t batch, int64_t channels, int64_t positions, int64_t channels_last, int64_t itemsize,
+                                     int64_t backward, int64_t max_blocks, int64_t min_blocks, int64_t tile_bytes, int64_t* out) {
+  fastvae::RmsNormBlocks b = fastvae::rms_norm_blocks(batch, channels, positions, channels_last != 0, itemsize, backward != 0,
+                                                      {max_blocks, min_blocks, tile_bytes});
+  int64_t values[] = {b.split_positions, b.splits, b.step_positions, b.threads, b.threads_per_line};
+  std::copy(std::begin(values), std::end(values), out);
+}
+
+EXPORT void emulated_rms_norm_visits(int64_t batch, int64_t channels, int64_t positions, int64_t channels_last, int64_t itemsize,
+                                     int64_t backward, int64_t max_blocks, int64_t min_blocks, int64_t tile_bytes, int64_t* out) {
+  fastvae::RmsNormBlocks b = fastvae::rms_norm_blocks(batch, channels, positions, channels_last != 0, itemsize, backward != 0,
+                                                      {max_blocks, min_blocks, tile_bytes});
+  int64_t numel = batch * channels * positions;
+  channels_last ? visit_steps<true>(b, out, out + numel, out + 2 * numel) : visit_steps<false>(b, out, out + numel, out + 2 * numel);
 }
 
 EXPORT void emulated_screen_grid(int64_t heads, int64_t rows, int64_t codes, int64_t dim, int64_t* out) {

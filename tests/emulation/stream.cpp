@@ -16,6 +16,8 @@ namespace {
 constexpr int kSuccess = 0, kInvalidValue = 1, kMemoryAllocation = 2, kInvalidConfiguration = 9, kLaunchOutOfResources = 701;
 constexpr unsigned kMaxBlocksX = 0x7fffffffu, kMaxBlocksY = 65535;
 constexpr size_t kMaxStaticAndDynamicShared = 227 * 1024;
+// What a kernel may take without permission: 48 KB together with its variables, which take 4 KB at most.
+constexpr size_t kSharedWithoutPermission = 44 * 1024;
 
 using Work = std::function<void()>;
 
@@ -71,8 +73,9 @@ int launch(void* stream, const void* kernel, const void* params, size_t bytes, c
   check_stream(stream);
   check_pointers(params, bytes);
   if (launches++ == failing_launch) return kLaunchOutOfResources;
-  if (grid.shared_bytes > kMaxStaticAndDynamicShared || (grid.shared_bytes > 0 && grid.shared_bytes > permitted_shared[kernel]))
-    return kInvalidValue;
+  auto permitted = permitted_shared.find(kernel);
+  size_t max_shared = permitted == permitted_shared.end() ? kSharedWithoutPermission : permitted->second;
+  if (grid.shared_bytes > std::min(max_shared, kMaxStaticAndDynamicShared)) return kInvalidValue;
   if (!is_valid(grid)) return kInvalidConfiguration;
   enqueue([grid] { run_grid(grid); });
   return kSuccess;

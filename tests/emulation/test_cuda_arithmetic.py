@@ -1,4 +1,5 @@
-"""How launches are cut and where partial sums go (csrc/cuda/partition.h, group_norm_partition.h), and the numbering of the noise."""
+"""How launches are cut and where partial sums go (csrc/cuda/partition.h, group_norm_partition.h, rms_norm_partition.h), and the numbering of
+the noise."""
 
 import ctypes
 
@@ -220,3 +221,90 @@ def test_the_part_of_a_group_that_stays_in_shared_memory(call, elements, itemsiz
             kept = [call("kept_vectors", *sizes, runs, vector_bytes, shared) for shared in SHARED_BYTES]
             more = [count - int(part * vectors) for count, part in zip(kept, parts, strict=True)]
             assert set(more) <= ({0, 1} if runs == 1 else {0})
+
+
+RMS_NORM_BLOCKS = ("split_positions", "splits", "step_positions", "threads", "threads_per_line")
+# The largest and the smallest number of blocks, and bytes that a block keeps of a step.
+RMS_NORM_LIMITS = (8192, 512, 98304)
+
+
+@each_norm_layout
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@given(
+    batch=st.integers(1, 3),
+    channels=st.sampled_from((1, 2, 3, 4, 7, 16, 33, 96, 130, 600)),
+    positions=st.sampled_from((1, 2, 3, 4, 15, 16, 49, 64, 100, 256, 529)),
+    itemsize=st.sampled_from((2, 4)),
+    limits=st.sampled_from(((1, 1, 1000), (12, 3, 98304), (8192, 512, 16384))),
+)
+def test_threads_read_each_element_of_a_position_once(call, channels_last, backward, batch, channels, positions, itemsize, limits):
+    numel = batch * channels * positions
+    results = torch.tensor(call("rms_norm_visits", batch, channels, positions, channels_last, itemsize, backward, *limits, out=3 * numel))
+    visits, found_channels, found_positions = results.view(3, -1)
+    assert (visits == 1).all()
+    element = (
+        torch.arange(numel).view(batch, positions, channels) if channels_last else torch.arange(numel).view(batch, channels, positions)
+    )
+    ordered = element if channels_last else element.movedim(1, -1)
+    assert torch.equal(found_channels[ordered], torch.arange(channels).expand(ordered.shape))
+    assert torch.equal(found_positions[ordered], torch.arange(batch * positions).view(batch, positions, 1).expand(ordered.shape))
+
+
+@each_norm_layout
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@given(
+    batch=st.integers(1, 2**12),
+    channels=st.integers(1, 5000),
+    positions=st.integers(1, 2**40),
+    itemsize=st.sampled_from((2, 4)),
+)
+def test_blocks_of_rms_norm(call, channels_last, backward, batch, channels, positions, itemsize):
+    channels = min(channels, 2048) if channels_last else channels
+    sizes = batch, channels, positions, channels_last, itemsize, backward
+    blocks = dict(zip(RMS_NORM_BLOCKS, call("rms_norm_blocks", *sizes, *RMS_NORM_LIMITS, out=5), strict=True))
+    threads, line = blocks["threads"], blocks["threads_per_line"]
+    assert line & (line - 1) == 0
+    assert blocks["splits"] * blocks["split_positions"] >= positions > (blocks["splits"] - 1) * blocks["split_positions"]
+    assert blocks["split_positions"] % blocks["step_positions"] == 0
+    assert batch * blocks["splits"] <= 8192 + batch
+    if channels_last:
+        # All channels of a position fit its threads, and would not fit half of them.
+        assert threads == THREADS
+        assert line * 16 >= channels
+        assert line == 1 or line // 2 * 16 < channels
+        assert blocks["step_positions"] == threads // line
+    else:
+        assert threads in (128, 256, 512)
+        assert blocks["step_positions"] == 4 * line
+        # The entries that a block has for its sums.
+        assert line <= 32
+        assert threads // 32 * line <= 256
+        assert blocks["step_positions"] * itemsize <= 128 or channels <= 8
+        assert line >= min(2 if itemsize == 4 else 4, -(-positions // 4))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        # The norm of a video decoder: eight threads for each position of 96 channels, 8,192 blocks at most.
+        ((1, 96, 17 * 240 * 416, True, 2, False), {"threads_per_line": 8, "step_positions": 16, "splits": 8160, "split_positions": 208}),
+        ((1, 96, 17 * 240 * 416, True, 2, True), {"threads_per_line": 8, "step_positions": 16, "splits": 8160, "split_positions": 208}),
+        ((1, 96, 17 * 240 * 416, False, 2, False), {"threads": 256, "threads_per_line": 16, "splits": 6630, "split_positions": 256}),
+        ((1, 96, 17 * 240 * 416, False, 2, True), {"threads": 256, "threads_per_line": 16, "splits": 6630, "split_positions": 256}),
+        # A warp for each position of 512 channels; blocks of the backward pass have more positions.
+        ((1, 512, 8 * 64 * 64, True, 2, False), {"threads_per_line": 32, "splits": 2048, "split_positions": 16}),
+        ((1, 512, 8 * 64 * 64, True, 2, True), {"threads_per_line": 32, "splits": 512, "split_positions": 64}),
+        # 64 KB of 64 positions forward; backward 96 KB of 32.
+        ((8, 512, 64 * 64, False, 2, False), {"threads": 512, "threads_per_line": 16, "splits": 64}),
+        ((8, 512, 64 * 64, False, 2, True), {"threads": 512, "threads_per_line": 8, "splits": 64, "split_positions": 64}),
+        # Lines of a sector at least.
+        ((1, 4096, 4096, False, 4, True), {"threads": 512, "threads_per_line": 2}),
+        # A small tensor: one step for each block.
+        ((1, 128, 8 * 32 * 32, True, 2, True), {"threads_per_line": 8, "splits": 512, "split_positions": 16}),
+        ((3, 2500, 1, False, 2, False), {"threads": 512, "threads_per_line": 1, "splits": 1}),
+    ],
+    ids=str,
+)
+def test_known_blocks_of_rms_norm(call, sizes, expected):
+    blocks = dict(zip(RMS_NORM_BLOCKS, call("rms_norm_blocks", *sizes, *RMS_NORM_LIMITS, out=5), strict=True))
+    assert {name: blocks[name] for name in expected} == expected

@@ -95,6 +95,12 @@ def group_norm(channels_last, *shape):
     return differentiate([FV.group_norm_silu(x, 2, weight)], [x, weight])
 
 
+def rms_norm(channels_last, *shape):
+    x = normal(*shape)
+    x, weight = leaves(x.to(memory_format=torch.channels_last) if channels_last else x, torch.ones(shape[1]))
+    return differentiate([FV.rms_norm_silu(x, weight)], [x, weight])
+
+
 def nearest(data, rows, dim, codes):
     return FV.vq_nearest(*data(Source("cpu"), rows, dim, codes))
 
@@ -129,6 +135,9 @@ EXTRA = {
     "group norm, channels last": lambda: group_norm(True, 2, 64, 8, 8),
     "large groups": lambda: group_norm(False, 2, 4, 60, 50),
     "large groups, channels last": lambda: group_norm(True, 2, 4, 60, 50),
+    "RMS norm": lambda: rms_norm(False, 1, 40, 20, 40),
+    "RMS norm, channels last": lambda: rms_norm(True, 1, 40, 8, 8),
+    "RMS norm of many channels, channels last": lambda: rms_norm(True, 1, 520, 4, 5),
     "short rows": lambda: nearest(codebook_contract.random, 300, 7, 600),
     "long rows": lambda: nearest(codebook_contract.random, 100, 33, 200),
     "long rows in one split": lambda: nearest(codebook_contract.random, 300, 33, 200),

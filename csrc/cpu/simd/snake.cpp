@@ -35,35 +35,6 @@ struct Scratch {
 
 int64_t scratch_bytes(const ChannelRuns& runs) { return 4 * runs.channels * static_cast<int64_t>(sizeof(double)); }
 
-template <class S>
-void forward(const Snake& p, int64_t begin_item, int64_t end_item, void* memory) {
-  using T = typename S::T;
-  using Stored = typename S::Stored;
-  Scratch<T> scratch(p, memory);
-  const T* __restrict frequency = scratch.frequency, * __restrict gain = scratch.gain;
-  int64_t channels = p.runs.channels, stride = p.runs.positions;
-  for_each_segment(p.runs, p.channels_last, begin_item, end_item, [&](const Segment& segment) {
-    const auto* __restrict x = static_cast<const Stored*>(p.input) + segment.element;
-    auto* __restrict y = static_cast<Stored*>(p.output) + segment.element;
-    auto write = [=](auto lanes, int64_t i, const T* a, const T* b, int64_t step) __attribute__((always_inline)) {
-      T value[lanes.value];
-      S::get(x + i, lanes, value);
-#pragma GCC unroll 2
-      for (int l = 0; l < lanes.value; ++l) value[l] = snake(value[l], a[l * step], b[l * step]);
-      S::put(y + i, lanes, value);
-    };
-    if (p.channels_last)
-      for (int64_t row = 0; row < segment.positions * channels; row += channels)
-        for_each_word<S>(channels,
-                         [=](auto lanes, int64_t i) __attribute__((always_inline)) { write(lanes, row + i, frequency + i, gain + i, 1); });
-    else
-      for (int64_t c = 0; c < channels; ++c)
-        for_each_word<S>(segment.positions, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-          write(lanes, c * stride + i, frequency + c, gain + c, 0);
-        });
-  });
-}
-
 // Adds the sums of the scratch buffer to those of a slot.
 template <class T>
 void flush_sums(const Snake& p, int64_t slot, Scratch<T>& scratch) {
@@ -74,73 +45,140 @@ void flush_sums(const Snake& p, int64_t slot, Scratch<T>& scratch) {
   scratch.clear_sums(channels);
 }
 
-// Writes the gradients of a word, and adds to two sums for each of its elements, or to the same two.
-template <class S, class Lanes>
-FASTVAE_INLINE void differentiate(const typename S::Stored* x, const typename S::Stored* grad, typename S::Stored* out, Lanes lanes,
-                                  const typename S::T* frequency, const typename S::T* gain, int64_t step, typename S::T* frequency_sums,
-                                  typename S::T* gain_sums) {
-  using T = typename S::T;
-  T value[Lanes::value], gradient[Lanes::value];
-  S::get(x, lanes, value);
-  S::get(grad, lanes, gradient);
+// In channels-last memory a block is rows of channels, each with parameters and sums of its own.
+struct Rows {
+  template <class S>
+  static void activate(const typename S::Stored* __restrict x, typename S::Stored* __restrict y, int64_t, int64_t positions,
+                       int64_t channels, const Scratch<typename S::T>& scratch) {
+    using T = typename S::T;
+    const T* __restrict frequency = scratch.frequency, * __restrict gain = scratch.gain;
+    for (int64_t r = 0; r < positions; ++r, x += channels, y += channels)
+      for_each_word<S>(channels, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
+        T value[lanes.value];
+        S::get(x + i, lanes, value);
 #pragma GCC unroll 2
-  for (int l = 0; l < Lanes::value; ++l) {
-    SnakeGradients<T> gradients = snake_gradients(value[l], gradient[l], frequency[l * step], gain[l * step]);
-    value[l] = gradients.input;
-    frequency_sums[l * step] += gradients.frequency;
-    gain_sums[l * step] += gradients.gain;
+        for (int l = 0; l < lanes.value; ++l) value[l] = snake(value[l], frequency[i + l], gain[i + l]);
+        S::put(y + i, lanes, value);
+      });
   }
-  S::put(out, lanes, value);
+
+  template <class S>
+  static void differentiate(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad,
+                            typename S::Stored* __restrict out, int64_t, int64_t positions, int64_t channels,
+                            Scratch<typename S::T>& scratch) {
+    using T = typename S::T;
+    const T* __restrict frequency = scratch.frequency, * __restrict gain = scratch.gain;
+    T* __restrict frequency_sums = scratch.frequency_sums, * __restrict gain_sums = scratch.gain_sums;
+    for (int64_t r = 0; r < positions; ++r, x += channels, grad += channels, out += channels)
+      for_each_word<S>(channels, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
+        T value[lanes.value], gradient[lanes.value];
+        S::get(x + i, lanes, value);
+        S::get(grad + i, lanes, gradient);
+#pragma GCC unroll 2
+        for (int l = 0; l < lanes.value; ++l) {
+          SnakeGradients<T> gradients = snake_gradients(value[l], gradient[l], frequency[i + l], gain[i + l]);
+          value[l] = gradients.input;
+          frequency_sums[i + l] += gradients.frequency;
+          gain_sums[i + l] += gradients.gain;
+        }
+        S::put(out + i, lanes, value);
+      });
+  }
+};
+
+// In contiguous memory a block is a piece of each channel's plane, with one frequency and one gain; the planes are `stride` elements apart.
+struct Planes {
+  template <class S>
+  static void activate(const typename S::Stored* __restrict x, typename S::Stored* __restrict y, int64_t stride, int64_t positions,
+                       int64_t channels, const Scratch<typename S::T>& scratch) {
+    using T = typename S::T;
+    for (int64_t c = 0; c < channels; ++c, x += stride, y += stride) {
+      T frequency = scratch.frequency[c], gain = scratch.gain[c];
+      for_each_word<S>(positions, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
+        T value[lanes.value];
+        S::get(x + i, lanes, value);
+#pragma GCC unroll 2
+        for (int l = 0; l < lanes.value; ++l) value[l] = snake(value[l], frequency, gain);
+        S::put(y + i, lanes, value);
+      });
+    }
+  }
+
+  template <class S>
+  static void differentiate(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad,
+                            typename S::Stored* __restrict out, int64_t stride, int64_t positions, int64_t channels,
+                            Scratch<typename S::T>& scratch) {
+    using T = typename S::T;
+    int64_t words = positions / S::kLanes * S::kLanes;
+    for (int64_t c = 0; c < channels; ++c, x += stride, grad += stride, out += stride) {
+      T frequency = scratch.frequency[c], gain = scratch.gain[c], of_frequency = 0, of_gain = 0;
+      auto add = [=](auto lanes, int64_t i, T& frequency_sum, T& gain_sum) __attribute__((always_inline)) {
+        T value[lanes.value], gradient[lanes.value];
+        S::get(x + i, lanes, value);
+        S::get(grad + i, lanes, gradient);
+#pragma GCC unroll 2
+        for (int l = 0; l < lanes.value; ++l) {
+          SnakeGradients<T> gradients = snake_gradients(value[l], gradient[l], frequency, gain);
+          value[l] = gradients.input;
+          frequency_sum += gradients.frequency;
+          gain_sum += gradients.gain;
+        }
+        S::put(out + i, lanes, value);
+      };
+#pragma omp simd reduction(+ : of_frequency, of_gain)
+      for (int64_t i = 0; i < words; i += S::kLanes) add(Number<S::kLanes>{}, i, of_frequency, of_gain);
+      if (words < positions) add(Number<1>{}, words, of_frequency, of_gain);
+      scratch.frequency_sums[c] += of_frequency;
+      scratch.gain_sums[c] += of_gain;
+    }
+  }
+};
+
+// Calls f(element, positions) for blocks of a segment, whose terms float32 may add up.
+template <class F>
+FASTVAE_INLINE void for_each_block(const Snake& p, const Segment& segment, F f) {
+  int64_t step = p.channels_last ? p.runs.channels : 1;
+  for (int64_t begin = 0; begin < segment.positions; begin += kSumRun)
+    f(segment.element + begin * step, min64(kSumRun, segment.positions - begin));
 }
 
-template <class S>
-void backward(const Snake& p, int64_t begin_item, int64_t end_item, void* memory) {
-  using T = typename S::T;
+template <class S, class Layout>
+void forward(const Snake& p, int64_t begin_item, int64_t end_item, void* memory) {
   using Stored = typename S::Stored;
-  Scratch<T> scratch(p, memory);
-  const T* __restrict frequency = scratch.frequency, * __restrict gain = scratch.gain;
-  T* __restrict frequency_sums = scratch.frequency_sums, * __restrict gain_sums = scratch.gain_sums;
-  int64_t channels = p.runs.channels, stride = p.runs.positions;
+  Scratch<typename S::T> scratch(p, memory);
   for_each_segment(p.runs, p.channels_last, begin_item, end_item, [&](const Segment& segment) {
-    const auto* __restrict x = static_cast<const Stored*>(p.input) + segment.element;
-    const auto* __restrict grad = static_cast<const Stored*>(p.grad_output) + segment.element;
-    auto* __restrict out = static_cast<Stored*>(p.grad_input) + segment.element;
-    // float32 adds up kSumRun terms of a channel at most, before double takes the sums.
-    for (int64_t begin = 0; begin < segment.positions; begin += kSumRun) {
-      int64_t end = min64(begin + kSumRun, segment.positions);
-      if (p.channels_last)
-        for (int64_t row = begin * channels; row < end * channels; row += channels)
-          for_each_word<S>(channels, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
-            differentiate<S>(x + row + i, grad + row + i, out + row + i, lanes, frequency + i, gain + i, 1, frequency_sums + i,
-                             gain_sums + i);
-          });
-      else
-        for (int64_t c = 0; c < channels; ++c) {
-          int64_t first = c * stride + begin, words = (end - begin) / S::kLanes * S::kLanes;
-          T of_frequency = 0, of_gain = 0;
-#pragma omp simd reduction(+ : of_frequency, of_gain)
-          for (int64_t i = 0; i < words; i += S::kLanes)
-            differentiate<S>(x + first + i, grad + first + i, out + first + i, Number<S::kLanes>{}, frequency + c, gain + c, 0,
-                             &of_frequency, &of_gain);
-          if (words < end - begin)
-            differentiate<S>(x + first + words, grad + first + words, out + first + words, Number<1>{}, frequency + c, gain + c, 0,
-                             &of_frequency, &of_gain);
-          frequency_sums[c] += of_frequency;
-          gain_sums[c] += of_gain;
-        }
-      flush_sums(p, segment.slot, scratch);
-    }
+    Layout::template activate<S>(static_cast<const Stored*>(p.input) + segment.element, static_cast<Stored*>(p.output) + segment.element,
+                                 p.runs.positions, segment.positions, p.runs.channels, scratch);
   });
 }
 
-void run_forward(const Snake& p, int64_t begin, int64_t end, void* scratch) {
+template <class S, class Layout>
+void backward(const Snake& p, int64_t begin_item, int64_t end_item, void* memory) {
+  using Stored = typename S::Stored;
+  Scratch<typename S::T> scratch(p, memory);
+  for_each_segment(p.runs, p.channels_last, begin_item, end_item, [&](const Segment& segment) {
+    for_each_block(p, segment, [&](int64_t element, int64_t positions) {
+      Layout::template differentiate<S>(static_cast<const Stored*>(p.input) + element, static_cast<const Stored*>(p.grad_output) + element,
+                                        static_cast<Stored*>(p.grad_input) + element, p.runs.positions, positions, p.runs.channels,
+                                        scratch);
+      flush_sums(p, segment.slot, scratch);
+    });
+  });
+}
+
+// Calls f with the storage type and the layout.
+template <class F>
+void with_types(const Snake& p, F f) {
   record_run(Family::snake, kIsaName);
-  with_storage_of(p.dtype, [&](auto storage) { forward<decltype(storage)>(p, begin, end, scratch); });
+  with_storage_of(p.dtype, [&](auto storage) { p.channels_last ? f(storage, Rows{}) : f(storage, Planes{}); });
+}
+
+void run_forward(const Snake& p, int64_t begin, int64_t end, void* scratch) {
+  with_types(p, [&](auto storage, auto layout) { forward<decltype(storage), decltype(layout)>(p, begin, end, scratch); });
 }
 
 void run_backward(const Snake& p, int64_t begin, int64_t end, void* scratch) {
-  record_run(Family::snake, kIsaName);
-  with_storage_of(p.dtype, [&](auto storage) { backward<decltype(storage)>(p, begin, end, scratch); });
+  with_types(p, [&](auto storage, auto layout) { backward<decltype(storage), decltype(layout)>(p, begin, end, scratch); });
 }
 
 }  // namespace
