@@ -17,7 +17,7 @@ CLAMP = tl.constexpr(EPS_MODES["clamp"])
 
 # The elements of a block for each thread of its program: two accesses to each float32 operand, one in 16 bits. A block has MAX_ELEMENTS at
 # most, those of 512 threads, unless its channels alone are more.
-THREAD_ELEMENTS, MAX_ELEMENTS = 8, 4096
+MAX_ELEMENTS = 4096
 
 # The most channels that a program keeps on chip, by whether they are last. In contiguous memory they come with MIN_RUN positions, for which
 # a program has 1024 threads.
@@ -55,13 +55,14 @@ class PositionBlocks:
 def position_blocks(channels: int, positions: int, channels_last: bool, itemsize: int, machine: _launch.Machine) -> PositionBlocks:
     """Blocks of all channels where they fit on chip, with as many positions as fill a program or a run of contiguous memory."""
     all_rows, columns = triton.next_power_of_2(positions), triton.next_power_of_2(channels)
+    thread_elements = _launch.elements_per_thread(itemsize)
+    elements = thread_elements * machine.threads
     if columns > MAX_CHANNELS[channels_last]:
         rows = min(all_rows, TILE_ROWS)
-        return PositionBlocks(rows, THREAD_ELEMENTS * machine.threads // rows, _launch.WARPS, whole=False)
+        return PositionBlocks(rows, elements // rows, _launch.WARPS, whole=False)
     run, min_run = (1, 1) if channels_last else (RUN_BYTES // itemsize, MIN_RUN)
-    elements = min(max(run * columns, THREAD_ELEMENTS * machine.threads), MAX_ELEMENTS)
-    rows = min(all_rows, max(elements // columns, min_run))
-    threads = max(rows * columns // THREAD_ELEMENTS, machine.threads)
+    rows = min(all_rows, max(min(max(run * columns, elements), MAX_ELEMENTS) // columns, min_run))
+    threads = max(rows * columns // thread_elements, machine.threads)
     return PositionBlocks(rows, columns, threads // machine.warp_size, whole=True)
 
 
