@@ -15,12 +15,11 @@ from fastvae.ops.rms_norm import EPS_MODES
 
 CLAMP = tl.constexpr(EPS_MODES["clamp"])
 
-# The elements of a block for each thread of its program: two accesses to each float32 operand, one in 16 bits. A block has MAX_ELEMENTS at
-# most, those of 512 threads, unless its channels alone are more.
+# The elements of a block at most, those of 512 threads in float32 and of 256 in 16 bits, unless MIN_RUN positions have more.
 MAX_ELEMENTS = 4096
 
 # The most channels that a program keeps on chip, by whether they are last. In contiguous memory they come with MIN_RUN positions, for which
-# a program has 1024 threads.
+# a program has 1024 threads in float32.
 MAX_CHANNELS = {True: 4096, False: 1024}
 
 # In contiguous memory a block reads a run of adjacent positions of each channel: two sectors, which memory delivers together, where the
@@ -31,11 +30,13 @@ RUN_BYTES, MIN_RUN = 2 * SECTOR_BYTES, 8
 # block, are then 1/24 of what it moves.
 TILE_ROWS = 32
 
-# The registers of a thread of the backward pass, by whether the channels are last: in contiguous memory two programs of 512 threads share a
-# multiprocessor, of channels-last memory, where a thread keeps sums of each of its elements, six of 128 threads. NVIDIA's assembler keeps
-# to that for these architectures; for sm_100 it would spill.
-BACKWARD_REGISTERS = {True: 80, False: 64}
-LIMITED_ARCHITECTURES = ("sm_80", "sm_90")
+# The registers of a thread of the backward pass, by the bytes of an element and whether the channels are last. In 16 bits a thread has
+# twice the elements, and in channels-last memory it keeps sums of each. NVIDIA's assembler keeps to that for sm_80 and sm_90. For others it
+# would spill some, also on its own account to make room for more programs, and not with MAX_REGISTERS.
+BACKWARD_REGISTERS = {(4, False): 64, (4, True): 96, (2, False): 128, (2, True): 128}
+LIMITED_ARCHITECTURES, MAX_REGISTERS = ("sm_80", "sm_90"), 160
+# The registers of a multiprocessor, which all threads of a program share.
+REGISTER_FILE = 65_536
 
 
 @dataclass(frozen=True)
@@ -66,22 +67,25 @@ def position_blocks(channels: int, positions: int, channels_last: bool, itemsize
     return PositionBlocks(rows, columns, threads // machine.warp_size, whole=True)
 
 
-def backward_splits(batch: int, positions: int, blocks: PositionBlocks, channels_last: bool, machine: _launch.Machine) -> tuple[int, int]:
+def backward_splits(batch: int, positions: int, blocks: PositionBlocks, registers: int, machine: _launch.Machine) -> tuple[int, int]:
     """(split_positions, splits) of each sample for the backward pass, where each split has partial sums of its own.
 
-    A program that keeps all channels handles several blocks, so that there are few partial sums: so many programs that all run at once,
-    because a few that had to wait for the others would take as long as those. Other programs handle one block.
+    A program that keeps all channels handles several blocks, so that there are few partial sums. There are as many programs as run at once:
+    a few more would wait for the others, and then take as long as those. A program that does not keep them handles one block.
     """
     if not blocks.whole:
         return split_evenly(positions, blocks.rows, positions)
-    # Eight programs of four warps with 64 registers a thread share a multiprocessor, see _launch.PROGRAMS.
-    programs = machine.programs // 8 * max(8 * _launch.WARPS * 64 // (blocks.warps * BACKWARD_REGISTERS[channels_last]), 1)
+    # _launch.PROGRAMS counts eight programs of four warps with 64 registers a thread on each multiprocessor.
+    programs = machine.programs // 8 * max(8 * _launch.WARPS * 64 // (blocks.warps * registers), 1)
     return split_evenly(positions, blocks.rows, programs // batch)
 
 
-def backward_registers(channels_last: bool, machine: _launch.Machine) -> dict:
-    """The option that limits the registers of the kernel that keeps all channels."""
-    return {"maxnreg": BACKWARD_REGISTERS[channels_last]} if machine.architecture in LIMITED_ARCHITECTURES else {}
+def register_limit(blocks: PositionBlocks, registers: int, machine: _launch.Machine) -> dict:
+    """The option that limits the registers of the backward kernel that keeps all channels; AMD's assembler takes none."""
+    if not machine.architecture.startswith("sm_"):
+        return {}
+    most = MAX_REGISTERS if machine.architecture not in LIMITED_ARCHITECTURES else registers
+    return {"maxnreg": min(most, REGISTER_FILE // (blocks.warps * machine.warp_size))}
 
 
 @triton.jit

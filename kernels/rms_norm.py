@@ -33,9 +33,9 @@ import triton.language as tl
 from fastvae.kernels import _device, _launch
 from fastvae.kernels._norm import NormCall, activate, block_offsets, contiguous, dense, load, program_split
 from fastvae.kernels._rms_norm import (
+    BACKWARD_REGISTERS,
     PositionBlocks,
     affine,
-    backward_registers,
     backward_splits,
     gradient_through_rrms,
     load_normal_and_du,
@@ -43,6 +43,7 @@ from fastvae.kernels._rms_norm import (
     position_blocks,
     position_offsets,
     reciprocal_rms,
+    register_limit,
     summed_rows,
 )
 from fastvae.ops import rms_norm as ops
@@ -252,7 +253,8 @@ def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
         return results
     call = _RMSNormCall.of(arguments)
     blocks, grad_output = call.blocks(), call.in_same_layout(arguments.grad_output)
-    split_positions, splits = backward_splits(call.batch, call.positions, blocks, call.channels_last, call.machine)
+    registers = BACKWARD_REGISTERS[call.input.element_size(), call.channels_last]
+    split_positions, splits = backward_splits(call.batch, call.positions, blocks, registers, call.machine)
     grid, options = (splits * call.batch,), call.options(blocks)
     sums = [
         None if parameter is None else call.input.new_empty((call.batch, splits, call.channels), dtype=torch.float32)
@@ -264,7 +266,7 @@ def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     )  # fmt: skip
     with _device.on(call.input.device):
         if blocks.whole:
-            rms_norm_backward_kernel[grid](*operands, **options, **backward_registers(call.channels_last, call.machine))
+            rms_norm_backward_kernel[grid](*operands, **options, **register_limit(blocks, registers, call.machine))
         else:
             rms_norm_backward_tiles_kernel[grid](*operands, **options)
         for partial_sums, grad in zip(sums, (grad_weight, grad_bias), strict=True):

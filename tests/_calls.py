@@ -338,7 +338,7 @@ CALLS = (
         module=lambda: fnn.RMSNormSiLU(16), module_takes=("input",),
     ),
     Call(
-        "bounded RMS norm and SiLU, channels last", "rms_norm_silu", RMS, lambda source, rows: feature_map(source, rows, 9, "channels_last"),
+        "bounded RMS norm, channels last", "rms_norm_silu", RMS, lambda source, rows: feature_map(source, rows, 9, "channels_last"),
         {"eps_mode": "clamp", "eps": 3.9}, **NORMS,
     ),
     Call(

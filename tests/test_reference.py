@@ -74,7 +74,8 @@ DIFFERENTIATED = {
     "group_norm_silu": (lambda x, w, b: reference.group_norm_silu(x, 2, w, b), (normal(2, 4, 3), normal(4), normal(4))),
     "rms_norm_silu": (lambda x, *parameters: reference.rms_norm_silu(x, *parameters), (normal(2, 4, 3), normal(4), normal(4))),
     "rms_norm_silu, modulated": (
-        lambda x, s, t: reference.rms_norm_silu(x, eps=0.5, eps_mode="clamp", scale=s, shift=t), (normal(2, 4, 3), normal(2, 4), normal(2, 4))
+        lambda x, s, t: reference.rms_norm_silu(x, eps=0.5, eps_mode="clamp", scale=s, shift=t),
+        (normal(2, 4, 3), normal(2, 4), normal(2, 4)),
     ),
     "snake": (reference.snake, (normal(2, 4, 3), uniform(4), uniform(4))),
     "norm_act_conv": (

@@ -11,12 +11,13 @@ from triton.backends.compiler import GPUTarget
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastvae import ops
-from fastvae.kernels import codebook, group_norm, jacobian, latent, logistic_mixture, reconstruction
+from fastvae.kernels import codebook, group_norm, jacobian, latent, logistic_mixture, reconstruction, rms_norm
 from fastvae.kernels._launch import Machine
 from fastvae.ops._results import REDUCTIONS
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 from fastvae.ops.jacobian import ACTIVATIONS
 from fastvae.ops.reconstruction import LIKELIHOODS
+from fastvae.ops.rms_norm import EPS_MODES
 
 # Name: what Triton compiles for, and the multiprocessors of such a GPU (A100, H100 and H200, B200, MI300X).
 TARGETS = {
@@ -228,6 +229,34 @@ def normalise_backward(shape=PIECES, last=False, activation="silu", affine=True)
     return call
 
 
+# Inputs of RMS norms: the first feature map of Wan's decoder, a usual one, the most channels on chip in either layout, and more than those.
+VIDEO, IMAGE, MOST, MOST_LAST, TILES, TILES_LAST = (
+    (4, 96, 17, 60, 104), (8, 512, 64, 64), (8, 1024, 32, 32), (8, 4096, 32, 32), (8, 2048, 32, 32), (8, 8192, 32, 32),
+)  # fmt: skip
+
+
+def rms_normalise(shape=IMAGE, last=False, parameters=("weight", "bias"), eps_mode="add", activation="silu", by_sample=False):
+    def call(dtype):
+        operands = _image(shape, dtype, last), *_rms_parameters(shape, dtype, parameters, by_sample)
+        return rms_norm._forward(ops.rms_norm.forward.arguments(*operands, 1e-6, EPS_MODES[eps_mode], NORM_ACTIVATIONS[activation]))
+
+    return call
+
+
+def rms_normalise_backward(shape=IMAGE, last=False, parameters=("weight", "bias"), eps_mode="add", activation="silu", by_sample=False):
+    def call(dtype):
+        images, rrms = (_image(shape, dtype, last), _image(shape, dtype, last)), empty(shape[0], *shape[2:])
+        operands = *images, rrms, *_rms_parameters(shape, dtype, parameters, by_sample)
+        return rms_norm._backward(ops.rms_norm.backward.arguments(*operands, 1e-6, EPS_MODES[eps_mode], NORM_ACTIVATIONS[activation]))
+
+    return call
+
+
+def _rms_parameters(shape, dtype, parameters, by_sample):
+    sizes = shape[:2] if by_sample else shape[1:2]
+    return [empty(*sizes, dtype=dtype) if name in parameters else None for name in ("weight", "bias")]
+
+
 def _image(shape, dtype, last):
     return empty(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1) if last else empty(*shape, dtype=dtype)
 
@@ -294,6 +323,9 @@ MOMENTS, COMBINE_MOMENTS, NORM, NORM_WHOLE, NORM_SUMS, COMBINE_NORM_SUMS, NORM_P
         "gradient_sums", "combine_gradients", "parameter_gradients", "backward", "backward_group",
     )
 )  # fmt: skip
+RMS, RMS_TILES, RMS_BACKWARD, RMS_BACKWARD_TILES, RMS_PARAMETERS = (
+    f"rms_norm_{part}_kernel" for part in ("forward", "forward_tiles", "backward", "backward_tiles", "parameter_gradients")
+)
 NORM_IN_PIECES, NORM_BACKWARD_IN_PIECES = (MOMENTS, COMBINE_MOMENTS, NORM), (NORM_SUMS, COMBINE_NORM_SUMS, NORM_BACKWARD)
 
 CASES = (
@@ -406,6 +438,53 @@ CASES = (
         normalise_backward(FLAT, activation="none", affine=False),
         WIDE,
         ONE,
+    ),
+    Case("RMS norm, SiLU", (RMS,), rms_normalise(), ALL),
+    Case("RMS norm, SiLU, channels last", (RMS,), rms_normalise(last=True), ALL),
+    Case("RMS norm, SiLU, video", (RMS,), rms_normalise(VIDEO), BRIEF),
+    Case("RMS norm, SiLU, video, channels last", (RMS,), rms_normalise(VIDEO, last=True), BRIEF),
+    Case("bounded RMS norm, SiLU, video", (RMS,), rms_normalise(VIDEO, False, ("weight",), "clamp"), BRIEF, ONE),
+    Case("RMS norm, a parameter a sample", (RMS,), rms_normalise(last=True, activation="none", by_sample=True), BRIEF, ONE),
+    Case("RMS norm, SiLU, 1,024 channels", (RMS,), rms_normalise(MOST), BRIEF),
+    Case("RMS norm, SiLU, 4,096 channels, channels last", (RMS,), rms_normalise(MOST_LAST, last=True), BRIEF),
+    Case("RMS norm, SiLU, in tiles", (RMS_TILES,), rms_normalise(TILES), ALL),
+    Case("RMS norm, SiLU, in tiles, channels last", (RMS_TILES,), rms_normalise(TILES_LAST, last=True), BRIEF),
+    Case("gradients of RMS norm, SiLU", (RMS_BACKWARD, *[RMS_PARAMETERS] * 2), rms_normalise_backward(), ALL),
+    Case("gradients of RMS norm, SiLU, channels last", (RMS_BACKWARD, *[RMS_PARAMETERS] * 2), rms_normalise_backward(last=True), ALL),
+    Case("gradients of RMS norm, SiLU, video", (RMS_BACKWARD, *[RMS_PARAMETERS] * 2), rms_normalise_backward(VIDEO), BRIEF),
+    Case(
+        "gradients of RMS norm, SiLU, video, channels last",
+        (RMS_BACKWARD, *[RMS_PARAMETERS] * 2),
+        rms_normalise_backward(VIDEO, last=True),
+        BRIEF,
+    ),
+    Case(
+        "gradients of bounded RMS norm, SiLU, video",
+        (RMS_BACKWARD, RMS_PARAMETERS),
+        rms_normalise_backward(VIDEO, False, ("weight",), "clamp"),
+        BRIEF,
+        ONE,
+    ),
+    Case(
+        "gradients of RMS norm, a parameter a sample",
+        (RMS_BACKWARD, *[RMS_PARAMETERS] * 2),
+        rms_normalise_backward(last=True, activation="none", by_sample=True),
+        BRIEF,
+        ONE,
+    ),
+    Case("gradients of RMS norm, SiLU, 1,024 channels", (RMS_BACKWARD, *[RMS_PARAMETERS] * 2), rms_normalise_backward(MOST), BRIEF),
+    Case(
+        "gradients of RMS norm, SiLU, 4,096 channels, channels last",
+        (RMS_BACKWARD, *[RMS_PARAMETERS] * 2),
+        rms_normalise_backward(MOST_LAST, last=True),
+        BRIEF,
+    ),
+    Case("gradients of RMS norm, SiLU, in tiles", (RMS_BACKWARD_TILES, *[RMS_PARAMETERS] * 2), rms_normalise_backward(TILES), ALL),
+    Case(
+        "gradients of RMS norm, SiLU, in tiles, channels last",
+        (RMS_BACKWARD_TILES, *[RMS_PARAMETERS] * 2),
+        rms_normalise_backward(TILES_LAST, last=True),
+        BRIEF,
     ),
     Case("quantize", (*SEARCH, GATHER), quantize(), ALL),
     Case("quantize, elementwise", (*SEARCH, GATHER), quantize("none", 100), WIDE, ONE),

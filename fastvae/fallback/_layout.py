@@ -34,8 +34,6 @@ class ChannelLayout:
         samples, positions = block
         return matrices[samples, positions] if self.last else matrices[samples, :, positions]
 
-    def per_channel(self, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def per_channel(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """A parameter as (samples or 1, channels) with a dimension for the positions."""
-        if parameter is None:
-            return None
         return (parameter if parameter.ndim == 2 else parameter.unsqueeze(0)).to(dtype).unsqueeze(self.position_axis)

@@ -12,20 +12,30 @@ from fastvae.fallback._blocks import Block, widen, written
 from fastvae.fallback._layout import ChannelLayout
 from fastvae.fallback._register import implements
 from fastvae.ops import rms_norm as ops
-from fastvae.ops._results import accumulation_dtype
+from fastvae.ops._results import accumulation_dtype, empty_in_layout
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 from fastvae.ops.rms_norm import EPS_MODES
 
 
-def _of_samples(parameter: Tensor | None, block: Block) -> Tensor | None:
-    return parameter if parameter is None or parameter.shape[0] == 1 else parameter[block[0]]
+def _of_samples(parameter: Tensor, block: Block) -> Tensor:
+    """The part of a parameter, (samples or 1, ...), that belongs to a block."""
+    return parameter if parameter.shape[0] == 1 else parameter[block[0]]
 
 
-def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``normal * weight + bias``, of which ``normal`` may be the memory."""
-    if weight is not None:
-        normal = normal.mul_(weight)
-    return normal if bias is None else normal.add_(bias)
+class _Affine:
+    """Weight and bias, either of which may be absent, as (samples or 1, channels) with a dimension for the positions."""
+
+    def __init__(self, layout: ChannelLayout, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype):
+        self.weight, self.bias = (None if p is None else layout.per_channel(p, dtype) for p in (weight, bias))
+
+    def scale(self, values: Tensor, block: Block) -> Tensor:
+        """``values * weight`` in new memory, or ``values``."""
+        return values if self.weight is None else values * _of_samples(self.weight, block)
+
+    def apply(self, normal: Tensor, block: Block) -> Tensor:
+        """``normal * weight + bias`` in new memory, or ``normal``."""
+        scaled = self.scale(normal, block)
+        return scaled if self.bias is None else scaled + _of_samples(self.bias, block)
 
 
 @implements(ops.forward)
@@ -36,13 +46,13 @@ def rms_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
         results.rrms.zero_()
     elements, outputs = layout.matrices(input), layout.matrices(results.output)
     table = results.rrms.view(layout.samples, layout.positions).unsqueeze(layout.axis)
-    parameters = [layout.per_channel(p, dtype) for p in (arguments.weight, arguments.bias)]
+    affine = _Affine(layout, arguments.weight, arguments.bias, dtype)
     for block in layout.blocks():
         values = widen(layout.part(elements, block), dtype)
         rrms = layout.part(table, block)
         _write_rrms(rrms, torch.linalg.vector_norm(values, dim=layout.axis, keepdim=True), arguments)
-        affine = _affine(values * rrms, *(_of_samples(p, block) for p in parameters))
-        layout.part(outputs, block).copy_(F.silu(affine, inplace=True) if arguments.activation == NORM_ACTIVATIONS["silu"] else affine)
+        u = affine.apply(values * rrms, block)
+        layout.part(outputs, block).copy_(F.silu(u, inplace=True) if arguments.activation == NORM_ACTIVATIONS["silu"] else u)
     return results
 
 
@@ -57,29 +67,49 @@ def _write_rrms(rrms: Tensor, norms: Tensor, arguments: ops.ForwardArguments) ->
 
 @implements(ops.backward)
 def rms_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
-    input, dtype = arguments.input, accumulation_dtype(arguments.input.dtype)
-    layout, grad_input = ChannelLayout(input), arguments.allocate().grad_input
-    elements, incoming, results = (layout.matrices(t) for t in (input, arguments.grad_output, grad_input))
-    table = arguments.rrms.reshape(layout.samples, layout.positions).unsqueeze(layout.axis)
-    weight, bias = parameters = [layout.per_channel(p, dtype) for p in (arguments.weight, arguments.bias)]
-    sums = [None if p is None else torch.zeros_like(p) for p in parameters]
-    for block in layout.blocks():
-        rrms = layout.part(table, block)
-        normal = widen(layout.part(elements, block), dtype) * rrms
-        of_block = [_of_samples(p, block) for p in parameters]
-        grad = widen(layout.part(incoming, block), dtype)
-        if arguments.activation == NORM_ACTIVATIONS["silu"]:
-            grad = torch.ops.aten.silu_backward(grad, normal if weight is None and bias is None else _affine(normal.clone(), *of_block))
-        for total, terms in zip(sums, (grad if weight is None else grad * normal, grad), strict=True):
-            if total is not None:
-                part = _of_samples(total, block)
-                part.add_(terms.sum_to_size(part.shape))
-        grad = grad if weight is None else grad * of_block[0]
-        projection = (grad * normal).mean(layout.axis, keepdim=True)
-        if arguments.eps_mode == EPS_MODES["clamp"]:
-            projection.masked_fill_(rrms >= ops.limit_of_rrms(layout.channels, arguments.eps), 0.0)
-        with written(layout.part(results, block), dtype) as out:
+    input, backward = arguments.input, _Backward(arguments)
+    grad_input = empty_in_layout(input)
+    matrices = [backward.layout.matrices(t) for t in (input, arguments.grad_output, grad_input)]
+    for block in backward.layout.blocks():
+        backward.write(block, *(backward.layout.part(t, block) for t in matrices))
+    return ops.BackwardResults(grad_input, *(backward.gradient(name) for name in ("weight", "bias")))
+
+
+class _Backward:
+    """The backward pass: writes the gradient of a block's elements, and adds to those of weight and bias."""
+
+    def __init__(self, arguments: ops.BackwardArguments):
+        self.arguments, self.dtype = arguments, accumulation_dtype(arguments.input.dtype)
+        self.layout = layout = ChannelLayout(arguments.input)
+        self.rrms = arguments.rrms.reshape(layout.samples, layout.positions).unsqueeze(layout.axis)
+        self.affine = _Affine(layout, arguments.weight, arguments.bias, self.dtype)
+        parameters = {"weight": self.affine.weight, "bias": self.affine.bias}
+        self.sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items() if parameter is not None}
+
+    def write(self, block: Block, elements: Tensor, grad_output: Tensor, result: Tensor) -> None:
+        """(weight du - n mean(weight du n)) rrms for the normalised elements n = x rrms."""
+        rrms = self.layout.part(self.rrms, block)
+        normal, grad = widen(elements, self.dtype) * rrms, widen(grad_output, self.dtype)
+        if self.arguments.activation == NORM_ACTIVATIONS["silu"]:
+            grad = torch.ops.aten.silu_backward(grad, self.affine.apply(normal, block))
+        self._add("weight", block, grad * normal)
+        self._add("bias", block, grad)
+        grad = self.affine.scale(grad, block)
+        projection = (grad * normal).mean(self.layout.axis, keepdim=True)
+        if self.arguments.eps_mode == EPS_MODES["clamp"]:
+            # Where the bound decides, 1 / RMS is a constant.
+            projection.masked_fill_(rrms >= ops.limit_of_rrms(self.layout.channels, self.arguments.eps), 0.0)
+        with written(result, self.dtype) as out:
             torch.addcmul(grad, normal, projection, value=-1.0, out=out).mul_(rrms)
-    totals = zip((arguments.weight, arguments.bias), sums, strict=True)
-    grads = (input.new_empty((0,)) if p is None else total.reshape(p.shape).to(p.dtype) for p, total in totals)
-    return ops.BackwardResults(grad_input, *grads)
+
+    def gradient(self, name: str) -> Tensor:
+        """The gradient of a parameter, without elements where it is absent."""
+        parameter = getattr(self.arguments, name)
+        if parameter is None:
+            return self.arguments.input.new_empty((0,))
+        return self.sums[name].reshape(parameter.shape).to(parameter.dtype)
+
+    def _add(self, name: str, block: Block, terms: Tensor) -> None:
+        if name in self.sums:
+            part = _of_samples(self.sums[name], block)
+            part.add_(terms.sum_to_size(part.shape))

@@ -41,8 +41,11 @@ class Snake(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The output in the dtype and memory layout of ``input``."""
-        alpha, beta = (p.exp() if self.log_scale and p is not None else p for p in (self.alpha, self.beta))
-        return FV.snake(input, alpha, beta, eps=self.eps)
+        beta = None if self.beta is None else self._scaled(self.beta)
+        return FV.snake(input, self._scaled(self.alpha), beta, eps=self.eps)
+
+    def _scaled(self, parameter: Tensor) -> Tensor:
+        return parameter.exp() if self.log_scale else parameter
 
     def extra_repr(self) -> str:
         return f"{self.channels}, with_beta={self.beta is not None}, log_scale={self.log_scale}, eps={self.eps}"

@@ -1,5 +1,5 @@
-"""How launches are cut and where partial sums go (csrc/cuda/partition.h, group_norm_partition.h, rms_norm_partition.h), and the numbering of
-the noise."""
+"""How launches are cut and where partial sums go (csrc/cuda/partition.h, group_norm_partition.h, rms_norm_partition.h), and the numbering
+of the noise."""
 
 import ctypes
 

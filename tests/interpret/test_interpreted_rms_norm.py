@@ -75,17 +75,18 @@ def test_an_eps_that_float32_does_not_hold():
         ((1, 1, True, 4), (1, 1), 128),
         ((3, 10_000, False, 4), (256, 4), 128),
         ((96, 106_080, False, 4), (16, 128), 256),
-        ((96, 106_080, False, 2), (32, 128), 512),
-        ((96, 106_080, True, 2), (8, 128), 128),
+        ((96, 106_080, False, 2), (32, 128), 256),
+        ((96, 106_080, True, 2), (16, 128), 128),
         ((512, 4096, False, 4), (8, 512), 512),
-        ((512, 4096, False, 2), (8, 512), 512),
+        ((512, 4096, False, 2), (8, 512), 256),
         ((512, 4096, True, 4), (2, 512), 128),
         ((512, 4, False, 4), (4, 512), 256),
-        ((1024, 4096, False, 2), (8, 1024), 1024),
-        ((4096, 4096, True, 2), (1, 4096), 512),
+        ((1024, 4096, False, 4), (8, 1024), 1024),
+        ((1024, 4096, False, 2), (8, 1024), 512),
+        ((4096, 4096, True, 4), (1, 4096), 512),
         # In tiles.
-        ((1025, 4096, False, 2), (32, 32), 128),
-        ((1025, 5, False, 2), (8, 128), 128),
+        ((1025, 4096, False, 2), (32, 64), 128),
+        ((1025, 5, False, 4), (8, 128), 128),
         ((4097, 4096, True, 4), (32, 32), 128),
     ],
     ids=str,
@@ -98,21 +99,32 @@ def test_blocks(sizes, block, threads):
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.architecture)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "last"])
+@pytest.mark.parametrize(("itemsize", "channels_last"), _rms_norm.BACKWARD_REGISTERS)
 @pytest.mark.parametrize("channels", [1, 96, 512, 1024, 4096, 5000])
 @pytest.mark.parametrize(("batch", "positions"), [(1, 1), (4, 106_080), (8, 4096), (7, 5001), (5000, 9)], ids=str)
-def test_splits_of_the_backward_pass(machine, channels_last, channels, batch, positions):
-    """Every position is in one split, none of which is empty; the programs that keep all channels run at once, with partial sums that are
-    little beside the tensors."""
-    blocks = _rms_norm.position_blocks(channels, positions, channels_last, 2, machine)
-    split_positions, splits = _rms_norm.backward_splits(batch, positions, blocks, channels_last, machine)
+def test_splits_of_the_backward_pass(machine, itemsize, channels_last, channels, batch, positions):
+    """Every position is in one split, none of which is empty, and the programs that keep all channels run at once."""
+    registers = _rms_norm.BACKWARD_REGISTERS[itemsize, channels_last]
+    blocks = _rms_norm.position_blocks(channels, positions, channels_last, itemsize, machine)
+    split_positions, splits = _rms_norm.backward_splits(batch, positions, blocks, registers, machine)
     assert split_positions % blocks.rows == 0
     assert split_positions * (splits - 1) < positions <= split_positions * splits
     if blocks.whole:
-        threads = batch * splits * blocks.warps * 32
-        assert splits == 1 or threads * _rms_norm.BACKWARD_REGISTERS[channels_last] <= 132 * 65_536
+        assert splits == 1 or batch * splits * blocks.warps * 32 * registers <= 132 * _rms_norm.REGISTER_FILE
     else:
         assert split_positions == blocks.rows
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(("itemsize", "channels_last"), _rms_norm.BACKWARD_REGISTERS)
+@pytest.mark.parametrize("channels", [96, 1024, 4096])
+def test_a_program_fits_on_a_multiprocessor(architecture, itemsize, channels_last, channels):
+    machine = Machine(architecture, 132)
+    blocks = _rms_norm.position_blocks(channels, 4096, channels_last, itemsize, machine)
+    limit = _rms_norm.register_limit(blocks, _rms_norm.BACKWARD_REGISTERS[itemsize, channels_last], machine)
+    assert blocks.warps * machine.warp_size <= 1024
+    assert limit.get("maxnreg", 0) * blocks.warps * 32 <= _rms_norm.REGISTER_FILE
+    assert bool(limit) == architecture.startswith("sm_")
 
 
 def test_samples_are_joined_where_they_share_the_parameters_and_the_channels_are_last():
