@@ -30,9 +30,10 @@ RUN_BYTES, MIN_RUN = 2 * SECTOR_BYTES, 8
 # block, are then 1/24 of what it moves.
 TILE_ROWS = 32
 
-# The registers of a thread of the backward pass, by the bytes of an element and whether the channels are last. In 16 bits a thread has
-# twice the elements, and in channels-last memory it keeps sums of each. NVIDIA's assembler keeps to that for sm_80 and sm_90. For others it
-# would spill some, also on its own account to make room for more programs, and not with MAX_REGISTERS.
+# The registers of a thread of the backward kernel that keeps all channels, by the bytes of an element and whether the channels are last. In
+# 16 bits a thread has twice the elements, and in channels-last memory it keeps sums of each. NVIDIA's assembler keeps to that for sm_80 and
+# sm_90. For other architectures, and in the kernels that read tiles, it would spill some, also on its own account to make room for more
+# programs; it does not where it may use MAX_REGISTERS.
 BACKWARD_REGISTERS = {(4, False): 64, (4, True): 96, (2, False): 128, (2, True): 128}
 LIMITED_ARCHITECTURES, MAX_REGISTERS = ("sm_80", "sm_90"), 160
 # The registers of a multiprocessor, which all threads of a program share.
@@ -81,10 +82,10 @@ def backward_splits(batch: int, positions: int, blocks: PositionBlocks, register
 
 
 def register_limit(blocks: PositionBlocks, registers: int, machine: _launch.Machine) -> dict:
-    """The option that limits the registers of the backward kernel that keeps all channels; AMD's assembler takes none."""
+    """The option that limits a kernel to so many registers a thread, or to more where that would spill. AMD's assembler takes none."""
     if not machine.architecture.startswith("sm_"):
         return {}
-    most = MAX_REGISTERS if machine.architecture not in LIMITED_ARCHITECTURES else registers
+    most = registers if blocks.whole and machine.architecture in LIMITED_ARCHITECTURES else MAX_REGISTERS
     return {"maxnreg": min(most, REGISTER_FILE // (blocks.warps * machine.warp_size))}
 
 

@@ -34,6 +34,7 @@ from fastvae.kernels import _device, _launch
 from fastvae.kernels._norm import NormCall, activate, block_offsets, contiguous, dense, load, program_split
 from fastvae.kernels._rms_norm import (
     BACKWARD_REGISTERS,
+    MAX_REGISTERS,
     PositionBlocks,
     affine,
     backward_splits,
@@ -240,7 +241,8 @@ def _forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
         if blocks.whole:
             rms_norm_forward_kernel[(splits * call.batch,)](*operands, **options)
         else:
-            rms_norm_forward_tiles_kernel[(splits * call.batch,)](*operands, **options)
+            limit = register_limit(blocks, MAX_REGISTERS, call.machine)
+            rms_norm_forward_tiles_kernel[(splits * call.batch,)](*operands, **options, **limit)
     return results
 
 
@@ -255,7 +257,7 @@ def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     blocks, grad_output = call.blocks(), call.in_same_layout(arguments.grad_output)
     registers = BACKWARD_REGISTERS[call.input.element_size(), call.channels_last]
     split_positions, splits = backward_splits(call.batch, call.positions, blocks, registers, call.machine)
-    grid, options = (splits * call.batch,), call.options(blocks)
+    grid, options = (splits * call.batch,), call.options(blocks) | register_limit(blocks, registers, call.machine)
     sums = [
         None if parameter is None else call.input.new_empty((call.batch, splits, call.channels), dtype=torch.float32)
         for parameter in (call.weight, call.bias)
@@ -266,7 +268,7 @@ def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     )  # fmt: skip
     with _device.on(call.input.device):
         if blocks.whole:
-            rms_norm_backward_kernel[grid](*operands, **options, **register_limit(blocks, registers, call.machine))
+            rms_norm_backward_kernel[grid](*operands, **options)
         else:
             rms_norm_backward_tiles_kernel[grid](*operands, **options)
         for partial_sums, grad in zip(sums, (grad_weight, grad_bias), strict=True):

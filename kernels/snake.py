@@ -46,8 +46,17 @@ def snake_forward_kernel(
     for start in range(first, end, ROWS):
         offsets, mask = block_offsets(start, sample, channel, channels, channels, positions, CHANNELS_LAST, ROWS)
         x = load(input + offsets, mask)
-        square, _ = sine_pair(a * x)
+        square, _product = sine_pair(a * x)
         tl.store(output + offsets, tl.fma(b, square, x), mask=mask)
+
+
+@triton.jit
+def sum_rows(terms, CHANNELS_LAST: tl.constexpr):
+    """The terms of a block as they are added to those of other blocks."""
+    if CHANNELS_LAST:
+        return terms
+    else:
+        return tl.sum(terms, axis=0, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["split_positions", "tiles", "splits"])
@@ -59,14 +68,16 @@ def snake_backward_kernel(
     sample, split, first_channel, first, end = program_split(positions, split_positions, tiles, splits, ROWS, COLUMNS)
     channel = first_channel + tl.arange(0, COLUMNS)
     a, b = load_channels(frequency, gain, channel, channels)
-    of_frequency, of_gain = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    # Adjacent threads hold positions of a channel in contiguous memory, so that the sum over them leaves registers free.
+    SUM_ROWS: tl.constexpr = ROWS if CHANNELS_LAST else 1
+    of_frequency, of_gain = tl.zeros([SUM_ROWS, COLUMNS], tl.float32), tl.zeros([SUM_ROWS, COLUMNS], tl.float32)
     for start in range(first, end, ROWS):
         offsets, mask = block_offsets(start, sample, channel, channels, channels, positions, CHANNELS_LAST, ROWS)
         x, g = load(input + offsets, mask), load(grad_output + offsets, mask)
         square, product = sine_pair(a * x)
         # Elements that do not exist are 0; a parameter that is NaN would make them NaN.
-        of_frequency += tl.where(mask, g * x * product, 0.0)
-        of_gain += tl.where(mask, g * square, 0.0)
+        of_frequency += sum_rows(tl.where(mask, g * x * product, 0.0), CHANNELS_LAST)
+        of_gain += sum_rows(tl.where(mask, g * square, 0.0), CHANNELS_LAST)
         tl.store(grad_input + offsets, g * tl.fma(2.0 * a * b, product, 1.0), mask=mask)
     slot = ((sample * splits + split) * channels + channel) * 2
     tl.store(partial_sums + slot, tl.sum(of_frequency, axis=0), mask=channel < channels)

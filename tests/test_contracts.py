@@ -408,7 +408,7 @@ def test_every_public_function_has_a_row():
     assert {call.public for call in CALLS} == functions - WITHOUT_TENSORS
     assert {call.public for call in CALLS if call.module} == functions - WITHOUT_TENSORS - WITHOUT_MODULE
     at_the_top = {name for name in fastvae.__all__ if inspect.isfunction(getattr(fastvae, name))}
-    assert at_the_top - {"optimize", "use_backend"} <= functions
+    assert at_the_top - {"optimize", "tiled", "use_backend"} <= functions
 
 
 def test_every_row_has_every_contract():

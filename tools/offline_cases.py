@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastvae import ops
-from fastvae.kernels import codebook, group_norm, jacobian, latent, logistic_mixture, reconstruction, rms_norm
+from fastvae.kernels import codebook, group_norm, jacobian, latent, logistic_mixture, reconstruction, rms_norm, snake
 from fastvae.kernels._launch import Machine
 from fastvae.ops._results import REDUCTIONS
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
@@ -265,6 +265,25 @@ def _parameters(shape, dtype, affine):
     return [empty(shape[1], dtype=dtype)] * 2 if affine else [None, None]
 
 
+# Waveforms of an audio autoencoder, where there are many samples and where there are many channels.
+WAVES, WIDE_WAVES = (8, 128, 24000), (8, 1024, 3000)
+
+
+def snake_activation(shape=WAVES, last=False):
+    def call(dtype):
+        return snake._forward(ops.snake.forward.arguments(_image(shape, dtype, last), empty(shape[1]), empty(shape[1])))
+
+    return call
+
+
+def snake_gradients(shape=WAVES, last=False):
+    def call(dtype):
+        images = _image(shape, dtype, last), _image(shape, dtype, last)
+        return snake._backward(ops.snake.backward.arguments(*images, empty(shape[1]), empty(shape[1])))
+
+    return call
+
+
 # Vectors of a codebook's training step, and codes.
 VECTORS, CODES = 1 << 16, 1024
 
@@ -327,6 +346,7 @@ RMS, RMS_TILES, RMS_BACKWARD, RMS_BACKWARD_TILES, RMS_PARAMETERS = (
     f"rms_norm_{part}_kernel" for part in ("forward", "forward_tiles", "backward", "backward_tiles", "parameter_gradients")
 )
 NORM_IN_PIECES, NORM_BACKWARD_IN_PIECES = (MOMENTS, COMBINE_MOMENTS, NORM), (NORM_SUMS, COMBINE_NORM_SUMS, NORM_BACKWARD)
+SNAKE, SNAKE_BACKWARD, SNAKE_PARAMETERS = (f"snake_{part}_kernel" for part in ("forward", "backward", "parameter_gradients"))
 
 CASES = (
     Case("sample and KL", (FORWARD,), latent_forward(), ALL),
@@ -496,4 +516,10 @@ CASES = (
     Case("gradients of quantize, rotated, by sample", (VQ_BACKWARD, PARTS, SUMS), quantize_backward("sample", True)),
     Case("gradients of quantize, elementwise", (VQ_BACKWARD, PARTS, SUMS), quantize_backward("none", dim=100), WIDE, ONE),
     Case("moving averages", (FINITE, PARTS, SUMS, COUNTS, EMA), moving_averages, ALL),
+    Case("snake", (SNAKE,), snake_activation(), ALL),
+    Case("snake, channels last", (SNAKE,), snake_activation(last=True), ALL),
+    Case("snake, many channels", (SNAKE,), snake_activation(WIDE_WAVES), BRIEF, ONE),
+    Case("gradients of snake", (SNAKE_BACKWARD, SNAKE_PARAMETERS), snake_gradients(), ALL),
+    Case("gradients of snake, channels last", (SNAKE_BACKWARD, SNAKE_PARAMETERS), snake_gradients(last=True), ALL),
+    Case("gradients of snake, many channels", (SNAKE_BACKWARD, SNAKE_PARAMETERS), snake_gradients(WIDE_WAVES), BRIEF, ONE),
 )

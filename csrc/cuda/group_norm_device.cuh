@@ -1,5 +1,6 @@
-// The device code that the forward and backward kernels of group norm share: their parameters, the vectors that a thread loads and stores,
-// and the combination of partial sums. In names, "group" is a group of channels of one sample, and kChannelsLast chooses the memory layout.
+// The device code that the forward and backward kernels of group norm share: their parameters, the sums of the threads that share a channel
+// or a group, and the coefficients of a channel. In names, "group" is a group of channels of one sample, and kChannelsLast chooses the
+// memory layout.
 #pragma once
 
 #include "../common/group_norm_formulas.h"

@@ -74,7 +74,7 @@ Tensor in_layout_of_input(const Launch& launch, const RmsNormArguments& a, const
 // Launches a tile kernel, which takes `vector_bytes` of shared memory for each vector of a thread that it keeps.
 template <class T>
 void launch_tile(const Launch& launch, void (*kernel)(RmsNormParams<T>), int runs, int64_t vector_bytes, RmsNormParams<T>& p) {
-  launch_keeping_vectors(launch, kernel, p.blocks.count(), p.blocks.threads, vectors_of_tile_thread(p.blocks), runs, vector_bytes, p);
+  launch_keeping_vectors(launch, kernel, p.blocks.count(), p.blocks.threads, p.blocks.vectors, runs, vector_bytes, p);
 }
 
 template <class T>

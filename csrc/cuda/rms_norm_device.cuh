@@ -121,8 +121,7 @@ __device__ __forceinline__ void for_each_step(const RmsNormBlocks& b, const RmsN
 // make the same number of calls, so that f may contain shuffles.
 template <int kCount, class F>
 __device__ __forceinline__ void for_each_vectors(const RmsNormBlocks& b, RmsNormVectors<false> vectors, F f) {
-  int count = vectors_of_tile_thread(b);
-  for (int first = 0; first < count; first += kCount, vectors.skip(kCount)) f(first, vectors);
+  for (int first = 0; first < b.vectors; first += kCount, vectors.skip(kCount)) f(first, vectors);
 }
 
 // Replaces the values of a thread's positions by their sums over the threads of the block that have the same positions.

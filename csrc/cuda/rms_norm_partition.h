@@ -48,7 +48,8 @@ struct RmsNormBlocks {
   int64_t split_positions, splits;  // positions of a split, and splits of a sample
   int step_positions;
   int threads, threads_per_line;  // threads of a block, and those of them that share a line
-  int channel_stride;             // channels from one vector of a thread to the next in a step
+  int vectors;                    // vectors that a thread reads in a step
+  int channel_stride;             // channels from one vector to the next
   int64_t element_stride;         // elements, likewise
 
   int64_t count() const { return batch * splits; }
@@ -69,30 +70,42 @@ inline void split_positions(RmsNormBlocks& b, bool backward, const RmsNormLimits
 // The partition for channels-last memory of up to kMaxLineChannels channels. As few threads as can share a position, so that each has
 // several loads under way.
 inline RmsNormBlocks line_blocks(int64_t batch, int64_t channels, int64_t positions, bool backward, const RmsNormLimits& limits) {
-  int threads_per_line = next_power_of_two(ceil_div(channels, kLineVectors * kVector));
-  RmsNormBlocks b{batch, channels, positions, 0, 0, kThreads / threads_per_line, kThreads, threads_per_line, 0, 0};
-  b.channel_stride = threads_per_line * kVector;
+  RmsNormBlocks b{};
+  b.batch = batch;
+  b.channels = channels;
+  b.positions = positions;
+  b.threads = kThreads;
+  b.threads_per_line = next_power_of_two(ceil_div(channels, kLineVectors * kVector));
+  b.step_positions = kThreads / b.threads_per_line;
+  b.vectors = kLineVectors;
+  b.channel_stride = b.threads_per_line * kVector;
   b.element_stride = b.channel_stride;
   split_positions(b, backward, limits);
   return b;
 }
 
-// The partition for contiguous memory. The lines of a tile are as long as a line of the L2 cache, or shorter where there are many channels,
-// down to a sector.
+// The vectors of a line of a tile. It is as long as a line of the L2 cache, or shorter where there are many channels, down to a sector.
+inline int64_t tile_line_vectors(int64_t channels, int64_t itemsize, bool backward, const RmsNormLimits& limits) {
+  // The backward pass keeps the gradient too, as float32.
+  int64_t kept_bytes = itemsize + (backward ? static_cast<int64_t>(sizeof(float)) : 0), line_bytes = kTileLineBytes;
+  while (line_bytes > kSectorBytes && channels * (line_bytes / itemsize) * kept_bytes > limits.tile_bytes) line_bytes /= 2;
+  // Lines of few channels are longer, so that each thread has a channel.
+  return max64(line_bytes / (itemsize * kVector), min64(kThreads / next_power_of_two(channels), kWarp));
+}
+
+// The partition for contiguous memory.
 inline RmsNormBlocks tile_blocks(int64_t batch, int64_t channels, int64_t positions, int64_t itemsize, bool backward,
                                  const RmsNormLimits& limits) {
-  // The backward pass keeps the gradient too, as float32.
-  int64_t kept_bytes = itemsize + (backward ? static_cast<int64_t>(sizeof(float)) : 0), line = kTileLineBytes;
-  while (line > kSectorBytes && channels * (line / itemsize) * kept_bytes > limits.tile_bytes) line /= 2;
-  int64_t line_vectors = line / (itemsize * kVector);
-  // Lines of few channels are longer, so that each thread has a channel.
-  line_vectors = max64(line_vectors, min64(kThreads / next_power_of_two(channels), kWarp));
-  int threads_per_line = next_power_of_two(min64(line_vectors, ceil_div(positions, kVector)));
-  int step_positions = threads_per_line * kVector;
-  int threads = kThreads;
-  while (threads < kMaxNormThreads && channels * step_positions > threads * kNormThreadElements) threads *= 2;
-  RmsNormBlocks b{batch, channels, positions, 0, 0, step_positions, threads, threads_per_line, 0, 0};
-  b.channel_stride = threads / threads_per_line;
+  RmsNormBlocks b{};
+  b.batch = batch;
+  b.channels = channels;
+  b.positions = positions;
+  b.threads_per_line = next_power_of_two(min64(tile_line_vectors(channels, itemsize, backward, limits), ceil_div(positions, kVector)));
+  b.step_positions = b.threads_per_line * kVector;
+  b.threads = kThreads;
+  while (b.threads < kMaxNormThreads && channels * b.step_positions > b.threads * kNormThreadElements) b.threads *= 2;
+  b.channel_stride = b.threads / b.threads_per_line;
+  b.vectors = static_cast<int>(ceil_div(channels, b.channel_stride));
   b.element_stride = b.channel_stride * positions;
   split_positions(b, backward, limits);
   return b;
@@ -107,9 +120,6 @@ inline RmsNormBlocks rms_norm_blocks(int64_t batch, int64_t channels, int64_t po
   return channels_last ? line_blocks(batch, channels, positions, backward, limits)
                        : tile_blocks(batch, channels, positions, itemsize, backward, limits);
 }
-
-// The number of vectors that a thread of the tile kernels reads in a step: one for each of its channels.
-FASTVAE_INLINE int vectors_of_tile_thread(const RmsNormBlocks& b) { return static_cast<int>(ceil_div(b.channels, b.channel_stride)); }
 
 // The vectors of one thread in a step. Vector i begins at element + i * element_stride. In contiguous memory it holds positions of channel
 // `channel + i * channel_stride`; in channels-last memory it holds channels of one position, from that channel on.

@@ -33,14 +33,13 @@ void visit(const fastvae::GroupNormBlocks& blocks, int64_t* visits, int64_t* cha
 // of (batch, positions).
 template <bool kChannelsLast>
 void visit_steps(const fastvae::RmsNormBlocks& b, int64_t* visits, int64_t* channels, int64_t* positions) {
-  int64_t vectors_of_step = kChannelsLast ? fastvae::kLineVectors : fastvae::vectors_of_tile_thread(b);
   for (int64_t block = 0; block < b.count(); ++block)
     for (int thread = 0; thread < b.threads; ++thread) {
       int sample = static_cast<int>(block / b.splits), split = static_cast<int>(block % b.splits);
       auto vectors = fastvae::rms_norm_vectors<kChannelsLast>(b, sample, split, thread);
       for (int left = b.positions_of(split); left > 0; left -= b.step_positions, vectors.next_step(b.step_positions)) {
         auto current = vectors;
-        for (int64_t i = 0; i < vectors_of_step; ++i, current.skip(1))
+        for (int i = 0; i < b.vectors; ++i, current.skip(1))
           for (int k = 0; k < current.count(0); ++k) {
             visits[current.element + k] += 1;
             channels[current.element + k] = current.channel + (kChannelsLast ? k : 0);

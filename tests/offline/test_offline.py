@@ -300,6 +300,10 @@ BYTES = {
     "gradients of RMS norm, SiLU, 1,024 channels": {"float32": 12, "bfloat16": 6},
     "gradients of RMS norm, SiLU, 4,096 channels, channels last": {"float32": 12, "bfloat16": 6},
     "gradients of RMS norm, SiLU, in tiles": {"float32": 20, "bfloat16": 10, "float16": 10},
+    "snake": {"float32": 8, "bfloat16": 4, "float16": 4},
+    "snake, channels last": {"float32": 8, "bfloat16": 4, "float16": 4},
+    "gradients of snake": {"float32": 12, "bfloat16": 6},
+    "gradients of snake, channels last": {"float32": 12, "bfloat16": 6},
 }
 
 
