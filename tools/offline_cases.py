@@ -266,7 +266,7 @@ def _parameters(shape, dtype, affine):
 
 
 # Waveforms of an audio autoencoder, where there are many samples and where there are many channels.
-WAVES, WIDE_WAVES = (8, 128, 24000), (8, 1024, 3000)
+WAVES, WIDE_WAVES = (8, 128, 24000), (8, 1024, 3072)
 
 
 def snake_activation(shape=WAVES, last=False):
