@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import floors, plots, published_figures, results, tables
+from benchmarks import floors, largest_batch, plots, published_figures, results, tables
 from benchmarks.devices import Cpu
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +14,7 @@ DOCUMENTS = {
     ROOT / "docs" / "benchmarks.md": tables.page,
     ROOT / "docs" / "models.md": tables.model_steps,
     ROOT / "docs" / "evaluation.md": lambda figures: published_figures.page(),
+    ROOT / "docs" / "conv_vaes.md": lambda figures: largest_batch.page(),
 }
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 

@@ -338,17 +338,22 @@ def _forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
 
 @_device.implements(ops.recompute)
 def _recompute(arguments: ops.RecomputeArguments) -> torch.Tensor:
-    """By the kernel of the forward pass, so that the result is the same to the last bit: the one that keeps a group on chip, which computes
-    the statistics again, or the one that reads them."""
+    output = arguments.allocate()
+    _write_output(arguments, output)
+    return output
+
+
+def _write_output(arguments: ops.RecomputeArguments, output: torch.Tensor) -> None:
+    """Writes the output of the forward pass, which is dense in the layout of the input, by its kernel, so that the result is the same to
+    the last bit: the one that keeps a group on chip, which computes the statistics again, or the one that reads them."""
+    if output.numel() == 0:
+        return
     forward = arguments.forward
-    results = forward.allocate()
-    if arguments.input.numel() == 0:
-        return results.output
+    results = ops.ForwardResults(output, torch.empty_like(arguments.mean), torch.empty_like(arguments.rstd))
     call = _GroupNormCall.of(arguments.input, arguments.num_groups)
     with _device.on(arguments.input.device):
         if not _forward_on_chip(call, forward, results):
             _forward_in_splits(call, forward, results._replace(mean=arguments.mean, rstd=arguments.rstd))
-    return results.output
 
 
 def _partition(config) -> tuple[int, int, int]:
@@ -404,6 +409,16 @@ def _backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
                 sample_sums, None if weight is None else grad_weight, None if bias is None else grad_bias, call.batch, call.channels,
                 ROWS=SAMPLES, COLUMNS=CHANNELS, **_launch.OPTIONS,
             )  # fmt: skip
+    return results
+
+
+@_device.implements(ops.restoring_backward)
+def _restoring_backward(arguments: ops.RestoringBackwardArguments) -> ops.BackwardResults:
+    results, grad_output = _backward(arguments.backward), arguments.grad_output
+    if grad_output.stride() == results.grad_input.stride():
+        _write_output(arguments.recompute, grad_output)
+    else:
+        grad_output.copy_(_recompute(arguments.recompute))
     return results
 
 

@@ -223,7 +223,7 @@ MIXTURE = ("logistic_mixture_forward", "logistic_mixture_backward")
 NORM, PENALTY = ("group_norm_forward", "group_norm_backward"), ("jacobian_forward", "jacobian_backward")
 RMS = ("rms_norm_forward", "rms_norm_backward")
 SNAKE = ("snake_forward", "snake_backward")
-NORM_TWICE = (*NORM, "group_norm_recompute")
+NORM_TWICE = (*NORM, "group_norm_recompute", "group_norm_restoring_backward")
 ENTROPIES = ("binary_code_entropy_forward", "binary_code_entropy_backward")
 QUANTIZE, MOVE = ("codebook_quantize", "codebook_quantize_backward"), ("codebook_sums", "codebook_ema_")
 

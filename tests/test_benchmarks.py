@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import devices, floors, headline, plots, registry, report, results, tables, units
+from benchmarks import devices, floors, headline, largest_batch, plots, registry, report, results, tables, units
 from benchmarks.registry import Case, Inputs, Unavailable, WrongResult, forward_backward
 from benchmarks.runner import WRONG, Plan, checked_contenders, measure
 
@@ -454,6 +454,23 @@ def test_floor_applies_where_the_processor_has_what_it_needs(features, applies):
     assert str(verdict).endswith("1.50 FALLS SHORT" if applies else "1.50, not applicable: needs avx512_bf16")
 
 
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 100])
+def test_largest_batch(most):
+    assert largest_batch.largest_batch(lambda batch: batch <= most) == most
+
+
+def test_a_larger_batch_fits_in_more_memory(monkeypatch):
+    case = next(case for case in CASES if case.name == "residual_vae_step")
+    tiny = dataclasses.replace(case, size=case.tiny)
+    step = case.providers["fastvae-lean"]
+
+    def found(memory: int) -> int:
+        monkeypatch.setattr(largest_batch, "MEMORY", memory)
+        return largest_batch.largest_batch(lambda batch: largest_batch.fits_memory(step, tiny, batch))
+
+    assert 0 < found(8 * 2**20) < found(16 * 2**20)
+
+
 def test_floors_need_features_that_are_looked_for():
     known = {*devices.VECTOR_EXTENSIONS.values(), *devices.MATRIX_EXTENSIONS.values()}
     needed = {floor["needs"] for section in floors.load().values() for floor in section["floors"] if "needs" in floor}
@@ -461,7 +478,7 @@ def test_floors_need_features_that_are_looked_for():
     assert needed <= known
 
 
-@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.report", "benchmarks.profile_conv_vae"])
+@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.report", "benchmarks.profile_conv_vae", "benchmarks.largest_batch"])
 def test_help(module):
     shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith(f"usage: python -m {module}")

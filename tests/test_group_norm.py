@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fastvae
 from fastvae import functional as FV
-from fastvae.ops.group_norm import NORM_ACTIVATIONS, ForwardArguments, forward, recompute
+from fastvae.ops.group_norm import NORM_ACTIVATIONS, ForwardArguments, backward, forward, recompute, restoring_backward
 from fastvae.reference import group_norm as reference
 
 OPERATOR = "group_norm_forward"
@@ -64,7 +64,7 @@ def check(place: Place, dtype: torch.dtype, case: Case) -> None:
     y = FV.group_norm_silu(x, case.groups, weight, bias, activation=case.activation)
     stays_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
     assert (y.movedim(1, -1) if stays_last else y).is_contiguous()
-    assert_recomputed(place, x.detach(), [None if t is None else t.detach() for t in (weight, bias)], case)
+    assert_recomputed(place, x.detach(), [None if t is None else t.detach() for t in (weight, bias)], case, source)
 
     leaves, wide = [x, *parameters], [wide_leaf(t) for t in (x, *parameters)]
     expected = oracle(wide[0], case.groups, *(wide[1:] or (None, None)), case.activation)
@@ -83,13 +83,20 @@ def check(place: Place, dtype: torch.dtype, case: Case) -> None:
         assert_close(actual, expected_gradient, dtype, magnitude=terms**0.5 * 4.0, roundings=ulps)
 
 
-def assert_recomputed(place: Place, x: torch.Tensor, parameters: list[torch.Tensor | None], case: Case) -> None:
-    """The operator gives the output of the forward pass again, to the last bit and in its layout."""
+def assert_recomputed(place: Place, x: torch.Tensor, parameters: list[torch.Tensor | None], case: Case, source: Source) -> None:
+    """The operators give the output of the forward pass again, to the last bit: as a result in its layout, and in place of the gradient
+    beside the gradients of the backward pass."""
     arguments = ForwardArguments(x, case.groups, *parameters, 1e-5, NORM_ACTIVATIONS[case.activation])
     output, mean, rstd = forward.overloads[place.backend](*arguments)
-    again = recompute.overloads[place.backend](torch.empty(0), x, mean, rstd, *parameters, case.groups, *arguments[-2:])
+    operands = x, mean, rstd, *parameters, case.groups
+    again = recompute.overloads[place.backend](torch.empty(0), *operands, *arguments[-2:])
     torch.testing.assert_close(again, output, rtol=0, atol=0, equal_nan=True)
     assert again.stride() == output.stride()
+    # An expanded gradient has no memory for every element.
+    gradient = arrange(source.normal(*case.shape), "contiguous" if case.grad_layout == "expanded" else case.grad_layout)
+    expected = backward.overloads[place.backend](gradient, *operands, arguments.activation)
+    written = restoring_backward.overloads[place.backend](gradient, *operands, *arguments[-2:])
+    torch.testing.assert_close((gradient, *written), (output, *expected), rtol=0, atol=0, equal_nan=True)
 
 
 shapes = st.builds(

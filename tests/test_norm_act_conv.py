@@ -14,7 +14,7 @@ from fastvae import nn as fnn
 from fastvae.models import ImageVAE
 from fastvae.nn.norm_act_conv import lean_obstacle, norm_then_conv
 
-OPERATORS = "group_norm_forward", "group_norm_recompute", "group_norm_backward"
+OPERATORS = "group_norm_forward", "group_norm_recompute", "group_norm_backward", "group_norm_restoring_backward"
 SMALL = {"in_channels": 3, "channels": (8, 16), "groups": 4, "image_size": 8}
 
 

@@ -1,7 +1,9 @@
 """``fastvae.optimize(memory="lean")``: the same bits with less memory, and modules that change afterwards."""
 
 import copy
+import inspect
 import pickle
+import textwrap
 
 import pytest
 import torch
@@ -151,6 +153,29 @@ def test_the_report_names_what_keeps_one_input():
     lines.clear()
     patch_diffusers(AutoencoderStep().vae, memory="lean", report=lines.append)
     assert "encoder.down_blocks.0.resnets.0.norm1 and conv1 keep one input" in lines
+    assert "decoder.conv_norm_out and conv_out keep one input" in lines
+
+
+def test_an_encoder_of_another_release_stays_as_it_is(monkeypatch):
+    vae = AutoencoderStep().vae
+    source = textwrap.dedent(inspect.getsource(type(vae.encoder).forward)).replace("return sample", "return sample * 1.0")
+    names = dict(type(vae.encoder).forward.__globals__)
+    exec(source, names)
+    monkeypatch.setattr(type(vae.encoder), "forward", names["forward"])
+    lines: list[str] = []
+    patch_diffusers(vae, memory="lean", report=lines.append)
+    assert "fused encoder.conv_norm_out with conv_act" in lines
+    assert not [line for line in lines if line.startswith("encoder.conv_norm_out and")]
+    assert vae.encode(torch.randn(1, 3, 16, 16)).latent_dist.mean.isfinite().all()
+
+
+def test_a_shortcut_keeps_no_copy():
+    x = torch.randn(2, 8, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    models = [fastvae.optimize(BlockStep(), memory=memory, report=None) for memory in ("full", "lean")]
+    kept = [kept_bytes(lambda x, *_, model=model: model(x), x, *model.parameters()) for model in models]
+    # The copy of x, and what each of the two convolutions takes.
+    assert kept[0] - kept[1] == x.nbytes + x.nbytes + 2 * x.nbytes
+    assert_same(*(results(model, x.detach()) for model in models))
 
 
 def test_memory_takes_two_words():

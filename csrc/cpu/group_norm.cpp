@@ -57,6 +57,7 @@ struct GroupNormCall {
           nullptr,
           nullptr,
           nullptr,
+          nullptr,
           {},
           1,
           nullptr},
@@ -166,13 +167,11 @@ Tensor parameter_gradient(const OptionalTensor& parameter, const Tensor& input, 
   return grad;
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
-                                                       const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias,
-                                                       int64_t num_groups, int64_t activation) {
-  GroupNormCall call(input, num_groups, weight, bias, activation);
+// The three gradients from `grad`, which has the layout of the call. Where the call restores its output, that may replace `grad`.
+std::tuple<Tensor, Tensor, Tensor> gradients_of(GroupNormCall& call, const Tensor& grad, const Tensor& input, const Tensor& mean,
+                                                const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias) {
   GroupNorm& p = call.p;
   const GroupedChannels& sizes = call.sizes;
-  Tensor grad = in_layout(grad_output, sizes.channels_last);
   Tensor grad_input = empty_in_layout(input, sizes.channels_last), dense_mean = dense(mean), dense_rstd = dense(rstd);
   const auto* means = static_cast<const double*>(dense_mean.const_data_ptr());
   const auto* rstds = static_cast<const double*>(dense_rstd.const_data_ptr());
@@ -215,12 +214,34 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output
           parameter_gradient(bias, input, grad_bias, call.kernels)};
 }
 
+std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
+                                                       const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias,
+                                                       int64_t num_groups, int64_t activation) {
+  GroupNormCall call(input, num_groups, weight, bias, activation);
+  return gradients_of(call, in_layout(grad_output, call.sizes.channels_last), input, mean, rstd, weight, bias);
+}
+
+// group_norm_backward, which leaves the output of group_norm_forward in the memory of grad_output, to the last bit. An element of the output
+// is written where its gradient has just been read, so that it costs no pass over memory of its own.
+std::tuple<Tensor, Tensor, Tensor> group_norm_restoring_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
+                                                                 const Tensor& rstd, const OptionalTensor& weight,
+                                                                 const OptionalTensor& bias, int64_t num_groups, double /* eps */,
+                                                                 int64_t activation) {
+  GroupNormCall call(input, num_groups, weight, bias, activation);
+  Tensor grad = in_layout(grad_output, call.sizes.channels_last), restored = grad_output;
+  call.p.restored = grad.mutable_data_ptr();
+  auto gradients = gradients_of(call, grad, input, mean, rstd, weight, bias);
+  if (!is_in_layout(grad_output, call.sizes.channels_last)) torch::stable::copy_(restored, grad);
+  return gradients;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
   m.impl("group_norm_forward.cpp", TORCH_BOX(&group_norm_forward));
   m.impl("group_norm_recompute.cpp", TORCH_BOX(&group_norm_recompute));
   m.impl("group_norm_backward.cpp", TORCH_BOX(&group_norm_backward));
+  m.impl("group_norm_restoring_backward.cpp", TORCH_BOX(&group_norm_restoring_backward));
 }
 
 }  // namespace fastvae

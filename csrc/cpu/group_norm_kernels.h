@@ -64,7 +64,8 @@ struct GroupNorm {
   DType dtype;  // the dtype of the next four tensors, all (count, length)
   NormActivation activation;
   const void *input, *grad_output;
-  void *output, *grad_input;
+  // `restored` is null, or where the backward pass writes the output of the forward pass; it may be the memory of grad_output.
+  void *output, *grad_input, *restored;
   NormChannelParameters channel;
   int64_t groups;  // groups of a run, each of which has moments in every slot
   double* sums;    // the moments (slots, groups, 2), or the gradient sums (slots, 2, channels)
@@ -80,7 +81,7 @@ struct GroupNormKernels {
   // Writes to `sums` the sums of du and of du * (x - centre), for each channel of each slot. For float32 and float64 it also writes du to
   // grad_input, from where the backward kernel reads it.
   void (*gradient_sums)(const GroupNorm&, int64_t begin_item, int64_t end_item, void* scratch);
-  // Writes grad_input.
+  // Writes grad_input. The last of these two to compute the activation also writes `restored`.
   void (*backward)(const GroupNorm&, int64_t begin_item, int64_t end_item, void* scratch);
   // Convert weights, biases and their gradients.
   void (*to_double)(const View&, int64_t count, double* to);

@@ -136,21 +136,27 @@ ThreeTensors group_norm_forward(const Tensor& input, int64_t num_groups, const O
   return {output, mean, rstd};
 }
 
-Tensor group_norm_recompute(const Tensor& /* grad_output */, const Tensor& input, const Tensor& mean, const Tensor& rstd,
-                            const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, double eps, int64_t activation) {
-  GroupNormArguments a{input, weight, bias, GroupedChannels(input, num_groups), static_cast<NormActivation>(activation)};
-  Launch launch(input);
-  Tensor output = empty_in_layout(launch, input, a.sizes.channels_last);
-  if (input.numel() == 0) return output;
-  dispatch(input.scalar_type(), [&](auto type) {
+// Writes the output of the forward pass, which is dense in the layout of the input.
+void recompute_to(Tensor& output, const GroupNormArguments& a, const Tensor& mean, const Tensor& rstd, double eps) {
+  if (output.numel() == 0) return;
+  Launch launch(a.input);
+  dispatch(a.input.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::Type;
     Copies copies;
     GroupNormParams<T> p = params_of<T>(launch, a, copies);
     p.eps = eps;
     p.output = static_cast<T*>(output.mutable_data_ptr());
+    p.aligned = p.aligned && is_aligned(p.output);
     p.moments = {moments_data(mean, copies), moments_data(rstd, copies)};
     a.channels_last() ? launch_recompute<T, true>(launch, a, p) : launch_recompute<T, false>(launch, a, p);
   });
+}
+
+Tensor group_norm_recompute(const Tensor& /* grad_output */, const Tensor& input, const Tensor& mean, const Tensor& rstd,
+                            const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, double eps, int64_t activation) {
+  GroupNormArguments a{input, weight, bias, GroupedChannels(input, num_groups), static_cast<NormActivation>(activation)};
+  Tensor output = empty_in_layout(Launch(input), input, a.sizes.channels_last);
+  recompute_to(output, a, mean, rstd, eps);
   return output;
 }
 
@@ -181,12 +187,27 @@ ThreeTensors group_norm_backward(const Tensor& grad_output, const Tensor& input,
   return {grad_input, grad_weight, grad_bias};
 }
 
+// group_norm_backward, which leaves the output of group_norm_forward in the memory of grad_output.
+ThreeTensors group_norm_restoring_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& rstd,
+                                           const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups, double eps,
+                                           int64_t activation) {
+  ThreeTensors gradients = group_norm_backward(grad_output, input, mean, rstd, weight, bias, num_groups, activation);
+  GroupNormArguments a{input, weight, bias, GroupedChannels(input, num_groups), static_cast<NormActivation>(activation)};
+  Tensor restored = grad_output;
+  if (is_in_layout(grad_output, a.sizes.channels_last))
+    recompute_to(restored, a, mean, rstd, eps);
+  else
+    torch::stable::copy_(restored, group_norm_recompute(grad_output, input, mean, rstd, weight, bias, num_groups, eps, activation));
+  return gradients;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
   m.impl("group_norm_forward.cuda", TORCH_BOX(&group_norm_forward));
   m.impl("group_norm_recompute.cuda", TORCH_BOX(&group_norm_recompute));
   m.impl("group_norm_backward.cuda", TORCH_BOX(&group_norm_backward));
+  m.impl("group_norm_restoring_backward.cuda", TORCH_BOX(&group_norm_restoring_backward));
 }
 
 }  // namespace fastvae

@@ -192,6 +192,13 @@ def group_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults
     return ops.BackwardResults(grad_input, *grads)
 
 
+@implements(ops.restoring_backward)
+def group_norm_restoring_backward(arguments: ops.RestoringBackwardArguments) -> ops.BackwardResults:
+    results = group_norm_backward(arguments.backward)
+    arguments.grad_output.copy_(group_norm_recompute(arguments.recompute))
+    return results
+
+
 class _Backward:
     """The backward pass: each way writes the gradient of a block's elements and adds to those of weight and bias."""
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastvae.functional._modules import call_obstacle
@@ -63,8 +64,41 @@ def residual_block(block: Any, original: Callable, input: Tensor, temb: Tensor |
     hidden = norm_then_conv(block.norm2, block.conv2, norm_then_conv(block.norm1, block.conv1, input))
     if block.conv_shortcut is not None:
         # As the original does, so that the gradient has the strides that DDP expects.
-        input = block.conv_shortcut(input.contiguous() if block.training else input)
+        input = _of_contiguous(block.conv_shortcut, input) if block.training else block.conv_shortcut(input)
     return (input + hidden) / block.output_scale_factor
+
+
+def _of_contiguous(conv: nn.Module, input: Tensor) -> Tensor:
+    """``conv(input.contiguous())``, for whose backward pass the copy is made again, because ``input`` is kept by others."""
+    copied = input.contiguous()
+    if copied is input or torch.compiler.is_compiling():
+        return conv(copied)
+    source = input.detach()
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if saved.data_ptr() == copied.data_ptr() and saved.shape == copied.shape else saved
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        return source.contiguous() if packed is None else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return conv(copied)
+
+
+def delayed_norm(parent: Any, norm: str, act: str, conv: str, input: Tensor) -> Tensor:
+    """The output of a normalisation in the code of a ``forward``; its input where :func:`conv_of_delayed` normalises too."""
+    return input if is_delayed_pair(parent, norm, act, conv) else parent.get_submodule(norm)(input)
+
+
+def conv_of_delayed(parent: Any, norm: str, act: str, conv: str, input: Tensor) -> Tensor:
+    """The output of the convolution behind the normalisation and an activation."""
+    module = parent.get_submodule(conv)
+    return norm_then_conv(parent.get_submodule(norm), module, input) if is_delayed_pair(parent, norm, act, conv) else module(input)
+
+
+def is_delayed_pair(parent: Any, norm: str, act: str, conv: str) -> bool:
+    """Whether nothing but an identity lies between a normalisation and a convolution that can be called with it."""
+    return is_identity(parent.get_submodule(act)) and lean_obstacle(parent.get_submodule(norm), parent.get_submodule(conv)) is None
 
 
 # The code of a lean residual block, whose class is made from it as from that of a traced module.

@@ -12,12 +12,26 @@ from fastvae._types import Memory, check_choice
 from fastvae.functional._modules import wrapped_tensor
 from fastvae.nn._diffusers_blocks import is_of_diffusers
 from fastvae.nn._finding import Finding
-from fastvae.nn._forward_code import rewritten
-from fastvae.nn._lean_modules import RESIDUAL_BLOCK_FORWARD, LeanSequential, lean_pairs, residual_block, residual_block_obstacle
+from fastvae.nn._forward_code import NotUnderstood, rewritten
+from fastvae.nn._forward_source import with_norm_delayed
+from fastvae.nn._lean_modules import (
+    RESIDUAL_BLOCK_FORWARD,
+    LeanSequential,
+    conv_of_delayed,
+    delayed_norm,
+    is_delayed_pair,
+    lean_pairs,
+    residual_block,
+    residual_block_obstacle,
+)
 from fastvae.nn._norm_sites import walk_norms
 from fastvae.nn._trial import refusals
 from fastvae.nn._upsampling_sites import walk_upsamplings
 from fastvae.nn.upsampling import UpsampleConv2d
+
+# The classes of diffusers whose forward ends with a norm, an activation and a convolution, and the names of the three.
+_WITH_LAST_NORM = ("Encoder", "Decoder")
+_LAST_MODULES = ("conv_norm_out", "conv_act", "conv_out")
 
 MEMORY_FORMATS = {
     nn.Conv2d: torch.channels_last,
@@ -56,8 +70,8 @@ def optimize(
         channels_last: also puts the weights of convolutions into ``torch.channels_last`` (``channels_last_3d``); their outputs follow.
             Sharded weights stay as they are, and FSDP does not shard weights in this layout.
         memory: ``"lean"`` also lets a GroupNorm with SiLU and the convolution behind it keep one input for the backward pass, see
-            :func:`fastvae.functional.norm_act_conv`: in an :class:`torch.nn.Sequential` and in the residual blocks of diffusers. Results
-            and gradients are the same to the last bit.
+            :func:`fastvae.functional.norm_act_conv`: in an :class:`torch.nn.Sequential`, in the residual blocks of diffusers and at the
+            ends of its encoders and decoders of images. Results and gradients are the same to the last bit.
         report: called with one line for each normalisation and each upsampling, what was done or why nothing was; ``None`` for silence.
             :func:`examine` gives the same without a change.
         example_inputs: what ``module`` may be called with: a tuple of arguments, or a dict of keyword arguments. Copies of the module as it
@@ -113,17 +127,29 @@ def _make_lean(root: nn.Module) -> Iterator[Finding]:
     """Changes the modules of a tree whose norms are fused already."""
     for prefix, parent in list(root.named_modules()):
         pairs = _lean_pairs(parent)
-        if pairs and type(parent) is nn.Sequential:
-            parent.__class__ = LeanSequential
-        elif pairs and not _is_lean(parent):
-            functions = ("residual_block", residual_block), ("original", type(parent).forward)
-            parent.__class__ = rewritten(type(parent), RESIDUAL_BLOCK_FORWARD, functions)  # type: ignore[arg-type]  # a class is hashable
+        if pairs and not _is_lean(parent):
+            try:
+                parent.__class__ = _lean_class(parent)
+            except NotUnderstood:
+                # Another release of diffusers: the norm is fused, and the convolution keeps its input.
+                continue
         for norm, conv in pairs.items():
             yield Finding(f"{prefix}.{norm}".removeprefix("."), conv, lean=True)
 
 
 def _is_lean(parent: nn.Module) -> bool:
-    return isinstance(parent, LeanSequential) or type(parent).forward.__globals__.get("residual_block") is residual_block
+    functions = type(parent).forward.__globals__
+    return isinstance(parent, LeanSequential) or functions.get("residual_block") is residual_block or "delayed_norm" in functions
+
+
+def _lean_class(parent: nn.Module) -> type[nn.Module]:
+    cls: Any = type(parent)
+    if cls is nn.Sequential:
+        return LeanSequential
+    if is_of_diffusers(parent, *_WITH_LAST_NORM):
+        functions = (("delayed_norm", delayed_norm), ("conv_of_delayed", conv_of_delayed))
+        return rewritten(cls, with_norm_delayed(cls, *_LAST_MODULES), functions)
+    return rewritten(cls, RESIDUAL_BLOCK_FORWARD, (("residual_block", residual_block), ("original", cls.forward)))
 
 
 def _lean_pairs(parent: nn.Module) -> dict[str, str]:
@@ -131,4 +157,6 @@ def _lean_pairs(parent: nn.Module) -> dict[str, str]:
         return lean_pairs(cast("nn.Sequential", parent))
     if is_of_diffusers(parent, "ResnetBlock2D") and residual_block_obstacle(parent) is None:
         return {"norm1": "conv1", "norm2": "conv2"}
+    if is_of_diffusers(parent, *_WITH_LAST_NORM) and is_delayed_pair(parent, *_LAST_MODULES):
+        return {"conv_norm_out": "conv_out"}
     return {}

@@ -73,10 +73,15 @@ def may_use_written(grad_output: Tensor) -> bool:
     """Whether the backward pass may hand out, and write over, a gradient that the forward pass wrote.
 
     Not where another pass over a retained graph may follow, for which a saved gradient must stay as it is. Nor where values cannot be
-    read: in a transformation, in vmap of the older kind (``is_grads_batched``), of a subclass such as a tensor without data, or while
-    make_fx traces.
+    read.
     """
-    if graph_is_retained() or type(grad_output) is not Tensor or transformed():
+    return not graph_is_retained() and has_values(grad_output)
+
+
+def has_values(grad_output: Tensor) -> bool:
+    """Whether the backward pass runs on the gradient's own values: not in a transformation, in vmap of the older kind
+    (``is_grads_batched``), on a subclass such as a tensor without data, or while make_fx traces."""
+    if type(grad_output) is not Tensor or transformed():
         return False
     return not in_make_fx() and not is_batch_of_gradients(grad_output)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvae.ops._autograd import first_derivative_only
-from fastvae.ops._operator import Operator, Size
+from fastvae.ops._operator import Operator, Size, Written
 from fastvae.ops._results import empty_in_layout, empty_like, widest_dtype
 
 # Mirrored by csrc/common/group_norm_formulas.h and by the constexprs in kernels/.
@@ -85,10 +85,37 @@ class BackwardArguments(NamedTuple):
         return BackwardResults(empty_in_layout(self.input), *grads)
 
 
+class RestoringBackwardArguments(NamedTuple):
+    """Those of the backward pass, and ``eps`` of the forward pass, whose output the operator leaves in ``grad_output``."""
+
+    grad_output: Written
+    input: Tensor
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    num_groups: Size
+    eps: float
+    activation: int
+
+    def allocate(self) -> BackwardResults:
+        return self.backward.allocate()
+
+    @property
+    def recompute(self) -> RecomputeArguments:
+        return RecomputeArguments(*self)
+
+    @property
+    def backward(self) -> BackwardArguments:
+        return BackwardArguments(*self[:-2], self.activation)
+
+
 forward = Operator("group_norm_forward", ForwardArguments)
 backward = Operator("group_norm_backward", BackwardArguments)
 # The output of the forward pass to the last bit.
 recompute = Operator("group_norm_recompute", RecomputeArguments)
+# Both at once, in the memory of the gradient.
+restoring_backward = Operator("group_norm_restoring_backward", RestoringBackwardArguments)
 
 
 class GroupNorm(torch.autograd.Function):

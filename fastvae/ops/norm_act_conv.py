@@ -3,13 +3,15 @@
 There is no operator of this name: the function composes those of the group norm with torch's convolution.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvae.ops import group_norm
-from fastvae.ops._autograd import first_derivative_only, has_autocast, without_autocast
+from fastvae.ops._autograd import first_derivative_only, has_autocast, has_values, without_autocast
+from fastvae.ops._results import empty_in_layout
 
 Padding = Literal["same", "valid"]
 
@@ -80,24 +82,36 @@ class NormActConv(torch.autograd.Function):
         *saved, weight = ctx.saved_tensors
         input, *_, norm_weight, norm_bias = saved
         needs_normal, needs_weight, needs_bias = needs = _needed(ctx.needs_input_grad)
-        if needs_weight:
-            normal = group_norm.recompute.overloads[ctx.backend](grad_output, *saved, ctx.num_groups, ctx.eps, ctx.activation)
+        norm_grads: tuple[Tensor | None, ...] = None, None, None
+        grads_of_convolution = functools.partial(_convolution_backward, ctx, grad_output, weight.to(ctx.dtype))
+        if needs_normal and needs_weight and has_values(grad_output):
+            # The gradient with respect to the convolution's input depends on the shape and layout of that alone; the norm's backward pass
+            # leaves the input itself where the gradient was.
+            normal = grads_of_convolution(empty_in_layout(input), [True, False, False])[0].to(input.dtype)
+            norm_grads = group_norm.restoring_backward.overloads[ctx.backend](normal, *saved, ctx.num_groups, ctx.eps, ctx.activation)
+            _, grad_weight, grad_bias = grads_of_convolution(normal, [False, True, needs_bias])
         else:
-            # The gradient of its input depends on the input's shape and layout alone.
-            normal = torch.empty_like(input)
-        with without_autocast(input.device):
-            operands = grad_output, normal.to(ctx.dtype), weight.to(ctx.dtype), ctx.bias_shape
-            grad_normal, grad_weight, grad_bias = torch.ops.aten.convolution_backward(*operands, *ctx.geometry, needs)
+            recompute = group_norm.recompute.overloads[ctx.backend]
+            normal = empty_in_layout(input)
+            if needs_weight:
+                normal = recompute(grad_output, *saved, ctx.num_groups, ctx.eps, ctx.activation)
+            grad_normal, grad_weight, grad_bias = grads_of_convolution(normal, needs)
+            if needs_normal:
+                operands = grad_normal.to(input.dtype), *saved
+                norm_grads = group_norm.backward.overloads[ctx.backend](*operands, ctx.num_groups, ctx.activation)
         grads = dict.fromkeys(Arguments._fields)
+        grads["input"], grad_norm_weight, grad_norm_bias = norm_grads
+        grads["norm_weight"] = None if norm_weight is None else grad_norm_weight
+        grads["norm_bias"] = None if norm_bias is None else grad_norm_bias
         grads["weight"] = grad_weight.to(weight.dtype) if needs_weight else None
         grads["bias"] = grad_bias.to(ctx.bias_dtype) if needs_bias else None
-        if needs_normal:
-            operands = grad_normal.to(input.dtype), *saved
-            norm_grads = group_norm.backward.overloads[ctx.backend](*operands, ctx.num_groups, ctx.activation)
-            grads["input"], grad_norm_weight, grad_norm_bias = norm_grads
-            grads["norm_weight"] = None if norm_weight is None else grad_norm_weight
-            grads["norm_bias"] = None if norm_bias is None else grad_norm_bias
         return *grads.values(), None
+
+
+def _convolution_backward(ctx, grad_output: Tensor, weight: Tensor, normal: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a convolution of ``normal`` with respect to it, the weight and the bias."""
+    with without_autocast(normal.device):
+        return torch.ops.aten.convolution_backward(grad_output, normal.to(ctx.dtype), weight, ctx.bias_shape, *ctx.geometry, needs)
 
 
 def _needed(needs_input_grad: tuple[bool, ...]) -> list[bool]:

@@ -90,3 +90,10 @@ def _group_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResult
     projection = (scaled * standard).sum(2, keepdim=True) / count
     grad_input = (scaled - mean_grad - standard * projection) * rstd.to(wide.dtype).unsqueeze(2)
     return ops.BackwardResults(in_layout(grad_input.view(input.shape), input), grad_weight, grad_bias)
+
+
+@ops.restoring_backward.implement("reference")
+def _group_norm_restoring_backward(arguments: ops.RestoringBackwardArguments) -> ops.BackwardResults:
+    results = _group_norm_backward(arguments.backward)
+    arguments.grad_output.copy_(_group_norm_recompute(arguments.recompute))
+    return results

@@ -15,7 +15,7 @@ constexpr Sizes kSizes[] = {{1, 1, 1, 1},     {3, 7, 6, 3},    {2, 300, 1, 1},  
 
 struct Problem {
   Sizes s;
-  Array input, grad_output, output, grad_input;
+  Array input, grad_output, output, grad_input, restored;
   Array parameters;  // centre, scale, offset, slope and intercept of each channel of each run
   std::vector<double> sums;
   GroupNorm p;
@@ -26,6 +26,7 @@ struct Problem {
         grad_output(dtype, input.count, source, kind),
         output(dtype, input.count),
         grad_input(dtype, input.count),
+        restored(dtype, input.count),
         parameters(DType::float64, 5 * s.runs * s.channels, source, kind),
         p{NormRuns(s.runs, s.positions * s.channels, s.channels),
           dtype,
@@ -34,6 +35,7 @@ struct Problem {
           grad_output.data(),
           output.data(),
           grad_input.data(),
+          nullptr,
           {},
           s.groups,
           nullptr} {
@@ -151,7 +153,22 @@ void check(const Sizes& s, DType dtype, NormActivation activation, Kind kind) {
   problem.run(&GroupNormKernels::gradient_sums, s.channels * 2);
   if (kind == Kind::usual) check_gradient_sums(problem);
   problem.run(&GroupNormKernels::backward, 0);
-  if (kind == Kind::usual) check_elements(problem);
+  if (kind != Kind::usual) return;
+  check_elements(problem);
+  check_restored(problem);
+}
+
+// A backward pass that restores the output gives the same gradient, and the output to the last bit, also over the gradient that it reads.
+void check_restored(Problem& problem) {
+  auto bytes_of = [](const Array& array) { return std::string(array.data(), array.data() + array.count * size_of(array.dtype)); };
+  std::string gradient = bytes_of(problem.grad_input);
+  for (Array* to : {&problem.restored, &problem.grad_output}) {
+    problem.p.restored = to->data();
+    problem.run(&GroupNormKernels::gradient_sums, problem.s.channels * 2);
+    problem.run(&GroupNormKernels::backward, 0);
+    expect(bytes_of(*to) == bytes_of(problem.output), "a restored output");
+    expect(bytes_of(problem.grad_input) == gradient, "a gradient beside a restored output");
+  }
 }
 
 // NaN in a parameter, with any payload, is NaN in all that it touches.

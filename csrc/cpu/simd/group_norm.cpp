@@ -7,6 +7,7 @@
 // forward          input, centre, scale, offset                      output
 // gradient_sums    input, grad_output, centre, scale, offset         sums of du and of du * (x - centre) of each channel of each slot
 // backward         the same, slope, intercept                        grad_input
+// one of these two also writes the output where it is to be restored
 #include "../group_norm_kernels.h"
 #include "group_norm_rows.h"
 
@@ -166,7 +167,7 @@ void forward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* mem
   });
 }
 
-template <class S, class A>
+template <class S, class A, bool restores>
 void gradient_sums(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
   Scratch<typename S::T> scratch(p.runs, memory);
   auto& column = scratch.column;
@@ -175,13 +176,14 @@ void gradient_sums(const GroupNorm& p, int64_t begin_item, int64_t end_item, voi
     const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
     const auto* grad = static_cast<const typename S::Stored*>(p.grad_output) + piece.offset;
     auto* stored_du = static_cast<typename S::Stored*>(p.grad_input) + piece.offset;
+    auto* restored = restores ? static_cast<typename S::Stored*>(p.restored) + piece.offset : nullptr;
     if (piece.run != filled_run) spread_parameters(p, piece.run, columns, 3, scratch);
     filled_run = piece.run;
     clear(column[3], columns);
     clear(column[4], columns);
     for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
-      add_gradients<S, A, rows.value>(x + offset, grad + offset, stored_du + offset, columns, count, column[0], column[1], column[2],
-                                      column[3], column[4]);
+      add_gradients<S, A, restores, rows.value>(x + offset, grad + offset, stored_du + offset, restores ? restored + offset : nullptr, columns, count, column[0],
+                                                column[1], column[2], column[3], column[4]);
     });
     sum_columns_by_channel(column[3], columns, channels, scratch.channel[0]);
     sum_columns_by_channel(column[4], columns, channels, scratch.channel[1]);
@@ -193,7 +195,7 @@ void gradient_sums(const GroupNorm& p, int64_t begin_item, int64_t end_item, voi
   });
 }
 
-template <class S, class A>
+template <class S, class A, bool restores>
 void backward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* memory) {
   Scratch<typename S::T> scratch(p.runs, memory);
   auto& column = scratch.column;
@@ -202,11 +204,12 @@ void backward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* me
     const auto* x = static_cast<const typename S::Stored*>(p.input) + piece.offset;
     const auto* grad = static_cast<const typename S::Stored*>(p.grad_output) + piece.offset;
     auto* out = static_cast<typename S::Stored*>(p.grad_input) + piece.offset;
+    auto* restored = restores ? static_cast<typename S::Stored*>(p.restored) + piece.offset : nullptr;
     if (piece.run != filled_run) spread_parameters(p, piece.run, columns, 5, scratch);
     filled_run = piece.run;
     for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
-      backward_rows<S, A, rows.value>(x + offset, grad + offset, out + offset, columns, count, column[0], column[1], column[2], column[3],
-                                      column[4]);
+      backward_rows<S, A, restores, rows.value>(x + offset, grad + offset, out + offset, restores ? restored + offset : nullptr, columns, count, column[0],
+                                                column[1], column[2], column[3], column[4]);
     });
   });
 }
@@ -241,12 +244,21 @@ void run_forward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) 
   with_stored_types(p, [&](auto s, auto a) { forward<decltype(s), decltype(a)>(p, begin, end, scratch); });
 }
 
+// A storage type that keeps du has its output restored by the pass that computes it, another one by the last pass.
 void run_gradient_sums(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
-  with_types(p, [&](auto s, auto a) { gradient_sums<decltype(s), decltype(a)>(p, begin, end, scratch); });
+  with_types(p, [&](auto s, auto a) {
+    using S = decltype(s);
+    p.restored ? gradient_sums<S, decltype(a), S::kKeepsGradient>(p, begin, end, scratch)
+               : gradient_sums<S, decltype(a), false>(p, begin, end, scratch);
+  });
 }
 
 void run_backward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
-  with_stored_types(p, [&](auto s, auto a) { backward<decltype(s), decltype(a)>(p, begin, end, scratch); });
+  with_stored_types(p, [&](auto s, auto a) {
+    using S = decltype(s);
+    p.restored ? backward<S, decltype(a), !S::kKeepsGradient>(p, begin, end, scratch)
+               : backward<S, decltype(a), false>(p, begin, end, scratch);
+  });
 }
 
 }  // namespace

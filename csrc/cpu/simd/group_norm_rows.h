@@ -8,7 +8,8 @@
 //   add_gradients    sums of du and of du * (x - centre); stores du where the storage type keeps it
 //   backward_rows    grad_input
 //
-// Parameters and sums are arrays of one value for each column.
+// Parameters and sums are arrays of one value for each column. A loop that is told to restore also stores y, in the memory of the gradient
+// or elsewhere: the last loop that computes the activation, to the accuracy of a stored result.
 #pragma once
 
 #include "../group_norm_kernels.h"
@@ -102,9 +103,9 @@ void forward_rows(const typename S::Stored* __restrict x, typename S::Stored* __
   });
 }
 
-template <class S, class A, int rows>
-void add_gradients(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad,
-                   typename S::Stored* __restrict stored_du, int64_t stride, int64_t count, const typename S::T* __restrict centre,
+template <class S, class A, bool restores, int rows>
+void add_gradients(const typename S::Stored* __restrict x, const typename S::Stored* grad, typename S::Stored* __restrict stored_du,
+                   typename S::Stored* restored, int64_t stride, int64_t count, const typename S::T* __restrict centre,
                    const typename S::T* __restrict scale, const typename S::T* __restrict offset, typename S::T* __restrict sum_du,
                    typename S::T* __restrict sum_du_x) {
   using T = typename S::T;
@@ -117,22 +118,24 @@ void add_gradients(const typename S::Stored* __restrict x, const typename S::Sto
 #pragma GCC unroll 8
     for (int j = 0; j < rows * lanes.value; ++j) {
       int l = j % lanes.value;
-      T du = A::gradient(affine(values.at[j], c.at[l], a.at[l], b.at[l]), gradients.at[j]);
+      T u = affine(values.at[j], c.at[l], a.at[l], b.at[l]), du = A::gradient(u, gradients.at[j]);
       gradients.at[j] = du;
       total.at[l] += du;
       product.at[l] = fma(du, values.at[j] - c.at[l], product.at[l]);
+      if (restores) values.at[j] = A::value(u);
     }
     if (S::kKeepsGradient) store_rows<S, rows>(stored_du + i, stride, lanes, gradients);
+    if (restores) store_rows<S, rows>(restored + i, stride, lanes, values);
     add_to_columns(sum_du + i, total);
     add_to_columns(sum_du_x + i, product);
   });
 }
 
 // Where the storage type keeps du, `out` holds it and `grad` is not read.
-template <class S, class A, int rows>
-void backward_rows(const typename S::Stored* __restrict x, const typename S::Stored* __restrict grad, typename S::Stored* out,
-                   int64_t stride, int64_t count, const typename S::T* __restrict centre, const typename S::T* __restrict scale,
-                   const typename S::T* __restrict offset, const typename S::T* __restrict slope,
+template <class S, class A, bool restores, int rows>
+void backward_rows(const typename S::Stored* __restrict x, const typename S::Stored* grad, typename S::Stored* out,
+                   typename S::Stored* restored, int64_t stride, int64_t count, const typename S::T* __restrict centre,
+                   const typename S::T* __restrict scale, const typename S::T* __restrict offset, const typename S::T* __restrict slope,
                    const typename S::T* __restrict intercept) {
   using T = typename S::T;
   for_each_word<S>(count, [=](auto lanes, int64_t i) __attribute__((always_inline)) {
@@ -144,11 +147,13 @@ void backward_rows(const typename S::Stored* __restrict x, const typename S::Sto
 #pragma GCC unroll 8
     for (int j = 0; j < rows * lanes.value; ++j) {
       int l = j % lanes.value;
-      T value = values.at[j], g = gradients.at[j];
-      T du = S::kKeepsGradient ? g : A::gradient(affine(value, c.at[l], a.at[l], b.at[l]), g);
+      T value = values.at[j], g = gradients.at[j], u = affine(value, c.at[l], a.at[l], b.at[l]);
+      T du = S::kKeepsGradient ? g : A::gradient(u, g);
       gradients.at[j] = gradient_of_input(value, du, c.at[l], a.at[l], s.at[l], k.at[l]);
+      if (restores) values.at[j] = A::value(u);
     }
     store_rows<S, rows>(out + i, stride, lanes, gradients);
+    if (restores) store_rows<S, rows>(restored + i, stride, lanes, values);
   });
 }
 
