@@ -221,8 +221,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(const Tensor& grad_output
   return gradients_of(call, in_layout(grad_output, call.sizes.channels_last), input, mean, rstd, weight, bias);
 }
 
-// group_norm_backward, which leaves the output of group_norm_forward in the memory of grad_output, to the last bit. An element of the output
-// is written where its gradient has just been read, so that it costs no pass over memory of its own.
+// group_norm_backward, which leaves the output of group_norm_forward in the memory of grad_output, to the last bit. An element of the
+// output is written where its gradient has just been read, so that it costs no pass over memory of its own.
 std::tuple<Tensor, Tensor, Tensor> group_norm_restoring_backward(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
                                                                  const Tensor& rstd, const OptionalTensor& weight,
                                                                  const OptionalTensor& bias, int64_t num_groups, double /* eps */,

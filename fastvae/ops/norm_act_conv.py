@@ -89,7 +89,7 @@ class NormActConv(torch.autograd.Function):
             # leaves the input itself where the gradient was.
             normal = grads_of_convolution(empty_in_layout(input), [True, False, False])[0].to(input.dtype)
             norm_grads = group_norm.restoring_backward.overloads[ctx.backend](normal, *saved, ctx.num_groups, ctx.eps, ctx.activation)
-            _, grad_weight, grad_bias = grads_of_convolution(normal, [False, True, needs_bias])
+            grad_weight, grad_bias = grads_of_convolution(normal, [False, True, needs_bias])[1:]
         else:
             recompute = group_norm.recompute.overloads[ctx.backend]
             normal = empty_in_layout(input)
