@@ -7,6 +7,8 @@
 // forward          input, centre, scale, offset                      output
 // gradient_sums    input, grad_output, centre, scale, offset         sums of du and of du * (x - centre) of each channel of each slot
 // backward         the same, slope, intercept                        grad_input
+#include <type_traits>
+
 #include "../group_norm_kernels.h"
 #include "group_norm_rows.h"
 
@@ -245,8 +247,12 @@ void run_gradient_sums(const GroupNorm& p, int64_t begin, int64_t end, void* scr
   with_types(p, [&](auto s, auto a) { gradient_sums<decltype(s), decltype(a)>(p, begin, end, scratch); });
 }
 
+// Where the storage type keeps du, the activation is behind it.
 void run_backward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
-  with_stored_types(p, [&](auto s, auto a) { backward<decltype(s), decltype(a)>(p, begin, end, scratch); });
+  with_stored_types(p, [&](auto s, auto a) {
+    using Activation = std::conditional_t<decltype(s)::kKeepsGradient, NormIdentity, decltype(a)>;
+    backward<decltype(s), Activation>(p, begin, end, scratch);
+  });
 }
 
 }  // namespace
