@@ -1,5 +1,5 @@
-"""GroupNorm with SiLU between the convolutions of an image model. The inputs have their channels last; the ``-nchw`` providers contiguous
-copies of them, converted before the clock runs."""
+"""GroupNorm with its activation between the convolutions of an image model. The inputs have their channels last; the ``-nchw`` providers
+take contiguous copies of them, converted before the clock runs."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks.registry import Case, Inputs, Provider, compiled, forced, forward_backward
 from fastvae import functional as FV
+from fastvae._types import NormActivation
 
 
 def groups_of(channels: int) -> int:
@@ -15,12 +16,18 @@ def groups_of(channels: int) -> int:
     return max(groups for groups in range(1, 33) if channels % groups == 0)
 
 
-def eager(input, weight, bias):
-    return F.silu(F.group_norm(input, groups_of(input.shape[1]), weight, bias))
+def eager_with(function):
+    def eager(input, weight, bias):
+        return function(F.group_norm(input, groups_of(input.shape[1]), weight, bias))
+
+    return eager
 
 
-def fused(input, weight, bias):
-    return FV.group_norm_silu(input, groups_of(input.shape[1]), weight, bias)
+def fused_with(activation: NormActivation):
+    def fused(input, weight, bias):
+        return FV.group_norm_silu(input, groups_of(input.shape[1]), weight, bias, activation=activation)
+
+    return fused
 
 
 def make_inputs(size, dtype, device) -> Inputs:
@@ -44,10 +51,11 @@ def bytes_moved(inputs: Inputs) -> int:
     return 8 * inputs.leaves["input"].nbytes
 
 
-def _case(size, dtype=torch.bfloat16, quick=False) -> Case:
+def _case(size, dtype=torch.bfloat16, quick=False, activation: NormActivation = "silu") -> Case:
+    eager, fused = eager_with(getattr(F, activation)), fused_with(activation)
     return Case(
         family="group_norm",
-        name="group_norm_silu",
+        name=f"group_norm_{activation}",
         size=size,
         tiny=(2, 6, 5, 3),
         dtype=dtype,
@@ -77,4 +85,9 @@ CASES = (
     _case((4, 128, 64, 64), torch.float32, quick=True),
     _case((4, 512, 32, 32), torch.float32),
     _case((4, 45, 65, 63), torch.float32),
+    *(
+        _case((4, 128, 64, 64), dtype, activation=activation)
+        for activation in ("relu", "gelu")
+        for dtype in (torch.bfloat16, torch.float32)
+    ),
 )

@@ -13,7 +13,7 @@ Extent = Literal["global", "per_channel", "per_element"]
 CategoricalData = Literal["integers", "images", "tokens"]
 ReconLoss = Literal["mse", "bce_with_logits", "bce"]
 SparsePenalty = Literal["kl", "l1"]
-NormActivation = Literal["silu", "none"]
+NormActivation = Literal["none", "silu", "relu", "gelu"]
 # How eps keeps the normalisation of a small vector finite: added to its mean square, or as the least norm it is divided by.
 EpsMode = Literal["add", "clamp"]
 # The contractive penalty knows the derivatives of these activations.

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from fastvae.kernels import _device, _launch
+from fastvae.kernels._math import standard_normal
 from fastvae.ops._results import channels_are_last, empty_in_layout
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
-SILU = tl.constexpr(NORM_ACTIVATIONS["silu"])
+SILU, RELU = tl.constexpr(NORM_ACTIVATIONS["silu"]), tl.constexpr(NORM_ACTIVATIONS["relu"])
+GELU = tl.constexpr(NORM_ACTIVATIONS["gelu"])
 
 # Memory delivers sectors of 32 bytes. A program that reads fewer adjacent bytes wastes the rest of a sector.
 SECTOR_BYTES = 32
@@ -75,6 +77,12 @@ def load(pointers, mask):
 def activate(u, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         return u / (1.0 + tl.exp(-u))
+    elif ACTIVATION == RELU:
+        # The comparison is false for NaN, which stays.
+        return tl.where(u <= 0, 0.0, u)
+    elif ACTIVATION == GELU:
+        _, distribution = standard_normal(u)
+        return u * distribution
     else:
         return u
 
@@ -88,6 +96,11 @@ def differentiate(u, grad_output, ACTIVATION: tl.constexpr):
         # decay * sigmoid is 1 - sigmoid without a difference. Where decay overflows, that would be inf * 0, and the value is 1.
         complement = tl.where(u < -80.0, 1.0, decay * sigmoid)
         return grad_output * sigmoid * tl.fma(u, complement, 1.0)
+    elif ACTIVATION == RELU:
+        return tl.where(u <= 0, 0.0, grad_output)
+    elif ACTIVATION == GELU:
+        density, distribution = standard_normal(u)
+        return grad_output * tl.fma(u, density, distribution)
     else:
         return grad_output
 

@@ -85,6 +85,12 @@ LTX2 = {
     "downsample_type": ("spatial", "temporal", "conv", "conv"), "upsample_residual": (True, True), "upsample_factor": (2, 2),
     "upsample_type": ("temporal", "spatial"), "patch_size": 1,
 }  # fmt: skip
+DC = {
+    "latent_channels": 4, "attention_head_dim": 2, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
+    "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "encoder_qkv_multiscales": ((), (5,)),
+    "decoder_qkv_multiscales": ((), (5,)),
+}  # fmt: skip
 
 CASES = (
     Case("AutoencoderKL", IMAGE, STABLE_DIFFUSION),
@@ -148,12 +154,8 @@ CASES = (
     Case("AutoencoderKLLTX2Audio", (1, 2, 8, 16), {
         "base_channels": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "resolution": 16, "latent_channels": 2, "mel_bins": 16,
     }),
-    Case("AutoencoderDC", IMAGE, {
-        "latent_channels": 4, "attention_head_dim": 2, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-        "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (8, 8),
-        "decoder_block_out_channels": (8, 8), "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
-        "encoder_qkv_multiscales": ((), (5,)), "decoder_qkv_multiscales": ((), (5,)), "decoder_conv_act_fn": "silu",
-    }, variant="decoder_conv_act_fn=silu"),
+    Case("AutoencoderDC", IMAGE, DC),
+    Case("AutoencoderDC", IMAGE, DC | {"decoder_conv_act_fn": "silu"}, variant="decoder_conv_act_fn=silu"),
     Case("AutoencoderKLMiniMaxH3", (1, 3, 10, 16, 16), LATENTS | {
         "latent_channels": 4, "block_out_channels": (8, 8), "layers_per_block": 1, "spatial_downsample_factors": (2, 1),
         "temporal_downsample_factors": (2, 1), "norm_num_groups": 4, "decoder_num_layers": 1, "decoder_num_attention_heads": 1,
@@ -165,7 +167,7 @@ CASES = (
     }),
 )  # fmt: skip
 
-# What the classes without a case have instead of a norm that SiLU follows.
+# What the classes without a case have instead of a norm that SiLU, ReLU or GELU follows.
 OTHERS = {
     "AutoencoderKLKVAEAudio": "Snake, no norms",
     "AutoencoderKLMiniMaxH3Audio": "Snake, no norms",

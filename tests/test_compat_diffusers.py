@@ -98,7 +98,7 @@ def test_what_is_left_alone_and_why():
     assert [line.split()[1] for line in left] == [f"{part}.mid_block.attentions.0.group_norm:" for part in ("encoder", "decoder")]
 
 
-@pytest.mark.parametrize("act_fn", ["silu", "gelu"])
+@pytest.mark.parametrize("act_fn", ["silu", "mish"])
 def test_patching_twice_changes_nothing(act_fn):
     vae = patch_diffusers(small_vae(act_fn=act_fn))
     text = repr(vae)
@@ -132,10 +132,10 @@ def test_hooks_and_replaced_forwards_keep_their_modules():
 
 
 def test_a_block_with_another_activation_stays():
-    make = partial(ResnetBlock2D, in_channels=8, groups=2, temb_channels=None, non_linearity="gelu")
-    with pytest.raises(ValueError, match="without a norm that SiLU follows"):
+    make = partial(ResnetBlock2D, in_channels=8, groups=2, temb_channels=None, non_linearity="mish")
+    with pytest.raises(ValueError, match="without a norm that SiLU, ReLU or GELU follows"):
         patch_diffusers(make())
-    assert [finding.reason for finding in examine(make())] == ["nonlinearity is not SiLU alone"] * 2
+    assert [finding.reason for finding in examine(make())] == ["nonlinearity is not SiLU, ReLU or GELU alone"] * 2
 
 
 SCALED = {"temb_channels": 8, "time_embedding_norm": "scale_shift"}
@@ -143,6 +143,12 @@ IMAGES, VIDEOS = (2, 8, 4, 4), (2, 8, 3, 4, 4)
 # Blocks and the shapes of what they take, with the number of norms that are fused.
 BLOCKS = {
     "no time embedding": (partial(ResnetBlock2D, in_channels=8, groups=2, temb_channels=None), [IMAGES], 2),
+    "GELU": (partial(ResnetBlock2D, in_channels=8, groups=2, temb_channels=None, non_linearity="gelu"), [IMAGES], 2),
+    "ReLU and a time embedding": (
+        partial(ResnetBlock2D, in_channels=8, groups=2, temb_channels=8, non_linearity="relu"),
+        [IMAGES, (2, 8)],
+        2,
+    ),
     "a time embedding": (partial(ResnetBlock2D, in_channels=8, groups=2, temb_channels=8), [IMAGES, (2, 8)], 2),
     "a scale and a shift": (partial(ResnetBlock2D, in_channels=8, groups=2, **SCALED), [IMAGES, (2, 8)], 1),
     "an embedding without activation": (partial(ResnetBlock2D, in_channels=8, groups=2, skip_time_act=True, **SCALED), [IMAGES, (2, 8)], 1),

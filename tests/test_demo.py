@@ -200,7 +200,7 @@ def test_plain_quantizer_does_what_ours_does():
 
 def test_plain_layers_compute_the_same():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(GroupNormSiLU(2, 4), UpsampleConv2d(4, 3))
+    model = torch.nn.Sequential(GroupNormSiLU(2, 4), UpsampleConv2d(4, 3), GroupNormSiLU(1, 3, activation="none"))
     x = torch.randn(2, 4, 5, 6)
     expected = model(x)
     plain = with_plain_layers(model)

@@ -1,4 +1,4 @@
-"""GroupNorm + SiLU against float64: values, gradients, layouts, statistics, memory."""
+"""GroupNorm and its activations against float64: values, gradients, layouts, statistics, memory."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 import fastvae
 from fastvae import functional as FV
-from fastvae.ops.group_norm import NORM_ACTIVATIONS, ForwardArguments, backward, forward, recompute, restoring_backward
+from fastvae._backend import ON_EVERY_DEVICE
+from fastvae.ops.group_norm import (
+    NORM_ACTIVATIONS,
+    TORCH_ACTIVATIONS,
+    ForwardArguments,
+    backward,
+    forward,
+    recompute,
+    restoring_backward,
+)
 from fastvae.reference import group_norm as reference
 
 OPERATOR = "group_norm_forward"
@@ -20,6 +29,10 @@ OPERATOR = "group_norm_forward"
 INTERPRETED = Place("cpu", "triton")
 # So it does where the CUDA kernels are emulated.
 SIMULATED = (INTERPRETED, Place("cpu", "cuda"))
+
+
+# The activations as torch has them.
+FUNCTIONS = {"none": lambda u: u, "silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 
 def roundings(place: Place, dtype: torch.dtype) -> int:
@@ -53,7 +66,13 @@ def oracle(x, groups, weight, bias, activation, eps=1e-5):
     normal = F.group_norm(x, groups, eps=eps) if x[0:1].numel() > groups else x * 0
     shape = (1, -1, *(1,) * (x.ndim - 2))
     u = normal if weight is None else normal * weight.view(shape) + bias.view(shape)
-    return F.silu(u) if activation == "silu" else u
+    return FUNCTIONS[activation](u)
+
+
+def is_near_kink(u: torch.Tensor) -> bool:
+    """Whether rounding decides on which side of 0 some value is: ReLU's derivative is 0 on the one side and 1 on the other."""
+    size = u.detach().abs()
+    return bool(((size > 0) & (size < 1e-6 * (1 + size.max()))).any())
 
 
 def check(place: Place, dtype: torch.dtype, case: Case) -> None:
@@ -61,12 +80,14 @@ def check(place: Place, dtype: torch.dtype, case: Case) -> None:
     x = leaf(arrange((source.normal(*case.shape, dtype=torch.float64) + case.mean).to(dtype), case.layout))
     parameters = [leaf(source.normal(case.shape[1])) for _ in range(2)] if case.affine else []
     weight, bias = parameters or (None, None)
+    leaves, wide = [x, *parameters], [wide_leaf(t) for t in (x, *parameters)]
+    if case.activation == "relu" and is_near_kink(oracle(wide[0], case.groups, *(wide[1:] or (None, None)), "none")):
+        return check(place, dtype, replace(case, seed=case.seed + 1))
     y = FV.group_norm_silu(x, case.groups, weight, bias, activation=case.activation)
     stays_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
     assert (y.movedim(1, -1) if stays_last else y).is_contiguous()
     assert_recomputed(place, x.detach(), [None if t is None else t.detach() for t in (weight, bias)], case, source)
 
-    leaves, wide = [x, *parameters], [wide_leaf(t) for t in (x, *parameters)]
     expected = oracle(wide[0], case.groups, *(wide[1:] or (None, None)), case.activation)
     # The normalisation cancels x and its mean, of some ulps each.
     scale = 1.0 + float(expected.detach().abs().max())
@@ -126,6 +147,9 @@ cases = st.builds(
 @example(case=Case((2, 64, 1, 1), 8))
 @example(case=Case((5, 20), 4))
 @example(case=Case((3, 1, 1, 1), 1))
+@example(case=Case((2, 32, 9, 8), 8, activation="relu", layout="last", grad_layout="last"))
+@example(case=Case((2, 32, 9, 8), 8, activation="gelu"))
+@example(case=Case((2, 33, 7, 9), 3, activation="gelu", layout="last"))
 def test_matches_float64(place, dtype, case):
     check(place, dtype, case)
 
@@ -310,17 +334,41 @@ def test_nan_with_every_bit_set(place, dtype):
 
 
 @each_place_and_dtype(OPERATOR)
-def test_far_from_zero(place, dtype):
-    """Where the sigmoid is 0 or 1 the output is 0 or u, and the gradient 0 or that of u."""
+@pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
+def test_far_from_zero(place, dtype, activation):
+    """There the output is 0 or u, and the gradient 0 or that of u."""
     x = torch.tensor([-1.0, 1.0], dtype=dtype, device=place.device).view(1, 2, 1).repeat(1, 1, 4).view(1, 1, 8)
     for gain in (1.0, 30.0, 80.0, 100.0, 1e3, 1e4):
         weight = leaf(torch.full((1,), gain, dtype=dtype, device=place.device))
-        y = FV.group_norm_silu(x, 1, weight, eps=0.0)
-        expected = F.silu(x.double() * gain)
+        y = FV.group_norm_silu(x, 1, weight, eps=0.0, activation=activation)
+        expected = FUNCTIONS[activation](x.double() * gain)
         assert_close(y.detach(), expected, dtype, roundings=roundings(place, dtype))
         (gradient,) = torch.autograd.grad(y[..., 4:].sum(), weight)
-        slope = torch.func.grad(F.silu)(torch.tensor(gain, dtype=torch.float64))
+        slope = torch.func.grad(FUNCTIONS[activation])(torch.tensor(gain, dtype=torch.float64))
         torch.testing.assert_close(gradient.double().item(), 4.0 * float(slope), rtol=5e-3, atol=1e-6)
+
+
+@each_place_and_dtype(OPERATOR)
+@pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
+def test_the_derivative_at_zero_is_that_of_torch(place, dtype, activation):
+    x, bias = torch.ones(2, 2, 5, dtype=dtype, device=place.device), leaf(torch.zeros(2, dtype=dtype, device=place.device))
+    y = FV.group_norm_silu(x, 1, None, bias, activation=activation)
+    (gradient,) = torch.autograd.grad(y.sum(), bias)
+    slope = torch.func.grad(FUNCTIONS[activation])(torch.zeros(()))
+    assert (y == 0).all()
+    assert_close(gradient, torch.full((2,), 10.0 * float(slope), dtype=torch.float64, device=place.device), dtype)
+
+
+@pytest.mark.parametrize("place", [place for place in places(OPERATOR) if place.backend not in ON_EVERY_DEVICE], ids=str)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_gelu_keeps_its_digits_where_it_is_small(place, sign):
+    """torch's own takes 1 + erf(u / sqrt(2)), which is 0 below -5.5."""
+    x = torch.tensor([-1.0, 1.0], device=place.device).repeat(8).view(1, 1, 16)
+    for gain in (0.01, 0.5, 1.0, 2.0, 4.0, 6.0, 9.0, 12.0):
+        weight = torch.full((1,), sign * gain, device=place.device)
+        y = FV.group_norm_silu(x, 1, weight, eps=0.0, activation="gelu")
+        u = weight.cpu().double() * x.cpu().double()
+        torch.testing.assert_close(y.cpu().double(), 0.5 * u * torch.erfc(-math.sqrt(0.5) * u), rtol=1e-6 + 2e-7 * gain**2, atol=0)
 
 
 @each_place(OPERATOR)
@@ -374,6 +422,8 @@ def test_every_instruction_set(name, dtype):
                 case = Case((2, 36, 19, 21), 6, layout=layout, grad_layout=layout)
                 check(place, dtype, case)
                 check(place, dtype, replace(case, activation="none", affine=False))
+                check(place, dtype, replace(case, activation="relu"))
+                check(place, dtype, replace(case, activation="gelu"))
         assert fastvae._C.last_instruction_set("group_norm") == compiled_path("group_norm", name)
     finally:
         fastvae._C.set_instruction_set(used)
@@ -439,7 +489,7 @@ BAD = [
     ({"bias": torch.ones(6, device="meta")}, ValueError, "bias: got a tensor on meta, takes the device of input, cpu"),
     ({"eps": -1.0}, ValueError, "eps: got -1.0, takes a finite number >= 0"),
     ({"eps": math.nan}, ValueError, "eps: got nan"),
-    ({"activation": "relu"}, ValueError, "activation: got 'relu', takes one of 'none', 'silu'"),
+    ({"activation": "gelu_tanh"}, ValueError, "activation: got 'gelu_tanh', takes one of 'none', 'silu', 'relu', 'gelu'"),
 ]
 
 

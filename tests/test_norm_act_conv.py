@@ -82,6 +82,8 @@ def test_each_dtype(place, dtype):
         ((9, 8), (3, 3), {"groups": 2, "padding": "valid"}),
         ((4, 5, 6), (3, 3, 3), {"padding": 1}),
         ((1, 1), (1, 1), {"activation": "none"}),
+        ((9, 8), (3, 3), {"activation": "relu"}),
+        ((9, 8), (3, 3), {"activation": "gelu"}),
     ],
     ids=str,
 )

@@ -26,11 +26,13 @@ def test_the_module_is_group_norm_and_silu():
     assert list(ours.state_dict()) == list(norm.state_dict())
     assert not list(without.parameters())
     assert "activation='silu'" in repr(ours)
+    for name, function in (("relu", F.relu), ("gelu", F.gelu)):
+        torch.testing.assert_close(ours(x, activation=name), function(norm(x)))
 
 
 def test_the_module_checks_its_arguments():
-    with pytest.raises(ValueError, match="activation: got 'gelu'"):
-        GroupNormSiLU(2, 4, activation="gelu")
+    with pytest.raises(ValueError, match="activation: got 'gelu_tanh'"):
+        GroupNormSiLU(2, 4, activation="gelu_tanh")
     with pytest.raises(ValueError, match="num_channels"):
         GroupNormSiLU(3, 4)
 
@@ -58,7 +60,7 @@ def test_the_other_module_bounds_a_norm():
 def test_the_other_module_checks_its_arguments():
     for options, message in (
         ({"num_channels": 0}, "num_channels: got 0, takes an int >= 1"),
-        ({"num_channels": 2, "activation": "gelu"}, "activation: got 'gelu'"),
+        ({"num_channels": 2, "activation": "gelu_tanh"}, "activation: got 'gelu_tanh'"),
         ({"num_channels": 2, "eps_mode": "max"}, "eps_mode: got 'max'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -114,6 +116,29 @@ def sequential():
     )
 
 
+def other_activations():
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 1), nn.GroupNorm(4, 4), nn.GELU(),
+        nn.Conv2d(4, 4, 1), nn.GroupNorm(1, 4), nn.ReLU(),
+    )  # fmt: skip
+
+
+class Functions(nn.Module):
+    """ReLU and GELU in every form that code has for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.n1, self.n2, self.n3, self.n4, self.n5, self.n6, self.n7 = (nn.GroupNorm(2, 4) for _ in range(7))
+        self.relu, self.gelu, self.conv = nn.ReLU(inplace=True), nn.GELU(), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv(F.relu(self.n1(x)))
+        h = self.conv(F.relu(self.n2(h), inplace=True)) + x
+        h = self.conv(torch.relu(self.n3(h))) + self.conv(self.n4(h).relu())
+        h = self.conv(F.gelu(self.n5(h))) - F.gelu(h, approximate="tanh")
+        return self.gelu(self.n6(h)) * self.relu(self.n7(x))
+
+
 def upsampling():
     return nn.Sequential(
         nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, padding=1), nn.UpsamplingNearest2d(scale_factor=2),
@@ -126,6 +151,8 @@ MAKERS = {
     "sequential": (sequential, 2),
     "functional": (Functional, 2),
     "submodule": (Submodule, 1),
+    "other activations": (other_activations, 3),
+    "functions": (Functions, 7),
     "nested": (lambda: nn.Sequential(Submodule(), nn.ModuleDict({"block": Functional()})["block"]), 3),
 }
 each_module = pytest.mark.parametrize(("make", "count"), MAKERS.values(), ids=MAKERS)
@@ -186,6 +213,32 @@ def test_it_is_still_a_module(make, count):
     assert torch.equal(module.eval()(x), expected)
     assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
     assert module.double()(x.double()).dtype == torch.float64
+
+
+def test_each_activation_becomes_that_of_its_norm():
+    layers, functions = (fastvae.optimize(make(), report=None) for make in (other_activations, Functions))
+    assert [m.activation for m in layers if isinstance(m, GroupNormSiLU)] == ["relu", "gelu", "relu"]
+    assert [m.activation for m in functions.children() if isinstance(m, GroupNormSiLU)] == ["relu"] * 4 + ["gelu"] * 2 + ["relu"]
+    lines = [str(finding) for finding in examine(Functions())]
+    names = *["functional.relu"] * 4, "functional.gelu", "gelu", "relu"
+    assert lines == [f"fused n{number} with {name}" for number, name in enumerate(names, 1)]
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.Tanh(), nn.GELU("tanh"), nn.ReLU(), nn.GELU()], ids=str)
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_an_activation_that_is_replaced_afterwards(name, act):
+    """The norm leaves its own out, also where it is replaced too."""
+    torch.manual_seed(0)
+    module, x = Functions(), Source("cpu").normal(2, 4, 8, 8)
+    optimized = fastvae.optimize(copy.deepcopy(module), report=None)
+    for changed in (module, optimized):
+        setattr(changed, name, act)
+    torch.testing.assert_close(optimized(x), module(x), rtol=1e-5, atol=1e-5)
+    for changed in (module, optimized):
+        changed.n1, changed.n6, changed.n7 = nn.GroupNorm(1, 4), nn.Identity(), nn.GroupNorm(4, 4)
+    torch.testing.assert_close(optimized(x), module(x), rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(optimized, fullgraph=True, backend="aot_eager")(x), module(x), rtol=1e-5, atol=1e-5)
 
 
 def test_it_prints_by_default(capsys):
@@ -265,6 +318,19 @@ class UsesBoth(Block):
         return h + F.silu(h)
 
 
+class Approximates(Block):
+    def forward(self, x):
+        return F.gelu(self.norm(x), approximate="tanh")
+
+
+class ReadsTheNormAgain(Block):
+    """What ReLU changes in place is read again."""
+
+    def forward(self, x):
+        h = self.norm(x)
+        return F.relu(h, inplace=True) + h
+
+
 class CallsTwice(Block):
     def forward(self, x):
         return F.silu(self.norm(x)) + self.norm(x)
@@ -335,18 +401,21 @@ LEFT = [
     (ReadsANumber, "reads self.eps"),
     (DependsOnTheMode, "reads self.training"),
     (Loops, "has a For"),
-    (UsesBoth, "no SiLU follows it"),
-    (CallsTwice, "no SiLU follows it"),
-    (ComesBefore, "no SiLU follows it"),
+    (UsesBoth, "no SiLU, ReLU or GELU follows it"),
+    (CallsTwice, "no SiLU, ReLU or GELU follows it"),
+    (ReadsTheNormAgain, "no SiLU, ReLU or GELU follows it"),
+    (Approximates, "GELU by tanh follows it, and not the exact one"),
+    (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.GELU("tanh")), "GELU by tanh follows it, and not the exact one"),
+    (ComesBefore, "no SiLU, ReLU or GELU follows it"),
     (TakesKeywords, "other than plain arguments"),
     (CallsAHelper, "uses helper"),
     (CallsAMethod, "reads self.activate"),
     (InstanceForward, "its forward was replaced"),
-    (lambda: OwnSequential(nn.GroupNorm(2, 4), nn.SiLU()), "no SiLU follows it"),
-    (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU(), nn.SiLU()), "no SiLU follows it"),
-    (lambda: nn.Sequential(nn.GroupNorm(2, 4)), "no SiLU follows it"),
+    (lambda: OwnSequential(nn.GroupNorm(2, 4), nn.SiLU()), "no SiLU, ReLU or GELU follows it"),
+    (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.Mish(), nn.SiLU()), "no SiLU, ReLU or GELU follows it"),
+    (lambda: nn.Sequential(nn.GroupNorm(2, 4)), "no SiLU, ReLU or GELU follows it"),
     (hooked, "has hooks"),
-    (hooked_activation, "no SiLU follows it"),
+    (hooked_activation, "no SiLU, ReLU or GELU follows it"),
     (shared_norm, "used in more than one place"),
     (lambda: nn.ModuleList([nn.GroupNorm(2, 4), nn.SiLU()]), "in a ModuleList"),
     (lambda: nn.GroupNorm(2, 4), "the module itself"),

@@ -22,6 +22,16 @@ def sequential() -> nn.Sequential:
     )
 
 
+def relu() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1))
+
+
+def gelu() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1), nn.Dropout(0.0))
+
+
 def block(**options) -> nn.Module:
     resnet = pytest.importorskip("diffusers.models.resnet")
     torch.manual_seed(0)
@@ -70,6 +80,8 @@ def assert_same(actual, expected) -> None:
 
 MODELS = {
     "sequential": (sequential, (2, 3, 8, 8)),
+    "ReLU": (relu, (2, 3, 8, 8)),
+    "GELU": (gelu, (2, 3, 8, 8)),
     "residual block": (BlockStep, (2, 8, 8, 8)),
     "autoencoder": (AutoencoderStep, (1, 3, 16, 16)),
 }
@@ -149,7 +161,7 @@ def test_a_block_in_evaluation_mode_drops_nothing_and_does_in_training_mode():
 def test_the_report_names_what_keeps_one_input():
     lines: list[str] = []
     fastvae.optimize(sequential(), memory="lean", report=lines.append)
-    assert lines == ["fused 1 with 2", "left 4: no SiLU follows it", "1 and 3 keep one input"]
+    assert lines == ["fused 1 with 2", "left 4: no SiLU, ReLU or GELU follows it", "1 and 3 keep one input"]
     lines.clear()
     patch_diffusers(AutoencoderStep().vae, memory="lean", report=lines.append)
     assert "encoder.down_blocks.0.resnets.0.norm1 and conv1 keep one input" in lines

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 import fastvae
 from fastvae import functional as FV
-from fastvae.nn._fused_norms import has_silu
+from fastvae.nn._fused_norms import fused_activation
 from fastvae.nn.optimize import examine
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install diffusers")
@@ -124,7 +124,7 @@ CHANGES = {
 def test_an_optimized_block_follows_what_is_done_to_it(make, change):
     block = make()
     optimized = fastvae.optimize(copy.deepcopy(block), report=None)
-    assert has_silu(optimized.norm1)
+    assert fused_activation(optimized.norm1) == "silu"
     change(block)
     change(optimized)
     x = Source("cpu").normal(2, 8, 3, 4, 4)
@@ -164,20 +164,22 @@ def test_optimizing_twice_changes_nothing():
 class Traced(nn.Module):
     """Code of a user around a norm of diffusers."""
 
-    def __init__(self):
+    def __init__(self, act: nn.Module):
         super().__init__()
-        self.norm, self.act = CosmosCausalGroupNorm(8), nn.SiLU()
+        self.norm, self.act = CosmosCausalGroupNorm(8), act
 
     def forward(self, x):
         return self.act(self.norm(x))
 
 
-def test_a_norm_of_diffusers_in_code_that_can_be_traced():
-    module = Traced()
+@pytest.mark.parametrize(("act", "name"), [(nn.SiLU(), "silu"), (nn.ReLU(inplace=True), "relu"), (nn.GELU(), "gelu")], ids=str)
+def test_a_norm_of_diffusers_in_code_that_can_be_traced(act, name):
+    module = Traced(act)
     x = Source("cpu").normal(2, 8, 3, 4, 4)
     expected = module(x)
     assert [str(finding) for finding in examine(module)] == ["fused norm with act"]
     fastvae.optimize(module, report=None)
+    assert fused_activation(module.norm) == name
     torch.testing.assert_close(module(x), expected)
     module.act = nn.Tanh()
     torch.testing.assert_close(module(x), torch.tanh(CosmosCausalGroupNorm(8)(x)))

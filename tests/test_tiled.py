@@ -143,6 +143,8 @@ LAYERS = {
     "UpsamplingNearest2d": lambda: [nn.UpsamplingNearest2d(scale_factor=3)],
     "GroupNorm": lambda: [nn.GroupNorm(2, 4), nn.Tanh()],
     "GroupNorm without parameters": lambda: [GroupNormSiLU(2, 4, affine=False)],
+    "GroupNorm and GELU": lambda: [GroupNormSiLU(2, 4, activation="gelu")],
+    "GroupNorm and ReLU": lambda: [GroupNormSiLU(2, 4, activation="relu")],
     "NormActConv2d": lambda: [NormActConv2d(2, 4, 6, 3, padding=1)],
     "RMSNormSiLU": lambda: [RMSNormSiLU(4, bias=True)],
     "BatchNorm2d": lambda: [nn.BatchNorm2d(4)],

@@ -17,10 +17,12 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from fastvae.nn.optimize import examine  # noqa: E402
 
 PAGE = ROOT / "docs/diffusers.md"
+_ACTIVATIONS = (nn.functional.silu, nn.functional.relu, torch.relu, nn.functional.gelu)
 
 
 class _Observer(TorchFunctionMode):
-    """Sees, in a call of a model, which normalisations have an output that SiLU takes, or a view of it; wherever in the code that is."""
+    """Sees, in a call of a model, which normalisations have an output that SiLU, ReLU or GELU takes, or a view of it; wherever in the code
+    that is."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -41,7 +43,7 @@ class _Observer(TorchFunctionMode):
         return remember
 
     def __torch_function__(self, function, types, arguments=(), options=None):
-        if function is nn.functional.silu:
+        if function in _ACTIVATIONS:
             name, kind = self._norms.get(arguments[0].untyped_storage().data_ptr(), (None, None))
             if name is not None:
                 self.sites[name] = kind
@@ -49,7 +51,7 @@ class _Observer(TorchFunctionMode):
 
 
 def observed(case: Case) -> dict[str, str]:
-    """The names of the normalisations that SiLU follows in a call, each with its class."""
+    """The names of the normalisations that SiLU, ReLU or GELU follows in a call, each with its class."""
     model = case.model()
     with torch.no_grad(), _Observer(model) as observer:
         model(case.input(), **case.call)
@@ -58,8 +60,8 @@ def observed(case: Case) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Row:
-    """What optimize() does with a class: the classes of its norms that SiLU follows, those norms, those of them that are fused, and the
-    reasons why others are left, each with the number of them."""
+    """What optimize() does with a class: the classes of its norms that an activation follows, those norms, those of them that are fused,
+    and the reasons why others are left, each with the number of them."""
 
     name: str
     norms: tuple[str, ...]
@@ -95,9 +97,9 @@ this page; a test holds it to the code, and what the models give to what they ga
 |---|---|---|---|---|---|
 {rows}
 
-* **norms**: the classes of the normalisations whose output SiLU takes, as a call of the model shows.
+* **norms**: the classes of the normalisations whose output SiLU, ReLU or GELU takes, as a call of the model shows.
 * **sites**: how many of these there are. Spatial norms, which scale and shift by the latents, are not counted.
-* **fused**: how many of them are one operator with SiLU after `optimize`.
+* **fused**: how many of them are one operator with the activation after `optimize`.
 * **left**: how many other normalisations `optimize` looked at and left alone; **why**: the reasons, with the number of each.
 
 Of the {with_sites} configurations with such sites {whole} are fused at every one.

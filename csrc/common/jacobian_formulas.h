@@ -3,7 +3,7 @@
 // derivative, the input a. alpha is the parameter of the activation, which most of them ignore.
 #pragma once
 
-#include "math.h"
+#include "normal.h"
 
 namespace fastvae {
 
@@ -36,34 +36,6 @@ FASTVAE_INLINE float expm1_negative(float x) {
   return x > -0.35f ? series : exp(x) - 1.0f;
 }
 FASTVAE_INLINE double expm1_negative(double x) { return ::expm1(x); }
-
-// The density and the distribution function of the standard normal at a.
-template <class T>
-struct Normal {
-  T density, distribution;
-};
-
-FASTVAE_INLINE Normal<float> normal_at(float a) {
-  // For x >= 0, exp(x^2) * erfc(x) is t times a polynomial in t = 1 / (1 + x / 2). The coefficients are a minimax fit with a relative error
-  // of 4e-8.
-  float x = absolute(a) * 0.707106781f;
-  float t = divide(1.0f, fma(0.5f, x, 1.0f));
-  float p = -5.9069016e-2f;
-  p = fma(p, t, 2.84575225e-1f);
-  p = fma(p, t, -4.87200417e-1f);
-  p = fma(p, t, 2.78067725e-1f);
-  p = fma(p, t, -2.66260341e-2f);
-  p = fma(p, t, 2.02687016e-1f);
-  p = fma(p, t, 2.43103728e-1f);
-  p = fma(p, t, 2.82375313e-1f);
-  p = fma(p, t, 2.82086418e-1f);
-  float e = exp(-0.5f * a * a);
-  float tail = 0.5f * p * t * e;
-  return {0.398942280f * e, a < 0.0f ? tail : 1.0f - tail};
-}
-FASTVAE_INLINE Normal<double> normal_at(double a) {
-  return {0.3989422804014327 * ::exp(-0.5 * a * a), 0.5 * ::erfc(-a * 0.7071067811865476)};
-}
 
 struct Identity {
   template <class T>

@@ -22,7 +22,8 @@ def patch_diffusers(
     report: Callable[[str], None] | None = None,
     example_inputs: tuple | dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Fuses normalisation and SiLU, upsampling and convolution in an autoencoder of diffusers, in place: :func:`fastvae.optimize` on it.
+    """Fuses normalisation and activation, upsampling and convolution in an autoencoder of diffusers, in place, by
+    :func:`fastvae.optimize`.
 
     The norms of the residual blocks and of the ends of encoder and decoder take over the activation behind them, and the ``upsamplers`` of
     the decoders of images compute repetition and convolution as one. Names and parameters stay, so checkpoints load as before, and what
@@ -46,7 +47,7 @@ def patch_diffusers(
     patched = any(is_fused(module) or isinstance(module, UpsampleConv2d) for module in vae.modules())
     findings = [] if patched else examine(vae)
     if not patched and all(finding.followed_by is None for finding in findings):
-        missing = "a norm that SiLU follows or an upsampling that a convolution follows"
+        missing = "a norm that SiLU, ReLU or GELU follows or an upsampling that a convolution follows"
         reasons = f" ({findings[0]})" if findings else ""
         raise ValueError(f"vae: got a {type(vae).__name__} without {missing}{reasons}, takes a VAE of diffusers")
     return optimize(vae, channels_last=channels_last, memory=memory, report=report, example_inputs=example_inputs)

@@ -1,4 +1,4 @@
-"""Group normalisation and SiLU in plain PyTorch, block by block, for contiguous tensors and for channels that are last in memory.
+"""Group normalisation and its activation in plain PyTorch, block by block, for contiguous tensors and for channels that are last in memory.
 
 A tensor is seen as (samples, channels, positions), or as (samples, positions, channels) where its channels are last. Sums are taken over
 positions first, so every operation on elements runs along contiguous memory, and what belongs to a group is a table (samples, groups).
@@ -11,15 +11,15 @@ another device, the mean is subtracted first.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae.fallback import _device
 from fastvae.fallback._blocks import Block, block_elements, blocks, widen, written
+from fastvae.fallback._norm_activations import write_activated
 from fastvae.fallback._register import implements
 from fastvae.ops import group_norm as ops
 from fastvae.ops._results import accumulation_dtype, channels_are_last, empty_in_layout
-from fastvae.ops.group_norm import NORM_ACTIVATIONS
+from fastvae.ops.group_norm import torch_activation
 
 # torch's own kernels pass over a block less often than formulas do, so that blocks that are larger, and fewer, take less time.
 _LARGER_NATIVE_BLOCKS = 8
@@ -103,15 +103,6 @@ def _is_small(mean: Tensor, rstd: Tensor) -> bool:
     return not mean.numel() or (bool((mean * rstd).abs_().max() <= _LARGEST_MEAN) and bool(rstd.min() > 0.0))
 
 
-def _write_activated(result: Tensor, values: Tensor, activation: int) -> None:
-    if activation != NORM_ACTIVATIONS["silu"]:
-        result.copy_(values)
-    elif result.dtype == values.dtype:
-        torch.ops.aten.silu.out(values, out=result)
-    else:
-        result.copy_(F.silu(values, inplace=True))
-
-
 @implements(ops.forward)
 def group_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     input, eps, activation = arguments.input, arguments.eps, arguments.activation
@@ -140,7 +131,7 @@ def _normalise_natively(layout: _Layout, elements, results, mean, rstd, paramete
         values, *statistics = torch.native_group_norm(wide, weight, bias, *layout.native(wide), eps)
         for table, groups in zip((mean, rstd), statistics, strict=True):
             table[block] = groups.view(wide.shape[0], -1)
-        _write_activated(results[channels], values, activation)
+        write_activated(results[channels], values, activation)
 
 
 def _normalise(layout: _Layout, pieces, results, mean, rstd, block: Block, parameters, eps: float, activation: int) -> None:
@@ -153,7 +144,7 @@ def _normalise(layout: _Layout, pieces, results, mean, rstd, block: Block, param
     scale, shift = layout.affine(rest, rstd.to(dtype), *(None if p is None else p[channels] for p in parameters))
     for piece, result in zip(pieces, results, strict=True):
         values = layout.subtract(widen(piece, dtype), center)
-        _write_activated(result, torch.mul(values, layout.spread(scale)).add_(layout.spread(shift)), activation)
+        write_activated(result, torch.mul(values, layout.spread(scale)).add_(layout.spread(shift)), activation)
 
 
 def _write_statistics(layout: _Layout, pieces, dtype: torch.dtype, center: Tensor | None, mean: Tensor, rstd: Tensor, eps: float) -> Tensor:
@@ -212,7 +203,7 @@ class _Backward:
         self.weight = input.new_ones(input.shape[1], dtype=self.dtype) if weight is None else weight.to(self.dtype)
         self.scale, self.shift = self.layout.affine(self.mean, self.rstd, self.weight, None if bias is None else bias.to(self.dtype))
         self.grad_weight, self.grad_bias = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
-        self.with_silu = arguments.activation == NORM_ACTIVATIONS["silu"]
+        self.activation = torch_activation(arguments.activation)
 
     def deviations(self, piece: Tensor, channels: Block) -> Tensor:
         return self.layout.subtract(widen(piece, self.dtype), None if self.center is None else self.center[channels])
@@ -220,10 +211,10 @@ class _Backward:
     def grad_affine(self, grad_output: Tensor, deviations: Tensor, channels: Block) -> Tensor:
         """The gradient of the affine map's result."""
         grad_output = widen(grad_output, self.dtype)
-        if not self.with_silu:
+        if self.activation is None:
             return grad_output
         scale, shift = (self.layout.spread(t[channels]) for t in (self.scale, self.shift))
-        return torch.ops.aten.silu_backward(grad_output, torch.mul(deviations, scale).add_(shift))
+        return self.activation.backward(grad_output, torch.mul(deviations, scale).add_(shift))
 
     def add_parameters(self, channels: Block, of_weight: Tensor, of_bias: Tensor) -> None:
         self.grad_weight[channels[1]].add_(of_weight)

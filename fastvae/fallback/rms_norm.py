@@ -1,19 +1,19 @@
-"""RMS normalisation and SiLU in plain PyTorch, block by block, for contiguous tensors and for channels that are last in memory.
+"""RMS normalisation and its activation in plain PyTorch, block by block, for contiguous tensors and for channels that are last in memory.
 
 A tensor is seen as (samples, channels, positions), or as (samples, positions, channels) where its channels are last. A block holds all
 channels of some positions, so that one of samples whose positions are few holds several samples.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvae.fallback._blocks import Block, widen, written
 from fastvae.fallback._layout import ChannelLayout
+from fastvae.fallback._norm_activations import write_activated
 from fastvae.fallback._register import implements
 from fastvae.ops import rms_norm as ops
 from fastvae.ops._results import accumulation_dtype, empty_in_layout
-from fastvae.ops.group_norm import NORM_ACTIVATIONS
+from fastvae.ops.group_norm import torch_activation
 from fastvae.ops.rms_norm import EPS_MODES
 
 
@@ -51,8 +51,7 @@ def rms_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
         values = widen(layout.part(elements, block), dtype)
         rrms = layout.part(table, block)
         _write_rrms(rrms, torch.linalg.vector_norm(values, dim=layout.axis, keepdim=True), arguments)
-        u = affine.apply(values * rrms, block)
-        layout.part(outputs, block).copy_(F.silu(u, inplace=True) if arguments.activation == NORM_ACTIVATIONS["silu"] else u)
+        write_activated(layout.part(outputs, block), affine.apply(values * rrms, block), arguments.activation)
     return results
 
 
@@ -80,6 +79,7 @@ class _Backward:
 
     def __init__(self, arguments: ops.BackwardArguments):
         self.arguments, self.dtype = arguments, accumulation_dtype(arguments.input.dtype)
+        self.activation = torch_activation(arguments.activation)
         self.layout = layout = ChannelLayout(arguments.input)
         self.rrms = arguments.rrms.reshape(layout.samples, layout.positions).unsqueeze(layout.axis)
         self.affine = _Affine(layout, arguments.weight, arguments.bias, self.dtype)
@@ -90,8 +90,8 @@ class _Backward:
         """(weight du - n mean(weight du n)) rrms for the normalised elements n = x rrms."""
         rrms = self.layout.part(self.rrms, block)
         normal, grad = widen(elements, self.dtype) * rrms, widen(grad_output, self.dtype)
-        if self.arguments.activation == NORM_ACTIVATIONS["silu"]:
-            grad = torch.ops.aten.silu_backward(grad, self.affine.apply(normal, block))
+        if self.activation is not None:
+            grad = self.activation.backward(grad, self.affine.apply(normal, block))
         self._add("weight", block, grad * normal)
         self._add("bias", block, grad)
         grad = self.affine.scale(grad, block)

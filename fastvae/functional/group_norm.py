@@ -1,4 +1,4 @@
-"""Group normalisation and SiLU in one operator, for training."""
+"""Group normalisation and its activation in one operator, for training."""
 
 import torch
 from torch import Tensor
@@ -20,13 +20,15 @@ def group_norm_silu(
     eps: float = 1e-5,
     activation: NormActivation = "silu",
 ) -> Tensor:
-    r"""Group normalisation (Wu and He, *Group Normalization*, 2018) followed by SiLU, in one operator.
+    r"""Group normalisation (Wu and He, *Group Normalization*, 2018) followed by an activation, SiLU by default, in one
+    operator.
 
-    .. math:: y = u\, \sigma(u), \qquad u = \gamma_c \frac{x - \mu_{ng}}{\sqrt{\sigma^2_{ng} + \epsilon}} + \beta_c
+    .. math:: y = a(u), \qquad u = \gamma_c \frac{x - \mu_{ng}}{\sqrt{\sigma^2_{ng} + \epsilon}} + \beta_c, \qquad
+        a(u) = u\, \sigma(u),\; \max(u, 0)\; \text{or}\; u\, \Phi(u)
 
     Mean and (biased) variance are those of a sample's group of adjacent channels over all positions. The arguments of
-    :func:`torch.nn.functional.group_norm`. For the backward pass ``input`` and two numbers a group are kept; :math:`u` and its sigmoid are
-    computed again.
+    :func:`torch.nn.functional.group_norm`. For the backward pass ``input`` and two numbers a group are kept; :math:`u` and
+    :math:`a'(u)` are computed again.
 
     Args:
         input: :math:`x`, ``(batch, channels, ...)``; float32, bfloat16, float16 or float64. Contiguous or with the channels last
@@ -34,7 +36,8 @@ def group_norm_silu(
         num_groups: number of groups, a divisor of ``channels``.
         weight, bias: :math:`\gamma` and :math:`\beta`, ``(channels,)``, in the dtype of ``input`` or in float32; 1 and 0 by default.
         eps: :math:`\epsilon`.
-        activation: ``"silu"``, or ``"none"`` for the normalisation alone.
+        activation: ``"silu"``; ``"relu"``, whose derivative at 0 is 0; ``"gelu"``, with the distribution function :math:`\Phi` of the
+            standard normal, not its approximation by tanh, and NaN at -inf as torch's; or ``"none"`` for the normalisation alone.
 
     Returns:
         :math:`y` (:math:`u` without activation), in the dtype and the memory layout of ``input``, also under autocast. Statistics and

@@ -30,7 +30,7 @@ def norm_act_conv(
 ) -> Tensor:
     r"""A convolution of :func:`group_norm_silu`, for which the backward pass keeps ``input`` and two numbers a group.
 
-    .. math:: y = W * \mathrm{SiLU}(\mathrm{GroupNorm}(x)) + b
+    .. math:: y = W * a(\mathrm{GroupNorm}(x)) + b
 
     One after the other the two keep the input of each. Here the convolution's input is computed again from ``input``, by one pass over
     memory beside the convolutions of the backward pass. Output and gradients are those of the two functions to the last bit. Under
@@ -43,7 +43,7 @@ def norm_act_conv(
         weight: of the convolution, ``(out_channels, channels / groups, ...)``, in the dtype of ``input``; under autocast in any.
         bias: of the convolution, ``(out_channels,)``, in the dtype of ``weight``.
         eps: added to the variance.
-        activation: ``"silu"``, or ``"none"`` for the normalisation alone.
+        activation: :math:`a`: ``"silu"``, ``"relu"``, ``"gelu"``, or ``"none"`` for the normalisation alone.
         stride, padding, dilation, groups: those of :func:`torch.nn.functional.conv2d`, whose ``padding="same"`` is for kernels that it pads
             alike at both ends.
 

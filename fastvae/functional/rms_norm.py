@@ -1,4 +1,4 @@
-"""RMS normalisation and SiLU in one operator, for training."""
+"""RMS normalisation and its activation in one operator, for training."""
 
 from torch import Tensor
 
@@ -25,9 +25,9 @@ def rms_norm_silu(
     shift: Tensor | None = None,
 ) -> Tensor:
     r"""Root mean square normalisation of the channels of each position (Zhang and Sennrich, *Root Mean Square Layer Normalization*, 2019)
-    followed by SiLU, in one operator.
+    followed by an activation, SiLU by default, in one operator.
 
-    .. math:: y = u\, \sigma(u), \qquad u = \left(\gamma_c \frac{x_c}{r} + \beta_c\right) (1 + s_{nc}) + t_{nc}, \qquad
+    .. math:: y = a(u), \qquad u = \left(\gamma_c \frac{x_c}{r} + \beta_c\right) (1 + s_{nc}) + t_{nc}, \qquad
         r = \sqrt{\tfrac{1}{C} \sum_c x_c^2 + \epsilon} \quad\text{or}\quad \max(\lVert x \rVert_2, \epsilon) / \sqrt{C}
 
     The norms of video autoencoders: the second form of :math:`r` (``eps_mode="clamp"``) with :math:`\gamma` is that of Wan, Qwen-Image and
@@ -40,7 +40,8 @@ def rms_norm_silu(
         weight, bias: :math:`\gamma` and :math:`\beta`, ``(channels,)``, in the dtype of ``input`` or in float32; 1 and 0 by default.
         eps: :math:`\epsilon`.
         dim: the dimension of the channels. Dimension 0 is the batch.
-        activation: ``"silu"``, or ``"none"`` for the normalisation alone.
+        activation: :math:`a`, that of :func:`group_norm_silu`: ``"silu"``, ``"relu"``, ``"gelu"``, or ``"none"`` for the normalisation
+            alone.
         eps_mode: ``"add"``, or ``"clamp"``, where a position whose norm is below :math:`\epsilon` is divided by a constant.
         scale, shift: :math:`s` and :math:`t`, ``(batch, channels)``, which dimensions of size 1 may follow; dtypes as of ``weight``; 0 by
             default.

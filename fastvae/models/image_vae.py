@@ -89,7 +89,7 @@ class ImageVAE(VAE):
             attention: two more residual blocks with self-attention between them at the coarsest level.
             image_size: height and width of the images, one number for both; :meth:`sample` needs it.
             activation, init, dropout, spectral_norm: of all layers, see :class:`fastvae.models.networks.Layers`. Any activation but SiLU
-                is a pass of its own behind the normalisation.
+                and ReLU is a pass of its own behind the normalisation.
             memory: ``"lean"`` keeps about half for the backward pass, and computes the inputs of convolutions again there: one more pass
                 over memory for each. Outputs and gradients are the same to the last bit.
             options: those of the class.

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvae.nn._activation_calls import act_behind, is_plain_silu
+from fastvae.nn._activation_calls import act_behind, plain_activation
 from fastvae.nn._forward_code import NotUnderstood, rewritten
 from fastvae.nn._forward_source import with_activations_asked_for
 from fastvae.nn._fused_norms import fuse
@@ -72,15 +72,17 @@ def _plan(parent: Any, norms: tuple[str, ...], activation: str, free: set[str]) 
     if not followed:
         return Plan({}, lambda: None, left)
     module = activation.removeprefix("self.") if activation.startswith("self.") else None
-    if module is not None and not is_plain_silu(getattr(parent, module, None)):
-        raise NotUnderstood(f"{module} is not SiLU alone")
+    # The functions that the source of these classes calls are SiLU.
+    name = "silu" if module is None else plain_activation(getattr(parent, module, None))
+    if name is None:
+        raise NotUnderstood(f"{module} is not SiLU, ReLU or GELU alone")
     source, functions = None, ((act_behind.__name__, act_behind),)
     if module is None or len(followed) < len(norms) or _embeds_time(parent):
         source = with_activations_asked_for(type(parent), norms, activation)
 
     def apply():
-        for name in followed:
-            fuse(parent, name)
+        for norm in followed:
+            fuse(parent, norm, name)
         if source is None:
             parent.set_submodule(module, nn.Identity())
         else:

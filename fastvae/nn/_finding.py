@@ -9,7 +9,7 @@ class Finding:
 
     Args:
         name: its name in the module.
-        followed_by: the SiLU, or the convolution, that becomes one with it; ``None`` where it is left alone.
+        followed_by: the activation, or the convolution, that becomes one with it; ``None`` where it is left alone.
         reason: why it is left alone.
         lean: whether the two keep one input, by ``memory="lean"``.
     """

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -18,6 +17,7 @@ from fastvae.functional._modules import read_obstacle, swap_obstacle
 from fastvae.nn._diffusers_norms import NORM_KINDS, NormKind
 from fastvae.nn._forward_code import rewritten
 from fastvae.nn.group_norm import GroupNormSiLU
+from fastvae.ops.group_norm import NORM_ACTIVATIONS, activated
 
 
 def _kind(module: object) -> tuple[type[nn.Module], NormKind] | None:
@@ -36,10 +36,13 @@ def is_fused(module: object) -> bool:
     return isinstance(module, GroupNormSiLU) or hasattr(module, "fused_activation")
 
 
-def has_silu(norm: nn.Module) -> bool:
-    """Whether a call of ``norm`` ends with SiLU. The norm may sit inside a wrapper, for example that of activation checkpointing."""
+def fused_activation(norm: nn.Module) -> NormActivation | None:
+    """The activation with which a call of ``norm`` ends. The norm may sit in a wrapper, for example that of activation checkpointing."""
     fused = next((module for module in norm.modules() if is_fused(module)), None)
-    return fused is not None and (fused.activation if isinstance(fused, GroupNormSiLU) else fused.fused_activation) == "silu"
+    if fused is None:
+        return None
+    activation = fused.activation if isinstance(fused, GroupNormSiLU) else fused.fused_activation
+    return None if activation == "none" else cast("NormActivation", activation)
 
 
 def norm_obstacle(norm: nn.Module, uses: Counter) -> str | None:
@@ -64,16 +67,16 @@ def _obstacle(norm: nn.Module, cls: type[nn.Module], kind: NormKind) -> str | No
     return read_obstacle(norm) or inside or kind.obstacle(norm)
 
 
-def fuse(parent: nn.Module, name: str) -> None:
-    """Makes a normalisation without an obstacle take over SiLU, in place."""
+def fuse(parent: nn.Module, name: str, activation: NormActivation) -> None:
+    """Makes a normalisation without an obstacle take over the activation behind it, in place."""
     norm = parent.get_submodule(name)
     if _kind(norm) is None:
-        parent.set_submodule(name, GroupNormSiLU.sharing(cast("nn.GroupNorm", norm)))
+        parent.set_submodule(name, GroupNormSiLU.sharing(cast("nn.GroupNorm", norm), activation))
         return
     cls = type(norm)
     functions = ("fused", _fused), ("original", cls.forward)
     norm.__class__ = rewritten(cls, _FORWARD.format(kind=cls.__name__), functions)  # type: ignore[arg-type]  # a class is hashable
-    vars(norm)["fused_activation"] = "silu"
+    vars(norm)["fused_activation"] = activation
 
 
 # The code of a norm of diffusers that has taken over an activation. As with GroupNormSiLU, ``activation`` overrides its own for a call.
@@ -86,8 +89,7 @@ def forward(self, input, *args, activation=None, **kwargs):
 def _fused(norm: nn.Module, kind: str, original: Callable, input: Tensor, activation: NormActivation, *args, **kwargs) -> Tensor:
     if _is_served(norm, NORM_KINDS[kind], input):
         return NORM_KINDS[kind].normalize(norm, input, activation, *args, **kwargs)
-    output = original(norm, input, *args, **kwargs)
-    return F.silu(output) if activation == "silu" else output
+    return activated(original(norm, input, *args, **kwargs), NORM_ACTIVATIONS[activation])
 
 
 def _is_served(norm: nn.Module, kind: NormKind, input: Tensor) -> bool:

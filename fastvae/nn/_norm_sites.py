@@ -1,5 +1,5 @@
-"""Finds the normalisations that SiLU follows: in an ``nn.Sequential``, in blocks of diffusers that are known, and in code that torch.fx can
-trace."""
+"""Finds the normalisations that an activation follows: in an ``nn.Sequential``, in blocks of diffusers that are known, and in code that
+torch.fx can trace."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,8 +8,16 @@ from typing import TypeGuard
 
 from torch import fx, nn
 
+from fastvae._types import NormActivation
 from fastvae.functional._modules import is_exactly
-from fastvae.nn._activation_calls import is_plain_silu, norm_then_act, norm_then_silu
+from fastvae.nn._activation_calls import (
+    APPROXIMATE_GELU,
+    activation_of_call,
+    is_approximate_gelu,
+    norm_then_act,
+    norm_then_named,
+    plain_activation,
+)
 from fastvae.nn._diffusers_blocks import plan_of_diffusers
 from fastvae.nn._finding import Finding
 from fastvae.nn._forward_code import NotUnderstood, generate, rewritten, trace
@@ -35,7 +43,7 @@ def walk_norms(root: nn.Module, uses: Counter, change: bool, refused: Mapping[st
                 yield Finding(full[name], plan.pairs[name])
             else:
                 left = reason if plan is None else plan.left.get(name)
-                yield Finding(full[name], reason=reasons[name] or left or "no SiLU follows it")
+                yield Finding(full[name], reason=reasons[name] or left or "no SiLU, ReLU or GELU follows it")
     if is_norm(root):
         yield Finding("", reason="it is the module itself")
 
@@ -59,58 +67,71 @@ def _plan(parent: nn.Module, free: set[str]) -> tuple[Plan | None, str | None]:
         return None, str(why)
 
 
-def _plan_sequential(parent: nn.Sequential, free: set[str]) -> Plan | None:
-    names = list(parent._modules)
-    pairs = {norm: act for norm, act in pairwise(names) if norm in free and is_plain_silu(parent.get_submodule(act))}
+def _plan_sequential(parent: nn.Sequential, free: set[str]) -> Plan:
+    behind = {norm: act for norm, act in pairwise(parent._modules) if norm in free}
+    activations = {norm: plain_activation(parent.get_submodule(act)) for norm, act in behind.items()}
+    fused = {norm: activation for norm, activation in activations.items() if activation is not None}
 
     def apply():
-        for norm, act in pairs.items():
-            fuse(parent, norm)
-            parent.set_submodule(act, nn.Identity())
+        for norm, activation in fused.items():
+            fuse(parent, norm, activation)
+            parent.set_submodule(behind[norm], nn.Identity())
 
-    return Plan(pairs, apply) if pairs else None
+    left = {norm: APPROXIMATE_GELU for norm, act in behind.items() if is_approximate_gelu(parent.get_submodule(act))}
+    return Plan({norm: behind[norm] for norm in fused}, apply, left)
 
 
-def _plan_traced(parent: nn.Module, free: set[str]) -> Plan | None:
+def _plan_traced(parent: nn.Module, free: set[str]) -> Plan:
     graph = trace(parent)
-    pairs = {}
+    fused, pairs, left = {}, {}, {}
     for norm in list(graph.nodes):
         if norm.op != "call_module" or norm.target not in free or len(norm.args) != 1 or norm.kwargs:
             continue
         calls = [n for n in graph.nodes if n.op == "call_module" and n.target == norm.target]
         users = list(norm.users)
-        if len(calls) == 1 and len(users) == 1 and _is_silu(parent, users[0]):
-            pairs[norm.target] = _describe(users[0])
-            _merge(graph, norm, users[0])
+        if len(calls) != 1 or len(users) != 1:
+            continue
+        activation = _activation(parent, users[0])
+        if activation is not None:
+            fused[norm.target], pairs[norm.target] = activation, _describe(users[0], activation)
+            _merge(graph, norm, users[0], activation)
+        elif _is_approximate(parent, users[0]):
+            left[norm.target] = APPROXIMATE_GELU
     if not pairs:
-        return None
-    source, functions = generate(graph, norm_then_act, norm_then_silu)
+        return Plan({}, lambda: None, left)
+    source, functions = generate(graph, norm_then_act, norm_then_named)
 
     def apply():
-        for norm in pairs:
-            fuse(parent, norm)
+        for norm, activation in fused.items():
+            fuse(parent, norm, activation)
         parent.__class__ = rewritten(type(parent), source, functions)  # type: ignore[arg-type]  # mypy takes no class for hashable
 
-    return Plan(pairs, apply)
+    return Plan(pairs, apply, left)
 
 
-def _is_silu(parent: nn.Module, node: fx.Node) -> bool:
+def _activation(parent: nn.Module, node: fx.Node) -> NormActivation | None:
+    """The activation that a node computes of its first argument, where that is all it does."""
     if node.op == "call_module":
-        return is_plain_silu(parent.get_submodule(str(node.target)))
-    return node.op == "call_function" and node.target is nn.functional.silu
+        return plain_activation(parent.get_submodule(str(node.target)))
+    return activation_of_call(node.target, node.kwargs) if len(node.args) == 1 else None
 
 
-def _describe(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else "functional.silu"
+def _is_approximate(parent: nn.Module, node: fx.Node) -> bool:
+    act = parent.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    return is_approximate_gelu(act, node.kwargs)
 
 
-def _merge(graph: fx.Graph, norm: fx.Node, act: fx.Node) -> None:
+def _describe(node: fx.Node, activation: NormActivation) -> str:
+    return str(node.target) if node.op == "call_module" else f"functional.{activation}"
+
+
+def _merge(graph: fx.Graph, norm: fx.Node, act: fx.Node, activation: NormActivation) -> None:
     with graph.inserting_before(norm):
         arguments = graph.get_attr(str(norm.target)), *norm.args
         if act.op == "call_module":
             both = graph.call_function(norm_then_act, (*arguments, graph.get_attr(str(act.target))))
         else:
-            both = graph.call_function(norm_then_silu, arguments)
+            both = graph.call_function(norm_then_named, (*arguments, activation))
     act.replace_all_uses_with(both)
     graph.erase_node(act)
     graph.erase_node(norm)

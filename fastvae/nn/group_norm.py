@@ -1,4 +1,4 @@
-"""Group normalisation and SiLU as a module."""
+"""Group normalisation and its activation as a module."""
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class GroupNormSiLU(nn.GroupNorm):
         num_channels: channels of the input, ``(batch, num_channels, ...)``.
         eps: added to the variance.
         affine: whether there are ``weight`` and ``bias``, one value a channel.
-        activation: ``"silu"``, or ``"none"`` for the normalisation alone.
+        activation: ``"silu"``, ``"relu"``, ``"gelu"``, or ``"none"`` for the normalisation alone.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class GroupNormSiLU(nn.GroupNorm):
         self.activation = activation
 
     @classmethod
-    def sharing(cls, norm: nn.GroupNorm) -> "GroupNormSiLU":
-        """The module that applies ``norm`` and SiLU, with the very parameters of ``norm``.
+    def sharing(cls, norm: nn.GroupNorm, activation: NormActivation = "silu") -> "GroupNormSiLU":
+        """The module that applies ``norm`` and the activation, with the very parameters of ``norm``.
 
         Raises:
             ValueError: where ``norm`` is more than a :class:`torch.nn.GroupNorm`: a subclass, parametrized, or with hooks.
         """
         if reason := swap_obstacle(norm, nn.GroupNorm):
             raise ValueError(f"norm: {describe(norm)} {reason}, takes a GroupNorm of torch and nothing more")
-        module = cls(norm.num_groups, norm.num_channels, norm.eps, affine=False)
+        module = cls(norm.num_groups, norm.num_channels, norm.eps, affine=False, activation=activation)
         module.affine, module.weight, module.bias = norm.affine, norm.weight, norm.bias
         return module.train(norm.training)
 

@@ -97,7 +97,7 @@ class NormActConv2d(_NormActConv):
         eps: added to the variance.
         affine: whether the normalisation has a weight and a bias.
         device, dtype: of the parameters.
-        activation: ``"silu"``, or ``"none"`` for the normalisation alone.
+        activation: ``"silu"``, ``"relu"``, ``"gelu"``, or ``"none"`` for the normalisation alone.
     """
 
     _conv_class = nn.Conv2d
@@ -113,7 +113,7 @@ class NormActConv3d(_NormActConv):
         eps: added to the variance.
         affine: whether the normalisation has a weight and a bias.
         device, dtype: of the parameters.
-        activation: ``"silu"``, or ``"none"`` for the normalisation alone.
+        activation: ``"silu"``, ``"relu"``, ``"gelu"``, or ``"none"`` for the normalisation alone.
     """
 
     _conv_class = nn.Conv3d

@@ -50,8 +50,8 @@ def optimize(
     report: Callable[[str], None] | None = print,
     example_inputs: tuple | dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Swaps, in place, each normalisation that SiLU follows for one operator that does both, and each upsampling by repetition that a
-    convolution of size 3 follows for one :class:`UpsampleConv2d`.
+    """Swaps, in place, each normalisation that SiLU, ReLU or GELU follows for one operator that does both, and each upsampling by
+    repetition that a convolution of size 3 follows for one :class:`UpsampleConv2d`.
 
     Normalisations are :class:`torch.nn.GroupNorm`, which becomes a :class:`GroupNormSiLU`, and the RMS, L2, pixel and per-frame group norms
     of diffusers, each of which becomes one of a subclass. Found are pairs in an :class:`torch.nn.Sequential`; pairs in the code of a
@@ -62,14 +62,15 @@ def optimize(
     Parameters are the same objects under the same names: the ``state_dict`` and an optimizer stay valid. A module whose ``forward`` changes
     becomes one of a subclass of the same name. Its ``forward`` takes everything from the module at each call, so submodules, parameters and
     buffers may be replaced, hooked and parametrized as before; where it was traced, norm and activation are called one after the other
-    again if somebody replaces the norm by one without SiLU, or the activation by another. In an ``nn.Sequential`` and in the blocks of
-    diffusers that hold it as a module, an identity takes the place of the activation.
+    again if somebody replaces the norm by one without the activation, or the activation by another. In an ``nn.Sequential`` and in the
+    blocks of diffusers that hold it as a module, an identity takes the place of the activation. GELU is the exact one: its approximation by
+    tanh is left alone.
 
     Args:
         module: any module; it is changed.
         channels_last: also puts the weights of convolutions into ``torch.channels_last`` (``channels_last_3d``); their outputs follow.
             Sharded weights stay as they are, and FSDP does not shard weights in this layout.
-        memory: ``"lean"`` also lets a GroupNorm with SiLU and the convolution behind it keep one input for the backward pass, see
+        memory: ``"lean"`` also lets a GroupNorm with an activation and the convolution behind it keep one input for the backward pass, see
             :func:`fastvae.functional.norm_act_conv`: in an :class:`torch.nn.Sequential`, in the residual blocks of diffusers and at the
             ends of its encoders and decoders of images. Results and gradients are the same to the last bit.
         report: called with one line for each normalisation and each upsampling, what was done or why nothing was; ``None`` for silence.

@@ -1,4 +1,4 @@
-"""RMS normalisation and SiLU as a module."""
+"""RMS normalisation and its activation as a module."""
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class RMSNormSiLU(nn.Module):
         bias: whether there is a ``bias`` beside it.
         device, dtype: of the parameters.
         dim: the dimension of the channels.
-        activation: ``"silu"``, or ``"none"`` for the normalisation alone.
+        activation: ``"silu"``, ``"relu"``, ``"gelu"``, or ``"none"`` for the normalisation alone.
         eps_mode: ``"clamp"`` bounds the norm of a position's channels from below by ``eps`` instead.
     """
 

@@ -1,16 +1,46 @@
-"""Group normalisation and SiLU: the operators and their autograd.Function."""
+"""Group normalisation and its activation: the operators and their autograd.Function."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvae.ops._autograd import first_derivative_only
 from fastvae.ops._operator import Operator, Size, Written
 from fastvae.ops._results import empty_in_layout, empty_like, widest_dtype
 
-# Mirrored by csrc/common/group_norm_formulas.h and by the constexprs in kernels/.
-NORM_ACTIVATIONS = {"none": 0, "silu": 1}
+# Mirrored by csrc/common/norm_activation.h and by the constexprs in kernels/.
+NORM_ACTIVATIONS = {"none": 0, "silu": 1, "relu": 2, "gelu": 3}
+
+
+class TorchActivation(NamedTuple):
+    """An activation act as torch has it: its module, the operator that gives act(u), and what gives act'(u) * grad_output for grad_output
+    and u."""
+
+    module: type[nn.Module]
+    forward: Any
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+_aten = torch.ops.aten
+TORCH_ACTIVATIONS = {
+    "silu": TorchActivation(nn.SiLU, _aten.silu, _aten.silu_backward),
+    "relu": TorchActivation(nn.ReLU, _aten.relu, lambda grad_output, u: _aten.threshold_backward(grad_output, u, 0)),
+    "gelu": TorchActivation(nn.GELU, _aten.gelu, _aten.gelu_backward),
+}
+_BY_NUMBER = {NORM_ACTIVATIONS[name]: activation for name, activation in TORCH_ACTIVATIONS.items()}
+
+
+def torch_activation(number: int) -> TorchActivation | None:
+    """The activation of a number of ``NORM_ACTIVATIONS``; None for the normalisation alone."""
+    return _BY_NUMBER.get(number)
+
+
+def activated(u: Tensor, number: int) -> Tensor:
+    """act(u) by torch, differentiable any number of times."""
+    activation = torch_activation(number)
+    return u if activation is None else activation.forward(u)
 
 
 class ForwardResults(NamedTuple):

@@ -1,4 +1,4 @@
-"""RMS normalisation and SiLU: the operators and their autograd.Function."""
+"""RMS normalisation and its activation: the operators and their autograd.Function."""
 
 import math
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Group normalisation and SiLU in plain PyTorch: the definition and the oracle of the tests."""
+"""Group normalisation and its activation in plain PyTorch: the definition and the oracle of the tests."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,8 @@ from fastvae._types import NormActivation, check_choice
 from fastvae.ops import group_norm as ops
 from fastvae.ops._autograd import in_plain_torch
 from fastvae.ops._results import accumulation_dtype, in_layout
-from fastvae.ops.group_norm import NORM_ACTIVATIONS
+from fastvae.ops.group_norm import NORM_ACTIVATIONS, activated
+from fastvae.reference._norm_activations import differentiated
 
 
 def _groups(input: Tensor, num_groups: int) -> Tensor:
@@ -60,8 +61,7 @@ def group_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     mean, rstd = _statistics(_groups(wide, arguments.num_groups), arguments.eps)
     normal = _normalise(wide, mean, rstd)
     affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
-    output = torch.nn.functional.silu(affine) if arguments.activation == NORM_ACTIVATIONS["silu"] else affine
-    return ops.ForwardResults(in_layout(output, input), mean, rstd)
+    return ops.ForwardResults(in_layout(activated(affine, arguments.activation), input), mean, rstd)
 
 
 @ops.recompute.implement("reference")
@@ -75,10 +75,7 @@ def _group_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResult
     wide, grad = (t.to(accumulation_dtype(input.dtype)) for t in (input, arguments.grad_output))
     normal = _normalise(wide, arguments.mean, rstd)
     scale = _per_channel(weight, normal, 1.0)
-    if arguments.activation == NORM_ACTIVATIONS["silu"]:
-        affine = normal * scale + _per_channel(bias, normal, 0.0)
-        sigmoid = torch.sigmoid(affine)
-        grad = grad * sigmoid * (1.0 + affine * (1.0 - sigmoid))
+    grad = differentiated(grad, normal * scale + _per_channel(bias, normal, 0.0), arguments.activation)
     summed = tuple(d for d in range(input.ndim) if d != 1)
     grad_weight, grad_bias = (
         input.new_empty((0,)) if parameter is None else terms.sum(summed, dtype=torch.float64).to(parameter.dtype)

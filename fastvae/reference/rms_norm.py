@@ -1,4 +1,4 @@
-"""RMS normalisation and SiLU in plain PyTorch: the definition and the oracle of the tests."""
+"""RMS normalisation and its activation in plain PyTorch: the definition and the oracle of the tests."""
 
 import math
 
@@ -9,8 +9,9 @@ from fastvae._types import EpsMode, NormActivation, check_choice
 from fastvae.ops import rms_norm as ops
 from fastvae.ops._autograd import in_plain_torch
 from fastvae.ops._results import accumulation_dtype, in_layout
-from fastvae.ops.group_norm import NORM_ACTIVATIONS
+from fastvae.ops.group_norm import NORM_ACTIVATIONS, activated
 from fastvae.ops.rms_norm import EPS_MODES
+from fastvae.reference._norm_activations import differentiated
 
 
 def _per_channel(parameter: Tensor | None, like: Tensor, default: float) -> Tensor | float:
@@ -59,8 +60,7 @@ def rms_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     rrms = _rrms(wide, arguments.eps, arguments.eps_mode)
     normal = wide * rrms.unsqueeze(1)
     affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
-    output = torch.nn.functional.silu(affine) if arguments.activation == NORM_ACTIVATIONS["silu"] else affine
-    return ops.ForwardResults(in_layout(output, input), rrms.contiguous())
+    return ops.ForwardResults(in_layout(activated(affine, arguments.activation), input), rrms.contiguous())
 
 
 @ops.backward.implement("reference")
@@ -69,10 +69,7 @@ def _rms_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     wide, grad = (t.to(accumulation_dtype(input.dtype)) for t in (input, arguments.grad_output))
     rrms = arguments.rrms.unsqueeze(1)
     normal, scale = wide * rrms, _per_channel(weight, wide, 1.0)
-    if arguments.activation == NORM_ACTIVATIONS["silu"]:
-        affine = normal * scale + _per_channel(bias, normal, 0.0)
-        sigmoid = torch.sigmoid(affine)
-        grad = grad * sigmoid * (1.0 + affine * (1.0 - sigmoid))
+    grad = differentiated(grad, normal * scale + _per_channel(bias, normal, 0.0), arguments.activation)
     grad_weight, grad_bias = (
         input.new_empty((0,)) if parameter is None else _sum_to(parameter, terms)
         for parameter, terms in ((weight, grad * normal), (bias, grad))

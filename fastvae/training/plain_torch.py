@@ -6,14 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvae._types import NormActivation
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
+from fastvae.ops.group_norm import NORM_ACTIVATIONS, activated
 
 
 class PlainGroupNormSiLU(nn.GroupNorm):
     """The modules of torch that :class:`fastvae.nn.GroupNormSiLU` replaces."""
 
+    def __init__(self, num_groups: int, num_channels: int, eps: float, activation: NormActivation):
+        super().__init__(num_groups, num_channels, eps)
+        self.activation = activation
+
     def forward(self, input: Tensor) -> Tensor:
-        return F.silu(super().forward(input))
+        return activated(super().forward(input), NORM_ACTIVATIONS[self.activation])
 
 
 class PlainUpsampleConv2d(nn.Conv2d):
@@ -31,7 +37,7 @@ def with_plain_layers(model: AnyModule) -> AnyModule:
     plain: nn.Module
     for name, module in list(model.named_modules()):
         if type(module) is GroupNormSiLU:
-            plain = PlainGroupNormSiLU(module.num_groups, module.num_channels, module.eps)
+            plain = PlainGroupNormSiLU(module.num_groups, module.num_channels, module.eps, module.activation)
         elif type(module) is UpsampleConv2d:
             plain = PlainUpsampleConv2d(module.in_channels, module.out_channels, 3, padding=1)
         else:

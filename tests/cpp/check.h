@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/common/norm_activation.h"
 #include "../../csrc/cpu/isa.h"
 #include "../../csrc/cpu/partition.h"
 #include "../../csrc/cpu/view.h"
@@ -199,7 +200,45 @@ inline double sigmoid(double u) { return u < 0.0 ? std::exp(u) / (1.0 + std::exp
 inline double silu(double u) { return u * sigmoid(u); }
 inline double silu_slope(double u) { return sigmoid(u) * (1.0 + u * sigmoid(-u)); }
 
-// bfloat16 results come from a coarser logistic function: see NormSilu.
+constexpr NormActivation kNormActivations[] = {NormActivation::none, NormActivation::silu, NormActivation::relu, NormActivation::gelu};
+
+inline double normal_distribution(double u) { return 0.5 * std::erfc(-u * std::sqrt(0.5)); }
+
+inline double activated(NormActivation activation, double u) {
+  switch (activation) {
+    case NormActivation::none:
+      return u;
+    case NormActivation::silu:
+      return silu(u);
+    case NormActivation::relu:
+      return u <= 0.0 ? 0.0 : u;
+    case NormActivation::gelu:
+      return u * normal_distribution(u);
+  }
+  return kNaN;
+}
+
+inline double activation_slope(NormActivation activation, double u) {
+  switch (activation) {
+    case NormActivation::none:
+      return 1.0;
+    case NormActivation::silu:
+      return silu_slope(u);
+    case NormActivation::relu:
+      return u <= 0.0 ? 0.0 : 1.0;
+    case NormActivation::gelu:
+      return normal_distribution(u) + u * std::exp(-0.5 * u * u) * 0.3989422804014327;
+  }
+  return kNaN;
+}
+
+// The size of the terms of a gradient act'(u) * g. Where rounding decides on which side of 0 u is, ReLU gives g or 0.
+inline double gradient_size(NormActivation activation, DType dtype, double u, double u_size, double g) {
+  bool at_kink = activation == NormActivation::relu && std::fabs(u) < 64.0 * precision_of(accumulation_dtype(dtype)) * u_size;
+  return std::fabs(g) * (at_kink ? 1.0 / precision_of(accumulation_dtype(dtype)) : 1.0 + u_size);
+}
+
+// bfloat16 results come from coarser functions: see NormSilu and NormGelu.
 inline double coarse(DType dtype, double size) { return dtype == DType::bfloat16 ? size * 100.0 : size; }
 
 constexpr DType kFloats[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};

@@ -71,9 +71,9 @@ struct Problem {
   }
 
   double gradient(int64_t i, double& size) const {
-    double u = affine(i, size), slope = p.activation == NormActivation::silu ? silu_slope(u) : 1.0;
-    size = std::fabs(grad_output.get(i)) * (1.0 + size);
-    return grad_output.get(i) * slope;
+    double u = affine(i, size), g = grad_output.get(i);
+    size = gradient_size(p.activation, p.dtype, u, size, g);
+    return g * activation_slope(p.activation, u);
   }
 };
 
@@ -107,8 +107,7 @@ void check_elements(const Problem& problem) {
   for (int64_t i = 0; i < problem.input.count; ++i) {
     int64_t run = i / (s.positions * s.channels), channel = i % s.channels;
     double size, gradient_size, u = problem.affine(i, size), du = problem.gradient(i, gradient_size);
-    double y = problem.p.activation == NormActivation::silu ? silu(u) : u,
-           apart = problem.input.get(i) - problem.parameter(0, run, channel);
+    double y = activated(problem.p.activation, u), apart = problem.input.get(i) - problem.parameter(0, run, channel);
     expect_near(problem.output.get(i), y, dtype, coarse(dtype, size), what, " output");
     double through = apart * problem.parameter(3, run, channel) + problem.parameter(4, run, channel),
            scale = problem.parameter(1, run, channel);
@@ -172,13 +171,34 @@ void check_restored(Problem& problem) {
 }
 
 // NaN in a parameter, with any payload, is NaN in all that it touches.
-void check_nan_parameters(DType dtype) {
+void check_nan_parameters(DType dtype, NormActivation activation) {
   Source source(1);
-  Problem problem({1, 70, 33, 11}, dtype, NormActivation::silu, source, Kind::usual);
+  Problem problem({1, 70, 33, 11}, dtype, activation, source, Kind::usual);
   memset(problem.parameters.data() + 2 * 33 * 8, 0x7f, 8);
   memset(problem.parameters.data() + 2 * 33 * 8 + 4, 0xff, 4);
   problem.run(&GroupNormKernels::forward, 0);
   for (int64_t i = 0; i < problem.output.count; ++i) expect(std::isnan(problem.output.get(i)) == (i % 33 == 0), "a parameter that is NaN");
+}
+
+// GELU keeps its relative accuracy where it is small, and at infinity and NaN the functions are those of torch.
+template <class T, class Accuracy>
+void check_activations(Accuracy, double tolerance) {
+  for (int step = -1200; step <= 1200; ++step) {
+    T u = static_cast<T>(0.01 * step);
+    double at = static_cast<double>(u), value = activated(NormActivation::gelu, at), slope = activation_slope(NormActivation::gelu, at);
+    double bound = tolerance * (1.0 + at * at / 8.0);
+    // The derivative is 0 at -0.7518, where its terms cancel.
+    expect(std::fabs(NormGelu<Accuracy>::value(u) - value) <= bound * std::fabs(value), name("GELU", {step}));
+    expect(std::fabs(NormGelu<Accuracy>::gradient(u, T(1)) - slope) <= bound * std::fmax(std::fabs(slope), at < -1.5 ? 0.0 : 1.0),
+           name("GELU's derivative", {step}));
+  }
+  T infinity = static_cast<T>(kInfinity), nan = static_cast<T>(kNaN);
+  for (T u : {nan, -infinity})
+    expect(std::isnan(NormGelu<Accuracy>::value(u)) && std::isnan(NormGelu<Accuracy>::gradient(u, T(1))), "GELU");
+  expect(NormGelu<Accuracy>::value(infinity) == infinity && std::isnan(NormGelu<Accuracy>::gradient(infinity, T(1))), "GELU at infinity");
+  expect(NormGelu<Accuracy>::value(T(-1e30)) == T(0) && NormGelu<Accuracy>::value(T(1e30)) == T(1e30), "GELU far from 0");
+  expect(NormRelu::value(-infinity) == T(0) && NormRelu::value(infinity) == infinity && std::isnan(NormRelu::value(nan)), "ReLU");
+  expect(NormRelu::gradient(T(0), T(3)) == T(0) && NormRelu::gradient(nan, T(3)) == T(3), "ReLU's derivative");
 }
 
 void check_conversions(DType dtype) {
@@ -195,12 +215,15 @@ void check_conversions(DType dtype) {
 void test_group_norm() {
   for (const Sizes& s : kSizes)
     for (DType dtype : kFloats)
-      for (NormActivation activation : {NormActivation::none, NormActivation::silu})
+      for (NormActivation activation : kNormActivations)
         for (Kind kind : kKinds) check(s, dtype, activation, kind);
   for (DType dtype : kFloats) {
-    check_nan_parameters(dtype);
+    for (NormActivation activation : kNormActivations) check_nan_parameters(dtype, activation);
     check_conversions(dtype);
   }
+  check_activations<float>(Accurate{}, 1e-6);
+  check_activations<float>(Coarse{}, 1e-3);
+  check_activations<double>(Accurate{}, 1e-14);
 }
 
 }  // namespace fastvae::testing

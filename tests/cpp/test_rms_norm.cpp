@@ -77,7 +77,6 @@ void check_position(const Problem& problem, int64_t run, int64_t position, std::
   std::string what = name("rms_norm", {s.runs, s.positions, s.channels, p.channels_last, p.runs.shared, static_cast<int>(p.dtype)});
   expect_near(problem.rrms.get(run * s.positions + position), rrms, accumulation_dtype(p.dtype), rrms * std::sqrt(count), what, " rrms");
 
-  bool has_silu = p.activation == NormActivation::silu;
   double projection = 0.0, projection_size = 0.0;
   auto normal_of = [&](int64_t c) { return problem.input.get(problem.element(run, position, c)) * rrms; };
   auto affine_of = [&](int64_t c) {
@@ -89,12 +88,14 @@ void check_position(const Problem& problem, int64_t run, int64_t position, std::
     return 1.0 + std::fabs(normal_of(c) * problem.weight.get(to)) + std::fabs(problem.bias.get(to));
   };
   auto gradient_of = [&](int64_t c) {
-    double grad = problem.grad_output.get(problem.element(run, position, c));
-    return has_silu ? grad * silu_slope(affine_of(c)) : grad;
+    return problem.grad_output.get(problem.element(run, position, c)) * activation_slope(p.activation, affine_of(c));
+  };
+  auto gradient_size_of = [&](int64_t c) {
+    return gradient_size(p.activation, p.dtype, affine_of(c), size_of(c), problem.grad_output.get(problem.element(run, position, c)));
   };
   for (int64_t c = 0; c < s.channels; ++c) {
     int64_t to = problem.parameter(run, c);
-    double n = normal_of(c), du = gradient_of(c), size = size_of(c) * std::fabs(problem.grad_output.get(problem.element(run, position, c)));
+    double n = normal_of(c), du = gradient_of(c), size = gradient_size_of(c);
     sums[2 * to] += du * n;
     sums[2 * to + 1] += du;
     sizes[2 * to] += size * (1.0 + std::fabs(n));
@@ -105,9 +106,9 @@ void check_position(const Problem& problem, int64_t run, int64_t position, std::
   for (int64_t c = 0; c < s.channels; ++c) {
     int64_t i = problem.element(run, position, c), to = problem.parameter(run, c);
     double u = affine_of(c), n = normal_of(c), size = size_of(c);
-    expect_near(problem.output.get(i), has_silu ? silu(u) : u, p.dtype, coarse(p.dtype, size), what, " output");
+    expect_near(problem.output.get(i), activated(p.activation, u), p.dtype, coarse(p.dtype, size), what, " output");
     double grad_input = rrms * (problem.weight.get(to) * gradient_of(c) - n * projection);
-    size = rrms * (size * std::fabs(problem.weight.get(to) * problem.grad_output.get(i)) + std::fabs(n) * projection_size);
+    size = rrms * (gradient_size_of(c) * std::fabs(problem.weight.get(to)) + std::fabs(n) * projection_size);
     expect_near(problem.grad_input.get(i), grad_input, p.dtype, size, what, " grad_input");
   }
 }
@@ -144,7 +145,7 @@ void test_rms_norm() {
   for (const Sizes& s : kSizes)
     for (DType dtype : kFloats)
       for (Kind kind : kKinds) {
-        check(s, dtype, NormActivation::silu, EpsMode::add, kind);
+        for (NormActivation activation : kNormActivations) check(s, dtype, activation, EpsMode::add, kind);
         check(s, dtype, NormActivation::none, EpsMode::clamp, kind);
       }
 }

@@ -1,4 +1,4 @@
-"""The CUDA kernels of GroupNorm and SiLU, emulated: what tests/test_group_norm.py asks of every backend."""
+"""The CUDA kernels of GroupNorm and its activations, emulated: what tests/test_group_norm.py asks of every backend."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,7 @@ from _helpers import LAYOUTS, Place, Source, leaf
 from test_group_norm import Case, arrange, check
 
 from fastvae import functional as FV
-from fastvae.ops.group_norm import NORM_ACTIVATIONS
+from fastvae.ops.group_norm import NORM_ACTIVATIONS, TORCH_ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMULATED = Place("cpu", "cuda")
@@ -46,6 +46,26 @@ def test_shapes(place, dtype, layout, shape, groups):
     case = Case(shape, groups, layout=layout, grad_layout=layout)
     check(place, dtype, case)
     check(place, dtype, replace(case, affine=False, activation="none"))
+
+
+@each_dtype
+@each_layout
+@pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
+@pytest.mark.parametrize(("shape", "groups"), [((2, 33, 7, 9), 3), ((2, 48, 16, 16), 6), ((1, 8, 64, 64), 2)], ids=str)
+def test_activations(place, dtype, layout, activation, shape, groups):
+    check(place, dtype, Case(shape, groups, activation=activation, layout=layout, grad_layout=layout))
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
+def test_extremes_of_activations(place, dtype, activation):
+    contract.test_far_from_zero(place, dtype, activation)
+    contract.test_the_derivative_at_zero_is_that_of_torch(place, dtype, activation)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_gelu_keeps_its_digits_where_it_is_small(place, sign):
+    contract.test_gelu_keeps_its_digits_where_it_is_small(place, sign)
 
 
 # Groups that one block handles, and the smallest that are too large for it. The emulated GPU has shared memory for a part of them.
@@ -124,9 +144,8 @@ def test_nan_stays_in_its_group(place, dtype, layout, value):
 
 
 @each_dtype
-def test_extremes(place, dtype):
+def test_nan_with_every_bit_set(place, dtype):
     contract.test_nan_with_every_bit_set(place, dtype)
-    contract.test_far_from_zero(place, dtype)
 
 
 @each_layout

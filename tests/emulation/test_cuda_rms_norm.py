@@ -1,4 +1,4 @@
-"""The CUDA kernels of RMS norm and SiLU, emulated: what tests/test_rms_norm.py asks of every backend."""
+"""The CUDA kernels of RMS norm and its activations, emulated: what tests/test_rms_norm.py asks of every backend."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from test_group_norm import arrange
 from test_rms_norm import NAMES, Case, check
 
 from fastvae import functional as FV
-from fastvae.ops.group_norm import NORM_ACTIVATIONS
+from fastvae.ops.group_norm import NORM_ACTIVATIONS, TORCH_ACTIVATIONS
 from fastvae.ops.rms_norm import EPS_MODES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +44,14 @@ def test_shapes(place, dtype, layout, shape):
     case = Case(shape, NAMES, layout=layout, grad_layout=layout)
     check(place, dtype, case)
     check(place, dtype, replace(case, parameters=("weight",), activation="none", eps_mode="clamp", eps=2.0))
+
+
+@each_dtype
+@each_layout
+@pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(2, 17, 7, 9), (2, 130, 8, 5), (1, 1100, 3, 2)], ids=str)
+def test_activations(place, dtype, layout, activation, shape):
+    check(place, dtype, Case(shape, NAMES, activation=activation, layout=layout, grad_layout=layout))
 
 
 # In channels-last memory: a warp for each position, two, and four; more channels than these take. In contiguous memory: tiles of which

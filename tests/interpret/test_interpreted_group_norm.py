@@ -1,12 +1,14 @@
 """The GroupNorm kernels in the interpreter against float64, in both memory layouts."""
 
 import pytest
+import test_group_norm as contract
 import torch
 from _helpers import Place
 from test_group_norm import Case, check
 
 from fastvae.kernels import _group_norm, group_norm
 from fastvae.kernels._launch import Machine
+from fastvae.ops.group_norm import TORCH_ACTIVATIONS
 
 CASES = [
     Case((2, 6, 5, 3), 3, layout="contiguous"),
@@ -19,6 +21,12 @@ CASES = [
     Case((1, 8, 32, 64), 1),
     Case((1, 16, 32, 32), 1, layout="last", grad_layout="last", mean=1e2),
     Case((1, 8, 33, 64), 1),
+    *(
+        Case((2, 6, 5, 3), 3, activation=activation, layout=layout, grad_layout=layout)
+        for activation in ("relu", "gelu")
+        for layout in ("contiguous", "last")
+    ),
+    Case((1, 8, 33, 64), 1, activation="gelu"),
 ]
 
 
@@ -26,6 +34,17 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(case, dtype):
     check(Place("cpu", "triton"), dtype, case)
+
+
+@pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
+def test_extremes(activation):
+    contract.test_far_from_zero(Place("cpu", "triton"), torch.float32, activation)
+    contract.test_the_derivative_at_zero_is_that_of_torch(Place("cpu", "triton"), torch.float32, activation)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_gelu_keeps_its_digits_where_it_is_small(sign):
+    contract.test_gelu_keeps_its_digits_where_it_is_small(Place("cpu", "triton"), sign)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "last"])

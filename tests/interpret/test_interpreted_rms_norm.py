@@ -30,6 +30,11 @@ CASES = [
     # The most channels of contiguous memory on chip, and the fewest that are not.
     Case((1, 1024, 11), size=1e2),
     Case((1, 1025, 11), eps_mode="clamp"),
+    *(
+        Case((2, 6, 5, 3), NAMES, activation=activation, layout=layout, grad_layout=layout)
+        for activation in ("relu", "gelu")
+        for layout in ("contiguous", "last")
+    ),
 ]
 
 

@@ -8,6 +8,8 @@
 // gradient_sums    input, grad_output, centre, scale, offset         sums of du and of du * (x - centre) of each channel of each slot
 // backward         the same, slope, intercept                        grad_input
 // one of these two also writes the output where it is to be restored
+#include <type_traits>
+
 #include "../group_norm_kernels.h"
 #include "group_norm_rows.h"
 
@@ -253,11 +255,13 @@ void run_gradient_sums(const GroupNorm& p, int64_t begin, int64_t end, void* scr
   });
 }
 
+// Where the storage type keeps du, the activation is behind it.
 void run_backward(const GroupNorm& p, int64_t begin, int64_t end, void* scratch) {
   with_stored_types(p, [&](auto s, auto a) {
     using S = decltype(s);
-    p.restored ? backward<S, decltype(a), !S::kKeepsGradient>(p, begin, end, scratch)
-               : backward<S, decltype(a), false>(p, begin, end, scratch);
+    using Activation = std::conditional_t<S::kKeepsGradient, NormIdentity, decltype(a)>;
+    p.restored ? backward<S, Activation, !S::kKeepsGradient>(p, begin, end, scratch)
+               : backward<S, Activation, false>(p, begin, end, scratch);
   });
 }
 

@@ -1,21 +1,23 @@
 """Residual blocks of GroupNorm, activation and convolution, and an encoder and a decoder of them with a latent image."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvae._types import Memory
+from fastvae._types import Memory, NormActivation
 from fastvae.functional._modules import owns_output
 from fastvae.models.networks.layers import SILU, Layers
 from fastvae.nn import GroupNormSiLU, UpsampleConv2d
 from fastvae.nn.norm_act_conv import norm_then_conv
+from fastvae.ops.group_norm import NORM_ACTIVATIONS
 
 
 def _activated_norm(channels: int, groups: int, layers: Layers, dropouts: Sequence[nn.Module] = ()) -> nn.Module:
-    """GroupNorm and the activation, which are one module where the activation is SiLU, and what stands behind them."""
-    if layers.activation == "silu":
-        modules = [GroupNormSiLU(groups, channels), *dropouts]
+    """GroupNorm and the activation, which are one module where the normalisation can do both, and what stands behind them."""
+    if layers.activation in NORM_ACTIVATIONS:
+        modules = [GroupNormSiLU(groups, channels, activation=cast("NormActivation", layers.activation)), *dropouts]
     else:
         modules = [GroupNormSiLU(groups, channels, activation="none"), *layers.activations(), *dropouts]
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
@@ -32,8 +34,8 @@ class ResidualBlock(nn.Module):
         in_channels, out_channels: where they differ, a convolution of size 1 brings the input to ``out_channels``.
         groups: groups of the normalisations, a divisor of both.
         layers: the options of the layers; dropout acts before the second convolution.
-        memory: ``"lean"`` keeps of a normalisation and the convolution behind it the input of the normalisation alone, where SiLU and
-            nothing else stands between them.
+        memory: ``"lean"`` keeps of a normalisation and the convolution behind it the input of the normalisation alone, where SiLU
+            or ReLU and nothing else stands between them.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int = 32, layers: Layers = SILU, memory: Memory = "full"):

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvae.models.tiling._moments import Affine
 from fastvae.nn import GroupNormSiLU
 from fastvae.ops._results import accumulation_dtype
+from fastvae.ops.group_norm import NORM_ACTIVATIONS, activated
 
 # The height and width of a feature map, and a rectangle of it: its rows and its columns.
 Size = tuple[int, int]
@@ -128,7 +128,7 @@ class Layer(Step):
 
 @dataclass(frozen=True, eq=False)
 class GroupNormalisation(Step):
-    """A group normalisation, with SiLU where the module has it. Without an entry in ``statistics`` the input is the whole feature map."""
+    """A group normalisation, with the activation of its module. Without an entry in ``statistics`` the input is the whole feature map."""
 
     norm: nn.GroupNorm
 
@@ -138,8 +138,8 @@ class GroupNormalisation(Step):
         affine, dtype = statistics[self], patch.values.dtype
         values = patch.values.to(accumulation_dtype(dtype)) - affine.centre
         values.mul_(affine.scale).add_(affine.offset)
-        if isinstance(self.norm, GroupNormSiLU) and self.norm.activation == "silu":
-            F.silu(values, inplace=True)
+        if isinstance(self.norm, GroupNormSiLU):
+            values = activated(values, NORM_ACTIVATIONS[self.norm.activation])
         return patch._replace(values=values.to(dtype))
 
 
