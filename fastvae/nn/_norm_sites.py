@@ -89,7 +89,7 @@ def _plan_traced(parent: nn.Module, free: set[str]) -> Plan | None:
     def apply():
         for norm in pairs:
             fuse(parent, norm)
-        parent.__class__ = rewritten(type(parent), source, functions)  # type: ignore[arg-type]  # mypy takes no class for hashable
+        parent.__class__ = rewritten(type(parent), source, functions)
 
     return Plan(pairs, apply)
 

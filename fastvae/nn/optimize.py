@@ -117,7 +117,7 @@ def _make_lean(root: nn.Module) -> Iterator[Finding]:
             parent.__class__ = LeanSequential
         elif pairs and not _is_lean(parent):
             functions = ("residual_block", residual_block), ("original", type(parent).forward)
-            parent.__class__ = rewritten(type(parent), RESIDUAL_BLOCK_FORWARD, functions)  # type: ignore[arg-type]  # a class is hashable
+            parent.__class__ = rewritten(type(parent), RESIDUAL_BLOCK_FORWARD, functions)
         for norm, conv in pairs.items():
             yield Finding(f"{prefix}.{norm}".removeprefix("."), conv, lean=True)
 
