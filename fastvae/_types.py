@@ -27,6 +27,8 @@ RecurrentCell = Literal["gru", "lstm"]
 JacobianMethodName = Literal["auto", "closed_form", "gram", "projection", "autograd"]
 QuantizerGradient = Literal["straight_through", "rotation"]
 CodebookUpdate = Literal["ema", "gradient"]
+# Where a quantizer of taming-transformers puts an index that is not in use; an integer does too.
+UnknownIndex = Literal["random", "extra"]
 # Estimators of the importance-weighted bound's gradient, and of the aggregate posterior.
 ImportanceGradient = Literal["standard", "doubly_reparameterized"]
 AggregateEstimator = Literal["weighted", "stratified"]

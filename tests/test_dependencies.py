@@ -25,8 +25,8 @@ COMMANDS = {"clang-format", "mypy", "pre-commit", "pytest-benchmark", "pytest-xd
 # The packages that a build needs, and those that come with pip and torch.
 OF_THE_BUILD = {"setuptools", "wheel", "pybind11", "ninja"}
 # Whoever wants its data sets installs it: with its torch it is gigabytes, which the extra does not impose.
-# pythae and disent, for which tables of their figures stand where they are not installed, ask for other releases of what we have.
-OF_THE_USER = {"torchvision", "pythae", "disent"}
+# disent, for which a table of its figures stands where it is not installed, asks for other releases of what we have.
+OF_THE_USER = {"torchvision", "disent"}
 
 
 def declared() -> set[str]:

@@ -86,7 +86,7 @@ def _plan(parent: Any, norms: tuple[str, ...], activation: str, free: set[str]) 
         if source is None:
             parent.set_submodule(module, nn.Identity())
         else:
-            parent.__class__ = rewritten(type(parent), source, functions)  # type: ignore[arg-type]  # mypy takes no class for hashable
+            parent.__class__ = rewritten(type(parent), source, functions)
 
     return Plan(dict.fromkeys(followed, module or activation), apply, left)
 

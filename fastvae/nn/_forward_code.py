@@ -71,22 +71,26 @@ def generate(graph: fx.Graph, *functions: Callable) -> tuple[str, tuple[tuple[st
     return code.src, tuple(used.items())
 
 
-@functools.cache
-def rewritten(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Callable], ...]) -> type[nn.Module]:
-    """The subclass of ``cls``, of the same name, with the ``forward`` of ``source``, which may use the names that the original one may.
+def rewritten(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Callable], ...], method: str = "forward") -> type[nn.Module]:
+    """The subclass of ``cls``, of the same name, with the ``method`` of ``source``, which may use the names that the original one may.
     Modules that are alike share it."""
+    return _rewritten(cls, source, functions, method)  # type: ignore[arg-type]  # mypy takes no class for hashable
+
+
+@functools.cache
+def _rewritten(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Callable], ...], method: str) -> type[nn.Module]:
     # Without the name of the original's module, where torch.compile would look for all of these.
-    names = {name: value for name, value in cls.forward.__globals__.items() if not name.startswith("__")}
+    names = {name: value for name, value in getattr(cls, method).__globals__.items() if not name.startswith("__")}
     namespace = {**names, **_NAMES, **dict(functions)}
-    exec(compile(source, f"<fastvae.optimize: {cls.__qualname__}.forward>", "exec"), namespace)
+    exec(compile(source, f"<fastvae: {cls.__qualname__}.{method}>", "exec"), namespace)
 
     def reduce(self, protocol):
         reduced = cls.__reduce_ex__(self, protocol)
         # For copy and pickle: the class is made anew, as it cannot be imported. A subclass, such as FSDP's, has to say how itself.
-        return (_restore, (cls, source, functions), *reduced[2:]) if type(self) is subclass else reduced
+        return (_restore, (cls, source, functions, method), *reduced[2:]) if type(self) is subclass else reduced
 
     members = {
-        "forward": namespace["forward"],
+        method: namespace[method],
         "__reduce_ex__": reduce,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -97,8 +101,8 @@ def rewritten(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Cal
     return subclass
 
 
-def _restore(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Callable], ...]) -> nn.Module:
-    return object.__new__(rewritten(cls, source, functions))  # type: ignore[arg-type]  # mypy takes no class for hashable
+def _restore(cls: type[nn.Module], source: str, functions: tuple[tuple[str, Callable], ...], method: str) -> nn.Module:
+    return object.__new__(_rewritten(cls, source, functions, method))  # type: ignore[arg-type]  # mypy takes no class for hashable
 
 
 def trace(parent: nn.Module) -> fx.Graph:

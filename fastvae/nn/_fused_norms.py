@@ -75,7 +75,7 @@ def fuse(parent: nn.Module, name: str, activation: NormActivation) -> None:
         return
     cls = type(norm)
     functions = ("fused", _fused), ("original", cls.forward)
-    norm.__class__ = rewritten(cls, _FORWARD.format(kind=cls.__name__), functions)  # type: ignore[arg-type]  # a class is hashable
+    norm.__class__ = rewritten(cls, _FORWARD.format(kind=cls.__name__), functions)
     vars(norm)["fused_activation"] = activation
 
 

@@ -104,7 +104,7 @@ def _plan_traced(parent: nn.Module, free: set[str]) -> Plan:
     def apply():
         for norm, activation in fused.items():
             fuse(parent, norm, activation)
-        parent.__class__ = rewritten(type(parent), source, functions)  # type: ignore[arg-type]  # mypy takes no class for hashable
+        parent.__class__ = rewritten(type(parent), source, functions)
 
     return Plan(pairs, apply, left)
 
