@@ -25,8 +25,7 @@ class VectorQuantizer2(nn.Module):
     where :math:`c` is the nearest code (van den Oord et al., *Neural Discrete Representation Learning*, 2017); the loss is the mean over
     elements of one of the two and ``beta`` times that of the other. It computes what :func:`fastvae.functional.vector_quantize` does.
 
-    This class serves code that builds its own model, because no release of taming-transformers can be imported; a model that holds the
-    original keeps its module and takes :func:`patch_taming`.
+    This class serves code that builds its own model; a model that holds the original keeps its module and takes :func:`patch_taming`.
 
     Args:
         n_e: number of codes.
