@@ -156,7 +156,7 @@ QUANTIZERS = {
     "synchronous update": {**LEARNABLE, "sync_update_v": 0.3, "route_gradients_to_input": False},
     "no route to the input": {**LEARNABLE, "route_gradients_to_input": False},
     "projection": {"codebook_dim": 3},
-    "normalised projection": {"codebook_dim": 3, "layernorm_after_project_in": True, "use_cosine_sim": True},
+    "normalised projection": {"codebook_dim": 5, "layernorm_after_project_in": True, "use_cosine_sim": True},
     "frozen": {"freeze_codebook": True},
     "frozen and learnable": {"freeze_codebook": True, **LEARNABLE},
     "averages by hand": {"manual_ema_update": True},
@@ -234,6 +234,33 @@ def test_accumulated_averages():
         compare(ours, theirs, sequence, arguments, steps=1)
     ours._codebook.update_ema(), theirs._codebook.update_ema()
     assert_same_state(ours, theirs, **CLOSE)
+
+
+# The original's update_indices raises for images and for single vectors with heads.
+@pytest.mark.parametrize("name", ["channels first", "channels first with heads", "images", "channels-last images", "volumes", "one vector"])
+def test_averages_by_given_indices(name):
+    options, make_x = LAYOUTS[name]
+    ours, theirs = pair(lambda: library.VectorQuantize(DIM, CODES, threshold_ema_dead_code=1, **options))
+    x = make_x()
+    indices = theirs.eval()(x)[1]
+    for quantizer in (ours.train(), theirs.train()):
+        torch.manual_seed(0)
+        quantizer.update_ema_indices(x, indices)
+    assert_same_state(ours, theirs, **CLOSE)
+
+
+def test_averages_by_given_indices_of_masked_vectors():
+    ours, theirs = pair(lambda: library.VectorQuantize(DIM, CODES))
+    x = sequence()
+    indices = theirs.eval()(x, mask=mask_of(x))[1]
+    for quantizer in (ours.train(), theirs.train()):
+        quantizer.update_indices(x, indices, mask=mask_of(x))
+    assert_same_state(ours, theirs, **CLOSE)
+    copied = copy.deepcopy(ours)
+    torch.manual_seed(0)
+    x = sequence()
+    copied.update_indices(x, ours(x)[1])
+    assert_same_state(copied, ours, rtol=0, atol=0)
 
 
 ORIGINAL_CALLS = {

@@ -64,6 +64,19 @@ class VectorQuantize(original.VectorQuantize):
         quantized, found, loss, breakdown = _quantize(self, x, kept, frozen, update)
         return (quantized, found, loss, breakdown) if return_loss_breakdown else (quantized, found, loss)
 
+    def update_indices(self, x, indices, mask=None):
+        """Moves the averages by given indices, with the same sums as :meth:`forward`."""
+        if option_obstacle(self) or x.dtype not in _DTYPES:
+            return super().update_indices(x, indices, mask=mask)
+        sequence = _to_sequence(self, x)
+        flat = _rows(self, sequence).detach().float()
+        # As there, an index of -1 counts as 0 unless the mask leaves it out.
+        found = _indices_of_rows(self, indices, sequence).clamp(min=0)
+        row_mask = None if mask is None else _mask_of_rows(mask, flat)
+        self._codebook.update_codebook(flat, _OneHot(flat, found, self._codebook.embed), mask=row_mask)
+
+    update_ema_indices = update_indices
+
 
 def option_obstacle(vq: original.VectorQuantize) -> str | None:
     """Why the options of a quantizer ask for the original's code; None where they do not."""
@@ -120,9 +133,7 @@ def _quantize(vq: original.VectorQuantize, x: Tensor, mask: Tensor | None, froze
     """``(quantized, indices, loss, loss breakdown)``."""
     codebook, given = vq._codebook, x
     x = _to_sequence(vq, given)
-    rows = codebook.transform_input(vq.maybe_split_heads_from_input(vq.project_in(x)))
-    rows = rows.to(torch.promote_types(rows.dtype, x.dtype))
-    rows = rows.reshape(codebook.num_codebooks, rows.shape[:-1].numel() // codebook.num_codebooks, rows.shape[-1])
+    rows = _rows(vq, x)
     row_mask = None if mask is None else _mask_of_rows(mask, rows)
     flat = rows.detach().float()
     if not codebook.initted:
@@ -274,6 +285,22 @@ def _indices_from_sequence(vq: original.VectorQuantize, indices: Tensor, given: 
     if vq.accept_image_fmap or vq.accept_3d_fmap:
         return indices.unflatten(1, given.shape[2:])
     return indices.squeeze(1) if given.ndim == 2 else indices
+
+
+def _rows(vq: original.VectorQuantize, x: Tensor) -> Tensor:
+    """What a sequence ``x`` is compared by, (codebooks, rows, dim of the codes)."""
+    codebook = vq._codebook
+    rows = codebook.transform_input(vq.maybe_split_heads_from_input(vq.project_in(x)))
+    rows = rows.to(torch.promote_types(rows.dtype, x.dtype))
+    return rows.reshape(codebook.num_codebooks, rows.shape[:-1].numel() // codebook.num_codebooks, rows.shape[-1])
+
+
+def _indices_of_rows(vq: original.VectorQuantize, indices: Tensor, x: Tensor) -> Tensor:
+    """(codebooks, rows), of indices as they are returned for a sequence ``x``."""
+    by_position = indices.reshape(*x.shape[:2], vq.heads)
+    if vq._codebook.num_codebooks > 1:
+        return by_position.movedim(2, 0).flatten(1)
+    return by_position.transpose(1, 2).reshape(1, -1)
 
 
 def _mask_of_rows(mask: Tensor, rows: Tensor) -> Tensor:

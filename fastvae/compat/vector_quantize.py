@@ -14,6 +14,7 @@ _SIGNATURES = {
         "accum_ema_update ema_update"
     ),
     "VectorQuantize.maybe_split_heads_from_input": "self x",
+    "VectorQuantize.update_indices": "self x indices mask",
     "Codebook.forward": (
         "self x sample_codebook_temp mask freeze_codebook codebook_transform_fn ema_update_weight accum_ema_update ema_update topk "
         "update_usage"
