@@ -279,6 +279,14 @@ def library_step(make, patch):
     return provide
 
 
+def compiled_library_step(make):
+    def provide(inputs: Inputs):
+        compiled(make)(inputs)  # raises where there is no compiler
+        return library_step(make, torch.compile)(inputs)
+
+    return provide
+
+
 def _patched_step(name, size, make, work) -> Case:
     return Case(
         family="codebook",
@@ -287,7 +295,8 @@ def _patched_step(name, size, make, work) -> Case:
         tiny=(60, 5, 20),
         setup=layer_inputs,
         providers={
-            "vector-quantize-pytorch": library_step(make, lambda layer: layer),
+            "eager": library_step(make, lambda layer: layer),
+            "compile": compiled_library_step(make),
             "fastvae": library_step(make, patch_vector_quantize),
             "fastvae-fallback": forced(library_step(make, patch_vector_quantize), "fallback"),
         },
