@@ -4,6 +4,7 @@ Random vectors are the easiest case of the search: their nearest codes are far a
 clustered, and encodings with the codebook of a trained VQ-VAE.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from benchmarks.registry import Case, Inputs, Results, Unavailable, WrongResult, compiled, forced
 from fastvae import functional as FV
+from fastvae.compat import patch_vector_quantize
 from fastvae.nn import VectorQuantizer
 from fastvae.training.plain_torch import quantize_and_move
 
 # Written by `python examples/vqvae_mnist.py --save-latents benchmarks/data`.
 TRAINED = Path(__file__).parent / "data" / "vqvae_digits.npz"
 CHUNK = 1024
+RESIDUAL_STEPS = 8
 
 
 def cdist_argmin(x, codebook):
@@ -154,6 +157,10 @@ def products(inputs: Inputs) -> float:
     return 2.0 * inputs.leaves["x"].numel() * len(inputs.others["codebook"])
 
 
+def products_of_all_steps(inputs: Inputs) -> float:
+    return RESIDUAL_STEPS * products(inputs)
+
+
 def _nearest(name, size, ours=fused, setup=random, quick=False) -> Case:
     return Case(
         family="codebook",
@@ -222,13 +229,17 @@ def compiled_step(inputs: Inputs):
     return plain_step(torch.compile(quantize_and_move))(inputs)
 
 
-def vector_quantize_pytorch_step(inputs: Inputs):
+def library():
     try:
-        from vector_quantize_pytorch import VectorQuantize
+        return importlib.import_module("vector_quantize_pytorch")
     except ModuleNotFoundError:
         raise Unavailable("vector-quantize-pytorch is not installed") from None
+
+
+def vector_quantize_pytorch_step(inputs: Inputs):
     x, codebook = inputs.leaves["x"], inputs.others["codebook"]
-    layer = VectorQuantize(codebook.shape[1], codebook.shape[0], decay=1.0, commitment_weight=1.0, rotation_trick=False).to(x.device)
+    codes, dim = codebook.shape
+    layer = library().VectorQuantize(dim, codes, decay=1.0, commitment_weight=1.0, rotation_trick=False).to(x.device)
     layer.codebook = codebook
     layer._codebook.embed_avg.copy_(codebook[None])
 
@@ -237,6 +248,62 @@ def vector_quantize_pytorch_step(inputs: Inputs):
         return quantized[0], loss.sum()
 
     return _step(call_layer, x, inputs.incoming)
+
+
+def plain_quantizer(codebook: Tensor):
+    return library().VectorQuantize(codebook.shape[1], codebook.shape[0], decay=1.0)
+
+
+def cosine_quantizer(codebook: Tensor):
+    return library().VectorQuantize(codebook.shape[1], codebook.shape[0], decay=1.0, use_cosine_sim=True)
+
+
+def residual_quantizer(codebook: Tensor):
+    return library().ResidualVQ(dim=codebook.shape[1], codebook_size=codebook.shape[0], num_quantizers=RESIDUAL_STEPS, decay=1.0)
+
+
+def library_step(make, patch):
+    """A step of a layer of vector-quantize-pytorch with its default options, except that the averages keep the codebook where it is."""
+
+    def provide(inputs: Inputs):
+        x, codebook = inputs.leaves["x"], inputs.others["codebook"]
+        torch.manual_seed(0)
+        layer = patch(make(codebook).to(x.device))
+
+        def call_layer(x):
+            quantized, _, loss = layer(x[None])
+            return quantized[0], loss.sum()
+
+        return _step(call_layer, x, inputs.incoming)
+
+    return provide
+
+
+def compiled_library_step(make):
+    def provide(inputs: Inputs):
+        compiled(make)(inputs)  # raises where there is no compiler
+        return library_step(make, torch.compile)(inputs)
+
+    return provide
+
+
+def _patched_step(name, size, make, work) -> Case:
+    return Case(
+        family="codebook",
+        name=name,
+        size=size,
+        tiny=(60, 5, 20),
+        setup=layer_inputs,
+        providers={
+            "eager": library_step(make, lambda layer: layer),
+            "compile": compiled_library_step(make),
+            "fastvae": library_step(make, patch_vector_quantize),
+            "fastvae-fallback": forced(library_step(make, patch_vector_quantize), "fallback"),
+        },
+        outputs=("quantized", "loss"),
+        work=work,
+        unit="FLOP",
+    )
 
 
 def _training_step(size, quick=False) -> Case:
@@ -270,4 +337,7 @@ CASES = (
     _nearest("vq_nearest", (65536, 8, 1024), quick=True),
     _nearest("vq_nearest", (65536, 4, 16384)),
     _training_step((32768, 64, 1024)),
+    _patched_step("vector_quantize_step", (32768, 64, 1024), plain_quantizer, products),
+    _patched_step("vector_quantize_cosine_step", (32768, 64, 1024), cosine_quantizer, products),
+    _patched_step("residual_vq_step", (8192, 64, 1024), residual_quantizer, products_of_all_steps),
 )

@@ -117,7 +117,6 @@ MODULES = {
     "ELBOLoss": (fnn.ELBOLoss, ["likelihood='bernoulli_logits'", "beta=1.0", "capacity=None", "free_bits=0.0", "reduction='batchmean'"]),
     "ResidualVectorQuantizer": (lambda: fnn.ResidualVectorQuantizer(2, 4, 3), ["quantizer_dropout=False", "min_quantizers=1"]),
     "VectorQuantizer2": (lambda: compat.VectorQuantizer2(4, 3, 0.25), ["4, 3, beta=0.25, sane_index_shape=False, legacy=True"]),
-    "ResidualVQ": (lambda: compat.ResidualVQ(dim=4, num_quantizers=1, codebook_size=3), ["accept_image_fmap=False"]),
 }  # fmt: skip
 
 

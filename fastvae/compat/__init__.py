@@ -2,15 +2,14 @@
 
 from fastvae.compat.diffusers import DiagonalGaussianDistribution, patch_diffusers
 from fastvae.compat.pythae import patch_pythae
-from fastvae.compat.quantizers import ResidualVQ, VectorQuantize
 from fastvae.compat.taming import VectorQuantizer2, patch_taming
+from fastvae.compat.vector_quantize import patch_vector_quantize
 
 __all__ = [
     "DiagonalGaussianDistribution",
-    "ResidualVQ",
-    "VectorQuantize",
     "VectorQuantizer2",
     "patch_diffusers",
     "patch_pythae",
     "patch_taming",
+    "patch_vector_quantize",
 ]
