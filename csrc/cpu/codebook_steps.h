@@ -12,7 +12,8 @@
 
 namespace fastvae {
 
-constexpr int64_t kMeanCodes = 1024;  // about so many codes, evenly spaced, give the mean
+// About so many codes, evenly spaced, give the mean. It need not be exact, and that of all codes would be a tenth of the packing.
+constexpr int64_t kMeanCodes = 128;
 
 // The codes of all heads in the form that a search reads.
 class CodebookPacking {
