@@ -321,12 +321,13 @@ std::tuple<Tensor, Tensor> codebook_residual_quantize_backward(const OptionalTen
   b.dim = dim;
   b.is_double = b.x.dtype == DType::float64 || b.codebooks.dtype == DType::float64;
   b.indices = static_cast<const int64_t*>(readable(indices, copies).const_data_ptr());
-  std::vector<double> factors(steps);
+  std::vector<double> loss_gradients(steps);
   if (grad_losses) {
-    Tensor weights = dense(*grad_losses);
-    for (int64_t step = 0; step < steps; ++step) factors[step] = scale * commitment_cost * get(weights, step);
-    b.factors = factors.data();
+    Tensor values = dense(*grad_losses);
+    for (int64_t step = 0; step < steps; ++step) loss_gradients[step] = get(values, step);
+    b.grad_losses = loss_gradients.data();
   }
+  b.loss_factor = scale * commitment_cost;
   b.grad_x = output_of(grad_x);
   if (sums_codes) b.residuals = output_of(residuals);
   const CodebookKernels& kernels = selected_kernels();

@@ -82,10 +82,11 @@ struct CodebookResidualBackward {
   CodebookRows x, codebooks, grad_quantized;  // (1, rows, dim), (steps, codes, dim), (1, rows, dim)
   int64_t rows, steps, dim;
   bool is_double;
-  const int64_t* indices;  // (rows, steps); negative for a row that is left out
-  const double* factors;   // (steps,): grad_x += factor * (residual - code); null where the losses have no gradient
-  Output grad_x;           // (rows, dim)
-  Output residuals;        // (steps, rows, dim), as in CodebookResidual
+  const int64_t* indices;     // (rows, steps); negative for a row that is left out
+  const double* grad_losses;  // (steps,); null where the losses have no gradient
+  double loss_factor;         // grad_x += loss_factor * grad_losses[step] * (residual - code)
+  Output grad_x;              // (rows, dim)
+  Output residuals;           // (steps, rows, dim), as in CodebookResidual
 };
 
 // The sums over the rows of each code of one head. A row's term is x, or with a grad_loss grad_loss * (c - x). The rows are sorted by code,

@@ -152,9 +152,10 @@ def _step_by_step(x: Tensor, mask: Tensor | None, steps: list[VectorQuantizer]) 
         codes = output.quantized.detach()
         residual, total = residual - codes, total + codes
         outputs.append(output)
-    quantized = x + (total - x).detach()
+    # The gradient of x, and a 0 that rounds nothing.
+    quantized = total + (x - x.detach())
     if mask is not None:
         quantized = torch.where(mask[..., None], quantized, 0.0)
     indices = torch.stack([o.indices for o in outputs], dim=-1)
-    loss = functools.reduce(torch.add, [o.loss for o in outputs])
+    loss = torch.stack([o.loss for o in outputs]).sum()
     return _Result(quantized, indices, loss, *(torch.stack([getattr(o, name) for o in outputs]) for name in ("perplexity", "usage")))

@@ -51,6 +51,7 @@ def residual_backward_in_steps(backend: str) -> Callable:
         grad_x = torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         if grad_quantized is not None:
             grad_x += _kept(grad_quantized, mask)
+        pulls: list[Tensor] = []
         results.grad_codebooks.zero_()
         if grad_losses is not None:
             left = _kept(x, mask)
@@ -60,10 +61,15 @@ def residual_backward_in_steps(backend: str) -> Callable:
                 operands = left.to(dtype)[None], codebook[None], index[None]
                 weight = _kept(weights[step], mask)[None]
                 grad_left, grad_codebook = backward_one(None, weight, *operands, 1, REDUCTIONS["none"], *costs, False, with_codebooks)
-                grad_x += grad_left[0]
+                pulls.append(grad_left[0])
                 if with_codebooks:
                     results.grad_codebooks[step] = grad_codebook[0]
                 left = left - _kept(codebook[index].to(x.dtype), mask)
+            # The order in which autograd adds the terms of a chain of single quantizers, which a checkpointed pass is.
+            later = torch.zeros_like(grad_x)
+            for pull in reversed(pulls[1:]):
+                later += pull
+            grad_x.add_(later).add_(pulls[0])
         results.grad_x.copy_(grad_x)
         return results
 

@@ -279,8 +279,8 @@ void check_residual_backward(const Sizes& s, DType dtype) {
   ResidualProblem p(s, dtype, dtype, source, Kind::usual);
   p.run();
   Array incoming(dtype, p.x.count, source), grad_x(dtype, p.x.count), residuals(dtype, p.residuals.count);
-  std::vector<double> factors(s.heads);
-  for (int64_t step = 0; step < s.heads; ++step) factors[step] = 0.5 + 0.25 * static_cast<double>(step);
+  std::vector<double> grad_losses(s.heads);
+  for (int64_t step = 0; step < s.heads; ++step) grad_losses[step] = 0.5 + 0.25 * static_cast<double>(step);
   CodebookResidualBackward b{};
   b.x = {p.x.data(), dtype, 0, s.dim};
   b.codebooks = rows_of(p.codebooks, s.codes, s.dim);
@@ -290,7 +290,8 @@ void check_residual_backward(const Sizes& s, DType dtype) {
   b.dim = s.dim;
   b.is_double = p.is_double;
   b.indices = p.indices.data();
-  b.factors = factors.data();
+  b.grad_losses = grad_losses.data();
+  b.loss_factor = 0.5;
   b.grad_x = grad_x.output();
   b.residuals = residuals.output();
   on_threads(0, s.rows, 1, [&](int64_t begin, int64_t end) { kernels().residual_backward(b, begin, end); });
@@ -300,7 +301,7 @@ void check_residual_backward(const Sizes& s, DType dtype) {
     double expected = p.mask[row] ? incoming.get(i) : 0.0, magnitude = std::fabs(expected);
     for (int64_t step = 0; p.mask[row] && step < s.heads; ++step) {
       double code = p.codebooks.get((step * s.codes + p.indices[row * s.heads + step]) * s.dim + i % s.dim);
-      double pull = factors[step] * (p.residuals.get(step * p.x.count + i) - code);
+      double pull = 0.5 * grad_losses[step] * (p.residuals.get(step * p.x.count + i) - code);
       expected += pull;
       magnitude += std::fabs(pull);
     }

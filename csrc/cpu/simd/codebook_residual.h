@@ -133,23 +133,30 @@ CodebookSearchCounts residual_blocks(const CodebookResidual& r, int64_t begin, i
   return quantizer.counts();
 }
 
-// Writes grad_x of a row, and adds the terms of the losses to it, where row has the values of x. `out` is scratch memory.
+// Adds the terms of the losses to `out`, which has grad_quantized, and writes what each step searched for. `row` has the values of x;
+// `pulls` (steps, dim) is scratch memory. The terms are added as autograd adds those of a chain of single quantizers, so that a
+// checkpointed pass, which is such a chain, gives the same bits.
 template <class T>
-void residual_backward_row(const CodebookResidualBackward& b, int64_t i, const ResidualRows<T>& rows, T* row, T* out) {
-  for (int64_t step = 0; b.factors != nullptr && step < b.steps; ++step) {
+void add_loss_terms(const CodebookResidualBackward& b, int64_t i, const ResidualRows<T>& rows, T* row, T* pulls, T* out) {
+  for (int64_t step = 0; step < b.steps; ++step) {
     if (b.residuals) write(b.residuals, (step * b.rows + i) * b.dim, b.dim, static_cast<const T*>(row));
     const T* code = rows.code(b.codebooks, step, b.indices[i * b.steps + step]);
-    T factor = static_cast<T>(b.factors[step]);
+    T factor = static_cast<T>(b.loss_factor) * static_cast<T>(b.grad_losses[step]), *pull = pulls + step * b.dim;
 #pragma omp simd
-    for (int64_t d = 0; d < b.dim; ++d) out[d] += factor * (row[d] - code[d]);
+    for (int64_t d = 0; d < b.dim; ++d) pull[d] = factor * (row[d] - code[d]);
     rows.subtract(rows.rounded(code), row);
+  }
+  for (int64_t d = 0; d < b.dim; ++d) {
+    T later = 0;
+    for (int64_t step = b.steps - 1; step > 0; --step) later += pulls[step * b.dim + d];
+    out[d] = (out[d] + later) + pulls[d];
   }
 }
 
 template <class T>
 void residual_backward_rows(const CodebookResidualBackward& b, int64_t begin, int64_t end) {
   ResidualRows<T> rows(b.x.dtype, b.dim);
-  Buffer<T> row(b.dim), out(b.dim), zero(b.dim);
+  Buffer<T> row(b.dim), out(b.dim), zero(b.dim), pulls(b.steps * b.dim);
   std::fill(static_cast<T*>(zero), zero + b.dim, T(0));
   for (int64_t i = begin; i < end; ++i) {
     if (b.indices[i * b.steps] < 0) {
@@ -163,7 +170,7 @@ void residual_backward_rows(const CodebookResidualBackward& b, int64_t begin, in
       fastvae::convert(b.grad_quantized.data, b.grad_quantized.dtype, b.grad_quantized.offset(0, i), b.dim, static_cast<T*>(out));
     else
       std::fill(static_cast<T*>(out), out + b.dim, T(0));
-    residual_backward_row(b, i, rows, static_cast<T*>(row), static_cast<T*>(out));
+    if (b.grad_losses != nullptr) add_loss_terms<T>(b, i, rows, row, pulls, out);
     write(b.grad_x, i * b.dim, b.dim, static_cast<const T*>(out));
   }
 }
