@@ -244,6 +244,13 @@ struct ResidualProblem {
     if (std::isfinite(expected)) expect_near(square_error, expected, DType::float32, expected, what, " square_errors");
   }
 
+  // To the dtype of x, as codes are before they are subtracted.
+  double rounded(double value) const {
+    Array element(x.dtype, 1);
+    element.set(0, value);
+    return element.get(0);
+  }
+
   // What is left after a step, and the sums of the codes.
   void check_rows(const std::string& what) const {
     for (int64_t i = 0; i < x.count; ++i) {
@@ -252,7 +259,7 @@ struct ResidualProblem {
       for (int64_t step = 0; step < sizes.heads; ++step) {
         double left = residuals.get(step * x.count + i), code = 0.0;
         int64_t index = indices[row * sizes.heads + step];
-        if (index >= 0) code = codebooks.get((step * sizes.codes + index) * sizes.dim + i % sizes.dim);
+        if (index >= 0) code = rounded(codebooks.get((step * sizes.codes + index) * sizes.dim + i % sizes.dim));
         if (step == 0) expect(mask[row] == 0 ? left == 0.0 : left == x.get(i) || !std::isfinite(left), what, ": not x at first");
         if (step + 1 < sizes.heads && std::isfinite(left))
           expect_near(residuals.get((step + 1) * x.count + i), left - code, x.dtype, 2 * (std::fabs(left) + std::fabs(code)), what,
