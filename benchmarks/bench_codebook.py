@@ -298,16 +298,18 @@ def vector_quantize_pytorch_residual(inputs: Inputs):
     return call(lambda x, _: tuple(output[0] for output in layer(x[None])[:2]))(inputs)
 
 
-def excess_of_indices(results: Results, inputs: Inputs) -> Results:
+def detours_of_indices(results: Results, inputs: Inputs) -> Results:
     """A code that rounding takes for the nearest changes all later steps, so each step is judged by itself, on some of the vectors: how
-    much farther its code is than the nearest one."""
-    left, excess = inputs.leaves["x"].detach()[:CHUNK].double(), []
-    for codebook, indices in zip(inputs.others["codebook"].double(), results["indices"][:CHUNK].unbind(-1), strict=True):
+    far its code is, relative to the nearest one."""
+    x, quantized, indices = (t.detach()[:CHUNK] for t in (inputs.leaves["x"], results["quantized"], results["indices"]))
+    left, detours = x.double(), []
+    for codebook, index in zip(inputs.others["codebook"].double(), indices.unbind(-1), strict=True):
         distances = torch.cdist(left, codebook, compute_mode="donot_use_mm_for_euclid_dist")
-        excess.append(distances.gather(1, indices[:, None]).squeeze(1) - distances.amin(1))
-        left = left - codebook[indices]
-    error = (inputs.leaves["x"].detach()[:CHUNK] - results["quantized"][:CHUNK] - left).abs().amax(1)
-    return {"excess": torch.stack(excess), "error of the sum": error}
+        detours.append(distances.gather(1, index[:, None]).squeeze(1) / distances.amin(1))
+        left = left - codebook[index]
+    if not torch.allclose(x.double() - left, quantized.double(), rtol=1e-4, atol=1e-4):
+        raise WrongResult("the result is not the sum of the codes")
+    return {"detour": torch.stack(detours)}
 
 
 def residual_products(inputs: Inputs) -> float:
@@ -324,6 +326,7 @@ def _residual(size, quick=False) -> Case:
         setup=residual_inputs,
         providers={
             "eager": call(in_single_steps(cdist_argmin)),
+            "compile": compiled_call(in_single_steps(cdist_argmin)),
             "vector-quantize-pytorch": vector_quantize_pytorch_residual,
             "fastvae-single-steps": call(in_single_steps(FV.vq_nearest)),
             "fastvae": call(all_steps_at_once),
@@ -332,7 +335,7 @@ def _residual(size, quick=False) -> Case:
         outputs=("quantized", "indices"),
         work=residual_products,
         unit="FLOP",
-        compare=excess_of_indices,
+        compare=detours_of_indices,
         remark=share_rechecked,
         quick=quick,
     )
