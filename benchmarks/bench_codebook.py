@@ -1,4 +1,4 @@
-"""Exact nearest codes and the training step of a quantizer.
+"""Exact nearest codes, the training step of a quantizer, and residual quantization.
 
 Random vectors are the easiest case of the search: their nearest codes are far ahead of the next. So there are two more kinds of data, one
 clustered, and encodings with the codebook of a trained VQ-VAE.
@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.registry import Case, Inputs, Results, Unavailable, WrongResult, compiled, forced
 from fastvae import functional as FV
 from fastvae.compat import patch_vector_quantize
-from fastvae.nn import VectorQuantizer
+from fastvae.nn import ResidualVectorQuantizer, VectorQuantizer
 from fastvae.training.plain_torch import quantize_and_move
 
 # Written by `python examples/vqvae_mnist.py --save-latents benchmarks/data`.
@@ -327,6 +327,87 @@ def _training_step(size, quick=False) -> Case:
     )
 
 
+def residual_inputs(size, dtype, device) -> Inputs:
+    """Vectors, and codebooks that have been fitted to what the steps before leave of some of them."""
+    n, d, k, steps = size
+    x, layer = torch.randn(n, d, dtype=dtype, device=device), ResidualVectorQuantizer(steps, k, d, kmeans_iters=2).to(device)
+    layer(torch.randn(8 * k, d, dtype=dtype, device=device))
+    return Inputs({"x": x.requires_grad_()}, {"codebook": torch.stack([step.codebook for step in layer.layers])})
+
+
+def in_single_steps(search):
+    """A search of each codebook, a gather and a subtraction."""
+
+    def quantize(x, codebooks):
+        residual, indices = x, []
+        for codebook in codebooks:
+            indices.append(search(residual, codebook))
+            residual = residual - codebook[indices[-1]]
+        return x - residual, torch.stack(indices, -1)
+
+    return quantize
+
+
+def all_steps_at_once(x, codebooks):
+    return FV.residual_quantize(x, codebooks)[:2]
+
+
+def vector_quantize_pytorch_residual(inputs: Inputs):
+    try:
+        from vector_quantize_pytorch import ResidualVQ
+    except ModuleNotFoundError:
+        raise Unavailable("vector-quantize-pytorch is not installed") from None
+    codebooks = inputs.others["codebook"]
+    steps, codes, dim = codebooks.shape
+    layer = ResidualVQ(dim=dim, num_quantizers=steps, codebook_size=codes, rotation_trick=False).to(codebooks.device).eval()
+    for step, codebook in zip(layer.layers, codebooks, strict=True):
+        step.codebook = codebook
+    return call(lambda x, _: tuple(output[0] for output in layer(x[None])[:2]))(inputs)
+
+
+def detours_of_indices(results: Results, inputs: Inputs) -> Results:
+    """A code that rounding takes for the nearest changes all later steps, so each step is judged by itself, on some of the vectors: how
+    far its code is, relative to the nearest one."""
+    x, quantized, indices = (t.detach()[:CHUNK] for t in (inputs.leaves["x"], results["quantized"], results["indices"]))
+    left, detours = x.double(), []
+    for codebook, index in zip(inputs.others["codebook"].double(), indices.unbind(-1), strict=True):
+        distances = torch.cdist(left, codebook, compute_mode="donot_use_mm_for_euclid_dist")
+        detours.append(distances.gather(1, index[:, None]).squeeze(1) / distances.amin(1))
+        left = left - codebook[index]
+    if not torch.allclose(x.double() - left, quantized.double(), rtol=1e-4, atol=1e-4):
+        raise WrongResult("the result is not the sum of the codes")
+    return {"detour": torch.stack(detours)}
+
+
+def residual_products(inputs: Inputs) -> float:
+    """The floating-point operations of the inner products of all steps."""
+    return 2.0 * inputs.leaves["x"].numel() * inputs.others["codebook"][..., 0].numel()
+
+
+def _residual(size, quick=False) -> Case:
+    return Case(
+        family="codebook",
+        name="residual_quantize",
+        size=size,
+        tiny=(50, size[1] // 2, 30, 3),
+        setup=residual_inputs,
+        providers={
+            "eager": call(in_single_steps(cdist_argmin)),
+            "compile": compiled_call(in_single_steps(cdist_argmin)),
+            "vector-quantize-pytorch": vector_quantize_pytorch_residual,
+            "fastvae-single-steps": call(in_single_steps(FV.vq_nearest)),
+            "fastvae": call(all_steps_at_once),
+            "fastvae-fallback": forced(call(all_steps_at_once), "fallback"),
+        },
+        outputs=("quantized", "indices"),
+        work=residual_products,
+        unit="FLOP",
+        compare=detours_of_indices,
+        remark=share_rechecked,
+        quick=quick,
+    )
+
+
 CASES = (
     _nearest("vq_nearest", (8192, 64, 512), quick=True),
     _nearest("vq_nearest", (32768, 64, 1024)),
@@ -340,4 +421,8 @@ CASES = (
     _patched_step("vector_quantize_step", (32768, 64, 1024), plain_quantizer, products),
     _patched_step("vector_quantize_cosine_step", (32768, 64, 1024), cosine_quantizer, products),
     _patched_step("residual_vq_step", (8192, 64, 1024), residual_quantizer, products_of_all_steps),
+    _residual((750, 128, 1024, 8), quick=True),
+    _residual((2048, 8, 1024, 8)),
+    _residual((2048, 64, 1024, 8)),
+    _residual((32768, 64, 1024, 8)),
 )

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from fastvae.ops import jacobian
+from fastvae.ops import codebook, jacobian
 from fastvae.ops._gram_chunks import gram_in_chunks
+from fastvae.ops._residual_steps import residual_backward_in_steps, residual_in_steps
 
 EXTENSION_PATHS = [Path(__file__).with_name(f"_C{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
@@ -96,10 +97,12 @@ def load_cuda() -> str | None:
 
 
 def add_cuda(library: Path, key: str = "CUDA") -> None:
-    """The backend's kernels, and the operator that is made of them; for tensors of a dispatch key."""
+    """The backend's kernels, and the operators that are made of them; for tensors of a dispatch key."""
     _check_length(Path(library))
     torch.ops.load_library(str(library))
     jacobian.gram.implement("cuda", key)(gram_in_chunks("cuda"))
+    codebook.residual.implement("cuda", key)(residual_in_steps("cuda"))
+    codebook.residual_backward.implement("cuda", key)(residual_backward_in_steps("cuda"))
 
 
 def cuda_build() -> str:

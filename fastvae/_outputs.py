@@ -27,6 +27,15 @@ class VQ(NamedTuple):
 
 
 @exportable
+class RVQ(NamedTuple):
+    """The results of residual vector quantization; ``indices`` and ``losses`` have a last dimension for the steps."""
+
+    quantized: Tensor
+    indices: Tensor
+    losses: Tensor
+
+
+@exportable
 class JacobianMethod(NamedTuple):
     """The method by which ``jacobian_frobenius`` computes the norm for an encoder, and the reason."""
 

@@ -31,6 +31,7 @@ from fastvae.kernels._codebook_pack import MAX_FLOAT, load_tile
 from fastvae.kernels._codebook_search import nearest, rows_of
 from fastvae.kernels._reduce import is_last, store_slots, sum_programs
 from fastvae.ops import codebook as ops
+from fastvae.ops._residual_steps import residual_backward_in_steps, residual_in_steps
 from fastvae.ops._results import REDUCTIONS
 
 
@@ -338,3 +339,7 @@ def _ema_(arguments: ops.EmaArguments) -> None:
         codebook_ema_kernel[triton.cdiv(codes, options["ROWS"]), heads](
             codebook, ema_count, ema_sum, sums.contiguous(), totals, codes, dim, decay, 1.0 - decay, eps, **options
         )
+
+
+_device.implements(ops.residual)(residual_in_steps("triton"))
+_device.implements(ops.residual_backward)(residual_backward_in_steps("triton"))

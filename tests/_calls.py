@@ -183,6 +183,16 @@ def vectors(source, rows):
     return {"x": source.normal(rows, 16), "codebook": source.normal(100, 16)}
 
 
+def vectors_and_codebooks(source, rows):
+    return {"x": source.normal(rows, 16), "codebooks": source.normal(3, 50, 16)}
+
+
+def masked_vectors_and_codebooks(source, rows):
+    """Whatever the seed, the first vector counts."""
+    mask = source.uniform(rows) < 0.7
+    return {**vectors_and_codebooks(source, rows), "mask": mask.index_fill(0, torch.tensor([0], device=mask.device), True)}
+
+
 def bits(source, rows):
     return {"x": source.normal(rows, 7)}
 
@@ -226,6 +236,7 @@ SNAKE = ("snake_forward", "snake_backward")
 NORM_TWICE = (*NORM, "group_norm_recompute", "group_norm_restoring_backward")
 ENTROPIES = ("binary_code_entropy_forward", "binary_code_entropy_backward")
 QUANTIZE, MOVE = ("codebook_quantize", "codebook_quantize_backward"), ("codebook_sums", "codebook_ema_")
+RESIDUAL = ("codebook_residual_quantize", "codebook_residual_quantize_backward")
 
 # One reduction for each shape of a result.
 SHAPES = ("none", "sample", "mean")
@@ -384,6 +395,15 @@ CALLS = (
     Call(
         "vector quantization, rotation", "vector_quantize", QUANTIZE, vectors, {"gradient": "rotation", "reduction": "sample"},
         leaves=("x", "codebook"), shared=("codebook",), activations=("x", "output 0"), is_derivative=False, workspace=1.0,
+    ),
+    Call(
+        "residual vector quantization", "residual_quantize", RESIDUAL, vectors_and_codebooks, {"codebook_cost": 0.5},
+        leaves=("x", "codebooks"), shared=("codebooks",), activations=("x", "output 0"), is_derivative=False, workspace=10.0,
+        module=lambda: fnn.ResidualVectorQuantizer(3, 8, 16, update="gradient"), module_takes=("x",),
+    ),
+    Call(
+        "residual vector quantization with a mask", "residual_quantize", RESIDUAL, masked_vectors_and_codebooks,
+        leaves=("x",), shared=("codebooks",), activations=("x", "output 0"), is_derivative=False, workspace=10.0,
     ),
     Call(
         "moving averages of a codebook", "codebook_ema_update_", MOVE, vectors_and_averages, through=move_codes,

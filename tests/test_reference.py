@@ -66,6 +66,12 @@ DIFFERENTIATED = {
     "vae_loss": (reference.vae_loss, (uniform(3, 4), uniform(3, 4), *POSTERIOR[:2])),
     "vector_quantize, vectors": (lambda x: reference.vector_quantize(x, normal(5, 2).detach())[::2], (normal(7, 2),)),
     "vector_quantize, codes": (lambda c: reference.vector_quantize(normal(7, 2).detach(), c).loss, (normal(5, 2),)),
+    "residual_quantize, vectors": (
+        lambda x: reference.residual_quantize(x, normal(3, 5, 2).detach(), mask=torch.arange(7) > 0)[::2], (normal(7, 2),)
+    ),
+    "residual_quantize, codes": (
+        lambda c: reference.residual_quantize(normal(7, 2).detach(), c, codebook_cost=0.5).losses, (normal(1, 5, 2),)
+    ),
     "binary_code_entropy": (lambda x: reference.binary_code_entropy(x, 0.5, mask=torch.tensor([True, True, False])), (normal(3, 4),)),
     "contractive_penalty": (lambda *t: reference.contractive_penalty(*t, "tanh", "sample"), (uniform(3, 4), normal(4, 2))),
     "contractive_penalty of gelu": (lambda *t: reference.contractive_penalty(*t, "gelu"), (normal(3, 4), normal(4, 2))),

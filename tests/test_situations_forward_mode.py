@@ -39,11 +39,12 @@ FUNCTIONS = {
     "GroupNorm, channels last": lambda x: FV.group_norm_silu(x.view(3, 2, 4).movedim(1, 2), 2, activation="none"),
     "vector quantization": lambda x: FV.vector_quantize(x, UPPER)[::2],
     "vector quantization, rotation": lambda x: FV.vector_quantize(x, UPPER, gradient="rotation", reduction="sample")[::2],
+    "residual vector quantization": lambda x: FV.residual_quantize(x, torch.stack([UPPER, 0.1 * UPPER]))[::2],
     "contractive penalty": lambda x: FV.contractive_penalty(x, UPPER.T, reduction="none"),
     "Gram form": lambda x: FV.jacobian_frobenius(ENCODER, torch.cat([x, x[:, :1]], 1), method="gram", reduction="sample"),
 }
 # The gradient that vector quantization hands through is not its derivative.
-SMOOTH = {name: function for name, function in FUNCTIONS.items() if not name.startswith("vector quantization")}
+SMOOTH = {name: function for name, function in FUNCTIONS.items() if "vector quantization" not in name}
 each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 

@@ -95,7 +95,22 @@ def test_the_values_of_options_are_those_of_the_operators():
 CLASS_WORDS = {"class_kl", "classification_loss", "accuracy", "logits"}
 LEVEL_WORDS = {"kls", "level_loss"}
 DISENTANGLING_WORDS = {"mutual_information", "total_correlation", "dimension_kl", "discriminator_loss", "mmd"}
-WORDS = {"loss", "recon_loss", "kl", "penalty", "vq_loss", "recon", "z", "mu", "logvar", "quantized", "indices", "perplexity", "usage"}
+WORDS = {
+    "loss",
+    "losses",
+    "recon_loss",
+    "kl",
+    "penalty",
+    "vq_loss",
+    "recon",
+    "z",
+    "mu",
+    "logvar",
+    "quantized",
+    "indices",
+    "perplexity",
+    "usage",
+}
 
 
 def test_the_fields_of_outputs_share_their_words():

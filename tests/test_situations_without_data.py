@@ -35,6 +35,10 @@ SCALARS = {
     "RMS norm": (places("rms_norm_forward"), lambda x: FV.rms_norm_silu(x[..., None]).square().sum()),
     "snake": (places("snake_forward"), lambda x: FV.snake(x[..., None], torch.ones_like(x[0])).square().sum()),
     "binary codes": (places("binary_code_entropy_forward"), lambda x: sum(e.sum() for e in FV.binary_code_entropy(x[..., :4], 0.7))),
+    "residual codes": (
+        places("codebook_residual_quantize"),
+        lambda x: sum(output.sum() for output in FV.residual_quantize(x, x.detach()[None, :2].repeat(3, 1, 1))[::2]),
+    ),
     "GroupNorm": (places("group_norm_forward"), lambda x: FV.group_norm_silu(x[..., None], 2).square().sum()),
 }
 each_scalar = pytest.mark.parametrize(

@@ -28,31 +28,44 @@ void add_statistics(const CodebookSearchCounts& counts) {
   statistics.screened_again += counts.screened_again;
 }
 
+// The search for `rows` vectors a head in the codebook (heads, codes, dim). The operator adds the outputs.
+CodebookSearch search_of(const CodebookRows& x, int64_t rows, const Tensor& codebook, const CodebookKernels& kernels, Copies& copies) {
+  CodebookSearch search{};
+  search.x = x;
+  search.codebook = codebook_rows_of(codebook, copies);
+  search.heads = codebook.size(0);
+  search.rows = rows;
+  search.codes = codebook.size(1);
+  search.dim = codebook.size(2);
+  search.is_double = search.x.dtype == DType::float64 || search.codebook.dtype == DType::float64;
+  search.with_pairs = kernels.has_pairs && search.dim <= kMaxPairDim;
+  return search;
+}
+
+// Packs the codebook for a search. Returns the memory of the packed codes.
+Tensor pack(CodebookPacking& packing, const char* argument) {
+  Tensor memory = cpu.empty({packing.memory_size()}, ScalarType::Float);
+  bool finite = packing.pack(static_cast<float*>(memory.mutable_data_ptr()), parallel_for);
+  STD_TORCH_CHECK(finite, argument, ": got NaN or infinite values, takes finite ones");
+  return memory;
+}
+
 // The search of an operator, whose optional outputs the operator adds before it calls run().
 struct CodebookCall {
   Copies copies;
   const CodebookKernels& kernels;
   CodebookSearch search;
 
-  CodebookCall(const Tensor& x, const Tensor& codebook, const Tensor& indices) : kernels(selected_kernels()), search{} {
+  CodebookCall(const Tensor& x, const Tensor& codebook, const Tensor& indices) : kernels(selected_kernels()) {
     copies.reserve(2);
-    search.x = codebook_rows_of(x, copies);
-    search.codebook = codebook_rows_of(codebook, copies);
-    search.heads = x.size(0);
-    search.rows = x.size(1);
-    search.dim = x.size(2);
-    search.codes = codebook.size(1);
-    search.is_double = search.x.dtype == DType::float64 || search.codebook.dtype == DType::float64;
-    search.with_pairs = kernels.has_pairs && search.dim <= kMaxPairDim;
+    search = search_of(codebook_rows_of(x, copies), x.size(1), codebook, kernels, copies);
     search.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   }
 
   void run() {
     if (search.heads == 0 || search.rows == 0) return;
     CodebookPacking packing(search, kernels);
-    Tensor memory = cpu.empty({packing.memory_size()}, ScalarType::Float);
-    bool finite = packing.pack(static_cast<float*>(memory.mutable_data_ptr()), parallel_for);
-    STD_TORCH_CHECK(finite, "codebook: got NaN or infinite values, takes finite ones");
+    Tensor memory = pack(packing, "codebook");
     parallel_for(0, search_blocks(search, kernels), 1,
                  [&](int64_t begin, int64_t end) { add_statistics(kernels.search(search, begin, end)); });
   }
@@ -71,6 +84,12 @@ void set(const Tensor& tensor, int64_t i, double value) {
     static_cast<double*>(tensor.mutable_data_ptr())[i] = value;
   else
     static_cast<float*>(tensor.mutable_data_ptr())[i] = static_cast<float>(value);
+}
+
+// An element of a tensor of sums.
+double get(const Tensor& tensor, int64_t i) {
+  const void* data = tensor.const_data_ptr();
+  return tensor.scalar_type() == ScalarType::Double ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
 }
 
 std::tuple<Tensor, Tensor> codebook_nearest(const Tensor& x, const Tensor& codebook, bool with_distance) {
@@ -208,6 +227,116 @@ std::tuple<Tensor, Tensor> codebook_quantize_backward(const OptionalTensor& grad
   return {grad_x, grad_codebook};
 }
 
+// The view of a tensor (rows, dim) as one head.
+CodebookRows one_head_of(const Tensor& tensor, Copies& copies) {
+  const Tensor& vectors = with_contiguous_vectors(tensor, copies);
+  return {vectors.const_data_ptr(), dtype_of(vectors), 0, vectors.stride(0)};
+}
+
+// The factor of the sum of the squared errors of a step in its loss: the loss is a mean over the rows that the mask leaves. `mask` has no
+// data where all rows count.
+double residual_scale(const uint8_t* mask, int64_t rows, int64_t dim) {
+  int64_t kept = mask == nullptr ? rows : std::count_if(mask, mask + rows, [](uint8_t value) { return value != 0; });
+  return 1.0 / static_cast<double>(std::max<int64_t>(kept * dim, 1));
+}
+
+const uint8_t* mask_data(const OptionalTensor& mask, Copies& copies) {
+  return mask ? static_cast<const uint8_t*>(readable(*mask, copies).const_data_ptr()) : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> codebook_residual_quantize(const Tensor& x, const Tensor& codebooks, const OptionalTensor& mask,
+                                                                      double loss_weight, bool with_residuals) {
+  int64_t rows = x.size(0), dim = x.size(1), steps = codebooks.size(0);
+  Tensor quantized = cpu.empty({rows, dim}, x.scalar_type());
+  Tensor indices = cpu.empty({rows, steps}, ScalarType::Long);
+  Tensor losses = cpu.empty({steps}, accumulation_dtype(x));
+  Tensor residuals = cpu.empty(with_residuals ? Sizes{steps, rows, dim} : Sizes{0}, x.scalar_type());
+  set_bytes(losses, 0);
+  if (rows == 0) return {quantized, indices, losses, residuals};
+
+  const CodebookKernels& kernels = selected_kernels();
+  Copies copies;
+  copies.reserve(3);
+  CodebookResidual r{};
+  r.search = search_of(one_head_of(x, copies), rows, codebooks, kernels, copies);
+  r.mask = mask_data(mask, copies);
+  r.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  r.quantized = output_of(quantized);
+  if (with_residuals) r.residuals = output_of(residuals);
+  CodebookPacking packing(r.search, kernels);
+  Tensor memory = pack(packing, "codebooks");
+  int64_t blocks = ceil_div(rows, kernels.rows_per_block);
+  std::vector<double> square_errors(steps * blocks);
+  r.square_errors = square_errors.data();
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { add_statistics(kernels.residual(r, begin, end)); });
+  double scale = loss_weight * residual_scale(r.mask, rows, dim);
+  for (int64_t step = 0; step < steps; ++step) set(losses, step, scale * sum(square_errors.data() + step * blocks, blocks));
+  return {quantized, indices, losses, residuals};
+}
+
+// Writes the gradients of the codebooks, from what each step searched for.
+void sum_residual_gradients(const CodebookResidualBackward& b, const Tensor& grad_losses, double factor, const Tensor& grad_codebooks,
+                            const CodebookKernels& kernels) {
+  Copies copies;
+  copies.reserve(1);
+  CodebookSums s{};
+  s.x = {b.residuals.data, b.residuals.dtype, b.rows * b.dim, b.dim};
+  s.codebook = b.codebooks;
+  s.rows = b.rows;
+  s.dim = b.dim;
+  s.is_double = b.is_double;
+  s.grad_loss = gradient_view(grad_losses, Reduction::sample, b.steps * b.rows * b.dim, b.steps, copies);
+  s.factor = factor;
+  s.sums = output_of(grad_codebooks);
+  s.num_codes = grad_codebooks.size(1);
+  std::vector<int64_t> indices(b.rows);
+  for (s.head = 0; s.head < b.steps; ++s.head) {
+    for (int64_t i = 0; i < b.rows; ++i) indices[i] = b.indices[i * b.steps + s.head];
+    check_indices(indices.data(), b.rows, s.num_codes);
+    sum_by_code(s, CodebookOrder(indices.data(), b.rows, s.num_codes), kernels, parallel_for);
+  }
+}
+
+std::tuple<Tensor, Tensor> codebook_residual_quantize_backward(const OptionalTensor& grad_quantized, const OptionalTensor& grad_losses,
+                                                               const Tensor& x, const Tensor& codebooks, const OptionalTensor& mask,
+                                                               const Tensor& indices, double codebook_cost, double commitment_cost,
+                                                               bool with_codebooks) {
+  int64_t rows = x.size(0), dim = x.size(1), steps = codebooks.size(0);
+  Tensor grad_x = cpu.empty({rows, dim}, x.scalar_type());
+  Tensor grad_codebooks = cpu.empty(with_codebooks ? shape_of(codebooks) : Sizes{0}, codebooks.scalar_type());
+  set_bytes(grad_codebooks, 0);
+  if (rows == 0) return {grad_x, grad_codebooks};
+
+  Copies copies;
+  copies.reserve(5);
+  bool sums_codes = with_codebooks && grad_losses;
+  Tensor residuals = cpu.empty(sums_codes ? Sizes{steps, rows, dim} : Sizes{0}, x.scalar_type());
+  double scale = 2.0 * residual_scale(mask_data(mask, copies), rows, dim);
+  CodebookResidualBackward b{};
+  b.x = one_head_of(x, copies);
+  b.codebooks = codebook_rows_of(codebooks, copies);
+  if (grad_quantized) b.grad_quantized = one_head_of(*grad_quantized, copies);
+  b.rows = rows;
+  b.steps = steps;
+  b.dim = dim;
+  b.is_double = b.x.dtype == DType::float64 || b.codebooks.dtype == DType::float64;
+  b.indices = static_cast<const int64_t*>(readable(indices, copies).const_data_ptr());
+  std::vector<double> loss_gradients(steps);
+  if (grad_losses) {
+    Tensor values = dense(*grad_losses);
+    for (int64_t step = 0; step < steps; ++step) loss_gradients[step] = get(values, step);
+    b.grad_losses = loss_gradients.data();
+  }
+  b.loss_factor = scale * commitment_cost;
+  b.grad_x = output_of(grad_x);
+  if (sums_codes) b.residuals = output_of(residuals);
+  const CodebookKernels& kernels = selected_kernels();
+  int64_t grain = std::max<int64_t>(kItemElements / (dim * steps), 1);
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernels.residual_backward(b, begin, end); });
+  if (sums_codes) sum_residual_gradients(b, *grad_losses, scale * codebook_cost, grad_codebooks, kernels);
+  return {grad_x, grad_codebooks};
+}
+
 // Updates the moving averages (heads, codes) of the counts and (heads, codes, dim) of the sums, and the codes, which are their quotients.
 template <class T>
 void ema_step(Tensor& codebook, Tensor& ema_count, Tensor& ema_sum, const Tensor& counts, const Tensor& sums, double decay, double eps) {
@@ -256,6 +385,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
   m.impl("codebook_nearest.cpp", TORCH_BOX(&codebook_nearest));
   m.impl("codebook_quantize.cpp", TORCH_BOX(&codebook_quantize));
   m.impl("codebook_quantize_backward.cpp", TORCH_BOX(&codebook_quantize_backward));
+  m.impl("codebook_residual_quantize.cpp", TORCH_BOX(&codebook_residual_quantize));
+  m.impl("codebook_residual_quantize_backward.cpp", TORCH_BOX(&codebook_residual_quantize_backward));
   m.impl("codebook_sums.cpp", TORCH_BOX(&codebook_sums));
   m.impl("codebook_ema_.cpp", TORCH_BOX(&codebook_ema_));
 }

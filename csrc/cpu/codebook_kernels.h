@@ -56,6 +56,17 @@ struct CodebookSearchCounts {
   int64_t screened_again = 0;  // screened in float32, because 16-bit integers left too many codes
 };
 
+// Residual quantization. The heads of the search are the steps: each step searches its codebook for what the steps before have left of the
+// rows. A block of rows goes through all steps while it is in the cache.
+struct CodebookResidual {
+  CodebookSearch search;  // x (1, rows, dim), codebook (steps, codes, dim); no outputs
+  const uint8_t* mask;    // (rows,): 0 leaves a row out; null where no row is left out
+  int64_t* indices;       // (rows, steps): -1 for a row that is left out
+  Output quantized;       // (rows, dim): the sum of the codes, 0 for a row that is left out
+  Output residuals;       // (steps, rows, dim): what each step searches for, 0 for a row that is left out; no data where not requested
+  double* square_errors;  // (steps, blocks): the sum of |residual - code|^2 over the rows of a block
+};
+
 struct CodebookBackward {
   CodebookRows x, codebook, grad_quantized;
   int64_t heads, rows, codes, dim;
@@ -65,6 +76,17 @@ struct CodebookBackward {
   double loss_factor;      // 2 * commitment_cost * the factor of the reduction
   bool rotation;           // whether grad_quantized flows through the rotation trick, not straight through
   Output grad_x;           // (heads, rows, dim)
+};
+
+struct CodebookResidualBackward {
+  CodebookRows x, codebooks, grad_quantized;  // (1, rows, dim), (steps, codes, dim), (1, rows, dim)
+  int64_t rows, steps, dim;
+  bool is_double;
+  const int64_t* indices;     // (rows, steps); negative for a row that is left out
+  const double* grad_losses;  // (steps,); null where the losses have no gradient
+  double loss_factor;         // grad_x += loss_factor * grad_losses[step] * (residual - code)
+  Output grad_x;              // (rows, dim)
+  Output residuals;           // (steps, rows, dim), as in CodebookResidual
 };
 
 // The sums over the rows of each code of one head. A row's term is x, or with a grad_loss grad_loss * (c - x). The rows are sorted by code,
@@ -99,8 +121,12 @@ struct CodebookKernels {
   void (*pack)(const CodebookSearch& search, int64_t head, const std::vector<bool>& repeated, int64_t begin_panel, int64_t end_panel);
   // Searches blocks of rows_per_block rows, which do not cross heads.
   CodebookSearchCounts (*search)(const CodebookSearch& search, int64_t begin_block, int64_t end_block);
+  // Quantizes blocks of rows_per_block rows in all steps.
+  CodebookSearchCounts (*residual)(const CodebookResidual& residual, int64_t begin_block, int64_t end_block);
   // Writes grad_x of rows numbered over the heads.
   void (*backward)(const CodebookBackward& backward, int64_t begin_row, int64_t end_row);
+  // Writes grad_x of rows, and what each step searched for.
+  void (*residual_backward)(const CodebookResidualBackward& backward, int64_t begin_row, int64_t end_row);
   // Writes the sums of codes whose rows lie in one piece, and partial sums of the others.
   void (*sum_pieces)(const CodebookSums& sums, int64_t begin_piece, int64_t end_piece);
 };

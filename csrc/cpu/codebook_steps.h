@@ -12,7 +12,8 @@
 
 namespace fastvae {
 
-constexpr int64_t kMeanCodes = 1024;  // about so many codes, evenly spaced, give the mean
+// About so many codes, evenly spaced, give the mean. It need not be exact, and that of all codes would be a tenth of the packing.
+constexpr int64_t kMeanCodes = 128;
 
 // The codes of all heads in the form that a search reads.
 class CodebookPacking {
@@ -37,8 +38,30 @@ class CodebookPacking {
   bool pack(float* memory, const ParallelFor& parallel_for) {
     lay_out(memory);
     search_.packed = heads_.data();
-    for (int64_t head = 0; head < search_.heads; ++head)
-      if (!pack_head(head, parallel_for)) return false;
+    int64_t heads = search_.heads, codes = search_.codes;
+    std::vector<double> norms(heads * codes);
+    std::vector<uint64_t> hashes(heads * codes);
+    std::vector<std::vector<bool>> repeated(heads);
+    std::atomic<bool> finite{true};
+    parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) set_mean(head);
+    });
+    parallel_for(0, heads * codes, 256, [&](int64_t begin, int64_t end) {
+      for_each_head(begin, end, codes, [&](int64_t head, int64_t first, int64_t last) {
+        if (!kernels_.measure(search_, head, first, last, norms.data() + head * codes, hashes.data() + head * codes)) finite.store(false);
+      });
+    });
+    if (!finite.load()) return false;
+    parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) {
+        set_scale(head, *std::max_element(norms.begin() + head * codes, norms.begin() + (head + 1) * codes));
+        repeated[head] = repeated_codes(head, hashes.data() + head * codes);
+      }
+    });
+    parallel_for(0, heads * panels_, 8, [&](int64_t begin, int64_t end) {
+      for_each_head(begin, end, panels_,
+                    [&](int64_t head, int64_t first, int64_t last) { kernels_.pack(search_, head, repeated[head], first, last); });
+    });
     return true;
   }
 
@@ -62,25 +85,22 @@ class CodebookPacking {
     }
   }
 
-  template <class ParallelFor>
-  bool pack_head(int64_t head, const ParallelFor& parallel_for) {
-    set_mean(head);
-    std::vector<double> norms(search_.codes);
-    std::vector<uint64_t> hashes(search_.codes);
-    std::atomic<bool> finite{true};
-    parallel_for(0, search_.codes, 256, [&](int64_t begin, int64_t end) {
-      if (!kernels_.measure(search_, head, begin, end, norms.data(), hashes.data())) finite.store(false);
-    });
-    if (!finite.load()) return false;
-    double max_norm = *std::max_element(norms.begin(), norms.end());
+  // Calls f(head, first, last) for the part of each head in items [begin, end), where a head has `items` of them.
+  template <class F>
+  static void for_each_head(int64_t begin, int64_t end, int64_t items, const F& f) {
+    while (begin < end) {
+      int64_t head = begin / items, stop = std::min(end, (head + 1) * items);
+      f(head, begin - head * items, stop - head * items);
+      begin = stop;
+    }
+  }
+
+  void set_scale(int64_t head, double max_norm) {
     int exponent = max_norm > 0.0 ? norm_exponent(max_norm) : 0;
     // With these limits the scale and its reciprocal are normal numbers of the arithmetic's type.
     int limit = search_.is_double ? 1000 : 120;
     heads_[head].scale = power_of_two(std::clamp(-exponent, -limit, limit));
     heads_[head].has_pairs = search_.with_pairs && exponent <= limit;
-    std::vector<bool> repeated = repeated_codes(head, hashes);
-    parallel_for(0, panels_, 8, [&](int64_t begin, int64_t end) { kernels_.pack(search_, head, repeated, begin, end); });
-    return true;
   }
 
   // Subtracting any vector from rows and codes leaves the distances as they are. A vector near all codes makes the norms small, and with
@@ -103,7 +123,7 @@ class CodebookPacking {
 
   // Whether each code is equal to an earlier one. Such codes are left out of the search, because every row would have to decide between
   // them exactly, which would make an untrained codebook of equal codes slow.
-  std::vector<bool> repeated_codes(int64_t head, const std::vector<uint64_t>& hashes) {
+  std::vector<bool> repeated_codes(int64_t head, const uint64_t* hashes) {
     int64_t slots = 16;  // of a hash table with linear probing
     while (slots < 2 * search_.codes) slots *= 2;
     std::vector<int64_t> table(slots, -1);

@@ -16,6 +16,7 @@ from fastvae.fallback._blocks import block_elements
 from fastvae.fallback._register import implements
 from fastvae.ops import codebook as ops
 from fastvae.ops._autograd import without_autocast
+from fastvae.ops._residual_steps import residual_backward_in_steps, residual_in_steps
 from fastvae.ops._results import REDUCTIONS, accumulation_dtype, widest_dtype
 
 # Scores of a chunk of rows, in blocks: a matrix product is faster with more rows than elementwise operations ask for.
@@ -228,6 +229,10 @@ def _sums_by_code(rows: Tensor, bins: Tensor, count: int) -> Tensor:
     """The sums of the rows (heads, rows, dim) of each bin (heads, rows)."""
     sums = rows.new_zeros((rows.shape[0], count, rows.shape[2]))
     return sums.scatter_add_(1, bins.unsqueeze(2).expand(rows.shape), rows)
+
+
+implements(ops.residual)(residual_in_steps("fallback"))
+implements(ops.residual_backward)(residual_backward_in_steps("fallback"))
 
 
 @implements(ops.sums)

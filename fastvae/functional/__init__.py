@@ -1,8 +1,8 @@
 """The public functions: argument checks, documentation, and below each its ``torch.autograd.Function``."""
 
-from fastvae._outputs import ELBO, VQ, JacobianMethod
+from fastvae._outputs import ELBO, RVQ, VQ, JacobianMethod
 from fastvae.functional.binary_code_entropy import binary_code_entropy
-from fastvae.functional.codebook import codebook_ema_update_, vector_quantize, vq_nearest
+from fastvae.functional.codebook import codebook_ema_update_, residual_quantize, vector_quantize, vq_nearest
 from fastvae.functional.group_norm import group_norm_silu
 from fastvae.functional.jacobian import contractive_penalty, explain_jacobian_method, jacobian_frobenius
 from fastvae.functional.latent import kl_normal, reparameterize, reparameterize_kl
@@ -21,6 +21,7 @@ from fastvae.functional.snake import snake
 
 __all__ = [
     "ELBO",
+    "RVQ",
     "VQ",
     "JacobianMethod",
     "binary_code_entropy",
@@ -39,6 +40,7 @@ __all__ = [
     "norm_act_conv",
     "reparameterize",
     "reparameterize_kl",
+    "residual_quantize",
     "rms_norm_silu",
     "snake",
     "vae_loss",

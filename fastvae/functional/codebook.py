@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastvae import _backend
-from fastvae._outputs import VQ
+from fastvae._outputs import RVQ, VQ
 from fastvae._types import QuantizerGradient, Reduction, check_choice
 from fastvae.functional._call import apply
 from fastvae.functional._checks import check_device, check_like, check_nonnegative, check_shape, check_tensor
@@ -98,6 +98,76 @@ def vector_quantize(
     arguments = rows, codes, batch, number, *costs, gradient == "rotation"
     quantized, indices, loss = apply(ops.VectorQuantize, arguments, backend)
     return VQ(quantized.view(x.shape), indices.view(x.shape[:-1]), loss.view(x.shape) if reduction == "none" else loss)
+
+
+@documented
+def residual_quantize(
+    x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None, commitment_cost: float = 0.25, codebook_cost: float = 0.0
+) -> RVQ:
+    r"""Residual vector quantization in one pass: each step replaces what the steps before have left of a vector with its nearest code
+    (Zeghidour et al., *SoundStream: An End-to-End Neural Audio Codec*, 2021, algorithm 1).
+
+    .. math:: r_1 = x, \quad k_q = \arg\min_k \lVert r_q - c_{q,k} \rVert^2, \quad r_{q+1} = r_q - c_{q,k_q}, \quad
+        \hat x = \sum_q c_{q,k_q}
+
+    .. math:: \mathcal{L}_q = \beta\, \overline{(r_q - \mathrm{sg}[c_{q,k_q}])^2} + \gamma\, \overline{(\mathrm{sg}[r_q] - c_{q,k_q})^2}
+
+    :math:`\mathrm{sg}` stops the gradient, and the bar is the mean over elements. Codes are rounded to the dtype of ``x`` before they are
+    subtracted or added, and so is :math:`r_q`. Each index is exact, see :func:`vq_nearest`; a vector with NaN or infinite values has the
+    index 0 in all steps. The gradient of ``quantized`` reaches ``x`` once and unchanged, that of each loss through :math:`r_q`; the
+    codebooks learn from the losses alone.
+
+    With ``cpp`` a block of vectors goes through all steps while it is in the cache. The other backends make the steps one by one. The
+    backward pass keeps ``x``, the codebooks and the indices. Fewer steps, such as quantizer dropout draws, are fewer codebooks.
+
+    Args:
+        x: vectors, ``(..., dim)``; float32, bfloat16, float16 or float64.
+        codebooks: the codes, ``(steps, codes, dim)``. Any floating dtype.
+        mask: bool, the shape of ``x`` without its last dimension: ``False`` leaves a vector out of the losses, whatever it holds. It is
+            quantized to 0, and its indices are -1.
+        commitment_cost: :math:`\beta`, the weight of the term that pulls ``x`` to its codes.
+        codebook_cost: :math:`\gamma`, the weight of the term that pulls the codes to the vectors; 0 where
+            :func:`codebook_ema_update_` moves them.
+
+    Returns:
+        ``RVQ(quantized, indices, losses)``: the sums of the codes in the shape and dtype of ``x``, int64 indices of shape
+        ``(*x.shape[:-1], steps)``, and the loss of each step, ``(steps,)``, in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, naming it; on the CPU also for codebooks with NaN or infinite values.
+    """
+    return residual_steps(x, codebooks, mask, codebook_cost=codebook_cost, commitment_cost=commitment_cost, with_residuals=False)[0]
+
+
+def residual_steps(
+    x: Tensor, codebooks: Tensor, mask: Tensor | None, *, codebook_cost: float, commitment_cost: float, with_residuals: bool
+) -> tuple[RVQ, Tensor | None]:
+    """:func:`residual_quantize` and, ``with_residuals``, what each step searches for, ``(steps, *x.shape)``; 0 for a vector that is left
+    out."""
+    costs = check_nonnegative("codebook_cost", codebook_cost), check_nonnegative("commitment_cost", commitment_cost)
+    _check_residual(x, codebooks, mask)
+    rows, (steps, codes, dim) = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), codebooks.shape
+    row_mask = None if mask is None else mask.reshape(rows.shape[0])
+    dtype = torch.promote_types(x.dtype, codebooks.dtype)
+    backend = _backend.resolve("codebook_residual_quantize", x.device, dtype, multiply_adds=rows.numel() * codes, dim=dim)
+    arguments = rows, codebooks, row_mask, *costs, with_residuals
+    quantized, indices, losses, residuals = apply(ops.ResidualQuantize, arguments, backend)
+    output = RVQ(quantized.view(x.shape), indices.view(*x.shape[:-1], steps), losses)
+    return output, residuals.view(steps, *x.shape) if with_residuals else None
+
+
+def _check_residual(x: Tensor, codebooks: Tensor, mask: Tensor | None) -> None:
+    check_tensor("x", x)
+    check_tensor("codebooks", codebooks)
+    check_device("codebooks", codebooks, "x", x)
+    if codebooks.ndim != 3 or 0 in codebooks.shape:
+        raise ValueError(f"codebooks: got shape {tuple(codebooks.shape)}, takes (steps, codes, dim), at least one of each")
+    if x.ndim == 0 or x.shape[-1] != codebooks.shape[-1]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes (..., {codebooks.shape[-1]}), the last dimension of codebooks")
+    if mask is not None:
+        check_tensor("mask", mask, (torch.bool,))
+        check_device("mask", mask, "x", x)
+        check_shape("mask", mask, x.shape[:-1], "the shape of x without its last dimension")
 
 
 @documented

@@ -148,5 +148,11 @@ def with_value(tensor: Tensor, value: Tensor) -> Tensor:
     return _Valued.apply(tensor, value) if tensor.requires_grad else _copy(value)
 
 
+def stacked_copy(tensors: list[Tensor], *, change: bool) -> Tensor:
+    """A copy of the tensors as one, whose gradient goes to them. ``change`` says whether they change before the backward pass."""
+    stacked = torch.stack(tensors)
+    return with_value(stacked, stacked) if change and torch.compiler.is_compiling() else stacked
+
+
 def _copy(value: Tensor) -> Tensor:
     return snapshot(value, once=True) if torch.compiler.is_compiling() else value.detach().clone()

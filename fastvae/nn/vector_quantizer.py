@@ -12,6 +12,7 @@ from fastvae._pytree import exportable
 from fastvae._types import CodebookUpdate, QuantizerGradient, check_choice
 from fastvae.functional._checks import check_nonnegative
 from fastvae.functional._documentation import documented
+from fastvae.functional._modules import read_obstacle
 from fastvae.functional.codebook import codebook_ema_step_, codebook_sums
 from fastvae.nn import _processes
 from fastvae.nn._recompute import PendingPasses, fingerprint, is_recomputing, keep_out_of_checkpoints, may_be_recomputed, with_value
@@ -193,10 +194,9 @@ class VectorQuantizer(nn.Module):
         """
         if self.channels_first:
             x = x.movedim(1, -1)
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"x: got {x.shape[-1]} channels, takes dim, {self.dim}")
+        self.check_input(x, mask)
         rows = self._split_heads(x)
-        row_mask = None if mask is None else self._split_mask(mask, x)
+        row_mask = None if mask is None else self._split_mask(mask)
         quantized, indices, loss, statistics = (self._train if self.training else self._evaluate)(rows, row_mask)
         quantized = self._join_heads(quantized, x.shape)
         indices = self._join_indices(indices, x.shape[:-1])
@@ -221,19 +221,64 @@ class VectorQuantizer(nn.Module):
         """The loss of no vectors: 0, with a gradient of 0 for the codebook."""
         return FV.vector_quantize(x.new_empty((0, self.codebook.shape[-1])), self.codebook.flatten(0, -2)).loss
 
+    def check_input(self, x: Tensor, mask: Tensor | None) -> None:
+        """Raises where ``x``, which has its channels last, or the mask does not fit."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x: got {x.shape[-1]} channels, takes dim, {self.dim}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
+            raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, takes torch.bool of shape {tuple(x.shape[:-1])}")
+
+    @property
+    def learns(self) -> bool:
+        """Whether a training pass moves the codebook or its moving counts."""
+        return self.training and (self.update == "ema" or self.revive_below > 0)
+
+    @property
+    def codebook_cost(self) -> float:
+        """The weight of the loss that pulls the codes to the vectors."""
+        return 1.0 if self.update == "gradient" else 0.0
+
+    def searches_alone(self) -> bool:
+        """Whether a call does more than a search that others can make, beside theirs, and :meth:`observe`. It may wait for other processes
+        where k-means has to start."""
+        if self.cosine or self.heads > 1 or self.gradient != "straight_through" or self.channels_first or read_obstacle(self):
+            return True
+        return self.training and (is_recomputing() or may_be_recomputed() or self._must_start())
+
+    def observe(self, rows: Tensor, indices: Tensor, loss: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Perplexity and usage of vectors for which somebody else has searched; in training mode the codebook learns from them, as in a
+        call. For a layer that does not search alone.
+
+        Args:
+            rows: the vectors, ``(..., dim)``.
+            indices, loss: those of :meth:`forward`.
+            mask: as there.
+        """
+        if not self.training:
+            return self._measure(rows, indices, loss)
+        if self.learns or self.kmeans_iters:
+            keep_out_of_checkpoints(self._passes)
+        return self._learn(self._state(shared=True), rows, _counted(rows, indices, loss), mask)
+
+    def _state(self, *, shared: bool) -> _State:
+        return _State(self.codebook, self.ema_count, self._buffers.get("ema_sum"), self.started, shared)
+
+    def _measure(self, rows: Tensor, indices: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Perplexity and usage."""
+        counts = _histogram(_counted(rows, indices, loss), self.codebook.shape[:-1])
+        if self.global_evaluation and not self.training:
+            _processes.all_reduce(counts)
+        return _perplexity_and_usage(counts)
+
     def _evaluate(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Quantized vectors, indices, loss and statistics, with the codebook as it is."""
         rows = F.normalize(rows, dim=-1) if self.cosine else rows
         quantized, indices, loss = self._quantize(rows, self.codebook, mask)
-        counts = _histogram(_counted(rows.detach(), indices, loss), self.codebook.shape[:-1])
-        if self.global_evaluation and not self.training:
-            _processes.all_reduce(counts)
-        return quantized, indices, loss, _perplexity_and_usage(counts)
+        return quantized, indices, loss, self._measure(rows.detach(), indices, loss)
 
     def _train(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """The same; the codebook learns from the vectors."""
-        learns = self.update == "ema" or self.revive_below > 0
-        if learns or self.kmeans_iters:
+        if self.learns or self.kmeans_iters:
             keep_out_of_checkpoints(self._passes)
         recomputes = is_recomputing()
         checkpointed = recomputes or may_be_recomputed()
@@ -242,7 +287,7 @@ class VectorQuantizer(nn.Module):
         if recomputes and seen is None:
             return self._evaluate(rows, mask)
         starts = self._must_start() if seen is None else seen.starts
-        state = _State(self.codebook, self.ema_count, self._buffers.get("ema_sum"), self.started, shared=not recomputes)
+        state = self._state(shared=not recomputes)
         if checkpointed:
             # A recomputation runs the same operators, because selective checkpointing counts them, and draws the same random numbers,
             # because later layers draw from the same generator. It runs them on copies, so the first pass copies too.
@@ -253,9 +298,9 @@ class VectorQuantizer(nn.Module):
         rows = F.normalize(rows, dim=-1) if self.cosine else rows
         # The quantizer gets a copy of a codebook that changes before the backward pass.
         codes = self.codebook if seen is None else seen.codes
-        codes = with_value(self.codebook, codes) if learns or checkpointed else codes
+        codes = with_value(self.codebook, codes) if self.learns or checkpointed else codes
         quantized, indices, loss = self._quantize(rows, codes, mask)
-        statistics = self._learn(state, rows.detach(), _counted(rows.detach(), indices, loss), mask, learns)
+        statistics = self._learn(state, rows.detach(), _counted(rows.detach(), indices, loss), mask)
         if seen is not None:
             statistics = seen.statistics
         elif source is not None:
@@ -268,7 +313,7 @@ class VectorQuantizer(nn.Module):
     def _quantize(self, rows: Tensor, codes: Tensor, mask: Tensor | None) -> FV.VQ:
         if self.cosine and self.update == "gradient":
             codes = F.normalize(codes, dim=-1)
-        costs: dict[str, Any] = {"commitment_cost": self.commitment_cost, "codebook_cost": 1.0 if self.update == "gradient" else 0.0}
+        costs: dict[str, Any] = {"commitment_cost": self.commitment_cost, "codebook_cost": self.codebook_cost}
         if mask is None:
             return FV.vector_quantize(rows, codes, gradient=self.gradient, **costs)
         # A masked vector may hold NaN, which a product with 0 would keep.
@@ -280,9 +325,9 @@ class VectorQuantizer(nn.Module):
         return FV.VQ(torch.where(mask[..., None], quantized, 0.0), torch.where(mask, indices, -1), loss)
 
     @torch.no_grad()
-    def _learn(self, state: _State, rows: Tensor, indices: Tensor, mask: Tensor | None, learns: bool) -> tuple[Tensor, Tensor]:
+    def _learn(self, state: _State, rows: Tensor, indices: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Perplexity and usage, and from the same counts what the codebook learns."""
-        if not learns:
+        if not self.learns:
             counts = _histogram(indices, self.codebook.shape[:-1])
             state.add_processes(counts)
             return _perplexity_and_usage(counts)
@@ -399,9 +444,7 @@ class VectorQuantizer(nn.Module):
         split = x.reshape(-1, self.heads, self.dim // self.heads)
         return split if self.share_codebook else split.transpose(0, 1)
 
-    def _split_mask(self, mask: Tensor, x: Tensor) -> Tensor:
-        if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, takes torch.bool of shape {tuple(x.shape[:-1])}")
+    def _split_mask(self, mask: Tensor) -> Tensor:
         if self.heads == 1:
             return mask
         spread = mask.reshape(-1, 1).expand(-1, self.heads)

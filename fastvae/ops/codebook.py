@@ -1,6 +1,7 @@
-"""Vector quantization: the operators and their autograd.Function.
+"""Vector quantization: the operators and their autograd.Functions.
 
-``x`` is always (heads, rows, dim) and ``codebook`` (heads, codes, dim).
+``x`` is (heads, rows, dim) and ``codebook`` (heads, codes, dim); in residual quantization ``x`` is (rows, dim) and ``codebooks`` (steps,
+codes, dim).
 """
 
 from typing import NamedTuple
@@ -81,6 +82,52 @@ class QuantizeBackwardArguments(NamedTuple):
         return QuantizeBackwardResults(empty_like(self.x), empty_if(self.with_codebook, self.codebook))
 
 
+class ResidualResults(NamedTuple):
+    """``quantized`` is the sum of the codes. A row that is left out has the index -1 and is 0 elsewhere."""
+
+    quantized: Tensor  # (rows, dim) in the dtype of ``x``
+    indices: Tensor  # int64, (rows, steps)
+    losses: Tensor  # (steps,) in the accumulation dtype
+    residuals: Tensor  # (steps, rows, dim), what each step searches for; no elements where it was not asked for
+
+
+class ResidualArguments(NamedTuple):
+    """Each step searches its codebook for what the codes of the steps before have left of ``x``, in the dtype of ``x``. The loss of a step
+    is ``loss_weight`` times the mean squared error. ``mask``, bool of shape (rows,), is False for rows that are left out."""
+
+    x: Tensor
+    codebooks: Tensor
+    mask: Tensor | None
+    loss_weight: float
+    with_residuals: bool
+
+    def allocate(self) -> ResidualResults:
+        x, (rows, dim), steps = self.x, self.x.shape, self.codebooks.shape[0]
+        losses = x.new_empty((steps,), dtype=accumulation_dtype(x.dtype))
+        residuals = x.new_empty((steps, rows, dim) if self.with_residuals else (0,))
+        return ResidualResults(empty_like(x), x.new_empty((rows, steps), dtype=torch.int64), losses, residuals)
+
+
+class ResidualBackwardResults(NamedTuple):
+    grad_x: Tensor
+    grad_codebooks: Tensor  # no elements where it was not asked for
+
+
+class ResidualBackwardArguments(NamedTuple):
+    grad_quantized: Tensor | None
+    grad_losses: Tensor | None
+    x: Tensor
+    codebooks: Tensor
+    mask: Tensor | None
+    indices: Tensor
+    codebook_cost: float
+    commitment_cost: float
+    with_codebooks: bool
+
+    def allocate(self) -> ResidualBackwardResults:
+        return ResidualBackwardResults(empty_like(self.x), empty_if(self.with_codebooks, self.codebooks))
+
+
 class SumsResults(NamedTuple):
     counts: Tensor  # int64, (heads, codes)
     sums: Tensor  # (heads, codes, dim) in the accumulation dtype, added in the order of the rows
@@ -118,6 +165,8 @@ class EmaArguments(NamedTuple):
 nearest = Operator("codebook_nearest", NearestArguments)
 quantize = Operator("codebook_quantize", QuantizeArguments)
 quantize_backward = Operator("codebook_quantize_backward", QuantizeBackwardArguments)
+residual = Operator("codebook_residual_quantize", ResidualArguments)
+residual_backward = Operator("codebook_residual_quantize_backward", ResidualBackwardArguments)
 sums = Operator("codebook_sums", SumsArguments)
 ema_ = Operator("codebook_ema_", EmaArguments)
 
@@ -145,3 +194,28 @@ class VectorQuantize(torch.autograd.Function):
             grad_quantized, grad_loss, *ctx.saved_tensors, *ctx.options, with_codebook
         )
         return grad_x, grad_codebook if with_codebook else None, *(None,) * (len(ctx.options) + 1)
+
+
+class ResidualQuantize(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, codebooks, mask, codebook_cost, commitment_cost, with_residuals, backend):
+        return residual.overloads[backend](x, codebooks, mask, codebook_cost + commitment_cost, with_residuals)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, codebooks, mask, *ctx.costs, _, ctx.backend = inputs
+        _, indices, _, residuals = output
+        ctx.mark_non_differentiable(indices, residuals)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, codebooks, mask, indices)
+
+    @staticmethod
+    @first_derivative_only("fastvae.reference.codebook")
+    def backward(ctx, grad_quantized, _, grad_losses, __):
+        with_codebooks = ctx.needs_input_grad[1]
+        grad_x, grad_codebooks = residual_backward.overloads[ctx.backend](
+            grad_quantized, grad_losses, *ctx.saved_tensors, *ctx.costs, with_codebooks
+        )
+        return grad_x, grad_codebooks if with_codebooks else None, None, None, None, None, None

@@ -4,9 +4,9 @@ The functions are those of :mod:`fastvae.functional`, by the same names and with
 They check less, and they are slow.
 """
 
-from fastvae._outputs import ELBO, VQ, JacobianMethod
+from fastvae._outputs import ELBO, RVQ, VQ, JacobianMethod
 from fastvae.reference.binary_code_entropy import binary_code_entropy
-from fastvae.reference.codebook import codebook_ema_update_, vector_quantize, vq_nearest
+from fastvae.reference.codebook import codebook_ema_update_, residual_quantize, vector_quantize, vq_nearest
 from fastvae.reference.group_norm import group_norm_silu
 from fastvae.reference.jacobian import contractive_penalty, explain_jacobian_method, jacobian_frobenius
 from fastvae.reference.latent import kl_normal, reparameterize, reparameterize_kl
@@ -25,6 +25,7 @@ from fastvae.reference.snake import snake
 
 __all__ = [
     "ELBO",
+    "RVQ",
     "VQ",
     "JacobianMethod",
     "binary_code_entropy",
@@ -43,6 +44,7 @@ __all__ = [
     "norm_act_conv",
     "reparameterize",
     "reparameterize_kl",
+    "residual_quantize",
     "rms_norm_silu",
     "snake",
     "vae_loss",

@@ -1,12 +1,13 @@
 """Vector quantization in plain PyTorch: the definition and the oracle of the tests."""
 
 import math
-from typing import get_args
+from collections.abc import Iterator
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from fastvae._outputs import VQ
+from fastvae._outputs import RVQ, VQ
 from fastvae._types import QuantizerGradient, Reduction, check_choice
 from fastvae.ops import codebook as ops
 from fastvae.ops._autograd import in_plain_torch
@@ -59,6 +60,17 @@ def vector_quantize(
     return VQ(quantized.view(x.shape), indices.view(x.shape[:-1]), loss.view(x.shape) if reduction == "none" else loss)
 
 
+def residual_quantize(
+    x: Tensor, codebooks: Tensor, *, mask: Tensor | None = None, commitment_cost: float = 0.25, codebook_cost: float = 0.0
+) -> RVQ:
+    """:func:`fastvae.functional.residual_quantize`, differentiable any number of times."""
+    _check_finite(codebooks, "codebooks")
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    row_mask = None if mask is None else mask.reshape(rows.shape[0])
+    quantized, indices, losses, _ = residual_batch(rows, codebooks, row_mask, codebook_cost, commitment_cost)
+    return RVQ(quantized.view(x.shape), indices.view(*x.shape[:-1], codebooks.shape[0]), losses)
+
+
 @torch.no_grad()
 def codebook_ema_update_(
     codebook: Tensor, ema_count: Tensor, ema_sum: Tensor, x: Tensor, indices: Tensor, *, decay: float = 0.99, eps: float = 1e-5
@@ -95,6 +107,64 @@ def quantize_batch(
     return quantized.to(x.dtype), indices, _reduce(errors, batch, reduction, x.dtype)
 
 
+class _Step(NamedTuple):
+    """A step of residual quantization: what it searches for, (rows, dim), its indices, -1 for rows that are left out, and their codes,
+    which are 0 there, in the accumulation dtype."""
+
+    residual: Tensor
+    indices: Tensor
+    codes: Tensor
+
+
+def _residual_steps(x: Tensor, codebooks: Tensor, mask: Tensor | None, found: Tensor | None = None) -> Iterator[_Step]:
+    """The steps, by a search each or by the indices (rows, steps) that one has ``found``. The residuals are differentiable in ``x``, the
+    codes in ``codebooks``."""
+    kept = torch.ones(x.shape[:1], dtype=torch.bool, device=x.device) if mask is None else mask
+    residual = torch.where(kept[:, None], x, 0.0)
+    for step, codebook in enumerate(codebooks):
+        indices = nearest(residual.detach()[None], codebook.detach()[None])[0] if found is None else found[:, step].clamp(min=0)
+        codes = torch.where(kept[:, None], codebook[indices].to(accumulation_dtype(x.dtype)), 0.0)
+        yield _Step(residual, torch.where(kept, indices, -1), codes)
+        residual = residual - codes.detach().to(x.dtype)
+
+
+@in_plain_torch(ops.ResidualQuantize)
+def _residual_in_plain_torch(inputs: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *arguments, _ = inputs
+    return residual_batch(*arguments)
+
+
+def residual_batch(
+    x: Tensor, codebooks: Tensor, mask: Tensor | None, codebook_cost: float, commitment_cost: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator ``codebook_residual_quantize`` with its gradients as autograd's; the residuals carry none."""
+    steps = list(_residual_steps(x, codebooks, mask))
+    scale, losses = _residual_scale(x, mask), []
+    for step in steps:
+        wide = step.residual.to(step.codes.dtype)
+        errors = codebook_cost * (step.codes - wide.detach()) ** 2 + commitment_cost * (step.codes.detach() - wide) ** 2
+        losses.append(errors.sum() * scale)
+    # The first residual is x without the rows that are left out.
+    quantized = steps[0].residual + (_sum_of_codes(steps, x.dtype) - steps[0].residual).detach()
+    return quantized, _indices(steps), torch.stack(losses), torch.stack([step.residual.detach() for step in steps])
+
+
+def _sum_of_codes(steps: list[_Step], dtype: torch.dtype) -> Tensor:
+    """Each code is rounded to the dtype of the vectors, and so is the sum."""
+    return torch.stack([step.codes.to(dtype).to(step.codes.dtype) for step in steps]).sum(0).to(dtype)
+
+
+def _indices(steps: list[_Step]) -> Tensor:
+    return torch.stack([step.indices for step in steps], -1)
+
+
+def _residual_scale(x: Tensor, mask: Tensor | None) -> Tensor | float:
+    """The factor of a step's sum of squared errors in its loss."""
+    if mask is None:
+        return 1.0 / max(x.numel(), 1)
+    return 1.0 / (mask.sum(dtype=accumulation_dtype(x.dtype)) * x.shape[1]).clamp(min=1)
+
+
 def rotate(x: Tensor, codes: Tensor) -> Tensor:
     """``codes`` as a rotation and scaling of ``x``, held constant: I - 2 r r^T + 2 c x^T for unit x and c, r halfway between them."""
     x_unit, code_unit, between, scale = _rotation(x.detach(), codes.detach())
@@ -129,9 +199,9 @@ def _reduce(errors: Tensor, batch: int, reduction: int, dtype: torch.dtype) -> T
     return errors.sum() * ops.loss_scale(errors.shape, batch, reduction)
 
 
-def _check_finite(codebook: Tensor) -> None:
+def _check_finite(codebook: Tensor, argument: str = "codebook") -> None:
     if codebook.device.type == "cpu" and not torch.isfinite(codebook).all():
-        raise ValueError("codebook: got NaN or infinite values, takes finite ones")
+        raise ValueError(f"{argument}: got NaN or infinite values, takes finite ones")
 
 
 @ops.nearest.implement("reference")
@@ -170,6 +240,35 @@ def _codebook_quantize_backward(arguments: ops.QuantizeBackwardArguments) -> ops
         if arguments.with_codebook:
             grad_codebook.scatter_add_(1, indices[..., None].expand(x.shape), -arguments.codebook_cost * pull)
     return ops.QuantizeBackwardResults(grad_x.to(x.dtype).contiguous(), grad_codebook.to(codebook.dtype))
+
+
+@ops.residual.implement("reference")
+def _codebook_residual_quantize(arguments: ops.ResidualArguments) -> ops.ResidualResults:
+    x, codebooks, mask, loss_weight, with_residuals = arguments
+    _check_finite(codebooks, "codebooks")
+    steps = list(_residual_steps(x, codebooks, mask))
+    scale = loss_weight * _residual_scale(x, mask)
+    losses = torch.stack([(step.residual.to(step.codes.dtype) - step.codes).square().sum() * scale for step in steps])
+    residuals = torch.stack([step.residual for step in steps]) if with_residuals else x.new_empty((0,))
+    return ops.ResidualResults(_sum_of_codes(steps, x.dtype), _indices(steps), losses.to(steps[0].codes.dtype), residuals)
+
+
+@ops.residual_backward.implement("reference")
+def _codebook_residual_quantize_backward(arguments: ops.ResidualBackwardArguments) -> ops.ResidualBackwardResults:
+    grad_quantized, grad_losses, x, codebooks, mask, indices, codebook_cost, commitment_cost, with_codebooks = arguments
+    dtype = accumulation_dtype(x.dtype)
+    grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    grad_codebooks = torch.zeros_like(arguments.allocate().grad_codebooks, dtype=dtype)
+    if grad_quantized is not None:
+        grad_x = grad_x + (grad_quantized if mask is None else torch.where(mask[:, None], grad_quantized, 0.0))
+    if grad_losses is not None:
+        weights = 2.0 * grad_losses.to(dtype) * _residual_scale(x, mask)
+        for number, step in enumerate(_residual_steps(x, codebooks, mask, indices)):
+            pull = weights[number] * (step.residual.to(dtype) - step.codes)
+            grad_x = grad_x + commitment_cost * pull
+            if with_codebooks:
+                grad_codebooks[number].index_add_(0, step.indices.clamp(min=0), -codebook_cost * pull)
+    return ops.ResidualBackwardResults(grad_x.to(x.dtype).contiguous(), grad_codebooks.to(codebooks.dtype))
 
 
 def _expand(grad_loss: Tensor, shape: torch.Size, batch: int, reduction: int) -> Tensor:

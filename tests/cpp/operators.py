@@ -13,7 +13,18 @@ from pathlib import Path
 
 from build import ROOT, SANITIZERS, check_compiler
 
-TESTS = ("codebook", "group_norm", "jacobian", "latent", "logistic_mixture", "philox", "reconstruction", "rms_norm", "snake")
+TESTS = (
+    "codebook",
+    "group_norm",
+    "jacobian",
+    "latent",
+    "logistic_mixture",
+    "philox",
+    "reconstruction",
+    "residual_quantize",
+    "rms_norm",
+    "snake",
+)
 PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]
 # A report ends the process, so that what pytest or its workers had captured would be lost.
 SHOWN = ["-s", "-p", "no:faulthandler"]

@@ -14,6 +14,11 @@ const CodebookKernels& kernels() { return FASTVAE_SELECT_VNNI_KERNELS(codebook);
 
 CodebookRows rows_of(const Array& array, int64_t rows, int64_t dim) { return {array.data(), array.dtype, rows * dim, dim}; }
 
+// Memory that is aligned as the packed codes have to be.
+struct alignas(64) Line {
+  float values[16];
+};
+
 struct Problem {
   Sizes sizes;
   Array x, codebook, quantized, loss;
@@ -57,9 +62,6 @@ struct Problem {
   bool run() {
     CodebookSearch s = search();
     CodebookPacking packing(s, kernels());
-    struct alignas(64) Line {
-      float values[16];
-    };
     std::vector<Line> memory(ceil_div(packing.memory_size(), 16));
     if (!packing.pack(reinterpret_cast<float*>(memory.data()), on_threads)) return false;
     on_threads(0, search_blocks(s, kernels()), 1, [&](int64_t begin, int64_t end) { kernels().search(s, begin, end); });
@@ -181,6 +183,139 @@ void check_backward(const Sizes& s, DType dtype, bool rotation) {
   }
 }
 
+// Residual quantization: the heads of the codebook are its steps. Each step is held against a search for what the one before left.
+struct ResidualProblem {
+  Sizes sizes;
+  Array x, codebooks, quantized, residuals;
+  std::vector<uint8_t> mask;
+  std::vector<int64_t> indices;
+  std::vector<double> square_errors;
+  bool is_double;
+
+  ResidualProblem(const Sizes& s, DType x_dtype, DType code_dtype, Source& source, Kind kind)
+      : sizes(s),
+        x(x_dtype, s.rows * s.dim, source, kind),
+        codebooks(code_dtype, s.heads * s.codes * s.dim, source, Kind::usual),
+        quantized(x_dtype, x.count),
+        residuals(x_dtype, s.heads * x.count),
+        mask(s.rows, 1),
+        indices(s.rows * s.heads, -2),
+        square_errors(s.heads * ceil_div(s.rows, kernels().rows_per_block), kNaN),
+        is_double(x_dtype == DType::float64 || code_dtype == DType::float64) {
+    for (int64_t i = 2; i < s.rows; i += 5) mask[i] = 0;
+  }
+
+  void run() {
+    CodebookResidual r{};
+    r.search.x = {x.data(), x.dtype, 0, sizes.dim};
+    r.search.codebook = rows_of(codebooks, sizes.codes, sizes.dim);
+    r.search.heads = sizes.heads;
+    r.search.rows = sizes.rows;
+    r.search.codes = sizes.codes;
+    r.search.dim = sizes.dim;
+    r.search.is_double = is_double;
+    r.search.with_pairs = kernels().has_pairs && sizes.dim <= kMaxPairDim;
+    r.mask = mask.data();
+    r.indices = indices.data();
+    r.quantized = quantized.output();
+    r.residuals = residuals.output();
+    r.square_errors = square_errors.data();
+    CodebookPacking packing(r.search, kernels());
+    std::vector<Line> memory(ceil_div(packing.memory_size(), 16));
+    expect(packing.pack(reinterpret_cast<float*>(memory.data()), on_threads), "finite codebooks were refused");
+    int64_t blocks = ceil_div(sizes.rows, kernels().rows_per_block);
+    on_threads(0, blocks, 1, [&](int64_t begin, int64_t end) { kernels().residual(r, begin, end); });
+  }
+
+  // The search of one step, for what the kernel says is left of the rows.
+  void check_step(int64_t step, const std::string& what) const {
+    Source unused(1);
+    Problem p({1, sizes.rows, sizes.codes, sizes.dim}, x.dtype, codebooks.dtype, unused, Kind::usual);
+    for (int64_t i = 0; i < x.count; ++i) p.x.set(i, residuals.get(step * x.count + i));
+    for (int64_t i = 0; i < p.codebook.count; ++i) p.codebook.set(i, codebooks.get(step * p.codebook.count + i));
+    p.run();
+    double square_error = 0.0, expected = 0.0;
+    for (int64_t row = 0; row < sizes.rows; ++row) {
+      expect(indices[row * sizes.heads + step] == (mask[row] ? p.indices[row] : -1), what, ": another index than that of a search");
+      expected += mask[row] ? p.square_error[row] : 0.0;
+    }
+    int64_t blocks = ceil_div(sizes.rows, kernels().rows_per_block);
+    for (int64_t block = 0; block < blocks; ++block) square_error += square_errors[step * blocks + block];
+    if (std::isfinite(expected)) expect_near(square_error, expected, DType::float32, expected, what, " square_errors");
+  }
+
+  // To the dtype of x, as codes are before they are subtracted.
+  double rounded(double value) const {
+    Array element(x.dtype, 1);
+    element.set(0, value);
+    return element.get(0);
+  }
+
+  // What is left after a step, and the sums of the codes.
+  void check_rows(const std::string& what) const {
+    for (int64_t i = 0; i < x.count; ++i) {
+      int64_t row = i / sizes.dim;
+      double total = 0.0, magnitude = 0.0;
+      for (int64_t step = 0; step < sizes.heads; ++step) {
+        double left = residuals.get(step * x.count + i), code = 0.0;
+        int64_t index = indices[row * sizes.heads + step];
+        if (index >= 0) code = rounded(codebooks.get((step * sizes.codes + index) * sizes.dim + i % sizes.dim));
+        if (step == 0) expect(mask[row] == 0 ? left == 0.0 : left == x.get(i) || !std::isfinite(left), what, ": not x at first");
+        if (step + 1 < sizes.heads && std::isfinite(left))
+          expect_near(residuals.get((step + 1) * x.count + i), left - code, x.dtype, 2 * (std::fabs(left) + std::fabs(code)), what,
+                      " residuals");
+        total += code;
+        magnitude += std::fabs(code);
+      }
+      expect_near(quantized.get(i), total, x.dtype, static_cast<double>(sizes.heads) * magnitude, what, " quantized");
+    }
+  }
+};
+
+void check_residual(const Sizes& s, DType x_dtype, DType code_dtype, Kind kind) {
+  Source source(static_cast<uint64_t>(s.dim * 100 + s.codes));
+  ResidualProblem p(s, x_dtype, code_dtype, source, kind);
+  std::string what = name("residual", {s.heads, s.rows, s.codes, s.dim, static_cast<int>(x_dtype), static_cast<int>(kind)});
+  p.run();
+  for (int64_t step = 0; step < s.heads; ++step) p.check_step(step, what);
+  if (kind == Kind::usual) p.check_rows(what);
+}
+
+void check_residual_backward(const Sizes& s, DType dtype) {
+  Source source(11);
+  ResidualProblem p(s, dtype, dtype, source, Kind::usual);
+  p.run();
+  Array incoming(dtype, p.x.count, source), grad_x(dtype, p.x.count), residuals(dtype, p.residuals.count);
+  std::vector<double> grad_losses(s.heads);
+  for (int64_t step = 0; step < s.heads; ++step) grad_losses[step] = 0.5 + 0.25 * static_cast<double>(step);
+  CodebookResidualBackward b{};
+  b.x = {p.x.data(), dtype, 0, s.dim};
+  b.codebooks = rows_of(p.codebooks, s.codes, s.dim);
+  b.grad_quantized = {incoming.data(), dtype, 0, s.dim};
+  b.rows = s.rows;
+  b.steps = s.heads;
+  b.dim = s.dim;
+  b.is_double = p.is_double;
+  b.indices = p.indices.data();
+  b.grad_losses = grad_losses.data();
+  b.loss_factor = 0.5;
+  b.grad_x = grad_x.output();
+  b.residuals = residuals.output();
+  on_threads(0, s.rows, 1, [&](int64_t begin, int64_t end) { kernels().residual_backward(b, begin, end); });
+  for (int64_t i = 0; i < p.residuals.count; ++i) expect(residuals.get(i) == p.residuals.get(i), "residuals of the backward pass");
+  for (int64_t i = 0; i < p.x.count; ++i) {
+    int64_t row = i / s.dim;
+    double expected = p.mask[row] ? incoming.get(i) : 0.0, magnitude = std::fabs(expected);
+    for (int64_t step = 0; p.mask[row] && step < s.heads; ++step) {
+      double code = p.codebooks.get((step * s.codes + p.indices[row * s.heads + step]) * s.dim + i % s.dim);
+      double pull = 0.5 * grad_losses[step] * (p.residuals.get(step * p.x.count + i) - code);
+      expected += pull;
+      magnitude += std::fabs(pull);
+    }
+    expect_near(grad_x.get(i), expected, dtype, 2 * magnitude, "grad_x of residual quantization");
+  }
+}
+
 void check_sums(const Sizes& s, DType dtype) {
   Source source(9);
   Array x(dtype, s.heads * s.rows * s.dim, source), sums(accumulation_dtype(dtype), s.heads * s.codes * s.dim);
@@ -225,7 +360,11 @@ void test_codebook() {
       check_backward(s, dtype, false);
       check_backward(s, dtype, true);
       check_sums(s, dtype);
+      check_residual(s, dtype, dtype, Kind::usual);
+      check_residual_backward(s, dtype);
     }
+    check_residual(s, DType::float32, DType::float32, Kind::extreme);
+    check_residual(s, DType::bfloat16, DType::float32, Kind::usual);
   }
   check_sums({1, 3000, 2, 5}, DType::float32);
   check_codebooks_that_are_not_finite();

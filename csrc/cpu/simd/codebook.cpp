@@ -3,12 +3,15 @@
 // kernel          computes
 // measure, pack   the packed codes of a head (codebook_pack.h)
 // search          the indices of the nearest codes of blocks of rows, and what is requested of those rows (codebook_search.h)
+// residual        the indices of all steps of residual quantization, and what is requested, of blocks of rows (codebook_residual.h)
 // backward        grad_x of some rows
+// residual_...    grad_x of some rows of residual quantization (codebook_residual.h)
 // sum_pieces      sums over the rows of each code, and partial sums, of some pieces of the sorted rows
 #include <algorithm>
 
 #include "../codebook_kernels.h"
 #include "codebook_pack.h"
+#include "codebook_residual.h"
 #include "codebook_search.h"
 
 namespace fastvae {
@@ -29,6 +32,15 @@ CodebookSearchCounts search_blocks(const CodebookSearch& s, int64_t begin, int64
 CodebookSearchCounts search(const CodebookSearch& s, int64_t begin, int64_t end) {
   record_run(Family::codebook, kIsaName);
   return s.is_double ? search_blocks<double>(s, begin, end) : search_blocks<float>(s, begin, end);
+}
+
+CodebookSearchCounts residual(const CodebookResidual& r, int64_t begin, int64_t end) {
+  record_run(Family::codebook, kIsaName);
+  return r.search.is_double ? residual_blocks<double>(r, begin, end) : residual_blocks<float>(r, begin, end);
+}
+
+void residual_backward(const CodebookResidualBackward& b, int64_t begin, int64_t end) {
+  b.is_double ? residual_backward_rows<double>(b, begin, end) : residual_backward_rows<float>(b, begin, end);
 }
 
 template <class T>
@@ -126,6 +138,7 @@ constexpr bool kHasPairs = false;
 }  // namespace FASTVAE_ISA
 
 const CodebookKernels FASTVAE_CONCAT(codebook_kernels_, FASTVAE_ISA) = {
-    kPanelCodes, kBlockRows, kHasPairs, write_from_double, row_to_double, measure, pack, search, backward, sum_pieces};
+    kPanelCodes, kBlockRows, kHasPairs, write_from_double, row_to_double,     measure,
+    pack,        search,     residual,  backward,          residual_backward, sum_pieces};
 
 }  // namespace fastvae

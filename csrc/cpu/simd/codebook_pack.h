@@ -32,24 +32,18 @@ bool measure(const CodebookSearch& s, int64_t head, int64_t begin, int64_t end, 
 }
 
 #if defined(__AVX512VNNI__)
-// Rounds code k to 16-bit integers and writes it, negated, to its column of the panel.
-void pack_pairs(const PackedCodebook& packed, const float* code, int64_t k, int64_t dim) {
+// Rounds code k to 16-bit integers and writes it, negated, to its column of the panel. `words` is scratch memory for a padded row.
+void pack_pairs(const PackedCodebook& packed, const ScoreErrorBounds& errors, const float* code, int64_t k, int64_t dim, int16_t* words) {
   int64_t pairs = ceil_div(dim, 2);
+  float square = sum_padded(padded_dim(dim), [&](int64_t d) {
+    float value = code[d] * kPairScale, rounded = std::rint(value);
+    words[d] = static_cast<int16_t>(-rounded);
+    return (value - rounded) * (value - rounded);
+  });
   int32_t* column = packed.panel_pairs + k / kPanelCodes * pairs * kPanelCodes + k % kPanelCodes;
-  double square = 0.0;
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    int32_t words[2] = {0, 0};
-    for (int64_t i = 0; i < 2 && 2 * pair + i < dim; ++i) {
-      float value = code[2 * pair + i] * kPairScale;
-      words[i] = static_cast<int32_t>(std::rint(value));
-      double error = static_cast<double>(value) - words[i];
-      square += error * error;
-    }
-    column[pair * kPanelCodes] =
-        static_cast<int32_t>((static_cast<uint32_t>(-words[0]) & 0xffffu) | (static_cast<uint32_t>(-words[1]) << 16));
-  }
-  // The factor covers the rounding of the norm, the second term that of the scaled code to float32.
-  packed.residual[k] = static_cast<float>(std::sqrt(square) * (1.0 + 1e-6) + packed.norm[k] * kPairScale * 0x1p-23);
+  for (int64_t pair = 0; pair < pairs; ++pair) memcpy(column + pair * kPanelCodes, words + 2 * pair, sizeof(int32_t));
+  // The second term bounds the rounding of the scaled code to float32.
+  packed.residual[k] = norm_upper_bound(errors, square) + packed.norm[k] * kPairScale * 0x1p-23f;
 }
 #endif
 
@@ -59,6 +53,9 @@ void pack(const CodebookSearch& s, int64_t head, const std::vector<bool>& repeat
   int64_t stride = padded_dim(s.dim);
   Buffer<double> code(s.dim);
   ScoreErrorBounds errors = score_error_bounds(s.dim);
+#if defined(__AVX512VNNI__)
+  Buffer<int16_t> words(stride);
+#endif
   for (int64_t k = begin_panel * kPanelCodes; k < end_panel * kPanelCodes; ++k) {
     bool used = k < s.codes && !repeated[k];
     float* row = packed.rows + k * stride;
@@ -78,7 +75,7 @@ void pack(const CodebookSearch& s, int64_t head, const std::vector<bool>& repeat
     float* column = packed.panel_rows + k / kPanelCodes * s.dim * kPanelCodes + k % kPanelCodes;
     for (int64_t d = 0; d < s.dim; ++d) column[d * kPanelCodes] = -row[d];
 #if defined(__AVX512VNNI__)
-    if (packed.has_pairs) pack_pairs(packed, row, k, s.dim);
+    if (packed.has_pairs) pack_pairs(packed, errors, row, k, s.dim, words);
 #endif
   }
 }

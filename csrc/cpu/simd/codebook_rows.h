@@ -5,6 +5,7 @@
 
 #include "../codebook_kernels.h"
 #include "tiles.h"
+#include "vector.h"
 
 namespace fastvae {
 inline namespace FASTVAE_ISA {
@@ -26,6 +27,18 @@ class Buffer {
 
 // The distance between rows of scratch memory.
 FASTVAE_INLINE int64_t padded_dim(int64_t dim) { return ceil_div(dim, kRowAlignment) * kRowAlignment; }
+
+// The sum of term(d) over the elements d of a padded row, whole vectors at a time: no loop for a remainder, and one order of additions.
+template <class F>
+FASTVAE_INLINE float sum_padded(int64_t stride, F term) {
+  float lanes[kRowAlignment] = {};
+  for (int64_t begin = 0; begin < stride; begin += kRowAlignment)
+#pragma omp simd
+    for (int64_t j = 0; j < kRowAlignment; ++j) lanes[j] += term(begin + j);
+  float total = 0.0f;
+  for (int j = 0; j < kRowAlignment; j += FloatVector::kLanes) total += FloatVector::sum(FloatVector::load(lanes + j));
+  return total;
+}
 
 // The elements of a row as T: in place where they are of that dtype, otherwise converted into the buffer.
 template <class T>

@@ -27,18 +27,6 @@ enum class RowKind : uint8_t {
   too_large    // its scores could overflow float32, so it is decided in float64
 };
 
-// The sum of term(d) over the elements d of a padded row, whole vectors at a time: no loop for a remainder, and one order of additions.
-template <class F>
-FASTVAE_INLINE float sum_padded(int64_t stride, F term) {
-  float lanes[kRowAlignment] = {};
-  for (int64_t begin = 0; begin < stride; begin += kRowAlignment)
-#pragma omp simd
-    for (int64_t j = 0; j < kRowAlignment; ++j) lanes[j] += term(begin + j);
-  float total = 0.0f;
-  for (int j = 0; j < kRowAlignment; j += kLanes) total += FloatVector::sum(FloatVector::load(lanes + j));
-  return total;
-}
-
 // Searches blocks of rows on one thread; T is the type of the arithmetic on the inputs.
 template <class T>
 class CodebookSearcher {
