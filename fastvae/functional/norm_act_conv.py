@@ -32,9 +32,9 @@ def norm_act_conv(
 
     .. math:: y = W * a(\mathrm{GroupNorm}(x)) + b
 
-    One after the other the two keep the input of each. Here the convolution's input is computed again from ``input``, by one pass over
-    memory beside the convolutions of the backward pass. Output and gradients are those of the two functions to the last bit. Under
-    autocast the convolution is in autocast's dtype.
+    One after the other the two keep the input of each. Here the backward pass computes the convolution's input again from ``input``: on
+    the CPU beside the gradient of the normalisation, over which it is written, elsewhere by one more pass over memory. Output and gradients
+    are those of the two functions to the last bit. Under autocast the convolution is in autocast's dtype.
 
     Args:
         input: :math:`x`, ``(batch, channels, ...)`` with one to three dimensions of positions; see :func:`group_norm_silu`.
@@ -56,7 +56,9 @@ def norm_act_conv(
     norm = norm_arguments(input, num_groups, norm_weight, norm_bias, eps, activation, prefix="norm_")
     _check_convolution(input, weight, bias, groups)
     dtype = _checked_dtype(input, weight, bias)
-    arguments = ops.Arguments(*norm, weight, bias, dtype, *ops.geometry(weight, stride, padding, dilation), groups)
+    # Outside the node, so that its backward pass has the weight as the convolution took it.
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    arguments = ops.Arguments(*norm, weight, bias, *ops.geometry(weight, stride, padding, dilation), groups)
     return apply(ops.NormActConv, arguments, _backend.resolve("group_norm_forward", input.device, input.dtype))[0]
 
 
