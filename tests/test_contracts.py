@@ -21,7 +21,8 @@ import fastvae
 from fastvae import _backend
 from fastvae import functional as FV
 from fastvae.ops import OPERATORS
-from fastvae.ops._results import REDUCTIONS
+from fastvae.ops._results import REDUCTIONS, widest_dtype
+from fastvae.ops.group_norm import NORM_ACTIVATIONS
 from fastvae.ops.reconstruction import LIKELIHOODS
 
 ROWS = 4
@@ -446,6 +447,10 @@ def samples_of_the_others(source: Source):
         yield "reconstruction_backward_", (source.normal(5, 6), source.normal(5, 1), grad_output, 2.0, *operands, *numbers)
         parameters, image = source.normal(2, 20, 6), source.image(2, 3, 6)
         yield "logistic_mixture_backward_", (source.normal(2, 20, 6), grad_output, 2.0, parameters, image, 2, REDUCTIONS["mean"])
+    mean, rstd = (source.uniform(2, 3, dtype=widest_dtype(torch.device(source.device))) for _ in range(2))
+    parameters = source.normal(6), source.normal(6)
+    for activation in NORM_ACTIVATIONS.values():
+        yield "group_norm_recompute", (source.normal(1), source.normal(2, 6, 5), mean, rstd, *parameters, 3, 1e-5, activation)
     inner, outer = source.uniform(5, 7), source.uniform(5, 6)
     for left in (source.normal(6, 7), source.normal(5, 6, 7)):
         yield "jacobian_gram_scale", (left, inner, outer)

@@ -187,6 +187,7 @@ def test_bare_checkout_works(source):
     assert (package, kernels) == (source / "fastvae", source / "kernels")
 
 
+@pytest.mark.prove
 @needs_source
 def test_wheel_with_the_library(library, source, tmp_path):
     """Unoptimised, which compiles quickly: this is about where the library goes, and that it loads there."""

@@ -74,6 +74,7 @@ def test_fit_leaves_a_checkpoint_curves_and_pictures(run, checkpoint):
     assert drawn == {"reconstructions", "samples", "interpolations", "traversals"}
 
 
+@pytest.mark.prove
 def test_two_processes_that_torchrun_starts(tmp_path):
     (tmp_path / "small.yaml").write_text(CONFIG)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", "fastvae"]

@@ -35,6 +35,7 @@ def fit(folder: Path, *arguments: str, room: int | None = None) -> subprocess.Co
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, preexec_fn=limit)
 
 
+@pytest.mark.prove
 def test_a_checkpoint_without_room_leaves_the_one_before_it(tmp_path):
     (tmp_path / "small.yaml").write_text(CONFIG)
     first = fit(tmp_path)

@@ -23,13 +23,14 @@ FASTVAE_INLINE uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// On a processor without the instruction, fmaf would be a library call.
+// On a processor without the instruction these would be library calls.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__)
 FASTVAE_INLINE float fma(float a, float b, float c) { return fmaf(a, b, c); }
+FASTVAE_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
 #else
 FASTVAE_INLINE float fma(float a, float b, float c) { return a * b + c; }
-#endif
 FASTVAE_INLINE double fma(double a, double b, double c) { return a * b + c; }
+#endif
 
 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, for numbers below 2^22.
 constexpr float kRound = 12582912.0f;

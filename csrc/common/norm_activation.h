@@ -115,8 +115,8 @@ FASTVAE_INLINE Normal<float> normal(Accuracy accuracy, float u) {
   float a = bits_to_float(static_cast<uint32_t>(bits < 0x41547ae1 ? bits : 0x41547ae1));
   BinaryPower decay = binary_power(accuracy, a * a, -0.721347520f);  // e^(-a^2 / 2)
   float e = decay.fraction * decay.power, t = reciprocal(accuracy, fma(normal_tail_scale(accuracy), a, 1.0f));
-  float tail = normal_tail_of(accuracy, t) * t * e;
-  return {0.398942280f * e, u < 0.0f ? tail : 1.0f - tail};
+  float tail = normal_tail_of(accuracy, t) * t;
+  return {0.398942280f * e, u < 0.0f ? tail * e : fma(-tail, e, 1.0f)};
 }
 #endif
 
@@ -150,8 +150,8 @@ FASTVAE_INLINE Normal<double> normal(Accuracy, double u) {
   p = fma(p, t, 0.09350192986293059);
   p = fma(p, t, 0.09973557573743862);
   p = fma(p, t, 0.09973557001392815);
-  double tail = p * t * e;
-  return {0.3989422804014327 * e, u < 0.0 ? tail : 1.0 - tail};
+  double tail = p * t;
+  return {0.3989422804014327 * e, u < 0.0 ? tail * e : fma(-tail, e, 1.0)};
 }
 
 struct NormIdentity {

@@ -42,7 +42,7 @@ def rms_norm_silu(
         dim: the dimension of the channels. Dimension 0 is the batch.
         activation: :math:`a`, that of :func:`group_norm_silu`: ``"silu"``, ``"relu"``, ``"gelu"``, or ``"none"`` for the normalisation
             alone.
-        eps_mode: ``"add"``, or ``"clamp"``, where a position whose norm is below :math:`\epsilon` is divided by a constant.
+        eps_mode: ``"add"``, or ``"clamp"``, where a position whose norm is at most :math:`\epsilon` is divided by a constant.
         scale, shift: :math:`s` and :math:`t`, ``(batch, channels)``, which dimensions of size 1 may follow; dtypes as of ``weight``; 0 by
             default.
 

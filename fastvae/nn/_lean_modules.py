@@ -51,6 +51,12 @@ def residual_block_obstacle(block: Any, temb: Tensor | None = None) -> str | Non
     return lean_obstacle(block.norm1, block.conv1) or lean_obstacle(block.norm2, block.conv2)
 
 
+def has_lean_forward(cls: type[nn.Module]) -> bool:
+    """Whether the ``forward`` of a class keeps one input of a normalisation and the convolution behind it."""
+    names: Any = getattr(cls.forward, "__globals__", {})
+    return cls is LeanSequential or names.get("residual_block") is residual_block or names.get("delayed_norm") is delayed_norm
+
+
 def _drops_nothing(dropout: Any) -> bool:
     if type(dropout) is not nn.Dropout or call_obstacle(dropout):
         return False

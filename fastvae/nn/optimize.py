@@ -19,6 +19,7 @@ from fastvae.nn._lean_modules import (
     LeanSequential,
     conv_of_delayed,
     delayed_norm,
+    has_lean_forward,
     is_delayed_pair,
     lean_pairs,
     residual_block,
@@ -128,7 +129,7 @@ def _make_lean(root: nn.Module) -> Iterator[Finding]:
     """Changes the modules of a tree whose norms are fused already."""
     for prefix, parent in list(root.named_modules()):
         pairs = _lean_pairs(parent)
-        if pairs and not _is_lean(parent):
+        if pairs and not has_lean_forward(type(parent)):
             try:
                 parent.__class__ = _lean_class(parent)
             except NotUnderstood:
@@ -136,11 +137,6 @@ def _make_lean(root: nn.Module) -> Iterator[Finding]:
                 continue
         for norm, conv in pairs.items():
             yield Finding(f"{prefix}.{norm}".removeprefix("."), conv, lean=True)
-
-
-def _is_lean(parent: nn.Module) -> bool:
-    functions = type(parent).forward.__globals__
-    return isinstance(parent, LeanSequential) or functions.get("residual_block") is residual_block or "delayed_norm" in functions
 
 
 def _lean_class(parent: nn.Module) -> type[nn.Module]:

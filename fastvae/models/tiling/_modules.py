@@ -17,7 +17,7 @@ from fastvae.functional._modules import call_obstacle, describe
 from fastvae.models.networks import residual, vq_convolutional
 from fastvae.models.tiling._steps import Attention, Axis, GroupNormalisation, Layer, Residual, Step
 from fastvae.nn import GroupNormSiLU, NormActConv2d, RMSNormSiLU, UpsampleConv2d
-from fastvae.nn._lean_modules import LeanSequential, residual_block
+from fastvae.nn._lean_modules import LeanSequential, has_lean_forward
 
 Handler = Callable[[Any, str], list[Step]]
 _HANDLERS: dict[type | str, Handler] = {}
@@ -51,9 +51,8 @@ def supported() -> str:
 def _handler(cls: type) -> Handler | None:
     """That of the class itself, or of the base whose ``forward`` it has."""
     if _name(cls) == _name(cls.__base__):
-        # optimize() has written its forward anew. That of a lean residual block computes what the base does.
-        is_lean = cls.forward.__globals__.get("residual_block") is residual_block  # type: ignore[attr-defined]
-        return _handler(cls.__base__) if is_lean else None  # type: ignore[arg-type]
+        # optimize() has written its forward anew. A lean one computes what the base does.
+        return _handler(cls.__base__) if has_lean_forward(cls) else None  # type: ignore[arg-type]
     for base in cls.__mro__:
         handler = _HANDLERS.get(base) or _HANDLERS.get(_name(base))
         if handler is not None:
