@@ -56,9 +56,7 @@ def norm_act_conv(
     norm = norm_arguments(input, num_groups, norm_weight, norm_bias, eps, activation, prefix="norm_")
     _check_convolution(input, weight, bias, groups)
     dtype = _checked_dtype(input, weight, bias)
-    # Outside the node, so that its backward pass has the weight as the convolution took it.
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    arguments = ops.Arguments(*norm, weight, bias, *ops.geometry(weight, stride, padding, dilation), groups)
+    arguments = ops.Arguments(*norm, weight, bias, dtype, *ops.geometry(weight, stride, padding, dilation), groups)
     return apply(ops.NormActConv, arguments, _backend.resolve("group_norm_forward", input.device, input.dtype))[0]
 
 

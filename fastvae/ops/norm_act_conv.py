@@ -17,8 +17,8 @@ Padding = Literal["same", "valid"]
 
 
 class Arguments(NamedTuple):
-    """``norm_weight`` and ``norm_bias`` are those of the normalisation, ``weight`` and ``bias`` those of the convolution, in the dtype in
-    which it multiplies. The other fields are those of ``torch.convolution``, a number for each dimension of positions."""
+    """``norm_weight`` and ``norm_bias`` are those of the normalisation, ``weight`` and ``bias`` those of the convolution, which multiplies
+    in ``dtype``. The other fields are those of ``torch.convolution``, a number for each dimension of positions."""
 
     input: Tensor
     num_groups: int
@@ -28,6 +28,7 @@ class Arguments(NamedTuple):
     activation: int
     weight: Tensor
     bias: Tensor | None
+    dtype: torch.dtype
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -43,7 +44,8 @@ class Arguments(NamedTuple):
         return self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
 
     def convolve(self, normal: Tensor) -> Tensor:
-        return torch.convolution(normal.to(self.weight.dtype), self.weight, self.bias, *self.geometry)
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return torch.convolution(normal.to(self.dtype), self.weight.to(self.dtype), bias, *self.geometry)
 
 
 class NormActConv(torch.autograd.Function):
@@ -52,9 +54,11 @@ class NormActConv(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, num_groups, norm_weight, norm_bias, eps, activation, weight, bias, stride, padding, dilation, groups, backend):
+    def forward(
+        input, num_groups, norm_weight, norm_bias, eps, activation, weight, bias, dtype, stride, padding, dilation, groups, backend
+    ):  # fmt: skip
         norm = num_groups, norm_weight, norm_bias, eps, activation
-        arguments = Arguments(input, *norm, weight, bias, stride, padding, dilation, groups)
+        arguments = Arguments(input, *norm, weight, bias, dtype, stride, padding, dilation, groups)
         normal, mean, rstd = group_norm.forward.overloads[backend](*arguments.norm)
         with without_autocast(input.device):
             return arguments.convolve(normal), mean, rstd
@@ -64,8 +68,8 @@ class NormActConv(torch.autograd.Function):
         *arguments, ctx.backend = inputs
         a = Arguments(*arguments)
         _, mean, rstd = output
-        ctx.num_groups, ctx.eps, ctx.activation, ctx.geometry = a.num_groups, a.eps, a.activation, a.geometry
-        ctx.bias_shape = None if a.bias is None else a.bias.shape
+        ctx.num_groups, ctx.eps, ctx.activation, ctx.dtype, ctx.geometry = a.num_groups, a.eps, a.activation, a.dtype, a.geometry
+        ctx.bias_shape, ctx.bias_dtype = (None, None) if a.bias is None else (a.bias.shape, a.bias.dtype)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a.input, mean, rstd, a.norm_weight, a.norm_bias, a.weight)
@@ -79,7 +83,7 @@ class NormActConv(torch.autograd.Function):
         input, *_, norm_weight, norm_bias = saved
         needs_normal, needs_weight, needs_bias = needs = _needed(ctx.needs_input_grad)
         norm_grads: tuple[Tensor | None, ...] = None, None, None
-        grads_of_convolution = functools.partial(_convolution_backward, ctx, grad_output, weight)
+        grads_of_convolution = functools.partial(_convolution_backward, ctx, grad_output, weight.to(ctx.dtype))
         if needs_normal and needs_weight and has_values(grad_output):
             # The gradient with respect to the convolution's input depends on the shape and layout of that alone; the norm's backward pass
             # leaves the input itself where the gradient was.
@@ -99,8 +103,8 @@ class NormActConv(torch.autograd.Function):
         grads["input"], grad_norm_weight, grad_norm_bias = norm_grads
         grads["norm_weight"] = None if norm_weight is None else grad_norm_weight
         grads["norm_bias"] = None if norm_bias is None else grad_norm_bias
-        grads["weight"] = grad_weight if needs_weight else None
-        grads["bias"] = grad_bias if needs_bias else None
+        grads["weight"] = grad_weight.to(weight.dtype) if needs_weight else None
+        grads["bias"] = grad_bias.to(ctx.bias_dtype) if needs_bias else None
         return *grads.values(), None
 
 
@@ -114,7 +118,7 @@ def _like_output(input: Tensor) -> Tensor:
 def _convolution_backward(ctx, grad_output: Tensor, weight: Tensor, normal: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a convolution of ``normal`` with respect to it, the weight and the bias."""
     with without_autocast(normal.device):
-        return torch.ops.aten.convolution_backward(grad_output, normal.to(weight.dtype), weight, ctx.bias_shape, *ctx.geometry, needs)
+        return torch.ops.aten.convolution_backward(grad_output, normal.to(ctx.dtype), weight, ctx.bias_shape, *ctx.geometry, needs)
 
 
 def _needed(needs_input_grad: tuple[bool, ...]) -> list[bool]:
