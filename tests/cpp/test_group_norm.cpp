@@ -143,6 +143,19 @@ void check_gradient_sums(const Problem& problem) {
   }
 }
 
+// A backward pass that restores the output gives the same gradient, and the output to the last bit, also over the gradient that it reads.
+void check_restored(Problem& problem) {
+  auto bytes_of = [](const Array& array) { return std::string(array.data(), array.data() + array.count * size_of(array.dtype)); };
+  std::string gradient = bytes_of(problem.grad_input);
+  for (Array* to : {&problem.restored, &problem.grad_output}) {
+    problem.p.restored = to->data();
+    problem.run(&GroupNormKernels::gradient_sums, problem.s.channels * 2);
+    problem.run(&GroupNormKernels::backward, 0);
+    expect(bytes_of(*to) == bytes_of(problem.output), "a restored output");
+    expect(bytes_of(problem.grad_input) == gradient, "a gradient beside a restored output");
+  }
+}
+
 void check(const Sizes& s, DType dtype, NormActivation activation, Kind kind) {
   Source source(static_cast<uint64_t>(s.channels));
   Problem problem(s, dtype, activation, source, kind);
@@ -155,19 +168,6 @@ void check(const Sizes& s, DType dtype, NormActivation activation, Kind kind) {
   if (kind != Kind::usual) return;
   check_elements(problem);
   check_restored(problem);
-}
-
-// A backward pass that restores the output gives the same gradient, and the output to the last bit, also over the gradient that it reads.
-void check_restored(Problem& problem) {
-  auto bytes_of = [](const Array& array) { return std::string(array.data(), array.data() + array.count * size_of(array.dtype)); };
-  std::string gradient = bytes_of(problem.grad_input);
-  for (Array* to : {&problem.restored, &problem.grad_output}) {
-    problem.p.restored = to->data();
-    problem.run(&GroupNormKernels::gradient_sums, problem.s.channels * 2);
-    problem.run(&GroupNormKernels::backward, 0);
-    expect(bytes_of(*to) == bytes_of(problem.output), "a restored output");
-    expect(bytes_of(problem.grad_input) == gradient, "a gradient beside a restored output");
-  }
 }
 
 // NaN in a parameter, with any payload, is NaN in all that it touches.

@@ -184,8 +184,8 @@ void gradient_sums(const GroupNorm& p, int64_t begin_item, int64_t end_item, voi
     clear(column[3], columns);
     clear(column[4], columns);
     for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
-      add_gradients<S, A, restores, rows.value>(x + offset, grad + offset, stored_du + offset, restores ? restored + offset : nullptr, columns, count, column[0],
-                                                column[1], column[2], column[3], column[4]);
+      add_gradients<S, A, restores, rows.value>(x + offset, grad + offset, stored_du + offset, restores ? restored + offset : nullptr,
+                                                columns, count, column[0], column[1], column[2], column[3], column[4]);
     });
     sum_columns_by_channel(column[3], columns, channels, scratch.channel[0]);
     sum_columns_by_channel(column[4], columns, channels, scratch.channel[1]);
@@ -210,8 +210,8 @@ void backward(const GroupNorm& p, int64_t begin_item, int64_t end_item, void* me
     if (piece.run != filled_run) spread_parameters(p, piece.run, columns, 5, scratch);
     filled_run = piece.run;
     for_each_rows(piece.length, columns, [&](auto rows, int64_t offset, int64_t count) {
-      backward_rows<S, A, restores, rows.value>(x + offset, grad + offset, out + offset, restores ? restored + offset : nullptr, columns, count, column[0],
-                                                column[1], column[2], column[3], column[4]);
+      backward_rows<S, A, restores, rows.value>(x + offset, grad + offset, out + offset, restores ? restored + offset : nullptr, columns,
+                                                count, column[0], column[1], column[2], column[3], column[4]);
     });
   });
 }
