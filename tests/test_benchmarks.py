@@ -468,7 +468,7 @@ def test_a_larger_batch_fits_in_more_memory(monkeypatch):
         monkeypatch.setattr(largest_batch, "MEMORY", memory)
         return largest_batch.largest_batch(lambda batch: largest_batch.fits_memory(step, tiny, batch))
 
-    assert 0 < found(6 * 2**20) < found(10 * 2**20)
+    assert 0 < found(8 * 2**20) < found(16 * 2**20)
 
 
 def test_floors_need_features_that_are_looked_for():
