@@ -288,7 +288,7 @@ def _indices_from_sequence(vq: original.VectorQuantize, indices: Tensor, given: 
 
 
 def _rows(vq: original.VectorQuantize, x: Tensor) -> Tensor:
-    """What a sequence ``x`` is compared by, (codebooks, rows, dim of the codes)."""
+    """The vectors of a sequence ``x`` as the codes are, (codebooks, rows, dim of the codes)."""
     codebook = vq._codebook
     rows = codebook.transform_input(vq.maybe_split_heads_from_input(vq.project_in(x)))
     rows = rows.to(torch.promote_types(rows.dtype, x.dtype))

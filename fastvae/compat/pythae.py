@@ -115,7 +115,7 @@ def _has_outside(probabilities: Tensor) -> bool:
     return not bool((low >= 0) & (high <= 1))
 
 
-# What is replaced, with capitals for any expression, and by which of the functions above.
+# Each expression that is replaced, in which capitals stand for any expression, and the function above that takes its place.
 _TERMS = {
     "mse_loss": ("F.mse_loss(INPUT, TARGET, reduction='none').sum(dim=-1)", _mse_per_sample, ("INPUT", "TARGET")),
     "binary_cross_entropy": (

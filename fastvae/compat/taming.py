@@ -235,7 +235,7 @@ def _embedding_obstacle(quantizer: nn.Module) -> str | None:
 
 
 def _quantize_unless_changed(quantizer: nn.Module, original: Callable[..., Quantized], z: Tensor, *options: Any) -> Quantized:
-    """What the original code gives, which calls the embedding; it runs where that call does more than to read the weight."""
+    """Quantizes by the original code where its call of the embedding does more than to read the weight."""
     if _embedding_obstacle(quantizer):
         return original(quantizer, z, *options)
     return _quantize(quantizer, z, *options)

@@ -28,7 +28,7 @@ _SIGNATURES = {
     "orthogonal_loss_fn": "t",
     "LossBreakdown": "commitment codebook_diversity orthogonal_reg inplace_optimize",
 }
-# What it reads of a quantizer and of its codebook.
+# The fused forward pass reads these attributes of a quantizer and of its codebook.
 _ATTRIBUTES = (
     "_codebook accept_3d_fmap accept_image_fmap channel_last commitment_use_cross_entropy_loss commitment_weight directional_reparam "
     "freeze_codebook has_codebook_diversity_loss has_codebook_orthogonal_loss has_commitment_loss heads in_place_codebook_optimizer "

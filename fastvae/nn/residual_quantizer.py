@@ -137,7 +137,7 @@ def _at_once(x: Tensor, mask: Tensor | None, steps: list[VectorQuantizer]) -> _R
     codebooks = stacked_copy([layer.codebook for layer in steps], change=learns)
     costs = {"codebook_cost": first.codebook_cost, "commitment_cost": first.commitment_cost}
     (quantized, indices, losses), residuals = residual_steps(x, codebooks, mask, **costs, with_residuals=learns)
-    # What is left of a vector is finite where the vector is.
+    # The residual of a vector is finite where the vector is.
     searched = [x.detach()] * len(steps) if residuals is None else residuals.unbind()
     arguments = zip(steps, searched, indices.unbind(-1), losses.detach().unbind(), strict=True)
     statistics = [layer.observe(rows, index, loss, mask) for layer, rows, index, loss in arguments]

@@ -116,7 +116,7 @@ class BackwardArguments(NamedTuple):
 
 
 class RestoringBackwardArguments(NamedTuple):
-    """Those of the backward pass, and ``eps`` of the forward pass, whose output the operator leaves in ``grad_output``."""
+    """The operator leaves the output of the forward pass in ``grad_output``; ``eps`` is that of the forward pass."""
 
     grad_output: Written
     input: Tensor

@@ -251,7 +251,7 @@ struct ResidualProblem {
     return element.get(0);
   }
 
-  // What is left after a step, and the sums of the codes.
+  // A step leaves these residuals and these sums of codes.
   void check_rows(const std::string& what) const {
     for (int64_t i = 0; i < x.count; ++i) {
       int64_t row = i / sizes.dim;
