@@ -23,6 +23,8 @@ from fastvae.training.plain_torch import quantize_and_move
 TRAINED = Path(__file__).parent / "data" / "vqvae_digits.npz"
 CHUNK = 1024
 RESIDUAL_STEPS = 8
+# Of two distances that differ by less, relative to the larger one, float32 may take either for the smaller.
+NEAR = 1e-5
 
 
 def cdist_argmin(x, codebook):
@@ -153,12 +155,8 @@ def distances_of_indices(results: Results, inputs: Inputs) -> Results:
 
 
 def products(inputs: Inputs) -> float:
-    """The floating-point operations of all inner products."""
-    return 2.0 * inputs.leaves["x"].numel() * len(inputs.others["codebook"])
-
-
-def products_of_all_steps(inputs: Inputs) -> float:
-    return RESIDUAL_STEPS * products(inputs)
+    """The floating-point operations of all inner products, with one codebook or a stack of them."""
+    return 2.0 * inputs.leaves["x"].numel() * inputs.others["codebook"][..., 0].numel()
 
 
 def _nearest(name, size, ours=fused, setup=random, quick=False) -> Case:
@@ -250,25 +248,68 @@ def vector_quantize_pytorch_step(inputs: Inputs):
     return _step(call_layer, x, inputs.incoming)
 
 
-def plain_quantizer(codebook: Tensor):
-    return library().VectorQuantize(codebook.shape[1], codebook.shape[0], decay=1.0)
+def without_near_ties(inputs: Inputs) -> Inputs:
+    """Vectors whose codes no rounding changes, so that all providers take the same: another stands where two codes are about as near."""
+    x = inputs.leaves["x"].detach()
+    left, distinct = x.double(), x.new_ones(len(x), dtype=torch.bool)
+    for codebook in _stacked(inputs.others["codebook"]).double():
+        rows = [
+            torch.cdist(chunk, codebook, compute_mode="donot_use_mm_for_euclid_dist").topk(2, largest=False) for chunk in left.split(CHUNK)
+        ]
+        (nearest, second), indices = torch.cat([row.values for row in rows]).unbind(-1), torch.cat([row.indices for row in rows])
+        distinct &= second - nearest > NEAR * second
+        left = left - codebook[indices[:, 0]]
+    others = distinct.nonzero().squeeze(1)
+    x[~distinct] = x[others[: len(x) - len(others)]]
+    return inputs
 
 
-def cosine_quantizer(codebook: Tensor):
-    return library().VectorQuantize(codebook.shape[1], codebook.shape[0], decay=1.0, use_cosine_sim=True)
+def plain_inputs(size, dtype, device) -> Inputs:
+    return without_near_ties(layer_inputs(size, dtype, device))
 
 
-def residual_quantizer(codebook: Tensor):
-    return library().ResidualVQ(dim=codebook.shape[1], codebook_size=codebook.shape[0], num_quantizers=RESIDUAL_STEPS, decay=1.0)
+def cosine_inputs(size, dtype, device) -> Inputs:
+    """Vectors and codes of length 1."""
+    inputs = layer_inputs(size, dtype, device)
+    for tensor in (inputs.leaves["x"], inputs.others["codebook"]):
+        tensor.data = torch.nn.functional.normalize(tensor.data, dim=-1)
+    return without_near_ties(inputs)
+
+
+def residual_layer_inputs(size, dtype, device) -> Inputs:
+    inputs = residual_inputs((*size, RESIDUAL_STEPS), dtype, device)
+    incoming = torch.randn(size[:2], dtype=dtype, device=device), None
+    return without_near_ties(Inputs(inputs.leaves, inputs.others, incoming=incoming))
+
+
+def _stacked(codebook: Tensor) -> Tensor:
+    """The codebooks of the steps, ``(steps, codes, dim)``, of a stack of them or of a single one."""
+    return codebook.view(-1, *codebook.shape[-2:])
+
+
+def plain_quantizer(codes: int, dim: int):
+    return library().VectorQuantize(dim, codes, decay=1.0)
+
+
+def cosine_quantizer(codes: int, dim: int):
+    return library().VectorQuantize(dim, codes, decay=1.0, use_cosine_sim=True)
+
+
+def residual_quantizer(codes: int, dim: int):
+    return library().ResidualVQ(dim=dim, codebook_size=codes, num_quantizers=RESIDUAL_STEPS, decay=1.0)
 
 
 def library_step(make, patch):
     """A step of a layer of vector-quantize-pytorch with its default options, except that the averages keep the codebook where it is."""
 
     def provide(inputs: Inputs):
-        x, codebook = inputs.leaves["x"], inputs.others["codebook"]
-        torch.manual_seed(0)
-        layer = patch(make(codebook).to(x.device))
+        x, codebooks = inputs.leaves["x"], _stacked(inputs.others["codebook"])
+        layer = make(*codebooks.shape[1:]).to(x.device)
+        quantizers = (module for module in layer.modules() if isinstance(module, library().VectorQuantize))
+        for quantizer, codebook in zip(quantizers, codebooks, strict=True):
+            quantizer.codebook = codebook
+            quantizer._codebook.embed_avg.copy_(codebook[None])
+        layer = patch(layer)
 
         def call_layer(x):
             quantized, _, loss = layer(x[None])
@@ -287,13 +328,13 @@ def compiled_library_step(make):
     return provide
 
 
-def _patched_step(name, size, make, work) -> Case:
+def _patched_step(name, size, make, setup) -> Case:
     return Case(
         family="codebook",
         name=name,
         size=size,
         tiny=(60, 5, 20),
-        setup=layer_inputs,
+        setup=setup,
         providers={
             "eager": library_step(make, lambda layer: layer),
             "compile": compiled_library_step(make),
@@ -301,7 +342,7 @@ def _patched_step(name, size, make, work) -> Case:
             "fastvae-fallback": forced(library_step(make, patch_vector_quantize), "fallback"),
         },
         outputs=("quantized", "loss"),
-        work=work,
+        work=products,
         unit="FLOP",
     )
 
@@ -379,11 +420,6 @@ def detours_of_indices(results: Results, inputs: Inputs) -> Results:
     return {"detour": torch.stack(detours)}
 
 
-def residual_products(inputs: Inputs) -> float:
-    """The floating-point operations of the inner products of all steps."""
-    return 2.0 * inputs.leaves["x"].numel() * inputs.others["codebook"][..., 0].numel()
-
-
 def _residual(size, quick=False) -> Case:
     return Case(
         family="codebook",
@@ -400,7 +436,7 @@ def _residual(size, quick=False) -> Case:
             "fastvae-fallback": forced(call(all_steps_at_once), "fallback"),
         },
         outputs=("quantized", "indices"),
-        work=residual_products,
+        work=products,
         unit="FLOP",
         compare=detours_of_indices,
         remark=share_rechecked,
@@ -418,9 +454,9 @@ CASES = (
     _nearest("vq_nearest", (65536, 8, 1024), quick=True),
     _nearest("vq_nearest", (65536, 4, 16384)),
     _training_step((32768, 64, 1024)),
-    _patched_step("vector_quantize_step", (32768, 64, 1024), plain_quantizer, products),
-    _patched_step("vector_quantize_cosine_step", (32768, 64, 1024), cosine_quantizer, products),
-    _patched_step("residual_vq_step", (8192, 64, 1024), residual_quantizer, products_of_all_steps),
+    _patched_step("vector_quantize_step", (32768, 64, 1024), plain_quantizer, plain_inputs),
+    _patched_step("vector_quantize_cosine_step", (32768, 64, 1024), cosine_quantizer, cosine_inputs),
+    _patched_step("residual_vq_step", (8192, 64, 1024), residual_quantizer, residual_layer_inputs),
     _residual((750, 128, 1024, 8), quick=True),
     _residual((2048, 8, 1024, 8)),
     _residual((2048, 64, 1024, 8)),

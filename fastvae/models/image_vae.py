@@ -15,7 +15,7 @@ from fastvae.models._recipe import ready_made
 from fastvae.models.networks import Layers, ResidualDecoder, ResidualEncoder
 from fastvae.models.networks.layers import height_and_width
 from fastvae.models.vae import VAE
-from fastvae.ops._autograd import has_autocast
+from fastvae.ops._autograd import has_autocast, under_autocast
 
 
 def bfloat16_pays(device: torch.device) -> bool:
@@ -124,21 +124,16 @@ class ImageVAE(VAE):
         """The decoder's output: logits, probabilities or means, in the dtype of the parameters."""
         dtype = parameter_dtype(self.decoder)
         z = in_channels_last(z.to(dtype))
-        if _under_autocast(z.device):
+        if under_autocast(z.device):
             return super().decode(z)
         with self._autocast(z.device):
             recon = super().decode(z)
         return recon.to(dtype)
 
     def _autocast(self, device: torch.device):
-        if self.precision == "float32" or not has_autocast(device) or _under_autocast(device):
+        if self.precision == "float32" or not has_autocast(device) or under_autocast(device):
             return contextlib.nullcontext()
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16" or bfloat16_pays(device))
-
-
-def _under_autocast(device: torch.device) -> bool:
-    """Whether the caller's autocast is on; a device that has none, such as meta, may not be asked."""
-    return has_autocast(device) and torch.is_autocast_enabled(device.type)
 
 
 def _widened(tensor: Tensor) -> Tensor:

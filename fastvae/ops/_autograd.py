@@ -92,9 +92,13 @@ def has_autocast(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
 
 
+def under_autocast(device: torch.device) -> bool:
+    return has_autocast(device) and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device):
-    """A context without autocast; a device that has none needs no context."""
-    return torch.autocast(device.type, enabled=False) if has_autocast(device) else contextlib.nullcontext()
+    """A context without autocast."""
+    return torch.autocast(device.type, enabled=False) if under_autocast(device) else contextlib.nullcontext()
 
 
 def scale_written(written: list[Tensor], grad_output: Tensor, expected: float) -> list[Tensor] | None:

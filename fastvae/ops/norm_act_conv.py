@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae.ops import group_norm
-from fastvae.ops._autograd import first_derivative_only, has_autocast, has_values, without_autocast
+from fastvae.ops._autograd import first_derivative_only, has_values, under_autocast, without_autocast
 from fastvae.ops._results import channels_are_last, empty_in_layout
 
 Padding = Literal["same", "valid"]
@@ -118,7 +118,7 @@ def _like_output(input: Tensor) -> Tensor:
 def _convolution_backward(ctx, grad_output: Tensor, weight: Tensor, normal: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a convolution of ``normal`` with respect to it, the weight and the bias."""
     with without_autocast(normal.device):
-        return torch.ops.aten.convolution_backward(grad_output, normal.to(ctx.dtype), weight, ctx.bias_shape, *ctx.geometry, needs)
+        return torch.ops.aten.convolution_backward.default(grad_output, normal.to(ctx.dtype), weight, ctx.bias_shape, *ctx.geometry, needs)
 
 
 def _needed(needs_input_grad: tuple[bool, ...]) -> list[bool]:
@@ -129,9 +129,7 @@ def _needed(needs_input_grad: tuple[bool, ...]) -> list[bool]:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of the caller's autocast; None where that is off."""
-    if not has_autocast(device) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
+    return torch.get_autocast_dtype(device.type) if under_autocast(device) else None
 
 
 def dtype_of_products(weight: Tensor) -> torch.dtype:
