@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fastvae.ops import group_norm
-from fastvae.ops._autograd import first_derivative_only, has_values, under_autocast, without_autocast
+from fastvae.ops._autograd import first_derivative_only, has_values, under_autocast
 from fastvae.ops._results import channels_are_last, empty_in_layout
 
 Padding = Literal["same", "valid"]
+
+_aten = torch.ops.aten
 
 
 class Arguments(NamedTuple):
@@ -44,6 +46,7 @@ class Arguments(NamedTuple):
         return self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
 
     def convolve(self, normal: Tensor) -> Tensor:
+        # autocast has nothing left to bring to another dtype.
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return torch.convolution(normal.to(self.dtype), self.weight.to(self.dtype), bias, *self.geometry)
 
@@ -60,8 +63,7 @@ class NormActConv(torch.autograd.Function):
         norm = num_groups, norm_weight, norm_bias, eps, activation
         arguments = Arguments(input, *norm, weight, bias, dtype, stride, padding, dilation, groups)
         normal, mean, rstd = group_norm.forward.overloads[backend](*arguments.norm)
-        with without_autocast(input.device):
-            return arguments.convolve(normal), mean, rstd
+        return arguments.convolve(normal), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -117,14 +119,14 @@ def _like_output(input: Tensor) -> Tensor:
 
 def _convolution_backward(ctx, grad_output: Tensor, weight: Tensor, normal: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a convolution of ``normal`` with respect to it, the weight and the bias."""
-    with without_autocast(normal.device):
-        return torch.ops.aten.convolution_backward.default(grad_output, normal.to(ctx.dtype), weight, ctx.bias_shape, *ctx.geometry, needs)
+    return _aten.convolution_backward.default(grad_output, normal.to(ctx.dtype), weight, ctx.bias_shape, *ctx.geometry, needs)
 
 
 def _needed(needs_input_grad: tuple[bool, ...]) -> list[bool]:
     """Whether gradients are needed of the convolution's input, weight and bias."""
-    needs = dict(zip(Arguments._fields, needs_input_grad, strict=False))
-    return [needs["input"] or needs["norm_weight"] or needs["norm_bias"], needs["weight"], needs["bias"]]
+    *arguments, _ = needs_input_grad
+    needs = Arguments(*arguments)
+    return [needs.input or needs.norm_weight or needs.norm_bias, needs.weight, needs.bias]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
