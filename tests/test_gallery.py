@@ -24,7 +24,7 @@ def formula_of(model: type) -> str | None:
 
 def shown(section: str) -> str:
     (formula,) = re.findall(r"```math\n(.*?)```", section, re.DOTALL)
-    return " ".join(re.sub(r"\\(begin|end)\{aligned\}", "", formula).split())
+    return " ".join(re.sub(r"\\(begin|end)\{split\}", "", formula).split())
 
 
 def test_every_model_is_there():

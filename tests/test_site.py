@@ -14,8 +14,10 @@ from urllib.parse import unquote
 import pytest
 from test_public_names import MODULES
 
-for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install fastvae-kernels[docs]")
+NOT_INSTALLED = "the site's tools are not installed: pip install fastvae-kernels[docs]"
+pytest.importorskip("mkdocs", reason=NOT_INSTALLED)
+pytest.importorskip("material", reason=NOT_INSTALLED)
+pytest.importorskip("griffe", reason=NOT_INSTALLED)
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = re.search(r"^docs: .*\n\t(.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
@@ -102,6 +104,7 @@ def test_no_markup_is_left_in_the_text(pages):
     for path, page in pages.items():
         text = "".join(page.prose)
         assert re.findall(r":(?:math|func|class|meth|mod|data):|^::: |\.\. math|\$\w+|\\[a-z]{2,}", text, re.MULTILINE) == [], path.name
+        assert "``" not in path.read_text(), path.name
 
 
 def test_every_public_name_is_in_the_reference(site):

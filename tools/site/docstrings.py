@@ -9,6 +9,8 @@ from fastvae.functional._documentation import filled_in
 
 _FORMULA = re.compile(r"^( *)\.\. math::(.*(?:\n\1 +\S.*)*)", re.MULTILINE)
 _INLINE_FORMULA = re.compile(r":math:`([^`]+)`")
+# griffe takes code and a colon at the beginning of this section for a type.
+_RETURNED_CODE = re.compile(r"^(Returns:\n +``[^`\n]+``): ", re.MULTILINE)
 _ROLE = re.compile(r":(?:func|class|meth|mod|data):`(~?)([^`]+)`")
 
 
@@ -31,6 +33,7 @@ def objects(obj: Object) -> Iterator[Object]:
 
 def as_markdown(docstring: str, obj: Object) -> str:
     text = _FORMULA.sub(_formula, filled_in(docstring))
+    text = _RETURNED_CODE.sub(r"\1 – ", text)
     text = _INLINE_FORMULA.sub(lambda role: f"`#!math {' '.join(role[1].split())}`", text)
     return _ROLE.sub(lambda role: _reference(role[2], obj, is_short=bool(role[1])), text)
 
@@ -39,7 +42,7 @@ def _formula(directive: re.Match) -> str:
     """A formula with ``&`` is aligned there, as Sphinx has it."""
     indent, body = directive[1], " ".join(directive[2].split())
     if "&" in body:
-        body = rf"\begin{{aligned}} {body} \end{{aligned}}"
+        body = rf"\begin{{split}} {body} \end{{split}}"
     return f"\n{indent}```math\n{indent}{body}\n{indent}```\n"
 
 

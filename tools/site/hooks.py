@@ -8,6 +8,7 @@ import posixpath
 import re
 from pathlib import Path
 
+import ziamath
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
@@ -16,7 +17,18 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 # Pages of the site's navigation that are not in docs/.
 PAGES = (ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
+# The font of formulas: most systems bring one, Linux often none.
+FONT = "STIXTwoMath-Regular.ttf"
 LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".cu": "cuda", ".yaml": "yaml"}
+
+# What latex2mathml 3.81 does not know (arg), makes as high as its neighbours (norms), or sets without a space (log p).
+CORRECTIONS = (
+    (r"\\arg\b", r"\\operatorname{arg}"),
+    (r"\\[lr]Vert\b", r"\\|"),
+    (r"\\[lr]vert\b", "|"),
+    (r"\\log(?= *[0-9A-Za-z\\])", r"\\log\\,"),
+    (r"(?<=[\w})]) *\\log\b", r"\\,\\log"),
+)
 
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _CODE_IN_TABLE = re.compile(r"`[^`\n]*`")
@@ -31,15 +43,24 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def formula(source: str, *_) -> str:
     """The MathML of a formula in a line."""
-    return convert(source)
+    return mathml(source, "inline")
 
 
 def formula_block(source: str, *_, **__) -> str:
     """The MathML of a formula on lines of its own. It scrolls where the screen is narrower."""
-    return f'<div class="formula">{convert(source, display="block")}</div>'
+    return f'<div class="formula">{mathml(source, "block")}</div>'
+
+
+def mathml(source: str, display: str) -> str:
+    """The MathML of LaTeX."""
+    for pattern, replacement in CORRECTIONS:
+        source = re.sub(pattern, replacement, source)
+    return convert(source, display=display).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
+    font = Path(ziamath.__file__).parent / "fonts" / FONT
+    files.append(File.generated(config, FONT, abs_src_path=str(font)))
     for path in sorted(outside(config)):
         uri = site_uri(path)
         options = {"inclusion": InclusionLevel.INCLUDED if path in PAGES else InclusionLevel.NOT_IN_NAV}
