@@ -34,8 +34,9 @@ def names() -> dict:
     """The names of the lines on the page From plain PyTorch."""
     torch.manual_seed(0)
     shape = (B, 1, 28, 28)
+    decoder = torch.nn.Sequential(torch.nn.Linear(LATENT, 784), torch.nn.Unflatten(1, shape[1:]))
     return {
-        **{"torch": torch, "F": F, "FV": FV, "decoder": torch.nn.Sequential(torch.nn.Linear(LATENT, 784), torch.nn.Unflatten(1, shape[1:]))},
+        **{"torch": torch, "F": F, "FV": FV, "decoder": decoder},
         **{"x": torch.rand(shape), "recon": torch.rand(shape), "logits": torch.randn(shape), "variance": torch.randn(shape)},
         **{"mu": torch.randn(B, LATENT), "logvar": torch.randn(B, LATENT), "image": torch.randint(256, shape, dtype=torch.uint8)},
         **{"vectors": torch.randn(100, 16), "codebook": torch.randn(40, 16), "hidden": torch.rand(B, 30), "weight": torch.randn(30, 50)},
@@ -196,7 +197,7 @@ def test_weights_convert_as_the_table_says(library):
     recon, x = torch.rand(2, B, 3, 8, 8, dtype=torch.float64)
     mu, logvar = torch.randn(2, B, 4, 4, 4, dtype=torch.float64)
     w = 0.7
-    beta = eval(expression.strip("`"), dict.fromkeys(("beta", "kl_scale", "kl_weight", "M_N"), w) | {"D": x[0].numel()})
+    beta = eval(expression.strip("`"), dict.fromkeys(("beta", "kl_scale", "kl_weight", "kld_weight"), w) | {"D": x[0].numel()})
 
     def ours(recon, mu, logvar):
         if likelihood.strip() == "Laplace":

@@ -1,4 +1,4 @@
-"""A griffe extension by which mkdocstrings shows docstrings: their roles and formulas become Markdown, their shared entries are filled in."""
+"""A griffe extension for mkdocstrings: roles and formulas of docstrings become Markdown, and their shared entries are filled in."""
 
 import re
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def objects(obj: Object) -> Iterator[Object]:
 
 def as_markdown(docstring: str, obj: Object) -> str:
     text = _FORMULA.sub(_formula, filled_in(docstring))
-    text = _RETURNED_CODE.sub(r"\1 – ", text)
+    text = _RETURNED_CODE.sub(lambda section: f"{section[1]} \N{EN DASH} ", text)
     text = _INLINE_FORMULA.sub(lambda role: f"`#!math {' '.join(role[1].split())}`", text)
     return _ROLE.sub(lambda role: _reference(role[2], obj, is_short=bool(role[1])), text)
 

@@ -1,7 +1,7 @@
-"""What `make docs` does beside MkDocs: formulas become MathML, and links to files outside of docs/ lead to pages of the site.
+"""Hooks of MkDocs: formulas become MathML, and links to files outside of docs/ lead to pages of the site.
 
-The pages of docs/ are also read on a code host, where ``../examples/tokenizers.py`` leads to the file. In the site that file becomes a page of
-its own, a Markdown file is a page like those of docs/, and a picture is copied.
+The pages of docs/ are also read on a code host, where ``../examples/tokenizers.py`` leads to the file. In the site that file becomes a page
+of its own, a Markdown file is a page like those of docs/, and a picture is copied.
 """
 
 import posixpath
