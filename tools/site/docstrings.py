@@ -35,7 +35,15 @@ def as_markdown(docstring: str, obj: Object) -> str:
     text = _FORMULA.sub(_formula, filled_in(docstring))
     text = _RETURNED_CODE.sub(lambda section: f"{section[1]} \N{EN DASH} ", text)
     text = _INLINE_FORMULA.sub(lambda role: f"`#!math {' '.join(role[1].split())}`", text)
-    return _ROLE.sub(lambda role: _reference(role[2], obj, is_short=bool(role[1])), text)
+    return _ROLE.sub(lambda role: _reference(role[2], obj, is_short=bool(role[1])), text) + _fields(obj)
+
+
+def _fields(obj: Object) -> str:
+    """A sentence with the fields of a named tuple, for mkdocstrings leaves out attributes without a docstring."""
+    if not isinstance(obj, Class) or "NamedTuple" not in map(str, obj.bases):
+        return ""
+    names = ", ".join(f"`{name}`" for name, member in obj.members.items() if member.is_attribute)
+    return f"\n\nFields, in this order: {names}."
 
 
 def _formula(directive: re.Match) -> str:

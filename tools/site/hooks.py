@@ -21,13 +21,19 @@ PAGES = (ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
 FONT = "STIXTwoMath-Regular.ttf"
 LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".cu": "cuda", ".yaml": "yaml"}
 
-# What latex2mathml 3.81 does not know (arg), makes as high as its neighbours (norms), or sets without a space (log p).
+# LaTeX that latex2mathml 3.81 does not know (arg), makes as high as its neighbours (norms), or sets without a space (log p).
 CORRECTIONS = (
     (r"\\arg\b", r"\\operatorname{arg}"),
     (r"\\[lr]Vert\b", r"\\|"),
-    (r"\\[lr]vert\b", "|"),
+    (r"\\lvert\b", r"\\left|"),
+    (r"\\rvert\b", r"\\right|"),
     (r"\\log(?= *[0-9A-Za-z\\])", r"\\log\\,"),
     (r"(?<=[\w})]) *\\log\b", r"\\,\\log"),
+)
+# A relation that it takes for a letter, and a bar that Chromium does not stretch over what is below it.
+CORRECTED_ELEMENTS = (
+    ("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>"),
+    ('<mo accent="true">&#x02015;</mo>', '<mo accent="true" stretchy="true">&#x0203E;</mo>'),
 )
 
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
@@ -55,7 +61,10 @@ def mathml(source: str, display: str) -> str:
     """The MathML of LaTeX."""
     for pattern, replacement in CORRECTIONS:
         source = re.sub(pattern, replacement, source)
-    return convert(source, display=display).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
+    found = convert(source, display=display)
+    for element, replacement in CORRECTED_ELEMENTS:
+        found = found.replace(element, replacement)
+    return found
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
