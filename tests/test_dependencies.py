@@ -18,8 +18,11 @@ FOLDERS = ("fastvae", "kernels", "benchmarks", "examples", "tests", "tools")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="the tests are not in a checkout")
 
-# Distributions whose module has another name.
-MODULES = {"faiss-cpu": "faiss", "pillow": "PIL", "pytest-benchmark": "benchmark", "scikit-image": "skimage", "scikit-learn": "sklearn"}
+# Distributions whose module has another name; griffe comes with mkdocstrings[python].
+MODULES = {
+    **{"faiss-cpu": "faiss", "pillow": "PIL", "pytest-benchmark": "benchmark", "scikit-image": "skimage", "scikit-learn": "sklearn"},
+    **{"mkdocs-material": "material", "mkdocstrings": "griffe"},
+}
 # Commands, and plugins that pytest finds by itself; no code imports them.
 COMMANDS = {"clang-format", "mypy", "pre-commit", "pytest-benchmark", "pytest-xdist", "ruff"}
 # The packages that a build needs, and those that come with pip and torch.

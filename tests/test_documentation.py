@@ -11,7 +11,7 @@ from fastvae import functional as FV
 from fastvae import info
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 B, D, LATENT = 128, 784, 20
 # How a script reduces a term, and by which factor that differs from nats per sample.

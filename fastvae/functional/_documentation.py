@@ -91,5 +91,10 @@ def documented(thing: T) -> T:
     """Decorates a function or a class: puts the entries of ``SHARED`` where its docstring names them."""
     # Under python -OO there are no docstrings.
     if thing.__doc__ is not None:
-        thing.__doc__ = _ENTRY.sub(lambda entry: textwrap.indent(SHARED[entry[2]].strip("\n"), entry[1]), thing.__doc__)
+        thing.__doc__ = filled_in(thing.__doc__)
     return thing
+
+
+def filled_in(docstring: str) -> str:
+    """``docstring`` with the entries of ``SHARED`` where it names them."""
+    return _ENTRY.sub(lambda entry: textwrap.indent(SHARED[entry[2]].strip("\n"), entry[1]), docstring)
