@@ -36,9 +36,16 @@ def train(folder: Path, *options: str) -> Path:
     return checkpoint
 
 
-def small(network: str, latent_dim: int = 2) -> list[str]:
-    """The options of a network for the small digits."""
-    return [f"--network={network}", "--network.data_shape=[1,8,8]", "--network.hidden=[64]", f"--network.latent_dim={latent_dim}"]
+def train_vae(folder: Path) -> Path:
+    """The checkpoint of a VAE with two latent dimensions. With so small a weight of the KL both become active in a few epochs."""
+    network = [
+        "--network=VAE_mlp",
+        "--network.data_shape=[1,8,8]",
+        "--network.hidden=[64]",
+        "--network.latent_dim=2",
+        "--network.beta=0.01",
+    ]
+    return train(folder, *network, "--model.learning_rate=0.003", "--trainer.max_epochs=6")
 
 
 @contextmanager

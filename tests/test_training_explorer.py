@@ -30,7 +30,7 @@ from fastvae.training.explorer import page, server, uploads  # noqa: E402
 from fastvae.training.explorer.latent_space import LatentSpace, check_model  # noqa: E402
 from fastvae.training.module import LitAutoencoder, labels_of  # noqa: E402
 from fastvae.training.preprocessing import Preprocessing  # noqa: E402
-from tests._explorer import serving, small, train  # noqa: E402
+from tests._explorer import serving, train, train_vae  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,8 +237,7 @@ def test_a_damaged_image_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A VAE with two latent dimensions after some epochs, in which both have become active."""
-    return train(tmp_path_factory.mktemp("run"), *small("VAE_mlp"), "--trainer.max_epochs=8")
+    return train_vae(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

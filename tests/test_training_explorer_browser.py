@@ -16,7 +16,7 @@ from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeServic
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
-from tests._explorer import serving, small, train  # noqa: E402
+from tests._explorer import serving, train_vae  # noqa: E402
 
 # It starts a browser, which a machine without Debian's chromium-driver does not have.
 pytestmark = pytest.mark.prove
@@ -26,8 +26,7 @@ LOADED = "return performance.getEntriesByType('resource').map(entry => entry.nam
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    checkpoint = train(tmp_path_factory.mktemp("run"), *small("VAE_mlp"), "--trainer.max_epochs=8")
-    with serving(checkpoint, tmp_path_factory.mktemp("served")) as (address, _):
+    with serving(train_vae(tmp_path_factory.mktemp("run")), tmp_path_factory.mktemp("served")) as (address, _):
         yield address
 
 

@@ -98,8 +98,17 @@ def _image(label: str, elem_id: str) -> gr.Image:
 
 
 def _upload(label: str, elem_id: str) -> gr.Image:
-    """A place for an image of the user, which stays a file until its size has been checked."""
-    return gr.Image(label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=[], height=280, elem_id=elem_id)
+    """A place for an image of the user, whose events get the path of its file."""
+    image = gr.Image(
+        label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=[], height=280, elem_id=elem_id
+    )
+    # Gradio would open the file by any reader of Pillow, and end without a message where none can.
+    image.preprocess = _path  # type: ignore[method-assign]
+    return image
+
+
+def _path(payload: Any) -> str | None:
+    return None if payload is None else payload.path
 
 
 def _class_choice(space: LatentSpace, label: str = "Class", of_an_image: bool = False) -> list[gr.Dropdown]:
@@ -133,7 +142,7 @@ class Sliders:
     def _slider(self, dimension: int) -> gr.Slider:
         low, high, step = slider_range(float(self.space.low[dimension]), float(self.space.high[dimension]))
         variance = float(self.space.variances[dimension])
-        value = round(float(self.space.mean[dimension]) / step) * step
+        value = _on_a_step(float(self.space.mean[dimension]), step)
         return gr.Slider(
             low, high, value, step=step, label=f"Dimension {dimension}, variance {variance:.2g}", elem_id=f"dimension-{dimension}"
         )
@@ -153,14 +162,19 @@ class Sliders:
 
 
 def _nearest(slider: gr.Slider, value: float) -> float:
-    return min(max(round(value / slider.step) * slider.step, slider.minimum), slider.maximum)
+    return _on_a_step(min(max(value, slider.minimum), slider.maximum), slider.step)
+
+
+def _on_a_step(value: float, step: float) -> float:
+    """The multiple of a power of ten that is nearest, without the digits of a product's rounding."""
+    return round(value, -round(math.log10(step)))
 
 
 def slider_range(low: float, high: float) -> tuple[float, float, float]:
     """The ends of a slider and its step: a power of ten, at least 200 of them from one end to the other, both ends multiples of it."""
     digits = math.floor(math.log10((high - low) / 200))
     step = 10.0**digits
-    return round(math.floor(low / step) * step, -digits), round(math.ceil(high / step) * step, -digits), step
+    return _on_a_step(math.floor(low / step) * step, step), _on_a_step(math.ceil(high / step) * step, step), step
 
 
 def _sliders_tab(space: LatentSpace, loaded: Callable) -> Sliders:
