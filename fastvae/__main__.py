@@ -26,13 +26,16 @@ With a checkpoint: fastvae COMMAND CHECKPOINT --out DIR
 With several checkpoints: fastvae compare CHECKPOINT CHECKPOINT --out DIR
   compare       tests them, and sets figures and pictures side by side
 
+In the browser: fastvae explore CHECKPOINT
+  explore       a page on this machine: sliders for the latent dimensions, samples, reconstructions of your images, interpolations
+
   demo          trains VAEs on real digits, measures plain torch beside fastvae, and writes pictures and a report
   info          versions, instruction sets and backends of this machine
 
 Each command has its own --help."""
 
 TRAININGS = ("fit", "validate", "test")
-AFTER_TRAINING = ("sample", "reconstruct", "interpolate", "traverse", "encode", "compare")
+AFTER_TRAINING = ("sample", "reconstruct", "interpolate", "traverse", "encode", "compare", "explore")
 # The exit status that a shell gives a process that Ctrl-C ended.
 INTERRUPTED = 128 + 2
 

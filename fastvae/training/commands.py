@@ -1,4 +1,5 @@
-"""The commands after a training: ``fastvae sample | reconstruct | interpolate | traverse | encode CHECKPOINT --out DIR``."""
+"""The commands after a training: ``fastvae sample | reconstruct | interpolate | traverse | encode CHECKPOINT --out DIR``, ``compare`` and
+``explore``."""
 
 import itertools
 import json
@@ -16,6 +17,7 @@ from fastvae.training import checkpoints, latents, pictures
 from fastvae.training.data_module import AutoencoderData
 from fastvae.training.datasets import DATA_MODULES
 from fastvae.training.errors import TrainingError, writing
+from fastvae.training.explorer.server import explore
 from fastvae.training.module import LitAutoencoder, labels_of
 from fastvae.training.parsing import Parser
 from fastvae.training.side_by_side import compare
@@ -206,6 +208,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "traverse": traverse,
     "encode": encode,
     "compare": compare,
+    "explore": explore,
 }
 
 

@@ -65,9 +65,16 @@ def _reason_why_broken(path: Path, load: Callable[[Path], np.ndarray]) -> str | 
 
 def load(path: Path, size: int, mode: ColorMode) -> np.ndarray:
     with Image.open(path) as file:
-        image = ImageOps.fit(_in_8_bits(ImageOps.exif_transpose(file), mode), (size, size), Image.Resampling.BICUBIC)
-    pixels = np.array(image)
-    return pixels[None] if mode == "grey" else np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+        return pixels(file, (size, size), mode)
+
+
+def pixels(image: Any, size: tuple[int, int], mode: ColorMode) -> np.ndarray:
+    """An image of Pillow as a uint8 array ``(channels, height, width)``: resized to cover ``size``, its height and width, then its centre
+    is cut out."""
+    height, width = size
+    fitted = ImageOps.fit(_in_8_bits(ImageOps.exif_transpose(image), mode), (width, height), Image.Resampling.BICUBIC)
+    array = np.array(fitted)
+    return array[None] if mode == "grey" else np.ascontiguousarray(np.moveaxis(array, -1, 0))
 
 
 def _in_8_bits(image: Any, mode: ColorMode) -> Any:
