@@ -66,7 +66,6 @@ def test_every_model_with_a_latent_vector(model):
     torch.testing.assert_close(space.decode(z, label), space.reconstruct(x, label))
     path = space.interpolate(x[:1], x[1:], 5, label, label)
     torch.testing.assert_close(path[[0, -1]], space.reconstruct(x, label))
-    assert space.traverse(z[0], 1, 4, label).shape == (4, *SHAPE)
     if space.has_prior:
         assert space.sample(6, 0, label).shape == (6, *SHAPE)
         assert torch.equal(space.sample(6, 0, label), space.sample(6, 0, label))
@@ -126,14 +125,6 @@ def test_active_dimensions():
     assert space.active == [2, 0]
     torch.testing.assert_close(space.high[2], 2 + 3 * pixels[:, 2].max().float())
     torch.testing.assert_close(space.mean[1], torch.tensor(1.0))
-
-
-def test_a_traversal_moves_one_dimension():
-    space = space_of(linear(1.0, 2.0))
-    path = space.traverse(space.mean, 1, 3)
-    ends = torch.stack([space.mean, space.mean, space.mean])
-    ends[:, 1] = torch.stack([space.low[1], (space.low[1] + space.high[1]) / 2, space.high[1]])
-    torch.testing.assert_close(path, space.decode(ends))
 
 
 def test_the_map_shows_what_a_click_decodes():

@@ -130,13 +130,6 @@ class LatentSpace:
         labels = (self._labels(label, 1) for label in (start_label, end_label))
         return latents.interpolate(self.lit, start, end, steps, *labels)
 
-    def traverse(self, z: Tensor, dimension: int, steps: int, label: int | None = None) -> Tensor:
-        """The images of ``steps`` latents that are ``z``, ``(dimensions,)``, except in one dimension, which goes from its least to its
-        greatest value."""
-        path = z.repeat(steps, 1)
-        path[:, dimension] = torch.linspace(self.low[dimension].item(), self.high[dimension].item(), steps)
-        return self.decode(path, label)
-
     def map(self, label: int | None = None) -> Tensor:
         """A picture of a latent space of two dimensions, uint8 ``(channels, height, width)``: as many images in a row as in a column, each
         decoded from the point in its middle. Dimension 0 rises to the right, dimension 1 upwards."""
