@@ -23,7 +23,7 @@ PROOFS ?=
 NATIVE := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 
-.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang test-clang-kernels sanitize prove bench results compat lint format build setup clean gpu-pass
+.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang test-clang-kernels sanitize prove bench results docs compat lint format build setup clean gpu-pass
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -80,6 +80,10 @@ results: build
 	$(RUN) -m benchmarks.report
 	$(RUN) -m benchmarks.report --floors
 
+# docs/ as a site, in site/. Nothing is fetched. The variable switches off the theme's notice about its successor.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -122,6 +126,6 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf build dist out *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks $(VENV)/.built .venv-compat-*
+	rm -rf build dist out site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks $(VENV)/.built .venv-compat-*
 	find fastvae kernels tests benchmarks tools -name "__pycache__" -prune -exec rm -rf {} +
 	rm -f fastvae/*.so
