@@ -23,6 +23,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# setuptools loads an entry point of the package `kernels` where that is installed, which the folder of that name here is not.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the first stable ABI with all that is used
 LAUNCHERS = ("ccache", "sccache", "distcc")
 INSTRUCTION_SETS = {

@@ -6,14 +6,12 @@
 
 from collections.abc import Callable
 
-from torch._ops import OpOverload
-
 from fastvae import ops
 
 __all__ = ["decompositions"]
 
 
-def decompositions() -> dict[OpOverload, Callable]:
+def decompositions() -> dict[Callable, Callable]:
     """Each operator of the package, in the form of every backend, in torch's own operators.
 
     For ``torch.export.ExportedProgram.run_decompositions``, whose result then runs without the package::

@@ -118,7 +118,10 @@ def check_digests(repository: Path) -> None:
 
 
 def check_layer(cls: type[nn.Module], repository: Path, backend: str) -> None:
-    """In every mode, with gradients: to the last bit what the package gives by the same backend, and nearly what the module gave."""
+    """In every mode, with gradients: what the package gives by the same backend, to the last bit in plain PyTorch, and nearly what the
+    module gave."""
+    # Another build of the C++ kernels may round a product and a sum once or twice.
+    same = {"rtol": 0, "atol": 0} if backend == "fallback" else {"rtol": 2e-6, "atol": 2e-6}
     (arguments, shape, function), name = CASES[cls], cls.__name__
     replace_kernel_forward_from_hub(cls, name)
     torch.manual_seed(0)
@@ -132,7 +135,7 @@ def check_layer(cls: type[nn.Module], repository: Path, backend: str) -> None:
         assert module.forward.__func__.__module__.startswith("_fastvae_cpu_")
         call = torch.compile(module, fullgraph=True, backend="aot_eager") if Mode.TORCH_COMPILE in mode else module
         actual = results(call, module, x)
-        assert_close(actual, ours, rtol=0, atol=0)
+        assert_close(actual, ours, **same)
         assert_close(actual, plain, rtol=1e-4, atol=1e-5)
 
 

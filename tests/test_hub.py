@@ -86,7 +86,7 @@ def test_a_folder_with_a_build_is_refused(kernel):
 
 
 def test_layers_replace_those_of_a_model_in_training_and_compiled(kernel, tmp_path):
-    """Bit for bit what the package gives by the same backend, and nearly what the layers gave; the files have the metadata's digests."""
+    """With the results of the package and of the layers; the files have the digests of the metadata."""
     name, has_library = run(tmp_path, str(CHECK), str(kernel), "fallback").split()
     assert (name[:13], has_library) == ("_fastvae_cpu_", "False")
 

@@ -39,7 +39,7 @@ def python(program: str, cwd: Path, **environment: str) -> str:
 def build_wheel(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess:
     # Verbose: pip shows what the build says only then.
     pip = (sys.executable, "-m", "pip", "wheel", "-v", "--no-index", "--no-build-isolation", "--no-deps", "--wheel-dir", out)
-    return run(*pip, source, cwd=source, **environment)
+    return run(*pip, source, cwd=out, **environment)
 
 
 def install(wheel: Path, target: Path) -> Path:
