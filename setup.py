@@ -23,6 +23,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# setuptools loads an entry point of the package `kernels` where that is installed, which the folder of that name here is not.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the first stable ABI with all that is used
 LAUNCHERS = ("ccache", "sccache", "distcc")
 INSTRUCTION_SETS = {
@@ -191,7 +193,11 @@ def write_cpp(ninja, library: Path) -> None:
     from torch.utils.cpp_extension import library_paths
 
     sets = INSTRUCTION_SETS.get(platform.machine(), {"baseline": []})
-    flags = [*COMMON_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    # Errors name the file that raises them, which in a wheel is not to be a folder of the machine that built it.
+    torch_folder = Path(library_paths()[0]).parent
+    folders = {ROOT: "", torch_folder: "torch/", torch_folder.resolve(): "torch/"}
+    prefixes = [f"-ffile-prefix-map={folder}/={name}" for folder, name in folders.items()]
+    flags = [*COMMON_FLAGS, *prefixes, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
     described = shlex.quote(f'-DFASTVAE_FLAGS="{" ".join(COMMON_FLAGS + MATH_FLAGS)}"')
     link = [flag for directory in library_paths() for flag in (f"-L{directory}",)] + ["-ltorch_cpu", "-lc10"]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []

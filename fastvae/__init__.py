@@ -8,7 +8,7 @@ from fastvae._backend import BackendError, load_backends, use_backend
 from fastvae.functional import vae_loss
 
 if TYPE_CHECKING:
-    from fastvae import compat, distributions, models, nn, reference
+    from fastvae import compat, distributions, export, models, nn, reference
     from fastvae.models.tiling import tiled
     from fastvae.nn.optimize import optimize
 
@@ -17,6 +17,7 @@ __all__ = [
     "BackendError",
     "compat",
     "distributions",
+    "export",
     "functional",
     "models",
     "nn",

@@ -13,8 +13,10 @@ import torch
 
 from fastvae import _load, ops
 from fastvae._gpu import architecture, searches_on_tensor_cores
+from fastvae._namespace import NAMESPACE
 from fastvae._torch_private import constant_when_compiled, has_kernel
 from fastvae._types import BackendName
+from fastvae.ops._operator import DEFINITION
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +91,7 @@ def refresh() -> None:
 def _is_registered(backend: str, op: str, dispatch_key: str) -> bool:
     if BACKENDS[backend].error:
         return False
-    return has_kernel(f"fastvae::{op}.{backend}", dispatch_key)
+    return has_kernel(f"{NAMESPACE}::{op}.{backend}", dispatch_key)
 
 
 def serving(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, ...]:
@@ -157,10 +159,14 @@ def _order(device: torch.device, multiply_adds: int, dim: int) -> tuple[str, ...
 
 
 def resolve(op: str, device: torch.device, dtype: torch.dtype, multiply_adds: int = 0, dim: int = 0) -> str:
-    """The backend for ``op`` on this device and dtype: the forced one, or the first that serves them.
+    """The backend for ``op`` on this device and dtype: the forced one, or the first that serves them. While torch.onnx.export traces it
+    is the operator's definition.
 
     ``multiply_adds`` and ``dim`` are those of a search through a codebook, see :func:`fastvae._gpu.searches_on_tensor_cores`.
     """
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        # No other runtime has the package's operators.
+        return DEFINITION
     implementing = _served.get((op, device.type), ON_EVERY_DEVICE)
     forced = _forced.backend or _from_environment
     if forced is not None:
@@ -172,6 +178,11 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, multiply_adds: in
             break
     # Every order ends with the fallback, which serves what is left.
     return name
+
+
+def keeps_noise(backend: str) -> bool:
+    """Whether the noise that ``backend``, as :func:`resolve` names it, has drawn is stored for the backward pass."""
+    return backend != DEFINITION and BACKENDS[backend].keeps_noise
 
 
 def _explain(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:

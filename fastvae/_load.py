@@ -18,6 +18,8 @@ from fastvae.ops import codebook, jacobian
 from fastvae.ops._gram_chunks import gram_in_chunks
 from fastvae.ops._residual_steps import residual_backward_in_steps, residual_in_steps
 
+# By the name under which this package is loaded: a copy of it may have another.
+EXTENSION = f"{__package__}._C"
 EXTENSION_PATHS = [Path(__file__).with_name(f"_C{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
@@ -33,11 +35,11 @@ def message(error: BaseException) -> str:
 
 
 def load_fallback() -> None:
-    importlib.import_module("fastvae.fallback")
+    importlib.import_module(f"{__package__}.fallback")
 
 
 def load_reference() -> None:
-    importlib.import_module("fastvae.reference")
+    importlib.import_module(f"{__package__}.reference")
 
 
 def _check_length(library: Path) -> None:
@@ -61,7 +63,7 @@ def load_cpp() -> str | None:
     for library in EXTENSION_PATHS:
         if library.exists():
             _check_length(library)
-    if not _import("fastvae._C", missing="fastvae._C"):
+    if not _import(EXTENSION, missing=EXTENSION):
         others = sorted(path.name for path in Path(__file__).parent.glob("_C.*.so"))
         if others:
             raise ImportError(f"{', '.join(others)} was built for another Python than this one ({sys.implementation.cache_tag})")
@@ -72,7 +74,7 @@ def load_cpp() -> str | None:
 def load_triton() -> str | None:
     if not (torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"):
         return "this torch has no GPU support (TRITON_INTERPRET=1 serves CPU tensors, for tests)"
-    return None if _import("fastvae.kernels", missing="triton") else "Triton is not installed (pip install triton)"
+    return None if _import(f"{__package__}.kernels", missing="triton") else "Triton is not installed (pip install triton)"
 
 
 def _import(module: str, missing: str) -> bool:

@@ -3,7 +3,10 @@
 import importlib.metadata
 import os
 import platform
+import re
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +17,8 @@ ENVIRONMENT = (
     "FASTVAE_BACKEND",
     "TRITON_INTERPRET",
     "OMP_NUM_THREADS",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
     "CUDA_VISIBLE_DEVICES",
     "FASTVAE_BUILD",
     "FORCE_CUDA",
@@ -23,30 +28,53 @@ ENVIRONMENT = (
     "CXX",
     "CXXFLAGS",
 )
+# Of the flags by which Linux describes a processor, those that decide what the kernels, oneDNN and the precision of a model do.
+PROCESSOR_FLAGS = (
+    *("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8"),
+    *("asimd", "sve", "sve2", "bf16", "i8mm"),
+)
 
 
 def collect() -> dict:
-    """The facts about this installation, ready for JSON.
+    """The facts about this installation, ready for JSON, without the name of the user and the folder of the user's files.
 
     Returns:
-        ``versions``; ``instruction_set`` in use and ``instruction_sets`` to choose from (``None`` and empty without the C++ module);
-        ``build`` of the C++ module and ``cuda_build`` of the CUDA library (``None`` where it is not loaded); ``threads``;
-        ``backends[device][backend]``, each with the ``dtypes`` it serves and, where it serves none or only some operators, the ``reason``;
-        ``choice[device]`` among them, in words; ``environment``; ``cuda_devices``. No CUDA context is made where torch sees no device.
+        ``versions``; ``system``: the operating system and the processor; ``instruction_set`` in use and ``instruction_sets`` to choose from
+        (``None`` and empty without the C++ module); ``build`` of the C++ module and ``cuda_build`` of the CUDA library (``None`` where it
+        is not loaded); ``threads``; ``backends[device][backend]``, each with the ``dtypes`` it serves and, where it serves none or only
+        some operators, the ``reason``; ``choice[device]`` among them, in words; ``environment``; ``cuda_devices`` and the ``driver`` of the
+        GPU. No CUDA context is made where torch sees no device.
     """
     extension = sys.modules.get("fastvae._C")
-    return {
+    facts = {
         "versions": _versions(),
+        "system": _system(),
         "instruction_set": extension.instruction_set() if extension else None,
         "instruction_sets": list(extension.instruction_sets()) if extension else [],
         "build": dict(extension.build_info()) if extension else {},
         "cuda_build": None if _backend.BACKENDS["cuda"].missing else _load.cuda_build(),
-        "threads": {"torch": torch.get_num_threads(), "processors": os.cpu_count()},
+        "threads": _threads(),
         "backends": {device: {name: _support(name, device) for name in _backend.BACKENDS} for device in _devices()},
         "choice": {device: _choice(device) for device in _devices()},
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
         "cuda_devices": _cuda_devices(),
+        "driver": _driver(),
     }
+    return _without_the_user(facts)
+
+
+def _without_the_user(fact: Any) -> Any:
+    """Reports are published: errors and variables name files, whose folders may name the user."""
+    if isinstance(fact, dict):
+        return {key: _without_the_user(value) for key, value in fact.items()}
+    if isinstance(fact, list):
+        return [_without_the_user(value) for value in fact]
+    if not isinstance(fact, str):
+        return fact
+    home = os.path.expanduser("~")
+    names = {os.environ.get(variable) for variable in ("LOGNAME", "USER", "USERNAME")} | {os.path.basename(home)}
+    text = fact.replace(home, "~") if home != "/" else fact
+    return re.sub(rf"(?<=/)({'|'.join(re.escape(name) for name in names if name)})(?=/|$)", "~", text) if any(names) else text
 
 
 def _versions() -> dict[str, str | None]:
@@ -57,7 +85,7 @@ def _versions() -> dict[str, str | None]:
         "torch_hip": torch.version.hip,
         "triton": _triton_version(),
         "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
+        "numpy": importlib.metadata.version("numpy"),
     }
 
 
@@ -65,6 +93,47 @@ def _triton_version() -> str | None:
     """Without importing it; builds for other devices come under other distribution names."""
     names = importlib.metadata.packages_distributions().get("triton")
     return importlib.metadata.version(names[0]) if names else None
+
+
+def _system() -> dict[str, str]:
+    """The operating system, and the processor with its instruction sets."""
+    described, flags = _processor()
+    return {
+        "operating system": _operating_system(),
+        "processor": described,
+        "instructions": ", ".join(flag for flag in PROCESSOR_FLAGS if flag in flags) or "unknown",
+        "used by torch": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _operating_system() -> str:
+    """Never platform.uname(), which has the name of the machine."""
+    described = [f"{platform.system()} {platform.release()} {platform.machine()}", " ".join(platform.libc_ver())]
+    release = Path("/etc/os-release")
+    name = re.search(r'^PRETTY_NAME="?([^"\n]*)', release.read_text(), re.MULTILINE) if release.is_file() else None
+    return ", ".join(filter(None, [name[1] if name else "", *described])).strip()
+
+
+def _processor() -> tuple[str, set[str]]:
+    """Its name and its flags, as far as the system tells."""
+    table = Path("/proc/cpuinfo")
+    text = table.read_text() if table.is_file() else ""
+    name, flags = (re.search(rf"^(?:{keys})\s*: (.*)$", text, re.MULTILINE) for keys in ("model name|CPU part", "flags|Features"))
+    return name[1] if name else platform.processor() or platform.machine(), set(flags[1].split()) if flags else set()
+
+
+def _threads() -> dict[str, int | None]:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"torch": torch.get_num_threads(), "between operators": torch.get_num_interop_threads(), "processors": usable}
+
+
+def _driver() -> str | None:
+    """The version of the GPU's driver, as Linux tells it; None where there is none."""
+    for path, pattern in (("/proc/driver/nvidia/version", r"Module(?: for \S+)?\s+([\d.]+)"), ("/sys/module/amdgpu/version", r"([\d.]+)")):
+        version = re.search(pattern, Path(path).read_text()) if Path(path).is_file() else None
+        if version:
+            return version[1]
+    return None
 
 
 def _devices() -> tuple[str, ...]:
@@ -103,7 +172,7 @@ def _cuda_device(index: int) -> str:
 
 def report(facts: dict) -> str:
     """``collect()`` as text."""
-    lines = [*_section("versions", facts["versions"])]
+    lines = [*_section("versions", facts["versions"]), *_section("system", facts["system"])]
     lines += _section("threads", facts["threads"])
     lines += _section("C++ module", _describe_extension(facts))
     for device, backends in facts["backends"].items():
@@ -140,7 +209,8 @@ def _describe_support(support: dict) -> str:
 
 def _describe_devices(facts: dict) -> dict[str, str]:
     if facts["cuda_devices"]:
-        return {str(index): device for index, device in enumerate(facts["cuda_devices"])}
+        devices = {str(index): device for index, device in enumerate(facts["cuda_devices"])}
+        return devices | {"driver": facts["driver"] or "unknown"}
     return {"none": "torch sees no device" if "cuda" in facts["backends"] else "this torch is built without CUDA"}
 
 

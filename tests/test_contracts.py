@@ -113,6 +113,18 @@ def is_exported_saved_and_loaded(call, place):
         torch.testing.assert_close(ours, theirs)
 
 
+@contract
+def is_decomposed_into_torch_operators(call, place):
+    """A program runs without the package, and gives the same results."""
+    tensors = detached(call.tensors(place.device, ROWS))
+    program = torch.export.export(Exported(of_positions(call, tensors)), tuple(tensors.values()))
+    program = program.run_decompositions(fastvae.export.decompositions())
+    nodes = [node for module in program.graph_module.modules() for node in module.graph.nodes]
+    assert [node.name for node in nodes if getattr(node.target, "namespace", None) == "fastvae"] == []
+    for ours, theirs in zip(program.module()(*tensors.values()), call.function(**tensors), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # Function transformations.
 
 
@@ -418,6 +430,7 @@ def test_every_row_has_every_contract():
         "compiles_in_one_graph",
         "compiles_with_dynamic_shapes",
         "is_exported_saved_and_loaded",
+        "is_decomposed_into_torch_operators",
         "is_mapped_by_vmap",
         "gives_gradients_per_sample",
         "has_the_gradient_of_its_values",

@@ -1,13 +1,17 @@
 """The report of what is installed and which backend serves what."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+import yaml
 
 import fastvae
 from fastvae import _backend, info
@@ -97,6 +101,61 @@ def test_environment_shows_what_is_set(monkeypatch):
     lines = {line.split()[0]: line for line in info.report(facts).splitlines()}
     assert lines["OMP_NUM_THREADS"].endswith(" 3")
     assert lines["CXXFLAGS"].endswith("not set")
+
+
+def test_reports_do_not_name_the_user(monkeypatch):
+    """Neither the home folder nor, in the path of another, the user's name; a word that is that name stays."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("USER", "someone")
+    monkeypatch.setenv("CUDA_HOME", "/home/someone/cuda")
+    monkeypatch.setenv("CXX", "/scratch/someone/bin/g++ -Isomeone")
+    monkeypatch.setattr(_backend, "serving", lambda op, device, dtype: ())
+    monkeypatch.setattr(_backend.BACKENDS["cpp"], "missing", "ImportError: /home/someone/env/fastvae/_C.so: file too short")
+    facts = info.collect()
+    assert facts["environment"]["CUDA_HOME"] == "~/cuda"
+    assert facts["environment"]["CXX"] == "/scratch/~/bin/g++ -Isomeone"
+    assert facts["backends"]["cpu"]["cpp"]["reason"] == "ImportError: ~/env/fastvae/_C.so: file too short"
+    assert "/someone" not in info.report(facts)
+
+
+def test_reports_do_not_name_this_machine():
+    text = json.dumps(info.collect())
+    assert platform.node() not in text
+    assert str(Path.home()) + "/" not in text
+
+
+def test_the_system_has_processor_and_instruction_sets():
+    facts = info.collect()
+    assert set(facts["system"]) == {"operating system", "processor", "instructions", "used by torch"}
+    assert facts["system"]["used by torch"] == torch.backends.cpu.get_cpu_capability()
+    assert all(facts["system"].values())
+    if facts["instruction_set"] in ("avx2", "avx512", "avx512_vnni"):
+        assert "avx2" in facts["system"]["instructions"]
+    assert facts["threads"]["torch"] == torch.get_num_threads()
+    assert 1 <= facts["threads"]["processors"] <= os.cpu_count()
+    assert facts["versions"]["numpy"] == numpy.__version__
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "version"),
+    [
+        ("/proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5", "550.54.15"),
+        ("/proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  575.57.08  Release", "575.57.08"),
+        ("/sys/module/amdgpu/version", "6.10.5\n", "6.10.5"),
+        ("/proc/driver/nvidia/version", "something else", None),
+    ],
+)
+def test_driver_is_read_from_the_system(monkeypatch, path, content, version):
+    monkeypatch.setattr(Path, "is_file", lambda self: str(self) == path)
+    monkeypatch.setattr(Path, "read_text", lambda self: content)
+    assert info._driver() == version
+
+
+def test_the_form_of_a_bug_report_asks_for_the_report():
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug_report.yml").read_text())
+    asked = {field["id"]: field for field in form["body"]}
+    assert "python -m fastvae.info" in asked["info"]["attributes"]["label"]
+    assert asked["info"]["validations"]["required"]
 
 
 def test_cuda_devices_are_those_torch_sees():

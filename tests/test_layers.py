@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports only parts of a lower rank, and itself.
 RANKS = {
     "_torch_private": -1,
+    "_namespace": -1,
     "_extras": 0,
     "_gpu": 0,
     "_pytree": 0,
@@ -21,6 +22,7 @@ RANKS = {
     "ops": 1,
     "_load": 2,
     "_backend": 3,
+    "export": 4,
     "functional": 4,
     "info": 4,
     "nn": 5,

@@ -39,7 +39,7 @@ def python(program: str, cwd: Path, **environment: str) -> str:
 def build_wheel(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess:
     # Verbose: pip shows what the build says only then.
     pip = (sys.executable, "-m", "pip", "wheel", "-v", "--no-index", "--no-build-isolation", "--no-deps", "--wheel-dir", out)
-    return run(*pip, source, cwd=source, **environment)
+    return run(*pip, source, cwd=out, **environment)
 
 
 def install(wheel: Path, target: Path) -> Path:
@@ -187,15 +187,29 @@ def test_bare_checkout_works(source):
     assert (package, kernels) == (source / "fastvae", source / "kernels")
 
 
+def assert_names_no_folder(wheel: Path, *folders: Path) -> None:
+    """No file of a wheel, shared libraries among them, names the folders in which it was built."""
+    with zipfile.ZipFile(wheel) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    assert contents
+    assert [name for name, content in contents.items() for folder in folders if str(folder).encode() in content] == []
+
+
+@needs_source
+def test_pure_wheel_names_no_folder_of_its_build(pure_wheel):
+    assert_names_no_folder(pure_wheel, pure_wheel.parent, ROOT, Path(sys.prefix))
+
+
 @pytest.mark.prove
 @needs_source
 def test_wheel_with_the_library(library, source, tmp_path):
-    """Unoptimised, which compiles quickly: this is about where the library goes, and that it loads there."""
+    """Unoptimised, which compiles quickly: this is about where the library goes, that it loads there, and what it tells of the build."""
     result = build_wheel(source, tmp_path, FASTVAE_BUILD="1", CXXFLAGS="-O0")
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert f"fastvae/{library.name}" in contents(wheel)
     assert not wheel.name.endswith("-any.whl")
+    assert_names_no_folder(wheel, tmp_path, ROOT, Path(sys.prefix))
     target = install(wheel, tmp_path / "site")
     program = (
         "import torch, fastvae; from fastvae import _C\n"
@@ -217,6 +231,72 @@ def test_source_distribution_holds_all_that_a_build_reads(source):
         str(p.relative_to(source)) for folder in folders for p in (source / folder).rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".py")
     }
     assert expected | {"setup.py", "pyproject.toml", "LICENSE"} <= held
+
+
+@needs_source
+def test_source_distribution_builds_the_wheel_that_the_checkout_builds(pure_wheel, source, tmp_path):
+    """From the archive alone, in another folder."""
+    result = run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path, cwd=source, FASTVAE_BUILD="0")
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.rmtree(source)
+    result = build_wheel(archive, tmp_path, FASTVAE_BUILD="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == pure_wheel.name
+    assert contents(wheel) == contents(pure_wheel)
+
+
+def environment(folder: Path) -> Path:
+    """The Python of a virtual environment without packages of its own, which sees torch and numpy and not this checkout."""
+    result = run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
+    assert result.returncode == 0, result.stderr
+    (site,) = folder.glob("lib/python*/site-packages")
+    # Python processes the .pth files of a folder on PYTHONPATH, and so an editable installation, nowhere but in its own site-packages.
+    (site / "torch_and_numpy.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
+    return folder / "bin/python"
+
+
+USE = """
+import fastvae, torch
+with fastvae.use_backend(BACKEND): loss = fastvae.functional.mse_loss(torch.ones(3), torch.zeros(3))
+assert float(loss) == 1.0
+print(fastvae.__file__)
+"""
+
+
+def check_install(source: Path, folder: Path, backend: str, *options: str, **variables: str) -> Path:
+    """Installs with pip, uses the package in another folder, uninstalls, and finds nothing left. Returns where the package was."""
+    interpreter = environment(folder / "environment")
+    pip = (interpreter, "-m", "pip", "--disable-pip-version-check")
+    result = run(*pip, "install", "--no-index", "--no-build-isolation", "--no-deps", *options, cwd=source.parent, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    used = run(interpreter, "-c", USE.replace("BACKEND", repr(backend)), cwd=folder)
+    assert used.returncode == 0, used.stderr
+    reported = run(interpreter, "-m", "fastvae.info", cwd=folder)
+    assert reported.returncode == 0, reported.stderr
+    assert reported.stdout.startswith(f"versions\n  fastvae               {fastvae.__version__}\n")
+    result = run(*pip, "uninstall", "--yes", "fastvae-kernels", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert run(interpreter, "-c", "import fastvae", cwd=folder).returncode != 0
+    return Path(used.stdout.strip()).parent
+
+
+@needs_source
+@pytest.mark.prove
+def test_a_pure_wheel_is_installed_used_and_removed(pure_wheel, tmp_path):
+    package = check_install(pure_wheel, tmp_path, "fallback", pure_wheel)
+    assert package.is_relative_to(tmp_path / "environment")
+
+
+@needs_source
+@pytest.mark.prove
+@pytest.mark.parametrize("kind", ["checkout", "editable"])
+def test_a_checkout_is_built_installed_used_and_removed(library, source, tmp_path, kind):
+    """With its C++ kernels, unoptimised."""
+    options = (source,) if kind == "checkout" else ("--editable", source)
+    package = check_install(source, tmp_path, "cpp", *options, FASTVAE_BUILD="1", FORCE_CUDA="0", CXXFLAGS="-O0")
+    assert package.is_relative_to(source if kind == "editable" else tmp_path / "environment")
 
 
 @needs_source

@@ -230,7 +230,7 @@ def _seed_tensor(seed, device):
 def _keeps_noise(backend, seed, mu, logvar):
     """Whether drawn noise is stored for the backward pass. On a CPU drawing it again costs five times as much as storing it."""
     differentiated = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
-    return differentiated and seed is not None and _backend.BACKENDS[backend].keeps_noise
+    return differentiated and seed is not None and _backend.keeps_noise(backend)
 
 
 def _check_clamp(limits):

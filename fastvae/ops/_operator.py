@@ -12,10 +12,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from fastvae._namespace import NAMESPACE
 from fastvae._torch_private import wrap_overload
 from fastvae._types import BackendName
 
 BACKENDS = typing.get_args(BackendName)
+# Beside the overloads: the operator's definition in torch's own operators, which torch.export writes for other runtimes.
+DEFINITION = "definition"
 
 # The type of a number that torch.compile may make symbolic where shapes are dynamic.
 Size = Annotated[int, "SymInt"]
@@ -50,21 +53,39 @@ class Operator:
         self.overloads: dict[str, Callable] = {}
         schema = _arguments_schema(arguments) + " -> " + _results_schema(arguments)
         for backend in BACKENDS:
-            qualified = f"fastvae::{name}.{backend}"
+            qualified = f"{NAMESPACE}::{name}.{backend}"
             torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(qualified, self._of_one_object(arguments.allocate))
-            self.overloads[backend] = getattr(getattr(torch.ops.fastvae, name), backend)
+            self.overloads[backend] = getattr(getattr(getattr(torch.ops, NAMESPACE), name), backend)
         wrap_overload(self.overloads["cuda"], _with_out_of_memory_error)
+        self.overloads[DEFINITION] = self.in_torch_operators
+        self._definition: Callable | None = None
         OPERATORS[name] = self
 
     def implement(self, backend: str, dispatch_keys: str = "CompositeExplicitAutograd") -> Callable:
-        """Decorates a function of the arguments, as one object, that is the backend's implementation."""
+        """Decorates a function of the arguments, as one object, that is the backend's implementation.
+
+        The implementation ``"reference"`` is the operator's definition too, unless :meth:`define` gives another.
+        """
 
         def register(function):
-            torch.library.impl(f"fastvae::{self.name}.{backend}", dispatch_keys, self._of_one_object(function))
+            torch.library.impl(f"{NAMESPACE}::{self.name}.{backend}", dispatch_keys, self._of_one_object(function))
+            if backend == "reference" and self._definition is None:
+                self._definition = function
             return function
 
         return register
+
+    def define(self, definition: Callable) -> Callable:
+        """Decorates a function of the arguments, as one object: the operator in torch's own operators that other runtimes have and run
+        fast. It reads no value of a tensor, and holds for all sizes."""
+        self._definition = definition
+        return definition
+
+    def in_torch_operators(self, *inputs):
+        """The results by the operator's definition, for tracing."""
+        assert self._definition is not None, f"{self.name} has no implementation in fastvae.reference"
+        return self._definition(self.arguments(*inputs))
 
     def takes_arguments(self, forward: Callable) -> Callable:
         """Decorates ``forward(*inputs)`` of an autograd.Function whose inputs are the arguments and the backend.

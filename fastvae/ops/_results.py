@@ -1,5 +1,7 @@
 """Shapes, dtypes and layouts of results, and the reductions that all families share."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,10 @@ def reduced_shape(shape: torch.Size, reduction: int) -> tuple:
 def reduced_count(shape: torch.Size, reduction: int) -> int:
     """The divisor of the sum over all elements. It is 1 for an empty batch, which has the loss 0 and not the NaN of 0 / 0."""
     if reduction == REDUCTIONS["mean"]:
-        return max(shape.numel(), 1)
+        # Size.numel() of a symbolic shape would be a constant.
+        return torch.sym_max(math.prod(shape), 1)
     if reduction == REDUCTIONS["batchmean"]:
-        return max(shape[0] if len(shape) else 1, 1)
+        return torch.sym_max(shape[0] if len(shape) else 1, 1)
     return 1
 
 

@@ -1,7 +1,7 @@
 """Vector quantization in plain PyTorch: the definition and the oracle of the tests."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, get_args
 
 import torch
@@ -14,6 +14,8 @@ from fastvae.ops._autograd import in_plain_torch
 from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduction_number
 
 _CHUNK_ELEMENTS = 1 << 24
+# A search for the indices (heads, rows) of the codes (heads, codes, dim) nearest to vectors (heads, rows, dim).
+Search = Callable[[Tensor, Tensor], Tensor]
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
@@ -27,6 +29,13 @@ def _nearest_in(rows: int, x: Tensor, codebook: Tensor) -> Tensor:
     chunks = [((chunk.double()[:, None] - codebook) ** 2).sum(-1).argmin(-1) for chunk in x.split(rows)]
     indices = torch.cat(chunks) if x.shape[0] else x.new_empty((0,), dtype=torch.int64)
     return torch.where(torch.isfinite(x).all(-1), indices, 0)
+
+
+def _nearest_by_product(x: Tensor, codebook: Tensor) -> Tensor:
+    """:func:`nearest` by one matrix product in float64, for other runtimes: for any number of rows, without reading a value."""
+    codes = codebook.double()
+    scores = codes.square().sum(-1).unsqueeze(1) - 2.0 * (x.double() @ codes.transpose(1, 2))
+    return torch.where(torch.isfinite(x).all(-1), scores.argmin(-1), 0)
 
 
 def lookup(codebook: Tensor, indices: Tensor) -> Tensor:
@@ -116,13 +125,15 @@ class _Step(NamedTuple):
     codes: Tensor
 
 
-def _residual_steps(x: Tensor, codebooks: Tensor, mask: Tensor | None, found: Tensor | None = None) -> Iterator[_Step]:
-    """The steps, by a search each or by the indices (rows, steps) that one has ``found``. The residuals are differentiable in ``x``, the
-    codes in ``codebooks``."""
+def _residual_steps(
+    x: Tensor, codebooks: Tensor, mask: Tensor | None, found: Tensor | None = None, search: Search = nearest
+) -> Iterator[_Step]:
+    """The steps, by a ``search`` each or by the indices (rows, steps) that one has ``found``. The residuals are differentiable in ``x``,
+    the codes in ``codebooks``."""
     kept = torch.ones(x.shape[:1], dtype=torch.bool, device=x.device) if mask is None else mask
     residual = torch.where(kept[:, None], x, 0.0)
     for step, codebook in enumerate(codebooks):
-        indices = nearest(residual.detach()[None], codebook.detach()[None])[0] if found is None else found[:, step].clamp(min=0)
+        indices = search(residual.detach()[None], codebook.detach()[None])[0] if found is None else found[:, step].clamp(min=0)
         codes = torch.where(kept[:, None], codebook[indices].to(accumulation_dtype(x.dtype)), 0.0)
         yield _Step(residual, torch.where(kept, indices, -1), codes)
         residual = residual - codes.detach().to(x.dtype)
@@ -206,9 +217,18 @@ def _check_finite(codebook: Tensor, argument: str = "codebook") -> None:
 
 @ops.nearest.implement("reference")
 def _codebook_nearest(arguments: ops.NearestArguments) -> ops.NearestResults:
+    _check_finite(arguments.codebook)
+    return _nearest_results(arguments, nearest)
+
+
+@ops.nearest.define
+def _nearest_for_other_runtimes(arguments: ops.NearestArguments) -> ops.NearestResults:
+    return _nearest_results(arguments, _nearest_by_product)
+
+
+def _nearest_results(arguments: ops.NearestArguments, search: Search) -> ops.NearestResults:
     x, codebook = arguments.x, arguments.codebook
-    _check_finite(codebook)
-    indices, dtype = nearest(x, codebook), accumulation_dtype(x.dtype)
+    indices, dtype = search(x, codebook), accumulation_dtype(x.dtype)
     if not arguments.with_distance:
         return ops.NearestResults(indices, x.new_empty((0,), dtype=dtype))
     return ops.NearestResults(indices, ((x.double() - lookup(codebook, indices).double()) ** 2).sum(-1).to(dtype))
@@ -216,9 +236,18 @@ def _codebook_nearest(arguments: ops.NearestArguments) -> ops.NearestResults:
 
 @ops.quantize.implement("reference")
 def _codebook_quantize(arguments: ops.QuantizeArguments) -> ops.QuantizeResults:
+    _check_finite(arguments.codebook)
+    return _quantize_results(arguments, nearest)
+
+
+@ops.quantize.define
+def _quantize_for_other_runtimes(arguments: ops.QuantizeArguments) -> ops.QuantizeResults:
+    return _quantize_results(arguments, _nearest_by_product)
+
+
+def _quantize_results(arguments: ops.QuantizeArguments, search: Search) -> ops.QuantizeResults:
     x, codebook = arguments.x, arguments.codebook
-    _check_finite(codebook)
-    indices, dtype = nearest(x, codebook), accumulation_dtype(x.dtype)
+    indices, dtype = search(x, codebook), accumulation_dtype(x.dtype)
     codes = lookup(codebook, indices).to(dtype)
     errors = arguments.loss_weight * (x.to(dtype) - codes) ** 2
     return ops.QuantizeResults(codes.to(x.dtype), indices, _reduce(errors, arguments.batch, arguments.reduction, x.dtype))
@@ -244,9 +273,18 @@ def _codebook_quantize_backward(arguments: ops.QuantizeBackwardArguments) -> ops
 
 @ops.residual.implement("reference")
 def _codebook_residual_quantize(arguments: ops.ResidualArguments) -> ops.ResidualResults:
+    _check_finite(arguments.codebooks, "codebooks")
+    return _residual_results(arguments, nearest)
+
+
+@ops.residual.define
+def _residual_for_other_runtimes(arguments: ops.ResidualArguments) -> ops.ResidualResults:
+    return _residual_results(arguments, _nearest_by_product)
+
+
+def _residual_results(arguments: ops.ResidualArguments, search: Search) -> ops.ResidualResults:
     x, codebooks, mask, loss_weight, with_residuals = arguments
-    _check_finite(codebooks, "codebooks")
-    steps = list(_residual_steps(x, codebooks, mask))
+    steps = list(_residual_steps(x, codebooks, mask, search=search))
     scale = loss_weight * _residual_scale(x, mask)
     losses = torch.stack([(step.residual.to(step.codes.dtype) - step.codes).square().sum() * scale for step in steps])
     residuals = torch.stack([step.residual for step in steps]) if with_residuals else x.new_empty((0,))
@@ -285,10 +323,9 @@ def _codebook_sums(arguments: ops.SumsArguments) -> ops.SumsResults:
     x, indices, codes = arguments
     # One bin more, for the rows that are left out.
     bins = torch.where((indices < 0) | ~torch.isfinite(x).all(-1), codes, indices)
-    counts = torch.zeros((x.shape[0], codes + 1), dtype=torch.int64, device=x.device)
-    counts.scatter_add_(1, bins, torch.ones_like(bins))
+    counts = torch.zeros((x.shape[0], codes + 1), dtype=torch.int64, device=x.device).scatter_add(1, bins, torch.ones_like(bins))
     sums = torch.zeros((x.shape[0], codes + 1, x.shape[2]), dtype=accumulation_dtype(x.dtype), device=x.device)
-    sums.scatter_add_(1, bins[..., None].expand(x.shape), x.to(sums.dtype))
+    sums = sums.scatter_add(1, bins[..., None].expand(x.shape), x.to(sums.dtype))
     return ops.SumsResults(counts[:, :codes].contiguous(), sums[:, :codes].contiguous())
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastvae._types import NormActivation, check_choice
 from fastvae.ops import group_norm as ops
 from fastvae.ops._autograd import in_plain_torch
-from fastvae.ops._results import accumulation_dtype, in_layout
+from fastvae.ops._results import accumulation_dtype, in_layout, widest_dtype
 from fastvae.ops.group_norm import NORM_ACTIVATIONS, activated
 from fastvae.reference._norm_activations import differentiated
 
@@ -62,6 +62,18 @@ def group_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     normal = _normalise(wide, mean, rstd)
     affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
     return ops.ForwardResults(in_layout(activated(affine, arguments.activation), input), mean, rstd)
+
+
+@ops.forward.define
+def _by_group_norm_of_torch(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    """For other runtimes, which have a GroupNorm; many have no float64."""
+    input, num_groups, dtype = arguments.input, arguments.num_groups, accumulation_dtype(arguments.input.dtype)
+    wide = input.to(dtype)
+    weight, bias = (None if p is None else p.to(dtype) for p in (arguments.weight, arguments.bias))
+    normal = torch.nn.functional.group_norm(wide, num_groups, weight, bias, arguments.eps)
+    variance, mean = torch.var_mean(wide.reshape(input.shape[0], num_groups, -1), 2, correction=0)
+    statistics = (t.to(widest_dtype(input.device)) for t in (mean, (variance + arguments.eps).rsqrt()))
+    return ops.ForwardResults(activated(normal, arguments.activation).to(input.dtype), *statistics)
 
 
 @ops.recompute.implement("reference")

@@ -22,8 +22,9 @@ def _per_channel(parameter: Tensor | None, like: Tensor, default: float) -> Tens
     return wide.view(*wide.shape, *(1,) * (like.ndim - 2))
 
 
-def _rrms(wide: Tensor, eps: float, eps_mode: int) -> Tensor:
-    squares = wide.square().sum(1, dtype=torch.float64)
+def _rrms(wide: Tensor, eps: float, eps_mode: int, dtype: torch.dtype) -> Tensor:
+    """1 / RMS of the channels of each position, summed in ``dtype``."""
+    squares = wide.square().sum(1, dtype=dtype)
     channels = max(wide.shape[1], 1)
     if eps_mode == EPS_MODES["add"]:
         return (squares / channels + eps).rsqrt().to(wide.dtype)
@@ -55,9 +56,19 @@ def rms_norm_silu(
 @ops.forward.implement("reference")
 def rms_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     """The operator, differentiable any number of times in either mode where it is called as this function."""
+    return _forward(arguments, torch.float64)
+
+
+@ops.forward.define
+def _without_float64(arguments: ops.ForwardArguments) -> ops.ForwardResults:
+    """For other runtimes, many of which have no float64."""
+    return _forward(arguments, accumulation_dtype(arguments.input.dtype))
+
+
+def _forward(arguments: ops.ForwardArguments, dtype: torch.dtype) -> ops.ForwardResults:
     input, weight, bias = arguments.input, arguments.weight, arguments.bias
     wide = input.to(accumulation_dtype(input.dtype))
-    rrms = _rrms(wide, arguments.eps, arguments.eps_mode)
+    rrms = _rrms(wide, arguments.eps, arguments.eps_mode, dtype)
     normal = wide * rrms.unsqueeze(1)
     affine = normal * _per_channel(weight, normal, 1.0) + _per_channel(bias, normal, 0.0)
     return ops.ForwardResults(in_layout(activated(affine, arguments.activation), input), rrms.contiguous())

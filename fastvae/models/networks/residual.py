@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,7 +72,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (t.flatten(2).mT for t in _convolve(self.norm, self.qkv, x, self.memory).chunk(3, dim=1))
-        attended = F.scaled_dot_product_attention(query, key, value)
+        if torch.compiler.is_exporting():
+            # The ONNX exporter takes attention with a dimension of heads alone.
+            query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value).reshape(query.shape[0], -1, x.shape[1])
         return x + self.out(attended.mT.unflatten(2, x.shape[2:]))
 
 
