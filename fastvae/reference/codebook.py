@@ -183,7 +183,9 @@ def _rotation(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     x_norm, code_norm = (t.norm(dim=-1, keepdim=True) for t in (x, codes))
     x_unit, code_unit = x / x_norm.clamp(min=tiny), codes / code_norm.clamp(min=tiny)
     between = x_unit + code_unit
-    between = between / between.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    length = between.norm(dim=-1, keepdim=True)
+    # Where the two are opposite, the sum is what their rounding leaves, and has no direction.
+    between = torch.where(length <= 16.0 * torch.finfo(x.dtype).eps, 0.0, between / length)
     return x_unit, code_unit, between, code_norm / x_norm.clamp(min=tiny)
 
 
