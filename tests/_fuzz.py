@@ -98,7 +98,8 @@ class Draw:
         return self._place(self._extreme(kind, torch.randn(shape, generator=self.generator, dtype=torch.float64), dtype), dtype, layout)
 
     def _extreme(self, kind: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-        limits = torch.finfo(dtype)
+        # The oracle has no more than float64: at the limits of that nothing is known.
+        limits = torch.finfo(torch.float32 if dtype == torch.float64 else dtype)
         if kind == "spread":
             exponents = torch.rand(values.shape, generator=self.generator, dtype=torch.float64).mul_(8.0).sub_(4.0)
             return values * 10.0**exponents
@@ -226,9 +227,9 @@ def overflows(narrow: dict[str, Tensor], oracle: dict[str, Tensor]) -> bool:
 def excused(actual: Tensor, oracle: Tensor, narrow: Tensor, wrong: Tensor, overflown: bool) -> bool:
     """Whether all ``wrong`` elements are at the limits of the arithmetic: as near to the oracle as those of the definition in the same
     arithmetic, what that has no number for, no numbers where that leaves its range, or next to an end of the range, where the order of
-    factors decides whether a product overflows, and exponentials of kernels are 0."""
+    factors decides whether a product overflows, and exponentials of kernels stop."""
     value, same, limits = actual.double(), narrow.double(), torch.finfo(accumulation_dtype(actual.dtype))
-    near = (value - oracle).abs() <= torch.clamp(SLACK * (same - oracle).abs(), min=limits.tiny)
+    near = (value - oracle).abs() <= torch.clamp(SLACK * (same - oracle).abs(), min=limits.tiny / limits.eps)
     overflows_on_the_way = value.isinf() & (value.sign() == oracle.sign()) & (oracle.abs() > limits.max / MARGIN)
     return bool((~wrong | near | ~same.isfinite() | (overflown & ~value.isfinite()) | overflows_on_the_way).all())
 

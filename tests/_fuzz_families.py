@@ -479,10 +479,14 @@ def group_norm(draw: Draw) -> Trial | None:
 
     def sizes(wide, oracle, incoming):
         """As in the tests of the family: what the normalisation cancels, and what the gradient of its input does."""
+        width = math.prod(shape[1:]) / groups
         variance = wide["input"].reshape(shape[0], groups, -1).var(2, correction=0) if wide["input"].numel() else torch.ones(1)
         rstd = 1.0 / (float(variance.nan_to_num(0.0, 0.0, 0.0).min()) + options["eps"]) ** 0.5
         # A mean that is large beside the deviations costs digits of them.
         shifted = 1.0 + _largest(wide["input"]) * rstd * 2.0**-10
+        if draw.extreme:
+            # One element may be all of a group: its projection is as large as the number of elements, and cancels.
+            shifted *= 1.0 + width
         return _norm_sizes(wide, oracle, incoming, rstd * shifted, (shape[0] * math.prod(shape[2:])), draw.dtype)
 
     trial = Trial(call, tensors, tuple(tensors), sizes, draw.extreme)

@@ -57,3 +57,22 @@ def batch(name: str, rows: int, generator: torch.Generator) -> tuple[Tensor, ...
 def total_loss(output) -> Tensor:
     """That of the model, and that of its discriminator where it has one."""
     return sum(getattr(output, name) for name in ("loss", "discriminator_loss") if hasattr(output, name))
+
+
+def scrambled(name: str) -> nn.Module:
+    """After two steps, so that running statistics, schedules and codebooks are no longer those of a new model; in evaluation mode."""
+    model, generator = make(name).train(), torch.Generator().manual_seed(2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        total_loss(model(*batch(name, 8, generator))).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def numbers(name: str, model: nn.Module) -> dict[str, Tensor]:
+    """The fields of an output that are numbers, for a batch that is always the same and with noise that is."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        output = model(*batch(name, 5, torch.Generator().manual_seed(4)))
+    return {key: value for key, value in output._asdict().items() if isinstance(value, Tensor) and value.ndim == 0}

@@ -323,6 +323,16 @@ def test_equal_codes_cost_nothing(instruction_set):
     assert counts["rechecked"] == 0
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [7, 33, 64])
+def test_the_lowest_of_equal_codes_in_every_layout(layout, rows):
+    """The reference too, whose sums follow the strides."""
+    x = lay_out(Source("cpu").normal(rows, 9), layout)
+    codes = Source("cpu", seed=1).normal(1, 9).expand(7, 9)
+    assert not reference.nearest(x[None], codes[None]).any()
+    assert not FV.vq_nearest(x, codes).any()
+
+
 @each_place("codebook_quantize", "codebook_quantize_backward")
 @pytest.mark.parametrize("dim", [1, 2, 7, 33])
 def test_the_rotation_to_an_opposite_code_keeps_lengths(place, dim):

@@ -18,7 +18,8 @@ _CHUNK_ELEMENTS = 1 << 24
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     """Indices of the codes nearest to ``x`` (heads, rows, dim): squared distances in float64, the lowest index where they are equal."""
-    wide = codebook.double()
+    # The sums of two equal codes are equal where their elements are added in one order, which torch takes from the strides.
+    x, wide = x.contiguous(), codebook.double().contiguous()
     rows = max(_CHUNK_ELEMENTS // max(codebook[0].numel(), 1), 1)
     return torch.stack([_nearest_in(rows, x_head, code_head) for x_head, code_head in zip(x, wide, strict=True)])
 
