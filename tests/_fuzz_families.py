@@ -378,7 +378,8 @@ def contractive(draw: Draw) -> Trial:
 
     def sizes(wide, oracle, incoming):
         """The slopes of sigmoid and its like are differences of numbers up to 1, and so are their derivatives."""
-        slope, change = (t.abs() for t in derivatives(wide["hidden"], activation, ACTIVATIONS[activation].alpha))
+        # In float64 such a difference is rounded too: 1 + tanh(u) is 0 for a large negative u.
+        slope, change = (t.abs() + 1e-13 for t in derivatives(wide["hidden"], activation, ACTIVATIONS[activation].alpha))
         flow, norms = _weights(incoming[0], slope.shape, reduction), wide["weight"].square().sum(1)
         of_weight = 4.0 * (flow * slope * (1.0 + slope)).sum(0)[:, None] * wide["weight"].abs()
         return {

@@ -4,7 +4,7 @@ import re
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, networks
@@ -63,7 +63,7 @@ class CommandLine(LightningCLI):
         if args[0] != "fit":
             self._default_to_data_of_checkpoint(args)
         for each in (parser, *self._subcommand_parsers.values()):
-            each.configs = _configs_of(args)
+            cast("Parser", each).configs = _configs_of(args)
         self.config = parser.parse_args(args)
 
     def _default_to_data_of_checkpoint(self, args: list[str]) -> None:
