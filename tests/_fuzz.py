@@ -230,7 +230,7 @@ def excused(actual: Tensor, oracle: Tensor, narrow: Tensor, wrong: Tensor, overf
     factors decides whether a product overflows, and exponentials of kernels stop."""
     value, same, limits = actual.double(), narrow.double(), torch.finfo(accumulation_dtype(actual.dtype))
     near = (value - oracle).abs() <= torch.clamp(SLACK * (same - oracle).abs(), min=limits.tiny / limits.eps)
-    overflows_on_the_way = value.isinf() & (value.sign() == oracle.sign()) & (oracle.abs() > limits.max / MARGIN)
+    overflows_on_the_way = ~value.isfinite() & (oracle.abs() > limits.max / MARGIN)
     return bool((~wrong | near | ~same.isfinite() | (overflown & ~value.isfinite()) | overflows_on_the_way).all())
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from _fuzz import LAYOUTS, Draw, Size, Trial, widened
-from _helpers import lay_out
+from _helpers import TOLERANCES, lay_out
 from test_codebook import assert_nearest, assert_nearest_in_float64
 from test_group_norm import arrange, is_near_kink
 from test_jacobian import FUNCTIONS as ACTIVATION_FUNCTIONS
@@ -31,6 +31,8 @@ from fastvae.reference._reduce import expand_gradient, reduce_elements
 from fastvae.reference.jacobian import derivatives
 
 ELEMENTS = 400
+# Its part in a bound is the smallest normal float32.
+SMALLEST_SIGMA = torch.finfo(torch.float32).tiny / TOLERANCES[torch.float32]["atol"]
 SCALAR_REDUCTIONS = ("batchmean", "sum", "mean")
 
 
@@ -115,7 +117,8 @@ def _free_bits(draw: Draw, tensors: dict[str, Tensor], clamp) -> float:
 def _latent_sizes(wide, incoming, samples, learns, options) -> dict[str, Size]:
     low, high = options["logvar_clamp"] or (-math.inf, math.inf)
     mu, logvar = wide["mu"], wide["logvar"].clamp(low, high)
-    shape, sizes, sigma = mu.shape, {}, torch.exp(0.5 * logvar)
+    # A kernel's exponential is 0 where it would be below the smallest normal number, which huge noise makes large again.
+    shape, sizes, sigma = mu.shape, {}, torch.exp(0.5 * logvar) + SMALLEST_SIGMA
     by_mu, by_logvar = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     flowing = list(incoming)
     if samples:
