@@ -16,6 +16,12 @@ STAGES ?=
 # The other torch of `make compat`, and which of the tests run with it: all, or tenth, the tenth that today's date chooses.
 TORCH ?= 2.10.0
 TESTS ?= all
+# What `make fuzz` runs: so many cases of all families, or of some; SEED decides them, the date by default.
+CASES ?= 1000000
+FAMILIES ?=
+SEED ?=
+# Steps of each model in `make soak`.
+STEPS ?= 10000
 # The same of `make prove`, and which proofs; all where none is named.
 PART ?= all
 PROOFS ?=
@@ -23,7 +29,7 @@ PROOFS ?=
 NATIVE := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE)) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 
-.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang test-clang-kernels sanitize prove bench results docs compat lint format build setup clean gpu-pass
+.PHONY: demo test test-native test-cuda test-emulation test-interpret test-offline test-clang test-clang-kernels sanitize prove fuzz soak bench results docs compat lint format build setup clean gpu-pass
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -65,6 +71,14 @@ sanitize: setup
 # The long proofs, with PART=today the part that the date chooses; PROOFS names some of them. About an hour on two cores.
 prove: build
 	$(RUN) tools/prove.py $(PROOFS) --part $(PART)
+
+# Every public function against the reference in float64, on one core: about an hour for a million cases. A failure prints how to repeat it.
+fuzz: build
+	$(RUN) tools/fuzz.py $(FAMILIES) --cases $(CASES) $(if $(SEED),--seed $(SEED))
+
+# Ten thousand training steps of each ready-made network with batches that change, and the memory after them. Hours.
+soak: build
+	$(RUN) tools/soak.py --steps $(STEPS)
 
 # Some gigabytes and many minutes, in a .venv-compat-* of its own; PYTHON says for which Python.
 compat: build

@@ -16,6 +16,8 @@ from fastvae.ops._results import REDUCTIONS
 NONE, SAMPLE = tl.constexpr(REDUCTIONS["none"]), tl.constexpr(REDUCTIONS["sample"])
 # The smallest normal float32. Norms are at least this before they are divided by.
 TINY = tl.constexpr(2.0**-126)
+# A sum of two unit vectors up to this length is what their rounding leaves where they are opposite: 16 units in the last place.
+ROUNDING = tl.constexpr(2.0**-19)
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def rotation_of(
         h_dot_grad += tl.sum(h * gradient, axis=1)
         code_dot_grad += tl.sum(code_unit * gradient, axis=1)
     h_norm = tl.maximum(tl.sqrt(square), TINY)
-    grad_on_h = 2.0 * (h_dot_grad / h_norm) / h_norm
+    grad_on_h = tl.where(h_norm <= ROUNDING, 0.0, 2.0 * (h_dot_grad / h_norm) / h_norm)
     scale = code_norm / x_norm
     return scale, x_factor * (2.0 * code_dot_grad - grad_on_h), code_factor * -grad_on_h
 

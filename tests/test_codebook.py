@@ -323,6 +323,31 @@ def test_equal_codes_cost_nothing(instruction_set):
     assert counts["rechecked"] == 0
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [7, 33, 64])
+def test_the_lowest_of_equal_codes_in_every_layout(layout, rows):
+    """The reference too, whose sums follow the strides."""
+    x = lay_out(Source("cpu").normal(rows, 9), layout)
+    codes = Source("cpu", seed=1).normal(1, 9).expand(7, 9)
+    assert not reference.nearest(x[None], codes[None]).any()
+    assert not FV.vq_nearest(x, codes).any()
+
+
+@each_place("codebook_quantize", "codebook_quantize_backward")
+@pytest.mark.parametrize("dim", [1, 2, 7, 33])
+def test_the_rotation_to_an_opposite_code_keeps_lengths(place, dim):
+    """Half a turn, in one dimension -1; rounding alone would choose its plane."""
+    source = Source(place.device)
+    x = leaf(source.normal(200, dim))
+    codes = -0.3 * x.detach()
+    quantized = torch.stack([FV.vector_quantize(x[i : i + 1], codes[i : i + 1], gradient="rotation").quantized[0] for i in range(200)])
+    incoming = source.normal(200, dim)
+    (gradient,) = torch.autograd.grad(quantized, x, incoming)
+    torch.testing.assert_close(gradient.norm(dim=1), 0.3 * incoming.norm(dim=1))
+    if dim == 1:
+        torch.testing.assert_close(gradient, -0.3 * incoming)
+
+
 @pytest.mark.parametrize("place", compiled_places(OPERATOR), ids=str)
 def test_bitwise_equal_with_any_number_of_threads(place):
     source = Source(place.device)

@@ -34,11 +34,15 @@ OF_THE_BUILD = {"setuptools", "wheel", "pybind11", "ninja"}
 OF_THE_USER = {"torchvision", "disent"}
 
 
-def declared() -> set[str]:
-    """The distributions that a user or a developer installs with the package."""
+def requirements() -> list[str]:
+    """What a user or a developer installs with the package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
-    return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements} - {project["name"]}
+    return [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+
+
+def declared() -> set[str]:
+    """The names of their distributions."""
+    return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements()} - {"fastvae-kernels"}
 
 
 @functools.cache
@@ -75,3 +79,23 @@ def test_every_command_is_called():
     text = "\n".join((ROOT / name).read_text() for name in ("Makefile", ".pre-commit-config.yaml", "CONTRIBUTING.md"))
     spoken = {"pytest-benchmark": "benchmarks", "pytest-xdist": "--numprocesses"}
     assert {command for command in COMMANDS if spoken.get(command, command) not in text} == set()
+
+
+# Releases that were malicious, and the bound that excludes them.
+MALICIOUS = {"lightning": ((2, 6, 2), (2, 6, 3))}
+
+
+def test_malicious_releases_are_excluded():
+    for name, releases in MALICIOUS.items():
+        bounds = [r for r in requirements() if re.match(r"[\w-]+", r)[0] == name]
+        assert bounds
+        for bound in bounds:
+            lowest = tuple(map(int, re.search(r">=([\d.]+)", bound)[1].split(".")))
+            assert lowest > max(releases), bound
+
+
+def test_no_dependency_is_a_url_or_a_branch():
+    """The index keeps what a name and a version stand for; a URL does not."""
+    files = [ROOT / "pyproject.toml", *(ROOT / "requirements").iterdir()]
+    assert [requirement for requirement in requirements() if "@" in requirement or "/" in requirement] == []
+    assert [path.name for path in files if re.search(r"git\+|--extra-index-url|--index-url|--trusted-host", path.read_text())] == []

@@ -170,6 +170,24 @@ def test_odd_sizes(place, dtype, layout, shape, groups):
 
 @each_place(OPERATOR)
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("parameters", ["sliced", "expanded", "offset"])
+def test_parameters_in_every_layout(place, layout, parameters):
+    """As they come out of a table of the parameters of several layers."""
+    source = Source(place.device)
+    x, incoming = (arrange(source.normal(2, 6, 5, 4), layout) for _ in range(2))
+    weight, bias = (leaf(source.normal(6, layout=parameters)) for _ in range(2))
+    dense = [leaf(t.detach().contiguous()) for t in (x, weight, bias)]
+    results = []
+    for leaves in ([leaf(x), weight, bias], dense):
+        y = FV.group_norm_silu(leaves[0], 3, *leaves[1:])
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, incoming)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(results[0][0], oracle(x.double(), 3, weight.double(), bias.double(), "silu").float())
+
+
+@each_place(OPERATOR)
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize("mean", [1e2, 1e4, -1e4])
 def test_a_large_mean_with_a_small_variance(place, layout, mean):
     """E[x^2] - E[x]^2 would lose all digits of the variance, and a mean in float32 an error of 5e-4 standard deviations."""

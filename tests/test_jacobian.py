@@ -174,6 +174,14 @@ def test_gradcheck(place, activation, reduction):
 
 
 @each_place(OPERATOR)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_empty_batch_has_no_penalty_whatever_the_weights(place, reduction, value):
+    hidden, weight = torch.empty(0, 5, device=place.device), torch.full((5, 3), value, device=place.device)
+    assert not FV.contractive_penalty(hidden, weight, "sigmoid", reduction).any()
+
+
+@each_place(OPERATOR)
 @each_activation
 def test_far_from_zero(place, activation):
     """Values at which an exponential overflows, underflows or cancels."""

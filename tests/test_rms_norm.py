@@ -255,6 +255,27 @@ def test_only_the_wanted_gradients(place):
 
 
 @each_place(OPERATOR)
+@pytest.mark.parametrize("names", [NAMES, ("weight", "shift"), ("bias", "scale"), ("scale",)], ids=str)
+def test_an_empty_batch_with_parameters(place, names):
+    """Those of the channels have more values than those of the samples, of which there are none."""
+    x = leaf(torch.empty(0, 64, 5, device=place.device))
+    parameters = {name: leaf(torch.ones(parameter_shape(name, x.shape), device=place.device)) for name in names}
+    y = FV.rms_norm_silu(x, **parameters)
+    assert y.shape == x.shape
+    gradients = torch.autograd.grad(y.sum(), [x, *parameters.values()])
+    assert [g.shape for g in gradients] == [x.shape, *(p.shape for p in parameters.values())]
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("eps_mode", EPS_MODES)
+def test_the_reference_has_a_gradient_where_all_channels_are_zero(eps_mode):
+    x = torch.zeros(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    incoming = torch.ones_like(x)
+    (gradient,) = torch.autograd.grad(reference.rms_norm_silu(x, eps=4.0, eps_mode=eps_mode, activation="none"), x, incoming)
+    torch.testing.assert_close(gradient, torch.full_like(x, 0.5 if eps_mode == "add" else 3**0.5 / 4))
+
+
+@each_place(OPERATOR)
 @pytest.mark.parametrize("shape", [(0, 6, 4, 4), (2, 6, 0, 4), (0, 6), (2, 0, 3)], ids=str)
 def test_empty(place, shape):
     x = leaf(torch.empty(shape, device=place.device))

@@ -205,8 +205,9 @@ FASTVAE_INLINE T halfway(const CodebookRotation<T>& r, T x, T code) {
 // Takes the norm of h and the products h.grad_output and c.grad_output.
 template <class T>
 FASTVAE_INLINE void set_gradient(CodebookRotation<T>& r, T h_norm, T h_dot_grad, T code_dot_grad) {
-  T divisor = nonzero_norm(h_norm);
-  r.grad_on_h = h_dot_grad / divisor / divisor;
+  // Where x' and c' are opposite, h is what their rounding leaves: its direction is none, and its part of the rotation is left out.
+  const T rounding = T(16) * (sizeof(T) == sizeof(float) ? T(FLT_EPSILON) : T(DBL_EPSILON));
+  r.grad_on_h = h_norm <= rounding ? T(0) : h_dot_grad / h_norm / h_norm;
   r.grad_on_code = code_dot_grad * r.code_factor;
 }
 

@@ -82,6 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> jacobian_forward(const Tensor& hidden
     p.sums = sums.data();
   }
   run(p);
+  // The kernel multiplies the sums of the slopes, which are 0, with norms that may be infinite.
+  if (p.batch == 0) sums.assign(sums.size(), 0.0);
   if (reduction == Reduction::sample)
     write_values(sum_items(sums, p.blocks(), p.batch), 1.0, penalty);
   else if (reduction != Reduction::none)

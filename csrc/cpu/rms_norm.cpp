@@ -78,7 +78,8 @@ struct RmsNormCall {
     bool repeated = other_is_of_samples && !is_of_samples(tensor);
     int64_t count = repeated || is_of_samples(tensor) ? sizes.batch * sizes.channels : sizes.channels;
     std::vector<double> values(count, default_value);
-    if (!tensor || tensor->numel() == 0) return values;
+    // An empty batch has room for no value, also where the parameter has one a channel.
+    if (!tensor || count == 0) return values;
     kernels.to_double(contiguous_view(dense(*tensor)), tensor->numel(), values.data());
     for (int64_t i = tensor->numel(); i < count; ++i) values[i] = values[i - tensor->numel()];
     return values;

@@ -219,7 +219,9 @@ def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
     x_norm, code_norm = (t.norm(dim=-1, keepdim=True).clamp_(min=tiny) for t in (x, codes))
     x_unit, code_unit = x / x_norm, codes / code_norm
     between = x_unit + code_unit
-    between.div_(between.norm(dim=-1, keepdim=True).clamp_(min=tiny))
+    length = between.norm(dim=-1, keepdim=True)
+    # Where the two are opposite, the sum is what their rounding leaves, and has no direction.
+    between = torch.where(length <= 16.0 * torch.finfo(x.dtype).eps, 0.0, between.div_(length))
     along_between, along_code = ((t * grad).sum(-1, keepdim=True).mul_(2.0) for t in (between, code_unit))
     scale = torch.where(code_norm > tiny, code_norm, 0.0).div_(x_norm)
     return x_unit.mul_(along_code).sub_(between.mul_(along_between)).add_(grad).mul_(scale)

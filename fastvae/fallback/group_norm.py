@@ -112,7 +112,8 @@ def group_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
         mean.zero_()
         rstd.zero_()
     elements, outputs = layout.matrices(input), layout.matrices(output)
-    parameters = [None if p is None else p.to(dtype) for p in (arguments.weight, arguments.bias)]
+    # torch's own kernel reads them as if they were contiguous.
+    parameters = [None if p is None else p.to(dtype).contiguous() for p in (arguments.weight, arguments.bias)]
     if layout.is_native:
         _normalise_natively(layout, elements, outputs, mean, rstd, parameters, eps, activation)
     if not layout.is_native or not _is_small(mean, rstd):
@@ -200,7 +201,8 @@ class _Backward:
         center = None if _is_small(mean, rstd) else mean.to(self.dtype)
         self.center = None if center is None else self.layout.by_channel(center)
         self.mean, self.rstd = (mean if center is None else mean - center).to(self.dtype), rstd.to(self.dtype)
-        self.weight = input.new_ones(input.shape[1], dtype=self.dtype) if weight is None else weight.to(self.dtype)
+        # torch's own kernel reads it as if it were contiguous.
+        self.weight = input.new_ones(input.shape[1], dtype=self.dtype) if weight is None else weight.to(self.dtype).contiguous()
         self.scale, self.shift = self.layout.affine(self.mean, self.rstd, self.weight, None if bias is None else bias.to(self.dtype))
         self.grad_weight, self.grad_bias = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
         self.activation = torch_activation(arguments.activation)

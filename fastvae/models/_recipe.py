@@ -88,18 +88,30 @@ def to_plain(name: str, value: Any) -> Any:
 
 
 def from_plain(value: Any) -> Any:
-    """The option that :func:`to_plain` was given."""
+    """The option that :func:`to_plain` was given.
+
+    Raises:
+        ValueError: for an object of a class that no recipe holds.
+    """
     if isinstance(value, list):
         return tuple(from_plain(item) for item in value)
     if isinstance(value, Mapping):
         arguments = dict(value)
-        name = arguments.pop("class")
-        if "." in name:
-            # It knows every model, so it is imported when all of them are.
-            from fastvae.models import registry
-
-            part: Any = registry.find_network(name)
-        else:
-            part = _PARTS[name] if name in _PARTS else getattr(distributions, name)
+        part = _part(arguments.pop("class", None))
         return part(**{argument: from_plain(option) for argument, option in arguments.items()})
     return value
+
+
+def _part(name: Any) -> Callable[..., Any]:
+    """What a stored option may be made by: a ready-made network, or one of the classes of :func:`to_plain`; a file names nothing else."""
+    # It knows every model, so it is imported when all of them are.
+    from fastvae.models import registry
+
+    if isinstance(name, str):
+        if "." in name:
+            return registry.find_network(name)
+        if name in _PARTS:
+            return _PARTS[name]
+        if name in distributions.__all__:
+            return getattr(distributions, name)
+    raise ValueError(f"class: got {name!r}, {registry.nearest(str(name), [*_PARTS, *distributions.__all__])}")

@@ -37,18 +37,35 @@ def from_pretrained(source: str | Path, **download: Any) -> nn.Module:
         download: options of ``huggingface_hub.hf_hub_download``, such as ``revision`` and ``token``.
 
     Raises:
-        ValueError: for a config that does not describe a network of this package.
+        ValueError: for a config that does not describe a network of this package, or weights that are damaged or of another network.
         FileNotFoundError: for a folder without the two files.
     """
-    with extra("train"):
-        from safetensors.torch import load_model
     config, weights = (_find(source, name, download) for name in (CONFIG, WEIGHTS))
-    description = json.loads(config.read_text())
-    if not isinstance(description, dict) or not {"network", "options"} <= description.keys():
-        raise ValueError(f"source: {config} describes no network of fastvae, takes one with network and options")
-    model = registry.build(description)
-    load_model(model, str(weights))
+    model = registry.build(_read_description(config))
+    _load_weights(model, weights)
     return model.eval()
+
+
+def _read_description(config: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(config.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"source: {config} is no JSON: {error}") from error
+    if not registry.is_description(description):
+        raise ValueError(f"source: {config} describes no network of fastvae, takes one with network and options")
+    return description
+
+
+def _load_weights(model: nn.Module, weights: Path) -> None:
+    with extra("train"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_model
+    try:
+        load_model(model, str(weights))
+    except SafetensorError as error:
+        raise ValueError(f"source: {weights} is no safetensors file, or a damaged one: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"source: {weights} does not hold the weights that {CONFIG} beside it describes: {error}") from error
 
 
 def check_source(source: str | Path) -> None:

@@ -75,6 +75,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {"network": recipe.name, "options": {name: to_plain(name, value) for name, value in recipe.options.items()}}
 
 
+def is_description(value: Any) -> bool:
+    """Whether something that a file holds has the form of what :func:`describe` gives."""
+    return isinstance(value, Mapping) and isinstance(value.get("network"), str) and isinstance(value.get("options"), Mapping)
+
+
 def build(description: Mapping[str, Any]) -> nn.Module:
     """The model of a description that :func:`describe` gave, with new weights.
 
@@ -82,8 +87,7 @@ def build(description: Mapping[str, Any]) -> nn.Module:
         ValueError: for a network or an option that does not exist, with the nearest that do.
     """
     make = find_network(description["network"])
-    options = {name: from_plain(value) for name, value in description["options"].items()}
     try:
-        return make(**options)
+        return make(**{name: from_plain(value) for name, value in description["options"].items()})
     except TypeError as error:
         raise ValueError(f"network: {description['network']} of this version does not take the stored options: {error}") from error

@@ -20,7 +20,8 @@ Search = Callable[[Tensor, Tensor], Tensor]
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     """Indices of the codes nearest to ``x`` (heads, rows, dim): squared distances in float64, the lowest index where they are equal."""
-    wide = codebook.double()
+    # The sums of two equal codes are equal where their elements are added in one order, which torch takes from the strides.
+    x, wide = x.contiguous(), codebook.double().contiguous()
     rows = max(_CHUNK_ELEMENTS // max(codebook[0].numel(), 1), 1)
     return torch.stack([_nearest_in(rows, x_head, code_head) for x_head, code_head in zip(x, wide, strict=True)])
 
@@ -194,7 +195,9 @@ def _rotation(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     x_norm, code_norm = (t.norm(dim=-1, keepdim=True) for t in (x, codes))
     x_unit, code_unit = x / x_norm.clamp(min=tiny), codes / code_norm.clamp(min=tiny)
     between = x_unit + code_unit
-    between = between / between.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    length = between.norm(dim=-1, keepdim=True)
+    # Where the two are opposite, the sum is what their rounding leaves, and has no direction.
+    between = torch.where(length <= 16.0 * torch.finfo(x.dtype).eps, 0.0, between / length)
     return x_unit, code_unit, between, code_norm / x_norm.clamp(min=tiny)
 
 

@@ -28,7 +28,8 @@ def _rrms(wide: Tensor, eps: float, eps_mode: int, dtype: torch.dtype) -> Tensor
     channels = max(wide.shape[1], 1)
     if eps_mode == EPS_MODES["add"]:
         return (squares / channels + eps).rsqrt().to(wide.dtype)
-    return (math.sqrt(channels) / squares.sqrt().clamp(min=eps)).to(wide.dtype)
+    # The root has an infinite derivative at 0, where the bound decides and that of the norm is 0.
+    return (math.sqrt(channels) / squares.clamp(min=eps * eps).sqrt()).to(wide.dtype)
 
 
 def rms_norm_silu(

@@ -15,6 +15,9 @@ from fastvae.training.errors import CheckpointError, TrainingError
 from fastvae.training.module import LitAutoencoder, check_entry
 from fastvae.training.preprocessing import Preprocessing
 
+# The unpickler of torch ends at a damaged pickle with whatever the instruction that it takes the bytes for raises.
+_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError, MemoryError)
+
 
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content, of tensors and plain data alone: nothing that a file says is run."""
@@ -27,7 +30,7 @@ def read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"checkpoint: {path} holds more than tensors and plain data, which is not read") from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(f"checkpoint: {path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint: {path} holds a {type(content).__name__}, takes a checkpoint of fastvae fit")
@@ -38,7 +41,10 @@ def build_network(entry: dict[str, Any]) -> Any:
     """The network that a checkpoint's entry describes, with new weights."""
     if entry["network"] is None:
         raise CheckpointError("checkpoint: its network was made of modules of one's own, which only its program can make again")
-    return registry.build(entry["network"])
+    try:
+        return registry.build(entry["network"])
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint: {error}") from error
 
 
 def build_data(name: str | None, options: dict[str, Any]) -> AutoencoderData:
@@ -64,5 +70,8 @@ def load(path: Path) -> LitAutoencoder:
     lit = LitAutoencoder(build_network(entry))
     lit.preprocessing = Preprocessing(**entry["preprocessing"])
     lit.sample_shape, lit.data_name, lit.data_options = entry["sample_shape"], entry["data"], entry["data_options"]
-    lit.load_state_dict(content["state_dict"])
+    try:
+        lit.load_state_dict(content["state_dict"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint: {path} does not hold the weights of the network that it describes: {error}") from error
     return lit.eval()

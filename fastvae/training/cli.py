@@ -4,7 +4,7 @@ import re
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastvae._extras import extra
 from fastvae.training import checkpoints, latents, networks
@@ -62,6 +62,8 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         if args[0] != "fit":
             self._default_to_data_of_checkpoint(args)
+        for each in (parser, *self._subcommand_parsers.values()):
+            cast("Parser", each).configs = _configs_of(args)
         self.config = parser.parse_args(args)
 
     def _default_to_data_of_checkpoint(self, args: list[str]) -> None:
@@ -128,6 +130,12 @@ class CommandLine(LightningCLI):
         self._check_data()
         self.model.sample_shape, self.model.data_name = entry["sample_shape"], entry["data"]
         checkpoints.check_shape(self.model, self.datamodule, self.datamodule.samples("train", 4)["x"])
+
+
+def _configs_of(args: list[str]) -> tuple[str, ...]:
+    peeking = ArgumentParser(add_help=False, allow_abbrev=False)
+    peeking.add_argument("--config", action="append", default=[])
+    return tuple(peeking.parse_known_args(args)[0].config)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,7 +1,10 @@
 """The data modules: data sets that come with packages, downloads, folders of images, and arrays."""
 
 import gzip
+import math
 import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +23,8 @@ from fastvae.training.sources import ImageFiles, InMemory, Source
 
 # Where the Debian package dataset-fashion-mnist puts its files.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+# How much of a file is read at a time.
+READ_BYTES = 1 << 24
 TorchvisionName = Literal["MNIST", "CIFAR10", "CelebA"]
 
 
@@ -74,15 +79,28 @@ class PhotographPatches(AutoencoderData):
 
 def read_idx(path: Path) -> np.ndarray:
     """An array in the format of the MNIST files: the number of dimensions, their sizes, then bytes."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        content = file.read()
-    if content[:3] != b"\x00\x00\x08":
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return _read_idx(path, file)
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise DataError(f"{path}: is damaged: {error}") from error
+
+
+def _read_idx(path: Path, file: Any) -> np.ndarray:
+    start = file.read(4)
+    if start[:3] != b"\x00\x00\x08" or len(start) < 4:
         raise DataError(f"{path}: is no idx file of bytes")
-    shape = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
-    data = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
-    if data.size != np.prod(shape):
-        raise DataError(f"{path}: holds {data.size} bytes, takes {np.prod(shape)} for shape {shape}")
-    return data.reshape(shape)
+    shape = struct.unpack(f">{start[3]}I", file.read(4 * start[3]))
+    count = math.prod(shape)
+    # Some kilobytes can decompress to more than the memory holds: nothing is read beyond what the header says, and no byte is set aside for
+    # a header that says too much.
+    blocks, left = [], count + 1
+    while left > 0 and (block := file.read(min(left, READ_BYTES))):
+        blocks.append(block)
+        left -= len(block)
+    if left != 1:
+        raise DataError(f"{path}: holds {'more' if left == 0 else count + 1 - left} bytes, takes {count} for shape {shape}")
+    return np.frombuffer(b"".join(blocks), np.uint8).reshape(shape)
 
 
 class FashionMNIST(AutoencoderData):
@@ -246,15 +264,23 @@ class Arrays(AutoencoderData):
 
     def _read(self) -> tuple[Tensor, Tensor | None]:
         try:
-            loaded = np.load(self.path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            return self._read_arrays()
+        # A header may promise more than the memory holds.
+        except DataError:
+            raise
+        except (OSError, EOFError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
             raise DataError(f"path: {self.path} is no .npy or .npz file of numbers: {error}") from error
+
+    def _read_arrays(self) -> tuple[Tensor, Tensor | None]:
+        loaded = np.load(self.path, allow_pickle=False)
         labels = None
         if isinstance(loaded, np.ndarray):
             x = loaded
         else:
             x = self._entry(loaded, "key", self.key or ("x" if "x" in loaded or len(loaded.files) != 1 else loaded.files[0]))
             labels = None if self.label_key is None else torch.from_numpy(self._entry(loaded, "label_key", self.label_key)).to(torch.int64)
+        if not isinstance(x, np.ndarray):
+            raise DataError(f"path: {self.path} holds no array of the name that is asked for")
         if x.ndim < 2 or x.dtype.kind not in "biuf":
             raise DataError(f"path: got {x.dtype} of shape {x.shape}, takes numbers of shape (samples, features, ...)")
         if labels is not None and len(labels) != len(x):

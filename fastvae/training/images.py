@@ -16,8 +16,8 @@ with extra("train"):
     from PIL import Image, ImageOps
 
 ColorMode = Literal["rgb", "grey"]
-# What Pillow raises for a file that is no image, or is damaged.
-BROKEN = (OSError, SyntaxError, ValueError)
+# What Pillow raises for a file that is no image, is damaged, or would take more memory than an image of its limit (MAX_IMAGE_PIXELS).
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # More names than this are a list that nobody reads.
 MAX_NAMES = 10
 

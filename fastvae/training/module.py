@@ -1,6 +1,6 @@
 """The training of any autoencoder by Lightning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -39,6 +39,17 @@ Interval = Literal["step", "epoch"]
 # The entry of a checkpoint that says what the weights belong to, and the number of its layout.
 ENTRY = "fastvae"
 FORMAT = 1
+
+
+# What a checkpoint's entry says of the model, and of which form. A file may hold anything.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "network": lambda value: value is None or registry.is_description(value),
+    "preprocessing": lambda value: isinstance(value, Mapping) and value.keys() == Preprocessing().describe().keys(),
+    "data": lambda value: value is None or isinstance(value, str),
+    "data_options": lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
+    "noise_seed": lambda value: isinstance(value, int),
+    "sample_shape": lambda value: value is None or (isinstance(value, list) and all(isinstance(size, int) for size in value)),
+}
 
 
 def data_of(batch: Any) -> Tensor:
@@ -331,11 +342,14 @@ def check_entry(checkpoint: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: for one of another program, or of another layout.
     """
     entry = checkpoint.get(ENTRY)
-    if entry is None:
+    if not isinstance(entry, Mapping) or "format" not in entry:
         raise CheckpointError("checkpoint: has no entry of fastvae, takes one that LitAutoencoder wrote")
     if entry["format"] != FORMAT:
         raise CheckpointError(
-            f"checkpoint: got format {entry['format']}, which fastvae {entry['version']} wrote; "
+            f"checkpoint: got format {entry['format']}, which fastvae {entry.get('version')} wrote; "
             f"this is fastvae {__version__}, which takes format {FORMAT}"
         )
-    return entry
+    for name, fits in _FIELDS.items():
+        if name not in entry or not fits(entry[name]):
+            raise CheckpointError(f"checkpoint: its entry of fastvae has the {name} {entry.get(name)!r}, which no training writes")
+    return dict(entry)

@@ -19,11 +19,15 @@ with extra("train"):
 
 # How the parser's messages name what they do not know.
 _UNKNOWN_CLASS = re.compile(r'key "(?:\w+\.)?(network|data)".*Given value: .*?(\w+)\W*$')
+_YAML_TEXT = '"<unicode string>"'
 _UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: -*|not accept option '|Option '|[Kk]ey ')([\w.]+)")
 
 
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line, with the nearest names for one that does not exist."""
+
+    # The configurations that the user gave, which the loader of YAML calls a string.
+    configs: tuple[str, ...] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Ends the program."""
@@ -34,6 +38,8 @@ class Parser(LightningArgumentParser):
             known = networks.NETWORKS if found[1] == "network" else DATA_MODULES
             if found[2] not in known:
                 return f"{found[1]}: got {found[2]!r}, {nearest(found[2], list(known))}"
+        if _YAML_TEXT in message and self.configs:
+            return message.replace(_YAML_TEXT, " or ".join(self.configs))
         if found := _UNKNOWN_OPTION.search(message):
             return f"{message}: {nearest(found[1].rpartition('.')[2], option_names())}"
         return message

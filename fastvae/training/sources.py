@@ -77,7 +77,7 @@ class ImageFiles(Source):
 
     Args:
         paths: the files.
-        load: from a path to a uint8 array ``(channels, height, width)``; raises OSError, SyntaxError or ValueError for a broken file.
+        load: from a path to a uint8 array ``(channels, height, width)``; raises one of :data:`BROKEN` for a broken file.
             Another sample of the batch is then in its place, so that batches keep their size and no sample comes from another part of a
             split; ``broken`` of the batch has the path and the reason.
         labels, names: see :class:`Source`.
