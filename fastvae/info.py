@@ -39,11 +39,11 @@ def collect() -> dict:
     """The facts about this installation, ready for JSON, without the name of the user and the folder of the user's files.
 
     Returns:
-        ``versions``; ``system``: the operating system and the processor; ``instruction_set`` in use and ``instruction_sets`` to choose from
-        (``None`` and empty without the C++ module); ``build`` of the C++ module and ``cuda_build`` of the CUDA library (``None`` where it
-        is not loaded); ``threads``; ``backends[device][backend]``, each with the ``dtypes`` it serves and, where it serves none or only
-        some operators, the ``reason``; ``choice[device]`` among them, in words; ``environment``; ``cuda_devices`` and the ``driver`` of the
-        GPU. No CUDA context is made where torch sees no device.
+        ``versions``; ``system``, which is the operating system and the processor; ``instruction_set`` in use and ``instruction_sets`` to
+        choose from (``None`` and empty without the C++ module); ``build`` of the C++ module and ``cuda_build`` of the CUDA library
+        (``None`` where it is not loaded); ``threads``; ``backends[device][backend]``, each with the ``dtypes`` it serves and, where it
+        serves none or only some operators, the ``reason``; ``choice[device]`` among them, in words; ``environment``; ``cuda_devices`` and
+        the ``driver`` of the GPU. No CUDA context is made where torch sees no device.
     """
     extension = sys.modules.get("fastvae._C")
     facts = {
