@@ -124,9 +124,8 @@ def _convolution_backward(ctx, grad_output: Tensor, weight: Tensor, normal: Tens
 
 def _needed(needs_input_grad: tuple[bool, ...]) -> list[bool]:
     """Whether gradients are needed of the convolution's input, weight and bias."""
-    *arguments, _ = needs_input_grad
-    needs = Arguments(*arguments)
-    return [needs.input or needs.norm_weight or needs.norm_bias, needs.weight, needs.bias]
+    needs = dict(zip(Arguments._fields, needs_input_grad, strict=False))
+    return [needs["input"] or needs["norm_weight"] or needs["norm_bias"], needs["weight"], needs["bias"]]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
