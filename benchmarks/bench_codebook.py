@@ -23,7 +23,7 @@ from fastvae.training.plain_torch import quantize_and_move
 TRAINED = Path(__file__).parent / "data" / "vqvae_digits.npz"
 CHUNK = 1024
 RESIDUAL_STEPS = 8
-# Of two distances that differ by less, relative to the larger one, float32 may take either for the smaller.
+# float32 may take either of two distances for the smaller one where they differ by less than this, relative to the larger one.
 NEAR = 1e-5
 
 

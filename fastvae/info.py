@@ -28,7 +28,7 @@ ENVIRONMENT = (
     "CXX",
     "CXXFLAGS",
 )
-# Of the flags by which Linux describes a processor, those that decide what the kernels, oneDNN and the precision of a model do.
+# These flags of a processor, as Linux names them, decide what the kernels, oneDNN and the precision of a model do.
 PROCESSOR_FLAGS = (
     *("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8"),
     *("asimd", "sve", "sve2", "bf16", "i8mm"),
@@ -115,7 +115,7 @@ def _operating_system() -> str:
 
 
 def _processor() -> tuple[str, set[str]]:
-    """Its name and its flags, as far as the system tells."""
+    """The name and the flags of the processor, as far as the system tells them."""
     table = Path("/proc/cpuinfo")
     text = table.read_text() if table.is_file() else ""
     name, flags = (re.search(rf"^(?:{keys})\s*: (.*)$", text, re.MULTILINE) for keys in ("model name|CPU part", "flags|Features"))

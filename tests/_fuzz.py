@@ -33,8 +33,8 @@ LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128,
 LAYOUTS = ("contiguous", "contiguous", "contiguous", "chunked", "permuted", "sliced", "offset", "expanded", "channels_last")
 # "ordinary" is a standard normal; the others are for what arithmetic does at its limits.
 EXTREMES = ("special", "special", "spread", "huge", "denormal", "zero", "saturated")
-# How many times as far from the oracle as the definition in float32 an element of an extreme case may be: both round each step, and add
-# in another order.
+# An element of an extreme case may be so many times as far from the oracle as the definition in float32: both round each step, and add in
+# another order.
 SLACK = 8.0
 # A product of a few factors may be so much larger than the whole.
 MARGIN = 64.0
@@ -137,7 +137,7 @@ def _product(sizes: Sequence[int]) -> int:
 
 @dataclass
 class Size:
-    """What the bound of a result is made of.
+    """The sizes that make the bound of a result.
 
     Args:
         sums: the sum of the absolute values of the numbers that an element is computed from, where sums and products are rounded in the

@@ -136,7 +136,7 @@ def available_bytes() -> int:
 def test_more_than_2_to_the_31_elements(place):
     """An image in 8 bits against zeros in bfloat16: its mean square, and the gradient on both sides of the place where int32 overflows."""
     if available_bytes() < 13 * GIB:
-        pytest.skip("takes 11 GiB of memory")
+        pytest.skip(f"takes 11 GiB of memory, {available_bytes() / GIB:.0f} GiB are free")
     count = 2**31 + 1537
     levels = torch.arange(256, dtype=torch.uint8)
     target = levels.repeat(count // 256 + 1)[:count]

@@ -103,7 +103,7 @@ def from_plain(value: Any) -> Any:
 
 
 def _part(name: Any) -> Callable[..., Any]:
-    """What a stored option may be made by: a ready-made network, or one of the classes of :func:`to_plain`; a file names nothing else."""
+    """The ready-made network or class of :func:`to_plain` that a stored option names; a file may make nothing else."""
     # It knows every model, so it is imported when all of them are.
     from fastvae.models import registry
 

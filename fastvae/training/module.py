@@ -41,7 +41,7 @@ ENTRY = "fastvae"
 FORMAT = 1
 
 
-# What a checkpoint's entry says of the model, and of which form. A file may hold anything.
+# Each field of a checkpoint's entry has a check of its form, because a file may hold anything.
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "network": lambda value: value is None or registry.is_description(value),
     "preprocessing": lambda value: isinstance(value, Mapping) and value.keys() == Preprocessing().describe().keys(),

@@ -188,7 +188,7 @@ def _sliders_tab(space: LatentSpace, loaded: Callable) -> Sliders:
         with gr.Column(scale=3):
             sliders = Sliders(space)
     inputs = [*sliders.moved, *label]
-    # Of the moves that come while one is decoded, the last is decoded next.
+    # A slider sends more moves than can be decoded: the last one that came during a decoding is decoded next, the others are left out.
     events: list[Callable] = [component.change for component in (*sliders.moved, *label)]
     gr.on([*events, loaded], sliders.decode, inputs, decoded, trigger_mode="always_last", show_progress="hidden", api_name="decode")
     mean.click(lambda: sliders.at(space.mean), None, sliders.moved, api_name="mean")
