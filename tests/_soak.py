@@ -1,5 +1,6 @@
 """Long trainings: many steps with batches of changing sizes, after which memory and losses are looked at."""
 
+import ctypes
 import gc
 import math
 import os
@@ -14,14 +15,18 @@ ROWS = (2, 3, 4, 7, 8, 16, 33)
 # Steps in which caches, allocators and optimizers reach their size.
 WARM_UP = 50
 PAGE = os.sysconf("SC_PAGE_SIZE")
-# The allocator of C keeps some megabytes of what it got for batches of other sizes. A tensor that each step leaves behind adds up to more:
+# Pages of which a part is in use stay with the allocator of C, some megabytes. A tensor that each step leaves behind adds up to more:
 # the smallest batch is of 128 bytes, beside its graph of some kilobytes.
 MAX_GROWTH = 8 * 2**20
 
 
 def resident_bytes() -> int:
-    """The memory of this process that is in use, without what is collected."""
+    """The memory of this process that is in use, without what is collected.
+
+    The allocator of C hands back what is free: otherwise what is left behind lies in pages that the process had before, and is not seen.
+    """
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 

@@ -116,7 +116,7 @@ def test_many_calls_leave_no_memory_behind(call, place):
 def test_memory_that_is_left_behind_is_seen():
     call, place = PAIRS[0]
     kept = []
-    leaking = Call(**vars(call) | {"through": lambda **t: kept.append(b"x" * 2**15) or FV.reparameterize_kl(**t)})
+    leaking = Call(**vars(call) | {"through": lambda **t: kept.append(b"x" * 2**16) or FV.reparameterize_kl(**t)})
     assert growth(leaking, place, 400) > MAX_GROWTH
 
 
