@@ -13,8 +13,9 @@ from fastvae._types import CodebookUpdate, QuantizerGradient, check_choice
 from fastvae.functional._checks import check_nonnegative
 from fastvae.functional._documentation import documented
 from fastvae.functional._modules import read_obstacle
-from fastvae.functional.codebook import codebook_ema_step_, codebook_sums
+from fastvae.functional.codebook import codebook_sums
 from fastvae.nn import _processes
+from fastvae.nn._codebook_state import CodebookState, finite_rows, histogram, perplexity_and_usage, statistics_dtype
 from fastvae.nn._recompute import PendingPasses, fingerprint, is_recomputing, keep_out_of_checkpoints, may_be_recomputed, with_value
 from fastvae.ops._autograd import transformed
 
@@ -36,28 +37,6 @@ class VQOutput(NamedTuple):
     loss: Tensor
     perplexity: Tensor
     usage: Tensor
-
-
-class _State(NamedTuple):
-    """The tensors that learn, the layer's own or copies of them, and whether the other processes learn the same at this time."""
-
-    codebook: Tensor
-    ema_count: Tensor
-    ema_sum: Tensor | None
-    started: Tensor
-    shared: bool
-
-    def copy(self) -> "_State":
-        codebook, ema_count, started = (tensor.detach().clone() for tensor in (self.codebook, self.ema_count, self.started))
-        return _State(codebook, ema_count, None if self.ema_sum is None else self.ema_sum.detach().clone(), started, self.shared)
-
-    def add_processes(self, *tensors: Tensor) -> None:
-        if self.shared:
-            _processes.all_reduce(*tensors)
-
-    def take_from_first_process(self, tensor: Tensor) -> None:
-        if self.shared:
-            _processes.broadcast(tensor)
 
 
 class _Seen(NamedTuple):
@@ -146,10 +125,10 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
-            self.register_buffer("ema_sum", codebook.to(_statistics_dtype(codebook.dtype), copy=True))
+            self.register_buffer("ema_sum", codebook.to(statistics_dtype(codebook.dtype), copy=True))
         # The state_dict holds what the options use: moving counts where codes move or revive by them, and the start where k-means makes it.
         counts = update == "ema" or revive_below > 0
-        self.register_buffer("ema_count", torch.ones(shape[:-1], dtype=_statistics_dtype(codebook.dtype)), persistent=counts)
+        self.register_buffer("ema_count", torch.ones(shape[:-1], dtype=statistics_dtype(codebook.dtype)), persistent=counts)
         self.register_buffer("started", torch.tensor(kmeans_iters == 0), persistent=kmeans_iters > 0)
         # The tensor `started` that was seen to hold True, and its version then.
         self._seen_started: Tensor | None = None
@@ -163,7 +142,7 @@ class VectorQuantizer(nn.Module):
         for name, before in statistics.items():
             after = self.get_buffer(name)
             # The conversion would round the statistics, so they come from the values before it.
-            self._buffers[name] = after if _is_wide(after) else before.to(after.device, _statistics_dtype(after.dtype))
+            self._buffers[name] = after if _is_wide(after) else before.to(after.device, statistics_dtype(after.dtype))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -179,7 +158,7 @@ class VectorQuantizer(nn.Module):
             if name in self._buffers:
                 # assign=True takes the dtypes of the file.
                 buffer = self.get_buffer(name)
-                self._buffers[name] = buffer.to(_statistics_dtype(buffer.dtype))
+                self._buffers[name] = buffer.to(statistics_dtype(buffer.dtype))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> VQOutput:
         """Quantizes ``x``.
@@ -260,15 +239,15 @@ class VectorQuantizer(nn.Module):
             keep_out_of_checkpoints(self._passes)
         return self._learn(self._state(shared=True), rows, _counted(rows, indices, loss), mask)
 
-    def _state(self, *, shared: bool) -> _State:
-        return _State(self.codebook, self.ema_count, self._buffers.get("ema_sum"), self.started, shared)
+    def _state(self, *, shared: bool) -> CodebookState:
+        return CodebookState(self.codebook, self.ema_count, self._buffers.get("ema_sum"), self.started, self.cosine, shared)
 
     def _measure(self, rows: Tensor, indices: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Perplexity and usage."""
-        counts = _histogram(_counted(rows, indices, loss), self.codebook.shape[:-1])
+        counts = histogram(_counted(rows, indices, loss), self.codebook.shape[:-1])
         if self.global_evaluation and not self.training:
             _processes.all_reduce(counts)
-        return _perplexity_and_usage(counts)
+        return perplexity_and_usage(counts)
 
     def _evaluate(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Quantized vectors, indices, loss and statistics, with the codebook as it is."""
@@ -294,7 +273,8 @@ class VectorQuantizer(nn.Module):
             copies = state.copy()
             state = copies if recomputes else state
         if starts:
-            self._start(state, rows.detach(), mask)
+            with torch.no_grad():
+                state.start(rows.detach(), mask, iters=self.kmeans_iters)
         rows = F.normalize(rows, dim=-1) if self.cosine else rows
         # The quantizer gets a copy of a codebook that changes before the backward pass.
         codes = self.codebook if seen is None else seen.codes
@@ -325,85 +305,18 @@ class VectorQuantizer(nn.Module):
         return FV.VQ(torch.where(mask[..., None], quantized, 0.0), torch.where(mask, indices, -1), loss)
 
     @torch.no_grad()
-    def _learn(self, state: _State, rows: Tensor, indices: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _learn(self, state: CodebookState, rows: Tensor, indices: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Perplexity and usage, and from the same counts what the codebook learns."""
         if not self.learns:
-            counts = _histogram(indices, self.codebook.shape[:-1])
+            counts = histogram(indices, self.codebook.shape[:-1])
             state.add_processes(counts)
-            return _perplexity_and_usage(counts)
+            return perplexity_and_usage(counts)
         counts, sums = codebook_sums(rows, indices, state.codebook)
         state.add_processes(counts, sums)
-        self._move(state, counts, sums)
+        state.move(counts, sums, decay=self.decay, eps=self.eps)
         if self.revive_below > 0:
-            self._revive(state, rows, mask)
-        return _perplexity_and_usage(counts)
-
-    def _move(self, state: _State, counts: Tensor, sums: Tensor) -> None:
-        if state.ema_sum is None:
-            state.ema_count.lerp_(counts.to(state.ema_count.dtype), 1.0 - self.decay)
-            return
-        # The averages have all that a 16-bit codebook rounds away.
-        codes = state.codebook.to(state.ema_sum.dtype)
-        codebook_ema_step_(codes, state.ema_count, state.ema_sum, counts, sums, decay=self.decay, eps=self.eps)
-        if self.cosine:
-            codes = F.normalize(codes, dim=-1)
-        if codes is not state.codebook:
-            state.codebook.copy_(codes)
-
-    def _revive(self, state: _State, rows: Tensor, mask: Tensor | None) -> None:
-        fresh = self._sample(state, rows, mask)
-        dead = (state.ema_count < self.revive_below) & torch.isfinite(fresh).all(-1)
-        state.codebook.copy_(torch.where(dead[..., None], fresh, state.codebook))
-        state.ema_count.masked_fill_(dead, self.revive_below)
-        if state.ema_sum is not None:
-            state.ema_sum.copy_(torch.where(dead[..., None], fresh * self.revive_below, state.ema_sum))
-
-    def _sample(self, state: _State, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """One vector of the batch for each code, in the shape of the codebook; NaN where the batch has none.
-
-        Vectors at equal distances in the batch, from a random place on, so that none is drawn twice unless they are fewer than the codes.
-        """
-        flat = rows if self.codebook.ndim == 3 else rows.reshape(1, -1, rows.shape[-1])
-        if flat.shape[1] == 0:
-            fresh = flat.new_full(self.codebook.shape, float("nan"))
-        else:
-            available = flat.new_full((flat.shape[0], 1), flat.shape[1], dtype=torch.int64)
-            if mask is not None:
-                kept = mask.reshape(flat.shape[:2])
-                available = kept.sum(1, keepdim=True)
-            step = (available // self.num_codes).clamp(min=1)
-            offset = torch.randint(2**31, available.shape, device=rows.device)
-            chosen = (offset + step * torch.arange(self.num_codes, device=rows.device)) % available.clamp(min=1)
-            if mask is not None:
-                # Vectors that are left out go to the end.
-                chosen = torch.argsort((~kept).to(torch.int8), dim=1, stable=True).gather(1, chosen)
-            fresh = flat.gather(1, chosen[..., None].expand(*chosen.shape, flat.shape[-1]))
-            fresh = torch.where(available[..., None] > 0, fresh, float("nan")).view(self.codebook.shape)
-        fresh = fresh.to(state.ema_count.dtype).contiguous()
-        state.take_from_first_process(fresh)
-        return fresh
-
-    @torch.no_grad()
-    def _start(self, state: _State, rows: Tensor, mask: Tensor | None) -> None:
-        """k-means on the first batch that has finite vectors."""
-        rows = F.normalize(rows, dim=-1) if self.cosine else rows
-        kept = _finite_rows(rows) if mask is None else mask & _finite_rows(rows)
-        rows = torch.where(kept[..., None], rows, 0.0)
-        fresh = self._sample(state, rows, kept)
-        codes = torch.where(torch.isfinite(fresh).all(-1, keepdim=True), fresh, state.codebook)
-        counts = torch.zeros_like(state.ema_count)
-        for _ in range(self.kmeans_iters):
-            counts, sums = codebook_sums(rows, torch.where(kept, FV.vq_nearest(rows, codes), -1), codes)
-            state.add_processes(counts, sums)
-            means = sums / counts.clamp(min=1)[..., None]
-            means = F.normalize(means, dim=-1) if self.cosine else means
-            codes = torch.where(counts[..., None] > 0, means, codes)
-        found = counts.sum() > 0
-        state.codebook.copy_(torch.where(found, codes, state.codebook))
-        state.ema_count.copy_(torch.where(found, counts, state.ema_count))
-        if state.ema_sum is not None:
-            state.ema_sum.copy_(torch.where(found, codes * counts[..., None], state.ema_sum))
-        state.started.copy_(found)
+            state.revive(rows, mask, below=self.revive_below)
+        return perplexity_and_usage(counts)
 
     def _must_start(self) -> bool:
         if self.kmeans_iters == 0:
@@ -469,17 +382,8 @@ class VectorQuantizer(nn.Module):
         return f"{self.num_codes}, {self.dim}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _is_wide(tensor: Tensor) -> bool:
-    return tensor.dtype == _statistics_dtype(tensor.dtype)
-
-
-def _finite_rows(rows: Tensor) -> Tensor:
-    """A mask of the vectors that have a finite sum, and so no NaN and no infinite value. torch.isfinite would take several passes."""
-    return rows.sum(-1, dtype=_statistics_dtype(rows.dtype)) * 0 == 0
+    return tensor.dtype == statistics_dtype(tensor.dtype)
 
 
 def _counted(rows: Tensor, indices: Tensor, loss: Tensor) -> Tensor:
@@ -487,19 +391,4 @@ def _counted(rows: Tensor, indices: Tensor, loss: Tensor) -> Tensor:
     # Where the loss is finite, every vector is. On the CPU the host reads the loss without waiting.
     if type(loss) is Tensor and loss.device.type == "cpu" and not transformed() and math.isfinite(loss.item()):
         return indices
-    return torch.where(_finite_rows(rows), indices, -1)
-
-
-def _perplexity_and_usage(counts: Tensor) -> tuple[Tensor, Tensor]:
-    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    perplexity = torch.exp(-torch.special.xlogy(share, share).sum(-1)).mean()
-    return perplexity, (counts > 0).float().mean()
-
-
-def _histogram(indices: Tensor, shape: torch.Size) -> Tensor:
-    """The number of occurrences of each code: int64 in ``shape``, (codes,) or (heads, codes)."""
-    flat = indices.reshape(shape[0] if len(shape) == 2 else 1, -1)
-    counts = torch.zeros((flat.shape[0], shape[-1] + 1), dtype=torch.int64, device=indices.device)
-    # The last bin takes what is left out.
-    counts.scatter_add_(1, torch.where(flat < 0, shape[-1], flat), torch.ones_like(flat))
-    return counts[:, :-1].reshape(shape)
+    return torch.where(finite_rows(rows), indices, -1)

@@ -1,0 +1,40 @@
+"""What the cases of several families draw, and what their bounds are made of."""
+
+import torch
+from _fuzz import Draw, Size
+from torch import Tensor
+
+from fastvae.ops._results import REDUCTIONS
+from fastvae.reference._reduce import expand_gradient, reduce_elements
+
+ELEMENTS = 400
+
+
+def loss_weights(incoming: Tensor, shape: torch.Size, reduction: str) -> Tensor:
+    """The absolute gradient of each element of a loss."""
+    return expand_gradient(incoming.double(), shape, REDUCTIONS[reduction]).abs()
+
+
+def reduced(elements: Tensor, reduction: str) -> Tensor:
+    return reduce_elements(elements, REDUCTIONS[reduction], torch.float64)
+
+
+def size_of_argument(full: Tensor, argument: Tensor) -> Size:
+    """The size of the gradient of an argument that was broadcast: torch rounds each term to the dtype of the argument, and the sum."""
+    if argument.shape == full.shape:
+        return Size(full)
+    summed = full.sum_to_size(argument.shape)
+    return Size(summed, summed, 2)
+
+
+def any_shape(draw: Draw) -> tuple[int, ...]:
+    return draw.sizes(draw.choice((0, 1, 2, 2, 3, 4)), draw.choice((20, ELEMENTS, ELEMENTS, 4 * ELEMENTS)))
+
+
+def as_tuple(outputs) -> tuple[Tensor, ...]:
+    return tuple(outputs) if isinstance(outputs, tuple) else (outputs,)
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest finite absolute value."""
+    return float(tensor.abs().nan_to_num(0.0, 0.0, 0.0).max()) if tensor.numel() else 0.0
