@@ -1,5 +1,6 @@
 """What the tests share: where operators run, how close results have to be, and inputs in every layout."""
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -181,3 +182,10 @@ class Recorder(TorchDispatchMode):
 def compiled_path(family: str, instruction_set: str) -> str:
     """The path of ``family`` where an instruction set is chosen: avx512_vnni has kernels of its own for the codebook's integer products."""
     return "avx512" if instruction_set == "avx512_vnni" and family != "codebook" else instruction_set
+
+
+def brief(cases: Iterable, often: Iterable):
+    """Parameters of a test that takes long: those named in ``often``, and the others as long proofs. ``cases`` may be a dictionary."""
+    named = cases if isinstance(cases, dict) else {str(case): case for case in cases}
+    assert set(often) <= named.keys()
+    return [pytest.param(case, id=name, marks=() if name in often else pytest.mark.prove) for name, case in named.items()]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _helpers import brief
 
 from benchmarks import __main__ as command
 from benchmarks import devices, floors, headline, largest_batch, plots, registry, report, results, tables, units
@@ -478,7 +479,9 @@ def test_floors_need_features_that_are_looked_for():
     assert needed <= known
 
 
-@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.report", "benchmarks.profile_conv_vae", "benchmarks.largest_batch"])
+@pytest.mark.parametrize(
+    "module", brief(["benchmarks", "benchmarks.report", "benchmarks.profile_conv_vae", "benchmarks.largest_batch"], ["benchmarks"])
+)
 def test_help(module):
     shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith(f"usage: python -m {module}")

@@ -395,8 +395,13 @@ def is_copied_and_pickled(call, place):
 
 PAIRS = [pair for device in DEVICES for pair in calls_on(device)]
 # The reference computes in float64 what takes the others a tenth of its time. A compiler takes seconds for the same function of another
-# backend, or for shapes that vary, so that each backend has one of the two here.
-LONG = {("compiles_in_one_graph", "cpp"), ("compiles_with_dynamic_shapes", "fallback")}
+# backend, or for shapes that vary, so that each backend has one of the two here; the same holds of the other checks that trace a function.
+LONG = {
+    ("compiles_in_one_graph", "cpp"),
+    ("compiles_with_dynamic_shapes", "fallback"),
+    ("is_decomposed_into_torch_operators", "cpp"),
+    ("runs_operators_that_pass_opcheck", "fallback"),
+}
 CASES = [
     pytest.param(name, *pair, marks=pytest.mark.prove if pair[1].backend == "reference" or (name, pair[1].backend) in LONG else ())
     for name in CONTRACTS

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _helpers import brief
 from torch import nn
 
 from fastvae import functional as FV
@@ -38,7 +39,11 @@ def posterior() -> dict:
     return {"x": x, "recon": torch.rand_like(x), "mu": mu, "logvar": logvar, "decoder": decoder}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if programs(page)], ids=lambda page: page.name)
+WITH_PROGRAMS = {str(page.relative_to(ROOT)): page for page in PAGES if programs(page)}
+
+
+# The page about deployment exports to ONNX and compiles ahead of time.
+@pytest.mark.parametrize("page", brief(WITH_PROGRAMS, WITH_PROGRAMS.keys() - {"docs/deployment.md"}))
 def test_programs_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = posterior()

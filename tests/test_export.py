@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from _helpers import brief
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -120,10 +121,8 @@ CASES = {
     "snake of audio": Case(audio_decoder, (2, 4, 9), (3, 4, 14), {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}),
 }
 # What the suite runs; the others are proofs.
-BRIEF = ("decoder of a VAE of linear layers", "decoder of an ImageVAE", "indices of a VQ-VAE")
-each_case = pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name, marks=() if name in BRIEF else pytest.mark.prove) for name, case in CASES.items()]
-)
+BRIEF = ("decoder of a VAE of linear layers", "indices of a VQ-VAE")
+each_case = pytest.mark.parametrize("case", brief(CASES, BRIEF))
 
 
 def operators_of(program: ExportedProgram) -> set[str]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from _helpers import Source
+from _helpers import Source, brief
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrize import is_parametrized
@@ -208,7 +208,7 @@ def test_models_are_stored_with_their_options(make, tmp_path):
     assert torch.equal(loaded.reconstruct(x), model.reconstruct(x))
 
 
-@EACH_NETWORK
+@pytest.mark.parametrize("make", brief(SMALL, ["mlp", "strided_conv"]))
 def test_the_loss_compiles(make):
     torch.compiler.reset()
     torch.manual_seed(0)

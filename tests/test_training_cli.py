@@ -90,11 +90,16 @@ def test_two_processes_that_torchrun_starts(tmp_path):
 QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
 
 
-@pytest.mark.parametrize(("subcommand", "figures"), [("validate", ("val/loss", "val/kl")), ("test", ("recon_loss  ", "PSNR [dB]  "))])
-def test_evaluation_takes_network_and_data_of_the_checkpoint(checkpoint, tmp_path, subcommand, figures):
-    options = ["--evaluation.features=null"] if subcommand == "test" else []
-    printed = fastvae(subcommand, checkpoint, *QUIET, *options, folder=tmp_path)
-    assert all(figure in printed for figure in figures)
+def test_validation_takes_network_and_data_of_the_checkpoint(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command_line.main(["validate", str(checkpoint), *QUIET])
+    printed = capsys.readouterr().out
+    assert all(figure in printed for figure in ("val/loss", "val/kl"))
+
+
+def test_evaluation_takes_network_and_data_of_the_checkpoint(checkpoint, tmp_path):
+    printed = fastvae("test", checkpoint, *QUIET, "--evaluation.features=null", folder=tmp_path)
+    assert all(figure in printed for figure in ("recon_loss  ", "PSNR [dB]  "))
 
 
 def test_evaluation_on_other_data(checkpoint, tmp_path, capsys, monkeypatch):
@@ -118,8 +123,9 @@ def test_evaluation_of_a_checkpoint_that_another_program_wrote(checkpoint, tmp_p
         command_line.main(["test", str(tmp_path / "other.ckpt"), *QUIET])
 
 
-def test_sample(checkpoint, tmp_path):
-    fastvae("sample", checkpoint, "--out", "made", "--count=6", "--columns=3", folder=tmp_path)
+def test_sample(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command_line.main(["sample", str(checkpoint), "--out", "made", "--count=6", "--columns=3"])
     assert size(tmp_path / "made/samples.png") == (36, 24)
 
 
@@ -131,8 +137,9 @@ def test_sample(checkpoint, tmp_path):
         ("traverse", "traversals.png", ["--dimensions=3", "--steps=5"], (60, 36)),
     ],
 )
-def test_pictures_of_test_samples(checkpoint, tmp_path, command, file, options, expected):
-    fastvae(command, checkpoint, "--out=made", "--data=SklearnDigits", *options, folder=tmp_path)
+def test_pictures_of_test_samples(checkpoint, tmp_path, monkeypatch, command, file, options, expected):
+    monkeypatch.chdir(tmp_path)
+    command_line.main([command, str(checkpoint), "--out=made", "--data=SklearnDigits", *options])
     assert size(tmp_path / "made" / file) == expected
 
 
@@ -142,14 +149,15 @@ def test_a_command_takes_the_data_of_the_training(checkpoint, tmp_path, command)
     assert len(list((tmp_path / "made").iterdir())) == 1
 
 
-def test_encode_writes_latents_labels_and_names(checkpoint, tmp_path):
+def test_encode_writes_latents_labels_and_names(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     pictures = tmp_path / "pictures"
     for name in ("a/1.png", "a/2.png", "b/3.png"):
         (pictures / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 12), dtype=np.uint8)).save(pictures / name)
     (pictures / "a/broken.png").write_text("no image")
     options = ["--data.size=8", "--data.mode=grey", "--data.workers=0"]
-    fastvae("encode", checkpoint, "--out=made", "--data=ImageFolder", f"--data.root={pictures}", *options, folder=tmp_path)
+    command_line.main(["encode", str(checkpoint), "--out=made", "--data=ImageFolder", f"--data.root={pictures}", *options])
     with np.load(tmp_path / "made/latents.npz") as latents:
         assert latents["z"].shape == (3, 4)
         assert latents["name"].tolist() == ["a/1.png", "a/2.png", "b/3.png"]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from _helpers import brief
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -225,11 +226,10 @@ def test_a_prior_that_was_trained_on_a_checkpoint_needs_its_own_alone(tmp_path):
 OFTEN = "two_levels"
 
 
-@pytest.mark.parametrize(
-    ("make", "size"), [pytest.param(*KINDS[kind], id=kind, marks=() if kind == OFTEN else pytest.mark.prove) for kind in KINDS]
-)
-def test_the_loss_compiles(make, size):
+@pytest.mark.parametrize("kind", brief(KINDS, [OFTEN]))
+def test_the_loss_compiles(kind):
     torch.compiler.reset()
+    make, size = kind
     prior, x = make(num_classes=3), images(size)
     compiled = torch.compile(prior, fullgraph=True, backend="aot_eager")
     output = compiled(x, LABEL)
