@@ -19,12 +19,13 @@ def reduced(elements: Tensor, reduction: str) -> Tensor:
     return reduce_elements(elements, REDUCTIONS[reduction], torch.float64)
 
 
-def size_of_argument(full: Tensor, argument: Tensor) -> Size:
-    """The size of the gradient of an argument that was broadcast: torch rounds each term to the dtype of the argument, and the sum."""
+def size_of_argument(full: Tensor, argument: Tensor, dtype: torch.dtype) -> Size:
+    """The size of the gradient of an argument that was broadcast: torch rounds each term to the argument's ``dtype``, and the sum."""
     if argument.shape == full.shape:
         return Size(full)
     summed = full.sum_to_size(argument.shape)
-    return Size(summed, summed, 2)
+    # The last place of a denormal number, for each term.
+    return Size(summed, summed + torch.finfo(dtype).tiny * torch.ones_like(full).sum_to_size(argument.shape), 2)
 
 
 def any_shape(draw: Draw) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def latent(draw: Draw) -> Trial:
         lambda module, t: as_tuple(getattr(module, name)(**t, **options)),
         tensors | noise,
         leaves,
-        lambda wide, _, incoming: _latent_sizes(wide, incoming, samples, learns, options),
+        lambda wide, _, incoming: _latent_sizes(wide, incoming, samples, learns, options, draw.dtype),
         draw.extreme,
         oracle=oracle,
         # The derivative of torch.clamp at NaN is 0.
@@ -74,7 +74,7 @@ def _free_bits(draw: Draw, tensors: dict[str, Tensor], clamp) -> float:
     return float(means[where] + gap / 2)
 
 
-def _latent_sizes(wide, incoming, samples, learns, options) -> dict[str, Size]:
+def _latent_sizes(wide, incoming, samples, learns, options, dtype) -> dict[str, Size]:
     low, high = options["logvar_clamp"] or (-math.inf, math.inf)
     mu, logvar = wide["mu"], wide["logvar"].clamp(low, high)
     # Huge noise makes it large again.
@@ -103,8 +103,10 @@ def _latent_sizes(wide, incoming, samples, learns, options) -> dict[str, Size]:
     by_mu, by_logvar = by_mu + weight * delta * precision, by_logvar + weight * excess
     sizes |= {"gradient of mu": Size(by_mu), "gradient of logvar": Size(by_logvar)}
     if "prior_mu" in wide:
-        sizes["gradient of prior_mu"] = size_of_argument(weight * delta * precision, wide["prior_mu"])
-        sizes["gradient of prior_logvar"] = size_of_argument(weight * (excess + 0.5 * delta.square() * precision), wide["prior_logvar"])
+        sizes["gradient of prior_mu"] = size_of_argument(weight * delta * precision, wide["prior_mu"], dtype)
+        sizes["gradient of prior_logvar"] = size_of_argument(
+            weight * (excess + 0.5 * delta.square() * precision), wide["prior_logvar"], dtype
+        )
     return sizes
 
 
@@ -180,7 +182,7 @@ def _loss_sizes(name: str, wide, tensors, incoming, options) -> dict[str, Size]:
         "gradient of target": Size(flow * by_target),
     }
     if by_logvar is not None:
-        sizes["gradient of logvar"] = size_of_argument(flow * by_logvar, wide["logvar"])
+        sizes["gradient of logvar"] = size_of_argument(flow * by_logvar, wide["logvar"], tensors["input"].dtype)
         sizes["gradient of logvar"].roundings = 2
     return sizes
 
@@ -267,6 +269,7 @@ def elbo(draw: Draw) -> Trial:
             False,
             True,
             {"logvar_clamp": (-30.0, 20.0), "free_bits": options.get("free_bits", 0.0), "reduction": options["reduction"]},
+            draw.dtype,
         )
         parts = of_loss["output 0"].sums, of_kl["output 0"].sums
         return {
