@@ -124,7 +124,9 @@ def reconstruction(draw: Draw) -> Trial:
         if name.endswith("logits") and draw.chance(0.4):
             tensors["pos_weight"] = draw.uniform(*form_shape(draw.choice(FORMS), shape)) + 0.5
     if name == "gaussian_nll":
-        tensors["logvar"] = draw.values(*form_shape(draw.choice(FORMS), shape))
+        logvar = draw.values(*form_shape(draw.choice(FORMS), shape))
+        # Beyond that its exponential leaves the range of float64 too, and there is no oracle.
+        tensors["logvar"] = logvar.clamp(-200.0, 200.0) if logvar.dtype == torch.float64 else logvar
         leaves.append("logvar")
     if tensors["target"].is_floating_point() and draw.chance(0.3):
         leaves.append("target")
