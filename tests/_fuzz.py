@@ -124,7 +124,8 @@ class Draw:
     def incoming(self, output: Tensor) -> Tensor:
         """The gradient that flows into an output."""
         if output.ndim == 0:
-            return torch.full_like(output, self.choice((1.0, 1.0, 0.25, -3.0, 0.0)))
+            # What overflows stays infinite times 1, and is NaN times 0, by the order of the factors.
+            return torch.full_like(output, self.choice((1.0, 1.0, 0.25, -3.0, 1.0 if self.extreme else 0.0)))
         return self.normal(*output.shape, dtype=output.dtype)
 
 
