@@ -49,6 +49,8 @@ if platform.machine() == "x86_64":
     FAMILY_FLAGS["group_norm"] = ["-fschedule-insns", "-fsched-pressure"]
 CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0+PTX")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+# What a rule that compiles has beside its command, which ninja prints where it fails.
+COMPILES = {"description": "compile $out", "depfile": "$out.d", "deps": "gcc"}
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]
 # Never -ffinite-math-only: NaN must pass through. Reductions are reassociated by `omp simd` alone.
 MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
@@ -201,8 +203,8 @@ def write_cpp(ninja, library: Path) -> None:
     described = shlex.quote(f'-DFASTVAE_FLAGS="{" ".join(COMMON_FLAGS + MATH_FLAGS)}"')
     link = [flag for directory in library_paths() for flag in (f"-L{directory}",)] + ["-ltorch_cpu", "-lc10"]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    ninja.rule("compile", f"{compiler()} -MMD -MF $out.d {' '.join(flags)} $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-    ninja.rule("link", f"{compiler()} -shared $in -o $out {' '.join(link + undefined)}")
+    ninja.rule("compile", f"{compiler()} -MMD -MF $out.d {' '.join(flags)} $flags -c $in -o $out", **COMPILES)
+    ninja.rule("link", f"{compiler()} -shared $in -o $out {' '.join(link + undefined)}", description="link $out")
     objects = []
 
     def compile_source(source: Path, name: str, *flags: str) -> None:
@@ -235,13 +237,14 @@ def write_cuda(ninja, library: Path) -> None:
     # nvcc compiles for the architectures in as many threads as there are processors, unless MAX_JOBS counts the compilers.
     threads = 1 if max_jobs() else 0
     command = f"{nvcc()} --threads {threads} -MMD -MF $out.d {' '.join(flags)} -Xptxas -v -c $in -o $out"
-    ninja.rule("compile_cuda", f"{command} > $out.log 2>&1 || {{ cat $out.log; false; }}", depfile="$out.d", deps="gcc")
-    ninja.rule("describe_cuda", f"{compiler()} {' '.join(COMMON_FLAGS)} {described} -c $in -o $out")
+    ninja.rule("compile_cuda", f"{command} > $out.log 2>&1 || {{ cat $out.log; false; }}", **COMPILES)
+    ninja.rule("describe_cuda", f"{compiler()} {' '.join(COMMON_FLAGS)} {described} -c $in -o $out", description="compile $out")
     # Stands for torch's CUDA library, which a CPU build of torch has not got. Only its name gets into ours.
-    ninja.rule("stand_in", f"{compiler()} -shared -fPIC -x c++ $in -Wl,-soname,libtorch_cuda.so -o $out")
+    ninja.rule("stand_in", f"{compiler()} -shared -fPIC -x c++ $in -Wl,-soname,libtorch_cuda.so -o $out", description="compile $out")
     directories = " ".join(f"-L{directory}" for directory in library_paths())
     # The runtime's symbols stay inside, or torch's runtime would take their place.
-    ninja.rule("link_cuda", f"{nvcc()} -shared --cudart=static $in {directories} -ltorch_cpu -Xlinker --exclude-libs=ALL -o $out")
+    command = f"{nvcc()} -shared --cudart=static $in {directories} -ltorch_cpu -Xlinker --exclude-libs=ALL -o $out"
+    ninja.rule("link_cuda", command, description="link $out")
     objects = []
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         objects.append(f"cuda/{source.stem}.o")
