@@ -36,7 +36,7 @@ EXTREMES = ("special", "special", "spread", "huge", "denormal", "zero", "saturat
 # An element of an extreme case may be so many times as far from the oracle as the definition in float32: both round each step, and add in
 # another order.
 SLACK = 8.0
-# A product of a few factors may be so much larger than the whole.
+# A product of a few factors may be so much larger than the whole, and as many times more as a mean has elements.
 MARGIN = 64.0
 # Each product of a formula may round in the last place of a denormal number.
 DENORMALS = 4
@@ -231,7 +231,7 @@ def excused(actual: Tensor, oracle: Tensor, narrow: Tensor, wrong: Tensor, overf
     factors decides whether a product overflows, and exponentials of kernels stop."""
     value, same, limits = actual.double(), narrow.double(), torch.finfo(accumulation_dtype(actual.dtype))
     near = (value - oracle).abs() <= torch.clamp(SLACK * (same - oracle).abs(), min=limits.tiny / limits.eps)
-    overflows_on_the_way = ~value.isfinite() & (oracle.abs() > limits.max / MARGIN)
+    overflows_on_the_way = ~value.isfinite() & (oracle.abs() > limits.max / MARGIN / max(value.numel(), 1))
     return bool((~wrong | near | ~same.isfinite() | (overflown & ~value.isfinite()) | overflows_on_the_way).all())
 
 
