@@ -410,7 +410,6 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "call", "place"), CASES, ids=str)
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 def test_contract(name, call, place):
     CONTRACTS[name](call, place)
 

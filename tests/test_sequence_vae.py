@@ -284,7 +284,7 @@ def test_words_that_are_not_known_and_sentences_that_are_too_long(sentences):
         sentences.GrammarSentences(0)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_config_trains_and_the_commands_write_text(sentences, tmp_path, capsys):
     from fastvae.training import cli, commands
 

@@ -106,7 +106,6 @@ def test_a_hessian(function):
 
 
 @each_function
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 def test_per_sample_directional_derivatives(function):
     """vmap of jvp and jvp of vmap."""
     x, directions = torch.stack([point(s) for s in range(3)]), torch.stack([point(s) for s in range(3, 6)])

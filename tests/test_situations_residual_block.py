@@ -70,7 +70,6 @@ def test_a_residual_block_promotes_as_a_sum_does():
         assert block(x).dtype == plain_sum(block, x).dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 def test_a_residual_block_under_function_transforms():
     block, x = residual_block()
     rows = torch.func.vmap(lambda row: block(row[None])[0])(x)

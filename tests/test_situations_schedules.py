@@ -103,7 +103,7 @@ def test_a_function_is_called_outside_of_the_compiled_graph():
 
     losses = [step(kl) for _ in range(5)]
     sum(losses).backward()
-    assert [float(loss) for loss in losses] == pytest.approx([2 * own_function(step) for step in range(5)])
+    assert [loss.item() for loss in losses] == pytest.approx([2 * own_function(step) for step in range(5)])
     assert kl.grad.item() == pytest.approx(2.5)
 
 

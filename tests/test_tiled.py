@@ -154,7 +154,6 @@ LAYERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_layer_in_tiles_of_every_size(name):
     """Between convolutions, so that tiles begin at odd positions and at even ones, and take their halo from tiles."""

@@ -23,7 +23,7 @@ from fastvae.training.errors import TrainingError  # noqa: E402
 from fastvae.training.module import LitAutoencoder  # noqa: E402
 from fastvae.training.optimizers import learning_rate_factor  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 RATE, DISCRIMINATOR_RATE, BETAS = 0.01, 0.003, (0.5, 0.9)
 BATCHES = 6

@@ -18,7 +18,7 @@ from fastvae.training.datasets import SklearnDigits  # noqa: E402
 from fastvae.training.errors import TrainingError  # noqa: E402
 from fastvae.training.module import LitAutoencoder  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def vae(**parts) -> LitAutoencoder:

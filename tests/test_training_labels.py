@@ -19,7 +19,7 @@ from fastvae.training.datasets import Arrays, SklearnDigits  # noqa: E402
 from fastvae.training.errors import DataError, TrainingError  # noqa: E402
 from fastvae.training.module import LitAutoencoder, labels_of  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 def tiny(model=CVAE, **options) -> LitAutoencoder:

@@ -23,7 +23,7 @@ from fastvae.training.errors import CheckpointError  # noqa: E402
 from fastvae.training.module import LitAutoencoder, data_of, scalars, step_seed  # noqa: E402
 from fastvae.training.optimizers import learning_rate_factor  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 def trainer(**options) -> Trainer:

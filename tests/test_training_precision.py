@@ -22,7 +22,7 @@ from fastvae.training.callbacks import LatentCurves, Pictures  # noqa: E402
 from fastvae.training.datasets import SklearnDigits  # noqa: E402
 from fastvae.training.module import LitAutoencoder  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 LEARNING_RATE = 0.01
 

@@ -21,7 +21,7 @@ from fastvae.training.errors import TrainingError  # noqa: E402
 from fastvae.training.module import LitAutoencoder  # noqa: E402
 from fastvae.training.pretraining import PretrainStages  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 class NoSteps(Callback):

@@ -26,7 +26,7 @@ from fastvae.training.callbacks import AveragedWeights, Pictures, draw_pictures 
 from fastvae.training.datasets import SklearnDigits  # noqa: E402
 from fastvae.training.module import LitAutoencoder  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec.*")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 def fit(lit: LitAutoencoder, data, ckpt_path=None, **options) -> Trainer:

@@ -14,9 +14,6 @@ from fastvae import functional as FV
 OPERATORS = ("latent_forward", "reconstruction_forward")
 each_place = pytest.mark.parametrize("place", places(*OPERATORS), ids=str)
 
-# The loop that runs an operator without a batching rule once a sample is what is wanted: nobody vmaps these on a hot path.
-vmap_loops = pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
-
 
 def sample_and_kl(mu, logvar):
     return FV.reparameterize_kl(mu, logvar, num_samples=3, seed=7)
@@ -151,7 +148,6 @@ def test_a_second_derivative_of_compiled_code_is_an_error():
 
 
 @each_place
-@vmap_loops
 def test_vmap_over_drawn_noise(place):
     mu = torch.zeros(4, 50, device=place.device)
     same, different = (torch.func.vmap(lambda m: FV.reparameterize(m, m), randomness=r)(mu) for r in ("same", "different"))
@@ -160,7 +156,6 @@ def test_vmap_over_drawn_noise(place):
 
 
 @each_place
-@vmap_loops
 def test_jacrev(place):
     mu, logvar, eps = Source(place.device).normal(3, 4)
     jacobian = torch.func.jacrev(lambda m, v: FV.reparameterize(m, v, eps=eps), (0, 1))(mu, logvar)
