@@ -25,7 +25,7 @@ def contractive(draw: Draw) -> Trial:
     if draw.extreme:
         hidden = draw.values(batch, units)
         # No layer gives what its activation does not.
-        hidden = hidden.abs() if activation in ("relu", "softplus") else hidden
+        hidden = hidden.abs() if activation in ("relu", "softplus") else hidden.clamp(min=-alpha) if activation == "elu" else hidden
     else:
         a = draw.normal(batch, units, layout=False).double()
         if not ACTIVATIONS[activation].from_preactivation:

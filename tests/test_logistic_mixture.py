@@ -66,11 +66,12 @@ def evaluate(module, case: Case, input, target, **options):
 
 
 def size_of_gradients(input: torch.Tensor, case: Case) -> float:
-    """The size of the numbers that a gradient is computed from: 1 over the least scale, and what a rounded mean is away from its own."""
+    """The size of the numbers that a gradient is computed from: a mixture's weight, 1 over the least scale, and what a rounded mean is
+    away from its own."""
     start, count = case.mixtures * (case.channels + (case.mixtures > 1)), case.mixtures * case.channels
     log_scales = input[:, start : start + count].double().clamp(min=MIN_LOG_SCALE)
     inverse = float(torch.exp(-log_scales).max()) if log_scales.numel() else 1.0
-    return 4.0 * inverse * (1.0 + inverse * (2.0 + case.spread))
+    return 1.0 + 4.0 * inverse * (1.0 + inverse * (2.0 + case.spread))
 
 
 def check(device: str, dtype: torch.dtype, case: Case) -> None:
