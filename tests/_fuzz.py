@@ -220,9 +220,14 @@ def outside(actual: Tensor, oracle: Tensor, size: Size) -> Tensor | None:
     return None if passed.all() else ~passed
 
 
-def overflows(narrow: dict[str, Tensor], oracle: dict[str, Tensor]) -> bool:
-    """Whether the definition leaves the range of its arithmetic somewhere in a case."""
-    return any(bool((~same.isfinite() & oracle[name].isfinite()).any()) for name, same in narrow.items() if same.is_floating_point())
+def overflows(narrow: dict[str, Tensor], oracle: dict[str, Tensor], sizes: dict[str, Size]) -> bool:
+    """Whether the definition leaves the range of its arithmetic somewhere in a case, so that it misses its own bound."""
+    floating = {name: same for name, same in narrow.items() if same.is_floating_point()}
+    return any(outside(same, oracle[name].double(), size_of(name, sizes, oracle)) is not None for name, same in floating.items())
+
+
+def size_of(name: str, sizes: dict[str, Size], oracle: dict[str, Tensor]) -> Size:
+    return sizes.get(name, Size(oracle[name].abs().double()))
 
 
 def excused(actual: Tensor, oracle: Tensor, narrow: Tensor, wrong: Tensor, overflown: bool) -> bool:
@@ -299,13 +304,13 @@ def compare(trial: Trial, actual: dict, oracle: dict, wide: dict, flowing: dict[
             if not torch.equal(ours, theirs):
                 return Verdict(f"{name}: {ours.tolist()}, the reference has {theirs.tolist()}")
             continue
-        wrong = outside(ours, theirs.double(), sizes.get(name, Size(theirs.abs().double())))
+        wrong = outside(ours, theirs.double(), size_of(name, sizes, oracle))
         if wrong is None:
             continue
         if trial.extreme:
             if narrow is None:
                 narrow = results_by_definition(trial, trial.tensors, flowing)
-            if excused(ours, theirs.double(), narrow[name], wrong, overflows(narrow, oracle)):
+            if excused(ours, theirs.double(), narrow[name], wrong, overflows(narrow, oracle, sizes)):
                 verdict.excused = True
                 continue
         return Verdict(

@@ -164,6 +164,8 @@ def _norm_act_conv_sizes(wide: dict[str, Tensor], flow: Tensor, options: dict) -
     (slope,) = torch.autograd.grad(through.sum(), u)
     # Weight and bias may cancel each other, and so may the input and its mean.
     lost = slope.abs() * ((normal * weight).abs() * _digits_of_mean(x, groups) + bias.abs())
+    # Far below 0 the error function has few digits, of numbers that are small beside this.
+    lost = lost + (0.05 if options["activation"] == "gelu" else 0.0)
     size, kernel = (through.detach().abs() + lost).requires_grad_(), wide["weight"].abs().requires_grad_()
     convolve = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
     output = convolve(size, kernel, None, *(options[name] for name in ("stride", "padding", "dilation", "groups")))

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
@@ -159,9 +160,9 @@ def _accesses(loads: list[str], stores: list[str], wide: str) -> dict[str, int]:
     }
 
 
-def jobs() -> list[tuple[int, str, str]]:
-    """Every case, dtype and target."""
-    return [(i, dtype, target) for i, case in enumerate(CASES) for dtype in case.dtypes for target in case.targets]
+def jobs(targets: Collection[str] = tuple(TARGETS)) -> list[tuple[int, str, str]]:
+    """Every case and dtype for these targets."""
+    return [(i, dtype, target) for i, case in enumerate(CASES) for dtype in case.dtypes for target in case.targets if target in targets]
 
 
 class Code(NamedTuple):
@@ -185,9 +186,10 @@ def compile_job(job: tuple[int, str, str]) -> list[Code]:
     return results
 
 
-def compile_all(processes: int = 2) -> list[Code]:
+def compile_all(targets: Collection[str] = tuple(TARGETS), processes: int = 2) -> list[list[Code]]:
+    """The code of each of :func:`jobs`."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return [result for results in pool.map(compile_job, jobs()) for result in results]
+        return list(pool.map(compile_job, jobs(targets)))
 
 
 def read_table() -> list[Row]:
@@ -196,7 +198,7 @@ def read_table() -> list[Row]:
 
 
 def main() -> None:
-    rows = [code.row for code in compile_all()]
+    rows = [code.row for codes in compile_all() for code in codes]
     others = [row for row in read_table() if row.triton != triton.__version__]
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")

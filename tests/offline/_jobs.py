@@ -26,4 +26,9 @@ class Job:
 
 
 JOBS = [Job(*job) for job in offline_table.jobs()]
-each_job = pytest.mark.parametrize("job", JOBS, ids=str)
+# One of each maker. A compiler takes a minute for a target, and the others are long proofs.
+OFTEN = ("sm_90", "gfx942")
+each_target = pytest.mark.parametrize("target", [pytest.param(t, marks=() if t in OFTEN else pytest.mark.prove) for t in TARGETS])
+each_job = pytest.mark.parametrize(
+    "job", [pytest.param(job, id=str(job), marks=() if job.target in OFTEN else pytest.mark.prove) for job in JOBS]
+)

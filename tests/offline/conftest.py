@@ -12,11 +12,26 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 
-@pytest.fixture(scope="session")
-def binaries() -> dict:
-    """Each job of ``_jobs.JOBS`` is compiled now, to a list of offline_table.Code with one for each launch."""
-    import offline_table
-    from _jobs import JOBS
+class Binaries:
+    """What the jobs are compiled to: for each a list of ``offline_table.Code``, one for each launch."""
 
-    results = iter(offline_table.compile_all())
-    return {job: [next(results) for _ in job.case.kernels] for job in JOBS}
+    def __init__(self):
+        self._of_targets: dict[str, dict] = {}
+
+    def __getitem__(self, job) -> list:
+        return self.of_target(job.target)[job]
+
+    def of_target(self, target: str) -> dict:
+        """All jobs of a target, which are compiled when the first of them is asked for."""
+        import offline_table
+        from _jobs import Job
+
+        if target not in self._of_targets:
+            jobs = [Job(*job) for job in offline_table.jobs([target])]
+            self._of_targets[target] = dict(zip(jobs, offline_table.compile_all([target]), strict=True))
+        return self._of_targets[target]
+
+
+@pytest.fixture(scope="session")
+def binaries() -> Binaries:
+    return Binaries()

@@ -11,7 +11,7 @@ import offline_cases
 import offline_table
 import pytest
 import torch
-from _jobs import JOBS, each_job
+from _jobs import JOBS, each_job, each_target
 from offline_cases import CASES, DTYPES, TARGETS
 from offline_table import Launch
 from triton.runtime.jit import JITFunction
@@ -363,10 +363,11 @@ def test_what_is_not_counted_is_little(name):
     assert rest < LITTLE.get(name, 0.05) * counted
 
 
-def test_the_table_is_that_of_this_code(binaries):
+@each_target
+def test_the_table_is_that_of_this_code(target, binaries):
     """With a version of Triton that has no rows in it, the other tests have to do."""
-    compiled = [code.row for codes in binaries.values() for code in codes]
-    table = [row for row in offline_table.read_table() if row.triton == compiled[0].triton]
+    compiled = [code.row for codes in binaries.of_target(target).values() for code in codes]
+    table = [row for row in offline_table.read_table() if (row.triton, row.target) == (compiled[0].triton, target)]
     assert not table or table == compiled, "run python tools/offline_table.py"
 
 
