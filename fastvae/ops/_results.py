@@ -45,10 +45,15 @@ def reduced_count(shape: torch.Size, reduction: int) -> int:
     """The divisor of the sum over all elements. It is 1 for an empty batch, which has the loss 0 and not the NaN of 0 / 0."""
     if reduction == REDUCTIONS["mean"]:
         # Size.numel() of a symbolic shape would be a constant.
-        return torch.sym_max(math.prod(shape), 1)
+        return _at_least_one(math.prod(shape))
     if reduction == REDUCTIONS["batchmean"]:
-        return torch.sym_max(shape[0] if len(shape) else 1, 1)
+        return _at_least_one(shape[0] if len(shape) else 1)
     return 1
+
+
+def _at_least_one(count: int | torch.SymInt) -> int:
+    # Python's max would make a constant of a size that varies; torch.compile of torch 2.10 and 2.11 refuses sym_max of one that does not.
+    return torch.sym_max(count, 1) if isinstance(count, torch.SymInt) else max(count, 1)
 
 
 def reduction_scale(shape: torch.Size, reduction: int) -> float:
