@@ -99,7 +99,7 @@ def _latent_sizes(wide, incoming, samples, learns, options, dtype) -> dict[str, 
     reduction, free_bits = options["reduction"], options["free_bits"]
     sizes[f"output {int(samples)}"] = Size(reduced(elements + free_bits, reduction))
     weight = loss_weights(flowing[0], shape, reduction)
-    excess = 0.5 * torch.expm1(difference).abs() * magnitude
+    excess = 0.5 * (torch.expm1(difference).abs() + (torch.exp(difference) * difference.abs()).nan_to_num(0.0, math.inf))
     by_mu, by_logvar = by_mu + weight * delta * precision, by_logvar + weight * excess
     sizes |= {"gradient of mu": Size(by_mu), "gradient of logvar": Size(by_logvar)}
     if "prior_mu" in wide:
