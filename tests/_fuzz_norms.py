@@ -163,7 +163,7 @@ def _norm_act_conv_sizes(wide: dict[str, Tensor], flow: Tensor, options: dict) -
     through = FUNCTIONS[options["activation"]](u)
     (slope,) = torch.autograd.grad(through.sum(), u)
     # Weight and bias may cancel each other, and so may the input and its mean.
-    lost = slope.abs() * ((normal * weight).abs() * _digits_of_mean(x, groups) + bias.abs())
+    lost = slope.abs() * (_uncancelled(x, groups) * weight.abs() + bias.abs())
     # Far below 0 the error function has few digits, of numbers that are small beside this.
     lost = lost + (0.05 if options["activation"] == "gelu" else 0.0)
     size, kernel = (through.detach().abs() + lost).requires_grad_(), wide["weight"].abs().requires_grad_()
@@ -192,6 +192,15 @@ def _norm_gradient_size(x: Tensor, normal: Tensor, gradient: Tensor, groups: int
     rstd = torch.rsqrt(grouped.var(2, correction=0, keepdim=True) + 1e-5)
     size = gradient + gradient.mean(2, keepdim=True) + normal * (gradient * normal).mean(2, keepdim=True)
     return (rstd * size).reshape(x.shape) * _digits_of_mean(x, groups)
+
+
+def _uncancelled(x: Tensor, groups: int) -> Tensor:
+    """The size of normalised elements before the mean is taken from them."""
+    if x.numel() == 0:
+        return torch.zeros_like(x)
+    grouped = x.reshape(x.shape[0], groups, -1)
+    rstd = torch.rsqrt(grouped.var(2, correction=0, keepdim=True) + 1e-5)
+    return (rstd * (grouped.abs() + grouped.abs().mean(2, keepdim=True))).reshape(x.shape)
 
 
 def _digits_of_mean(x: Tensor, groups: int) -> Tensor:
