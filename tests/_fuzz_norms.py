@@ -164,8 +164,8 @@ def _norm_act_conv_sizes(wide: dict[str, Tensor], flow: Tensor, options: dict) -
     (slope,) = torch.autograd.grad(through.sum(), u)
     # Weight and bias may cancel each other, and so may the input and its mean.
     lost = slope.abs() * (_uncancelled(x, groups) * weight.abs() + bias.abs())
-    # Far below 0 the error function has few digits, of numbers that are small beside this.
-    lost = lost + (0.05 if options["activation"] == "gelu" else 0.0)
+    # Far below 0 the error function of GELU is next to -1, to which 1 is added.
+    lost = lost + (0.1 * u.detach().abs() if options["activation"] == "gelu" else 0.0)
     size, kernel = (through.detach().abs() + lost).requires_grad_(), wide["weight"].abs().requires_grad_()
     convolve = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
     output = convolve(size, kernel, None, *(options[name] for name in ("stride", "padding", "dilation", "groups")))
