@@ -187,7 +187,8 @@ def module_include_flags() -> list[str]:
     """For module.cpp alone, which includes nothing of torch: torch's headers bring a pybind11 of another version."""
     import pybind11
 
-    return [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+    folders = {pybind11.get_include(): "pybind11/", sysconfig.get_paths()["include"]: "python/"}
+    return [flag for folder, name in folders.items() for flag in (f"-isystem {folder}", f"-ffile-prefix-map={folder}/={name}")]
 
 
 def write_cpp(ninja, library: Path) -> None:

@@ -209,7 +209,7 @@ def test_wheel_with_the_library(library, source, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert f"fastvae/{library.name}" in contents(wheel)
     assert not wheel.name.endswith("-any.whl")
-    assert_names_no_folder(wheel, tmp_path, ROOT, Path(sys.prefix))
+    assert_names_no_folder(wheel, tmp_path, ROOT, Path(sys.prefix), Path(sys.base_prefix))
     target = install(wheel, tmp_path / "site")
     program = (
         "import torch, fastvae; from fastvae import _C\n"
@@ -250,6 +250,9 @@ def test_source_distribution_builds_the_wheel_that_the_checkout_builds(pure_whee
 def environment(folder: Path) -> Path:
     """The Python of a virtual environment without packages of its own, which sees torch and numpy and not this checkout."""
     result = run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
+    assert result.returncode == 0, result.stderr
+    # The environment's own setuptools, which some Pythons bring, would come before the one that this environment has.
+    result = run(folder / "bin/python", "-m", "pip", "--disable-pip-version-check", "uninstall", "--yes", "setuptools", cwd=folder)
     assert result.returncode == 0, result.stderr
     (site,) = folder.glob("lib/python*/site-packages")
     # Python processes the .pth files of a folder on PYTHONPATH, and so an editable installation, nowhere but in its own site-packages.
