@@ -49,7 +49,7 @@ if platform.machine() == "x86_64":
     FAMILY_FLAGS["group_norm"] = ["-fschedule-insns", "-fsched-pressure"]
 CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0+PTX")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xfatbin=-compress-all", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-# What a rule that compiles has beside its command, which ninja prints where it fails.
+# Ninja shows this line for each file, and the command where it fails.
 COMPILES = {"description": "compile $out", "depfile": "$out.d", "deps": "gcc"}
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fopenmp-simd"]
 # Never -ffinite-math-only: NaN must pass through. Reductions are reassociated by `omp simd` alone.

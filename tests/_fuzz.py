@@ -124,7 +124,7 @@ class Draw:
     def incoming(self, output: Tensor) -> Tensor:
         """The gradient that flows into an output."""
         if output.ndim == 0:
-            # What overflows stays infinite times 1, and is NaN times 0, by the order of the factors.
+            # A loss that overflows is infinite; times 0 it is NaN in one order of the factors and 0 in another.
             return torch.full_like(output, self.choice((1.0, 1.0, 0.25, -3.0, 1.0 if self.extreme else 0.0)))
         return self.normal(*output.shape, dtype=output.dtype)
 
@@ -217,7 +217,7 @@ def outside(actual: Tensor, oracle: Tensor, size: Size) -> Tensor | None:
     # The ends of the interval round to infinity beyond the largest number of the dtype.
     rounded, low, high = (t.to(actual.dtype).double() for t in (oracle, oracle - bound, oracle + bound))
     passed |= (value == rounded) | (value.isinf() & ((value == low) | (value == high))) | (value.isnan() & oracle.isnan())
-    # Of a sum, the terms that are rounded may leave the range of the dtype.
+    # The terms of a sum that are rounded may leave the range of the dtype.
     passed |= ~value.isfinite() & (torch.as_tensor(size.rounded, dtype=torch.float64) > limits.max)
     return None if passed.all() else ~passed
 

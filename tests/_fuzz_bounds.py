@@ -1,4 +1,4 @@
-"""What the cases of several families draw, and what their bounds are made of."""
+"""Shapes and bounds that the cases of several families share."""
 
 import torch
 from _fuzz import Draw, Size

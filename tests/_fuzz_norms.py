@@ -15,7 +15,7 @@ from fastvae import reference
 from fastvae.ops.group_norm import NORM_ACTIVATIONS
 from fastvae.ops.rms_norm import EPS_MODES
 
-# What the parameters of a norm that has none would be.
+# A norm without parameters has these values in their place.
 NEUTRAL = {"norm_weight": 1.0, "norm_bias": 0.0}
 
 

@@ -1,4 +1,4 @@
-"""What a quantizer's codebook learns from a batch: moving averages, codes that are revived, the start by k-means, and the statistics."""
+"""A quantizer's codebook learns from a batch: by moving averages, by revival of unused codes, and by k-means at the start."""
 
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ class CodebookState(NamedTuple):
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """That of the moving averages beside a codebook of ``dtype``."""
+    """The dtype of the moving averages beside a codebook of ``dtype``."""
     return torch.promote_types(dtype, torch.float32)
 
 
