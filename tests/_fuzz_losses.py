@@ -137,7 +137,7 @@ def reconstruction(draw: Draw) -> Trial:
         lambda wide, _, incoming: _loss_sizes(name, wide, tensors, incoming[0], options),
         draw.extreme,
         oracle=_floating,
-        # Its gradient has torch's least denominator, which the derivative of the clamped logarithms has not.
+        # The gradient of a probability has torch's least denominator, which the derivative of the clamped logarithms has not.
         by_operator=name == "binary_cross_entropy",
     )
 

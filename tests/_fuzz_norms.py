@@ -185,7 +185,7 @@ def _norm_act_conv_sizes(wide: dict[str, Tensor], flow: Tensor, options: dict) -
 
 
 def _norm_gradient_size(x: Tensor, normal: Tensor, gradient: Tensor, groups: int) -> Tensor:
-    """Of the gradient of a norm's input: itself and its two projections, before they cancel."""
+    """The gradient of a norm's input adds the incoming one and its two projections, which cancel; this is the size before they do."""
     if x.numel() == 0:
         return torch.zeros_like(x)
     grouped, normal, gradient = (t.reshape(x.shape[0], groups, -1) for t in (x, normal.abs(), gradient))

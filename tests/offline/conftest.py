@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 
 class Binaries:
-    """What the jobs are compiled to: for each a list of ``offline_table.Code``, one for each launch."""
+    """Compiles jobs and keeps the result: for each a list of ``offline_table.Code``, one for each launch."""
 
     def __init__(self):
         self._of_targets: dict[str, dict] = {}
