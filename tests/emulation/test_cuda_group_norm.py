@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import test_group_norm as contract
 import torch
-from _helpers import LAYOUTS, Place, Source, leaf
+from _helpers import LAYOUTS, Place, Source, brief, leaf
 from test_group_norm import Case, arrange, check
 
 from fastvae import functional as FV
@@ -87,7 +87,7 @@ def test_groups_on_both_sides_of_each_limit(place, layout, shape, groups, dtype)
     check(place, dtype, Case(shape, groups, layout=layout, grad_layout=layout, mean=3.0))
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", brief(DTYPES, ["torch.float32", "torch.bfloat16"]))
 @pytest.mark.parametrize("layout", ["contiguous", "last", "permuted", "sliced", "offset"])
 @pytest.mark.parametrize("grad_layout", [*LAYOUTS, "last"])
 def test_layouts_and_alignments(place, dtype, layout, grad_layout):

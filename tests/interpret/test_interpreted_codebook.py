@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import test_codebook
 import torch
-from _helpers import LAYOUTS, Place, Source, assert_close, lay_out, leaf, places
+from _helpers import LAYOUTS, Place, Source, assert_close, brief, lay_out, leaf, places
 from test_codebook import DATA, assert_nearest, check_quantize, nearly_duplicated, random, ulp_steps
 
 import fastvae
@@ -19,12 +19,13 @@ OTHER_BACKENDS = [place.backend for place in places("codebook_quantize") if plac
 HALVES = torch.bfloat16, torch.float16
 # Below 16 dimensions in float32; above in float16, in one block or in several, padded or not.
 SIZES = [(0, 4, 3), (1, 1, 1), (5, 3, 1), (7, 8, 33), (40, 4, 70), (20, 15, 130), (35, 16, 65), (33, 17, 129), (9, 64, 100), (3, 300, 40)]
+OFTEN = ["(0, 4, 3)", "(5, 3, 1)", "(20, 15, 130)", "(33, 17, 129)"]
 # For each row of these all codes are compared exactly, which takes the interpreter long: so many rows of them are searched for.
 COMPARED = {test_codebook.far_rows: 5, test_codebook.permuted_ties: 5, test_codebook.beside_huge_codes: 1}
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", brief(SIZES, OFTEN))
 def test_nearest_is_exact(data, size):
     n, d, k = size
     x, codebook = data(Source("cpu"), min(n, COMPARED.get(data, n)), d, k)
@@ -314,7 +315,7 @@ def test_ema_update(heads):
     test_codebook.test_ema_update(PLACE, torch.float32, heads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", brief([torch.float32, *HALVES], ["torch.float32"]))
 @pytest.mark.parametrize("heads", [None, 2])
 def test_rows_that_are_not_finite_move_no_code(dtype, heads):
     test_codebook.check_rows_left_out(PLACE, dtype, heads, (1, 4, 33, 130))
