@@ -53,6 +53,7 @@ BACKENDS = {
 }
 # Plain PyTorch, registered for every device that torch has.
 ON_EVERY_DEVICE = ("fallback", "reference")
+_CPU = torch.device("cpu")
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -167,13 +168,15 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, multiply_adds: in
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         # No other runtime has the package's operators.
         return DEFINITION
-    implementing = _served.get((op, device.type), ON_EVERY_DEVICE)
+    # torch takes 3 us to make the name of a type.
+    device_type = "cpu" if device == _CPU else device.type
+    implementing = _served.get((op, device_type), ON_EVERY_DEVICE)
     forced = _forced.backend or _from_environment
     if forced is not None:
         if forced not in implementing or dtype not in BACKENDS[forced].dtypes or _refusal(forced, device):
             raise BackendError(_explain(forced, op, device, dtype)) from BACKENDS[forced].error
         return forced
-    for name in _order(device, multiply_adds, dim):
+    for name in _preferences["cpu"] if device_type == "cpu" else _order(device, multiply_adds, dim):
         if name in implementing and dtype in BACKENDS[name].dtypes:
             break
     # Every order ends with the fallback, which serves what is left.

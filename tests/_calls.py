@@ -422,6 +422,8 @@ CALLS = (
 )  # fmt: skip
 
 # The entropies of binary codes are torch's products.
+# The first row of each function, for checks that take long of each.
+FIRST_CALLS = tuple({call.public: call for call in reversed(CALLS)}.values())
 CALLS_OF_KERNELS = tuple(call for call in CALLS if call.operators != ENTROPIES)
 
 

@@ -26,6 +26,7 @@ SMALL = {
     "transformer_mean": lambda **options: VAE.transformer(8, 1, 4, 32, 2, 2, 4, pooling="mean", **options),
     "residual": lambda **options: ImageVAE.residual(1, (8, 16), 1, 4, 2, image_size=8, precision="float32", **options),
 }
+OFTEN = ["mlp", "strided_conv"]
 EACH_NETWORK = pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
 
 
@@ -170,7 +171,7 @@ def test_every_activation_trains(make, activation):
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-@EACH_NETWORK
+@pytest.mark.parametrize("make", brief(SMALL, OFTEN))
 def test_models_overfit_64_pictures(make):
     torch.manual_seed(0)
     model, x = make(init="xavier", beta=0.1), pictures()
@@ -208,7 +209,7 @@ def test_models_are_stored_with_their_options(make, tmp_path):
     assert torch.equal(loaded.reconstruct(x), model.reconstruct(x))
 
 
-@pytest.mark.parametrize("make", brief(SMALL, ["mlp", "strided_conv"]))
+@pytest.mark.parametrize("make", brief(SMALL, OFTEN))
 def test_the_loss_compiles(make):
     torch.compiler.reset()
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from _calls import Call, calls_on
-from _helpers import Place, places
+from _helpers import Place, brief, places
 from _soak import MAX_GROWTH, resident_bytes, soak
 from _soak import ROWS as SIZES
 from _tiny_models import TINY
@@ -77,7 +77,7 @@ def as_it_is(samples: list) -> list:
     return samples
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("context", brief(["fork", "spawn", "forkserver"], ["fork", "spawn"]))
 def test_workers_of_a_data_loader_call_the_operators(context):
     """Also forked ones, of a process whose threads have run the operators before."""
     alone = [results(call, place, seed=index) for index, (call, place) in enumerate(PAIRS)]

@@ -75,7 +75,7 @@ def _written_gradients(hidden, weight, reduction, grad_scale) -> tuple[bool, boo
     """Whether the forward pass writes the gradients of hidden and of weight. It does so on the CPU alone: the backward pass has to read the
     incoming gradient, for which another device would wait."""
     learners = [t for t in (hidden, weight) if t.requires_grad]
-    written = hidden.device.type == "cpu" and writes_gradient(learners, reduction, grad_scale)
+    written = hidden.is_cpu and writes_gradient(learners, reduction, grad_scale)
     return written and hidden.requires_grad, written and weight.requires_grad
 
 

@@ -133,9 +133,9 @@ def reparameterize_kl(
     Raises:
         $errors
     """
-    kl = {"with_kl": True, "reduction": reduction, "free_bits": free_bits}
-    z, kl, *_ = _sample(mu, logvar, prior_mu, prior_logvar, num_samples, eps, generator, seed, logvar_clamp, **kl)
-    return z, kl
+    posterior_and_prior = mu, logvar, prior_mu, prior_logvar
+    noise = num_samples, eps, generator, seed
+    return _sample(*posterior_and_prior, *noise, logvar_clamp, with_kl=True, reduction=reduction, free_bits=free_bits)[:2]
 
 
 def _sample(
@@ -160,7 +160,7 @@ def _sample(
         free_bits,
         clamp_min,
         clamp_max,
-        keep_noise=_keeps_noise(backend, seed, mu, logvar),
+        _keeps_noise(backend, seed, mu, logvar),
     )
     return apply(ReparameterizeKL, arguments, backend)
 

@@ -50,6 +50,8 @@ class Operator:
 
     def __init__(self, name: str, arguments: Any):
         self.name, self.arguments = name, arguments
+        # What an autograd.Function takes.
+        self._inputs = *arguments._fields, "backend"
         self.overloads: dict[str, Callable] = {}
         schema = _arguments_schema(arguments) + " -> " + _results_schema(arguments)
         for backend in BACKENDS:
@@ -92,14 +94,13 @@ class Operator:
 
         torch.compile counts the parameters to know whether the first one is ctx.
         """
-        names = (*self.arguments._fields, "backend")
-        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in self._inputs]
         vars(forward)["__signature__"] = inspect.Signature(parameters)
         return forward
 
     def gradients(self, **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs of an autograd.Function, which are the arguments and the backend; None for the others."""
-        return *map(by_name.get, self.arguments._fields), None
+        return tuple(map(by_name.get, self._inputs))
 
     def _of_one_object(self, function: Callable) -> Callable:
         arguments = self.arguments

@@ -114,7 +114,7 @@ def _written_gradient(ctx, grad_output: Tensor) -> Tensor | None:
     if not ctx.with_grad or not may_use_written(grad_output):
         return None
     input, target, grad_input = ctx.saved_tensors
-    if grad_input.device.type == "cpu":
+    if grad_input.is_cpu:
         scaled = scale_written([grad_input], grad_output, ctx.grad_scale)
         return None if scaled is None else scaled[0]
     # An alias, because autograd's version check would see a write to the gradient itself.

@@ -160,7 +160,7 @@ def _written_gradients(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor] 
     if not ctx.with_grad or not may_use_written(grad_output):
         return None
     *operands, grad_input, grad_logvar = ctx.saved_tensors
-    if grad_input.device.type == "cpu":
+    if grad_input.is_cpu:
         scaled = scale_written([grad_input, grad_logvar], grad_output, ctx.grad_scale)
         return None if scaled is None else (scaled[0], None, scaled[1])
     # Aliases, because autograd's version check would see a write to the gradients themselves.

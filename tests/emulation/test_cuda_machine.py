@@ -4,7 +4,8 @@ import gc
 
 import pytest
 import torch
-from _calls import CALLS_OF_KERNELS
+from _calls import CALLS_OF_KERNELS, FIRST_CALLS
+from _helpers import brief
 
 import fastvae
 from fastvae import functional as FV
@@ -14,6 +15,8 @@ INVALID_CONFIGURATION = 9
 COUNTERS = {"allocation": "allocations", "launch": "launches"}
 
 each_call = pytest.mark.parametrize("call", CALLS_OF_KERNELS, ids=str)
+# For tests in which a call fails at each of its steps.
+each_function = pytest.mark.parametrize("call", brief(CALLS_OF_KERNELS, [str(call) for call in FIRST_CALLS if call in CALLS_OF_KERNELS]))
 
 
 def launch(emulated, kernel, blocks=(1, 1), threads=64, *, default_stream=False, guard=True):
@@ -155,12 +158,12 @@ def fails_each_time(emulated, call, what, error, message):
     assert emulated.count("blocks") == blocks
 
 
-@each_call
+@each_function
 def test_allocations_that_fail(emulated, call):
     fails_each_time(emulated, call, "allocation", torch.OutOfMemoryError, "CUDA out of memory")
 
 
-@each_call
+@each_function
 def test_launches_that_fail(emulated, call):
     fails_each_time(emulated, call, "launch", RuntimeError, "launching a kernel: too many resources")
 
