@@ -5,9 +5,9 @@ parameters, optimizer and data at any time of a step.
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -23,23 +23,29 @@ PROVIDERS = {"eager-channels-last": "eager", "fastvae": "fastvae", "fastvae-lean
 NETWORKS = ("residual_vae_step", "autoencoder_kl_step")
 
 
-def largest_batch(fits: Callable[[int], bool]) -> int:
-    """The largest number for which ``fits`` holds, which it does for all that are smaller."""
-    above = next(2**power for power in count() if not fits(2**power))
-    most = above // 2
-    while above - most > 1:
-        middle = (most + above) // 2
-        most, above = (middle, above) if fits(middle) else (most, middle)
-    return most
+def largest_batch(peak_memory: Callable[[int], int], memory: int) -> int:
+    """The largest batch whose peak is at most ``memory``, where peaks grow with the batch.
+
+    They do nearly in proportion, so two small batches say near which large one to look.
+    """
+    peak = functools.cache(peak_memory)
+    slope = (peak(4) - peak(2)) / 2
+    batch = max(int((memory - peak(2)) / slope) + 2, 0)
+    while batch > 0 and peak(batch) > memory:
+        batch -= 1
+    while peak(batch + 1) <= memory:
+        batch += 1
+    return batch
 
 
-def fits_memory(provider: registry.Provider, case: registry.Case, batch: int) -> bool:
+def peak_memory(provider: registry.Provider, case: registry.Case, batch: int) -> int:
+    """Bytes, of a step."""
     torch.manual_seed(0)
     size = (batch, *case.size[1:])
     operation = provider(case.setup(size, case.dtype, torch.device("cpu")))
     # The first step makes the state of the optimizer.
     operation()
-    return Cpu().peak_memory(operation) <= MEMORY
+    return Cpu().peak_memory(operation)
 
 
 def measure() -> list[dict]:
@@ -49,7 +55,7 @@ def measure() -> list[dict]:
 
 def batches(case: registry.Case) -> dict[str, int]:
     """The largest batch of each provider."""
-    return {name: largest_batch(lambda batch, name=name: fits_memory(case.providers[name], case, batch)) for name in PROVIDERS}
+    return {name: largest_batch(functools.partial(peak_memory, case.providers[name], case), MEMORY) for name in PROVIDERS}
 
 
 def page() -> str:
@@ -57,10 +63,7 @@ def page() -> str:
     if not OUT.is_file():
         return f"{tables.NOT_MEASURED.capitalize()}."
     stored = json.loads(OUT.read_text())
-    rows = [
-        [f"{row['case']} {tuple(row['images'])} {row['dtype']}", *(str(row["batches"][name]) for name in PROVIDERS)]
-        for row in stored["cases"]
-    ]
+    rows = [[_title(row), *(str(row["batches"][name]) for name in PROVIDERS)] for row in stored["cases"]]
     memory = f"{stored['memory'] // 2**20} MiB beside parameters, optimizer and data, on {stored['processor']}"
     return f"The largest batch whose step takes at most {memory}:\n\n" + tables.markdown(["step", *PROVIDERS.values()], rows)
 

@@ -1,6 +1,7 @@
 """The benchmark suite: every case's providers agree, a wrong one is caught, and figures survive the way into tables and floors."""
 
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -456,20 +457,21 @@ def test_floor_applies_where_the_processor_has_what_it_needs(features, applies):
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 100])
-def test_largest_batch(most):
-    assert largest_batch.largest_batch(lambda batch: batch <= most) == most
+@pytest.mark.parametrize("bend", [0.0, 0.001, -0.001], ids=str)
+def test_largest_batch(most, bend):
+    """Also where memory does not grow in proportion."""
+
+    def peak(batch):
+        return int(1000 + 100 * batch + 100 * bend * batch**2)
+
+    assert largest_batch.largest_batch(peak, peak(most)) == most
 
 
-def test_a_larger_batch_fits_in_more_memory(monkeypatch):
+def test_a_larger_batch_fits_in_more_memory():
     case = next(case for case in CASES if case.name == "residual_vae_step")
     tiny = dataclasses.replace(case, size=case.tiny)
-    step = case.providers["fastvae-lean"]
-
-    def found(memory: int) -> int:
-        monkeypatch.setattr(largest_batch, "MEMORY", memory)
-        return largest_batch.largest_batch(lambda batch: largest_batch.fits_memory(step, tiny, batch))
-
-    assert 0 < found(8 * 2**20) < found(16 * 2**20)
+    peak = functools.partial(largest_batch.peak_memory, case.providers["fastvae-lean"], tiny)
+    assert 0 < largest_batch.largest_batch(peak, 8 * 2**20) < largest_batch.largest_batch(peak, 16 * 2**20)
 
 
 def test_floors_need_features_that_are_looked_for():
