@@ -29,13 +29,28 @@ def largest_batch(peak_memory: Callable[[int], int], memory: int) -> int:
     They do nearly in proportion, so two small batches say near which large one to look.
     """
     peak = functools.cache(peak_memory)
+
+    def fits(batch: int) -> bool:
+        return batch == 0 or peak(batch) <= memory
+
     slope = (peak(4) - peak(2)) / 2
-    batch = max(int((memory - peak(2)) / slope) + 2, 0)
-    while batch > 0 and peak(batch) > memory:
-        batch -= 1
-    while peak(batch + 1) <= memory:
-        batch += 1
-    return batch
+    most, above = _bracket(fits, max(int((memory - peak(2)) / slope) + 2, 0))
+    while above - most > 1:
+        middle = (most + above) // 2
+        most, above = (middle, above) if fits(middle) else (most, middle)
+    return most
+
+
+def _bracket(fits: Callable[[int], bool], batch: int) -> tuple[int, int]:
+    """A batch that fits and one that does not, looked for from ``batch`` on in steps that double."""
+    step = 1
+    if fits(batch):
+        while fits(batch + step):
+            batch, step = batch + step, 2 * step
+        return batch, batch + step
+    while not fits(max(batch - step, 0)):
+        batch, step = batch - step, 2 * step
+    return max(batch - step, 0), batch
 
 
 def peak_memory(provider: registry.Provider, case: registry.Case, batch: int) -> int:
