@@ -8,6 +8,7 @@ import argparse
 import functools
 import json
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -24,33 +25,16 @@ NETWORKS = ("residual_vae_step", "autoencoder_kl_step")
 
 
 def largest_batch(peak_memory: Callable[[int], int], memory: int) -> int:
-    """The largest batch whose peak is at most ``memory``, where peaks grow with the batch.
-
-    They do nearly in proportion, so two small batches say near which large one to look.
-    """
+    """The largest batch whose peak is at most ``memory``, where peaks grow with the batch."""
     peak = functools.cache(peak_memory)
-
-    def fits(batch: int) -> bool:
-        return batch == 0 or peak(batch) <= memory
-
-    slope = (peak(4) - peak(2)) / 2
-    most, above = _bracket(fits, max(int((memory - peak(2)) / slope) + 2, 0))
+    above = next(2**power for power in count() if peak(2**power) > memory)
+    most = above // 2
     while above - most > 1:
-        middle = (most + above) // 2
-        most, above = (middle, above) if fits(middle) else (most, middle)
+        # Large batches take nearly as much more memory as they are larger.
+        share = (memory - peak(most)) / (peak(above) - peak(most))
+        between = min(max(most + int(share * (above - most)), most + 1), above - 1)
+        most, above = (between, above) if peak(between) <= memory else (most, between)
     return most
-
-
-def _bracket(fits: Callable[[int], bool], batch: int) -> tuple[int, int]:
-    """A batch that fits and one that does not, looked for from ``batch`` on in steps that double."""
-    step = 1
-    if fits(batch):
-        while fits(batch + step):
-            batch, step = batch + step, 2 * step
-        return batch, batch + step
-    while not fits(max(batch - step, 0)):
-        batch, step = batch - step, 2 * step
-    return max(batch - step, 0), batch
 
 
 def peak_memory(provider: registry.Provider, case: registry.Case, batch: int) -> int:

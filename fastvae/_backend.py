@@ -176,7 +176,7 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, multiply_adds: in
         if forced not in implementing or dtype not in BACKENDS[forced].dtypes or _refusal(forced, device):
             raise BackendError(_explain(forced, op, device, dtype)) from BACKENDS[forced].error
         return forced
-    for name in _preferences["cpu"] if device_type == "cpu" else _order(device, multiply_adds, dim):
+    for name in _order(device, multiply_adds, dim):
         if name in implementing and dtype in BACKENDS[name].dtypes:
             break
     # Every order ends with the fallback, which serves what is left.

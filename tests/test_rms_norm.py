@@ -149,7 +149,7 @@ def test_small_and_large_values(place, layout, size, eps_mode):
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize("parameters", [(), ("weight",), NAMES], ids=str)
 @pytest.mark.parametrize("eps_mode", EPS_MODES)
-@pytest.mark.parametrize("activation", brief(NORM_ACTIVATIONS, ["silu"]))
+@pytest.mark.parametrize("activation", brief(list(NORM_ACTIVATIONS), ["silu"]))
 def test_gradcheck(place, layout, parameters, eps_mode, activation):
     source = Source(place.device, torch.float64)
     x = leaf(arrange(source.normal(2, 6, 3, 2), layout))
