@@ -36,7 +36,7 @@ a processor, as `ImageVAE` does by itself."""
 
 def describe_processor(row: Run) -> str:
     features = f" ({', '.join(decisive(row.features.split()))})" if row.features else ""
-    threads = f", {row.threads} threads" if row.device == "cpu" else ""
+    threads = f", {row.threads} thread{'s' if row.threads > 1 else ''}" if row.device == "cpu" else ""
     return f"{short_name(row.device_name)}{features}{threads}"
 
 
