@@ -50,7 +50,7 @@ class Operator:
 
     def __init__(self, name: str, arguments: Any):
         self.name, self.arguments = name, arguments
-        # What an autograd.Function takes.
+        # An autograd.Function takes these.
         self._inputs = *arguments._fields, "backend"
         self.overloads: dict[str, Callable] = {}
         schema = _arguments_schema(arguments) + " -> " + _results_schema(arguments)
