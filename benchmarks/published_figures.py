@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import tables
 from fastvae.models import AE, IWAE, VAE, DenoisingAE, SparseAE, networks
+from fastvae.nn.corruption import GaussianNoise
 from fastvae.training.datasets import FASHION_MNIST, FashionMNIST, MNISTDigits
 
 OUT = Path(__file__).parent / "results" / "published_figures.json"
@@ -42,7 +43,7 @@ def squared_error(model: AE | VAE, images: Tensor) -> float:
 
 
 def clamped_noise(images: Tensor) -> Tensor:
-    return (images + 0.3 * torch.randn_like(images)).clamp(0, 1)
+    return GaussianNoise(0.3)(images).clamp(0, 1)
 
 
 def negative_elbo(model: VAE, images: Tensor) -> float:

@@ -1,6 +1,6 @@
 """The table of the public functions: each row calls one with its tensors, forward and backward, for tests that ask the same of all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -422,9 +422,12 @@ CALLS = (
 )  # fmt: skip
 
 # The entropies of binary codes are torch's products.
-# The first row of each function, for checks that take long of each.
-FIRST_CALLS = tuple({call.public: call for call in reversed(CALLS)}.values())
 CALLS_OF_KERNELS = tuple(call for call in CALLS if call.operators != ENTROPIES)
+
+
+def first_of_each_function(calls: Iterable[Call]) -> list[Call]:
+    """The first row of each function among ``calls``, for checks that take long."""
+    return list({call.public: call for call in reversed(list(calls))}.values())
 
 
 def calls_on(device: str, compiled: bool = False) -> list[tuple[Call, Place]]:

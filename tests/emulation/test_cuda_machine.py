@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from _calls import CALLS_OF_KERNELS, FIRST_CALLS
+from _calls import CALLS_OF_KERNELS, first_of_each_function
 from _helpers import brief
 
 import fastvae
@@ -16,7 +16,7 @@ COUNTERS = {"allocation": "allocations", "launch": "launches"}
 
 each_call = pytest.mark.parametrize("call", CALLS_OF_KERNELS, ids=str)
 # For tests in which a call fails at each of its steps.
-each_function = pytest.mark.parametrize("call", brief(CALLS_OF_KERNELS, [str(call) for call in FIRST_CALLS if call in CALLS_OF_KERNELS]))
+each_function = pytest.mark.parametrize("call", brief(CALLS_OF_KERNELS, [call.name for call in first_of_each_function(CALLS_OF_KERNELS)]))
 
 
 def launch(emulated, kernel, blocks=(1, 1), threads=64, *, default_stream=False, guard=True):
