@@ -149,10 +149,10 @@ def _refusal(backend: str, device: torch.device) -> str | None:
     return _refusal_on_gpu(backend, device.index) if device.type == "cuda" else None
 
 
-def _order(device: torch.device, multiply_adds: int, dim: int) -> tuple[str, ...]:
+def _order(device_type: str, device: torch.device, multiply_adds: int, dim: int) -> tuple[str, ...]:
     """The backends that are chosen on a device, in the order in which they are asked."""
-    if device.type != "cuda":
-        return _preferences.get(device.type, ("fallback",))
+    if device_type != "cuda":
+        return _preferences.get(device_type, ("fallback",))
     order = _order_on_gpu(device.index)
     if multiply_adds and "triton" in order and searches_on_tensor_cores(multiply_adds, dim, _architecture(device.index)):
         return "triton", *order
@@ -176,7 +176,7 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, multiply_adds: in
         if forced not in implementing or dtype not in BACKENDS[forced].dtypes or _refusal(forced, device):
             raise BackendError(_explain(forced, op, device, dtype)) from BACKENDS[forced].error
         return forced
-    for name in _order(device, multiply_adds, dim):
+    for name in _order(device_type, device, multiply_adds, dim):
         if name in implementing and dtype in BACKENDS[name].dtypes:
             break
     # Every order ends with the fallback, which serves what is left.
