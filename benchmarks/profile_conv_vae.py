@@ -20,7 +20,7 @@ from benchmarks.tables import describe_processor, profile_name
 
 # The first kind whose words are in an operator's name has it.
 KINDS = {
-    "GroupNorm and SiLU": ("group_norm", "silu"),
+    "norms and activations": ("group_norm", "rms_norm", "vector_norm", "silu"),
     "convolution, backward": ("convolution_backward",),
     "convolution, forward": ("convolution",),
     "copies, casts and layouts": ("copy", "clone", "contiguous", "_to_copy", "cat", "fill", "zero", "empty"),
