@@ -117,6 +117,10 @@ def check_digests(repository: Path) -> None:
         digest.validate(Digest.hash_variant(digest.algorithm, variant))
 
 
+# What `kernels` chooses by the torch that is installed, on whatever device the layers are.
+VARIANT = "cuda" if torch.version.cuda else "cpu"
+
+
 def check_layer(cls: type[nn.Module], repository: Path, backend: str) -> None:
     """In every mode, with gradients: what the package gives by the same backend, to the last bit in plain PyTorch, and nearly what the
     module gave."""
@@ -132,7 +136,7 @@ def check_layer(cls: type[nn.Module], repository: Path, backend: str) -> None:
     for mode in (Mode.INFERENCE, Mode.TRAINING, Mode.TRAINING | Mode.TORCH_COMPILE):
         with use_kernel_mapping({name: {"cpu": LocalLayerRepository(repository, layer_name=name)}}, inherit_mapping=False):
             kernelize(module, mode=mode, device="cpu", use_fallback=False)
-        assert module.forward.__func__.__module__.startswith("_fastvae_cpu_")
+        assert module.forward.__func__.__module__.startswith(f"_fastvae_{VARIANT}_")
         call = torch.compile(module, fullgraph=True, backend="aot_eager") if Mode.TORCH_COMPILE in mode else module
         actual = results(call, module, x)
         assert_close(actual, ours, **same)

@@ -136,7 +136,7 @@ def test_an_encoder_of_zeros_gives_the_standard_normal():
 @pytest.mark.parametrize("prior", [StandardPrior(DIM), DiagonalPrior(DIM)], ids=["standard", "diagonal"])
 def test_the_kl_of_a_normal_posterior_is_that_of_torch(prior):
     prior = randomized(prior)
-    moments = [moment for moment in prior().moments if moment is not None] or [torch.zeros(DIM).double(), torch.zeros(DIM).double()]
+    moments = [moment for moment in prior().moments() if moment is not None] or [torch.zeros(DIM).double(), torch.zeros(DIM).double()]
     p = MultivariateNormal(moments[0], torch.diag_embed(moments[1].exp()))
     q, expected = cholesky()
     kl = sample_with_kl(q, prior(), reduction="sample")[1]

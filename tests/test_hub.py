@@ -87,8 +87,8 @@ def test_a_folder_with_a_build_is_refused(kernel):
 
 def test_layers_replace_those_of_a_model_in_training_and_compiled(kernel, tmp_path):
     """With the results of the package and of the layers; the files have the digests of the metadata."""
-    name, has_library = run(tmp_path, str(CHECK), str(kernel), "fallback").split()
-    assert (name[:13], has_library) == ("_fastvae_cpu_", "False")
+    _, has_library = run(tmp_path, str(CHECK), str(kernel), "fallback").split()
+    assert has_library == "False"
 
 
 def test_the_kernel_is_found_where_older_versions_look(kernel, tmp_path):

@@ -30,7 +30,8 @@ def sample_with_kl(
         free_bits: nats a dimension that are free, for a diagonal posterior and a normal prior alone: no other KL is a sum over dimensions.
         noise: ``eps``, ``generator`` or ``seed``, see :func:`fastvae.functional.reparameterize`.
     """
-    moments = getattr(p, "moments", None)
+    # A method: torch.compile of torch 2.10 cannot take apart what a property of a named tuple returns.
+    moments = p.moments() if hasattr(p, "moments") else None
     if isinstance(q, DiagonalNormal) and moments is not None:
         prior = (None if moment is None else moment.to(q.mu.dtype).expand_as(q.mu) for moment in moments)
         return FV.reparameterize_kl(*q, *prior, num_samples=num_samples, reduction=reduction, free_bits=free_bits, **noise)

@@ -52,7 +52,6 @@ class DiagonalNormal(NamedTuple):
     def mean(self) -> Tensor:
         return self.mu
 
-    @property
     def moments(self) -> tuple[Tensor, Tensor]:
         return self.mu, self.logvar
 
@@ -123,7 +122,6 @@ class StandardNormal(NamedTuple):
 
     origin: Tensor
 
-    @property
     def moments(self) -> tuple[None, None]:
         return None, None
 
@@ -141,7 +139,6 @@ class SharedNormal(NamedTuple):
     mu: Tensor
     logvar: Tensor
 
-    @property
     def moments(self) -> tuple[Tensor, Tensor]:
         return self.mu, self.logvar
 

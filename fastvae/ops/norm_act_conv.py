@@ -36,11 +36,10 @@ class Arguments(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
-    @property
+    # Methods: torch.compile of torch 2.10 cannot take apart what a property of a named tuple returns.
     def norm(self) -> group_norm.ForwardArguments:
         return group_norm.ForwardArguments(self.input, self.num_groups, self.norm_weight, self.norm_bias, self.eps, self.activation)
 
-    @property
     def geometry(self) -> tuple:
         """What ``torch.convolution`` and its backward pass take behind the tensors."""
         return self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
@@ -48,7 +47,7 @@ class Arguments(NamedTuple):
     def convolve(self, normal: Tensor) -> Tensor:
         # autocast has nothing left to bring to another dtype.
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return torch.convolution(normal.to(self.dtype), self.weight.to(self.dtype), bias, *self.geometry)
+        return torch.convolution(normal.to(self.dtype), self.weight.to(self.dtype), bias, *self.geometry())
 
 
 class NormActConv(torch.autograd.Function):
@@ -62,7 +61,7 @@ class NormActConv(torch.autograd.Function):
     ):  # fmt: skip
         norm = num_groups, norm_weight, norm_bias, eps, activation
         arguments = Arguments(input, *norm, weight, bias, dtype, stride, padding, dilation, groups)
-        normal, mean, rstd = group_norm.forward.overloads[backend](*arguments.norm)
+        normal, mean, rstd = group_norm.forward.overloads[backend](*arguments.norm())
         return arguments.convolve(normal), mean, rstd
 
     @staticmethod
@@ -70,7 +69,7 @@ class NormActConv(torch.autograd.Function):
         *arguments, ctx.backend = inputs
         a = Arguments(*arguments)
         _, mean, rstd = output
-        ctx.num_groups, ctx.eps, ctx.activation, ctx.dtype, ctx.geometry = a.num_groups, a.eps, a.activation, a.dtype, a.geometry
+        ctx.num_groups, ctx.eps, ctx.activation, ctx.dtype, ctx.geometry = a.num_groups, a.eps, a.activation, a.dtype, a.geometry()
         ctx.bias_shape, ctx.bias_dtype = (None, None) if a.bias is None else (a.bias.shape, a.bias.dtype)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)

@@ -44,4 +44,4 @@ def norm_act_conv(
 
 @in_plain_torch(ops.NormActConv)
 def _norm_act_conv(arguments: ops.Arguments) -> tuple[Tensor]:
-    return (arguments.convolve(group_norm_forward(arguments.norm).output),)
+    return (arguments.convolve(group_norm_forward(arguments.norm()).output),)
