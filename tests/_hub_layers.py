@@ -27,6 +27,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import fastvae
 from fastvae import functional as FV
 
+# What `kernels` chooses by the torch that is installed, on whatever device the layers are.
+VARIANT = "cuda" if torch.version.cuda else "cpu"
+
 
 class GroupNormSiLU(nn.GroupNorm):
     def forward(self, input):
@@ -115,10 +118,6 @@ def check_digests(repository: Path) -> None:
     for variant in (repository / "build").iterdir():
         digest = Metadata.read_from_file(variant / "metadata.json").digest
         digest.validate(Digest.hash_variant(digest.algorithm, variant))
-
-
-# What `kernels` chooses by the torch that is installed, on whatever device the layers are.
-VARIANT = "cuda" if torch.version.cuda else "cpu"
 
 
 def check_layer(cls: type[nn.Module], repository: Path, backend: str) -> None:

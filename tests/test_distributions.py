@@ -9,7 +9,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 
 from fastvae.distributions.divergence import sample_with_kl
 from fastvae.distributions.flow import FlowPosterior, FlowPrior
-from fastvae.distributions.normal import CholeskyNormal, DiagonalNormal
+from fastvae.distributions.normal import CholeskyNormal, DiagonalNormal, SharedNormal, StandardNormal
 from fastvae.distributions.posterior import CholeskyPosterior, DiagonalPosterior
 from fastvae.distributions.prior import DiagonalPrior, MixturePrior, StandardPrior, VampPrior
 
@@ -131,6 +131,13 @@ def test_an_encoder_of_zeros_gives_the_standard_normal():
     q = CholeskyPosterior()(torch.zeros(2, 9))
     torch.testing.assert_close(q.factor, torch.eye(3).expand(2, 3, 3))
     assert torch.equal(q.mu, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("cls", [CholeskyNormal, DiagonalNormal, SharedNormal, StandardNormal])
+def test_no_property_of_a_normal_is_a_tuple(cls):
+    """torch.compile of torch 2.10 cannot take apart what a property of a named tuple returns, so a pair is a method's result."""
+    properties = [value for value in vars(cls).values() if isinstance(value, property)]
+    assert all(value.fget.__annotations__["return"] is torch.Tensor for value in properties)
 
 
 @pytest.mark.parametrize("prior", [StandardPrior(DIM), DiagonalPrior(DIM)], ids=["standard", "diagonal"])
