@@ -76,7 +76,7 @@ prove: build
 fuzz: build
 	$(RUN) tools/fuzz.py $(FAMILIES) --cases $(CASES) $(if $(SEED),--seed $(SEED))
 
-# Ten thousand training steps of each ready-made network with batches that change, and the memory after them. Hours.
+# Ten thousand training steps of each ready-made network with batches that change, and the memory after them. A quarter of an hour.
 soak: build
 	$(RUN) tools/soak.py --steps $(STEPS)
 

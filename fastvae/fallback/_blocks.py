@@ -10,9 +10,9 @@ from torch import Tensor
 from fastvae.fallback import _device
 from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduction_scale
 
-# Four float32 temporaries of so many elements are 1 MiB, about the second-level cache of a core. It is twice the least that torch gives a
-# thread, and so large that the launches of its operations, a microsecond or two each, do not count.
-_ELEMENTS_PER_THREAD = 1 << 16
+# A float32 temporary of so many elements is 1 MiB: in smaller blocks the launches of operations, some microseconds each, take a third of
+# the time, and the temporaries of larger ones leave the caches.
+_ELEMENTS_PER_THREAD = 1 << 18
 # Elsewhere the time to launch an operation decides, so blocks only bound the memory of the temporaries.
 _ELEMENTS_ELSEWHERE = 1 << 24
 
@@ -43,17 +43,17 @@ def blocks(rows: int, columns: int, device: torch.device, width: int = 1) -> Ite
     if rows * columns <= limit:
         yield _WHOLE
     elif columns > limit:
-        step = _even_step(columns, limit)
+        step = even_step(columns, limit)
         for row in range(rows):
             for column in range(0, columns, step):
                 yield slice(row, row + 1), slice(column, min(column + step, columns))
     else:
-        step = _even_step(rows, limit // columns)
+        step = even_step(rows, limit // columns)
         for row in range(0, rows, step):
             yield slice(row, min(row + step, rows)), slice(0, columns)
 
 
-def _even_step(length: int, limit: int) -> int:
+def even_step(length: int, limit: int) -> int:
     """The length of each piece where as few pieces as possible are of nearly the same length."""
     return -(-length // -(-length // limit))
 
@@ -120,6 +120,23 @@ def gradient_matrix(grad_output: Tensor, shape: torch.Size, reduction: int, dtyp
 def widen(piece: Tensor, dtype: torch.dtype) -> Tensor:
     """A piece of a tensor in the dtype of sums, contiguous whatever the strides are, so that sums do not depend on them."""
     return piece.to(dtype).contiguous()
+
+
+class Room:
+    """Memory in one dtype for a temporary of each block in turn: what is asked for anew may come as pages that the system fills first."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.memory = dtype, torch.empty(0, dtype=dtype, device="cpu")
+
+    def like(self, piece: Tensor) -> Tensor:
+        """The memory in the shape of a piece; what it held is lost."""
+        if self.memory.numel() < piece.numel():
+            self.memory = torch.empty(piece.numel(), dtype=self.dtype, device=piece.device)
+        return self.memory[: piece.numel()].view(piece.shape)
+
+    def widened(self, piece: Tensor) -> Tensor:
+        """The piece in the dtype and contiguous, so that sums do not depend on strides: itself, where it is so."""
+        return piece if piece.dtype == self.dtype and piece.is_contiguous() else self.like(piece).copy_(piece)
 
 
 @contextmanager

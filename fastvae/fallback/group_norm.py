@@ -1,4 +1,5 @@
-"""Group normalisation and its activation in plain PyTorch, block by block, for contiguous tensors and for channels that are last in memory.
+"""Group normalisation and its activation in plain PyTorch, block by block: contiguous tensors on a CPU by torch's own kernels, others by
+formulas.
 
 A tensor is seen as (samples, channels, positions), or as (samples, positions, channels) where its channels are last. Sums are taken over
 positions first, so every operation on elements runs along contiguous memory, and what belongs to a group is a table (samples, groups).
@@ -13,16 +14,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastvae.fallback import _device
-from fastvae.fallback._blocks import Block, block_elements, blocks, widen, written
+from fastvae.fallback import _device, _native_group_norm
+from fastvae.fallback._blocks import Block, Room, block_elements, blocks
 from fastvae.fallback._norm_activations import write_activated
 from fastvae.fallback._register import implements
 from fastvae.ops import group_norm as ops
 from fastvae.ops._results import accumulation_dtype, channels_are_last, empty_in_layout
 from fastvae.ops.group_norm import torch_activation
 
-# torch's own kernels pass over a block less often than formulas do, so that blocks that are larger, and fewer, take less time.
-_LARGER_NATIVE_BLOCKS = 8
 # The largest mean, in standard deviations, whose elements are used as they are: they lose two of float32's 24 bits at most.
 _LARGEST_MEAN = 4.0
 
@@ -39,7 +38,7 @@ class _Layout:
         self.count = self.width * self.positions
         self.axis = 1 if self.last else 2
         # torch's own kernel for channels that are last takes the variance as E[x^2] - E[x]^2, and its backward pass is slow.
-        self.is_native = _device.is_cpu(self.device) and not self.last
+        self.is_native = _device.is_cpu(self.device) and not self.last and input.numel() > 0
 
     def matrices(self, tensor: Tensor) -> Tensor:
         if self.last:
@@ -49,8 +48,6 @@ class _Layout:
     def blocks(self) -> Iterator[Block]:
         """Slices of samples and of groups. Memory where channels are last is contiguous for all groups together only."""
         columns, width = (1, self.count * self.num_groups) if self.last else (self.num_groups, self.count)
-        if self.is_native:
-            width = -(-width // _LARGER_NATIVE_BLOCKS)
         for samples, groups in blocks(self.samples, columns, self.device, width):
             yield samples, slice(0, self.num_groups) if self.last or groups == slice(None) else groups
 
@@ -86,14 +83,10 @@ class _Layout:
         shift = self.by_channel(mean).mul(scale).neg_()
         return scale, shift if bias is None else shift.add_(bias)
 
-    def subtract(self, elements: Tensor, center: Tensor | None) -> Tensor:
-        """The elements less a number of each channel."""
-        return elements if center is None else elements - self.spread(center)
-
-    def native(self, elements: Tensor) -> tuple[int, int, int, int]:
-        """The sizes of a contiguous block that torch's operators take: samples, channels, positions, groups."""
-        samples, channels, positions = elements.shape
-        return samples, channels, positions, channels // self.width
+    def deviations(self, piece: Tensor, center: Tensor | None, room: Room) -> Tensor:
+        """The elements of a piece less a number of each channel."""
+        elements = room.widened(piece)
+        return elements if center is None else torch.sub(elements, self.spread(center), out=room.like(piece))
 
 
 def _is_small(mean: Tensor, rstd: Tensor) -> bool:
@@ -111,51 +104,41 @@ def group_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     if not input.numel():
         mean.zero_()
         rstd.zero_()
-    elements, outputs = layout.matrices(input), layout.matrices(output)
+    elements, outputs, rooms = layout.matrices(input), layout.matrices(output), (Room(dtype), Room(dtype))
     # torch's own kernel reads them as if they were contiguous.
-    parameters = [None if p is None else p.to(dtype).contiguous() for p in (arguments.weight, arguments.bias)]
+    weight, bias = (None if p is None else p.to(dtype).contiguous() for p in (arguments.weight, arguments.bias))
     if layout.is_native:
-        _normalise_natively(layout, elements, outputs, mean, rstd, parameters, eps, activation)
+        groups = _native_group_norm.Groups(input, arguments.num_groups)
+        _native_group_norm.normalise(groups, input, results, weight, bias, eps, activation)
     if not layout.is_native or not _is_small(mean, rstd):
         for block in layout.blocks():
-            tables = mean[block], rstd[block]
-            _normalise(layout, layout.pieces(elements, block), layout.pieces(outputs, block), *tables, block, parameters, eps, activation)
+            pieces, results_of_block = (layout.pieces(t, block) for t in (elements, outputs))
+            channels = layout.channels_of(block)[1]
+            block_weight, block_bias = (None if p is None else p[channels] for p in (weight, bias))
+            tables = mean[block], rstd[block], block_weight, block_bias
+            _normalise(layout, pieces, results_of_block, *tables, eps, activation, rooms)
     return results
 
 
-def _normalise_natively(layout: _Layout, elements, results, mean, rstd, parameters, eps: float, activation: int) -> None:
-    """By torch's own kernel, which has no room for the digits of a large mean."""
-    for block in layout.blocks():
-        channels = layout.channels_of(block)
-        wide = widen(elements[channels], accumulation_dtype(elements.dtype))
-        weight, bias = (None if p is None else p[channels[1]] for p in parameters)
-        values, *statistics = torch.native_group_norm(wide, weight, bias, *layout.native(wide), eps)
-        for table, groups in zip((mean, rstd), statistics, strict=True):
-            table[block] = groups.view(wide.shape[0], -1)
-        write_activated(results[channels], values, activation)
-
-
-def _normalise(layout: _Layout, pieces, results, mean, rstd, block: Block, parameters, eps: float, activation: int) -> None:
+def _normalise(layout: _Layout, pieces, results, mean, rstd, weight, bias, eps: float, activation: int, rooms: tuple[Room, Room]) -> None:
     """A block by formulas; ``mean`` and ``rstd`` are its parts of the statistics, and written."""
-    dtype, center = accumulation_dtype(pieces[0].dtype), None
-    rest = _write_statistics(layout, pieces, dtype, None, mean, rstd, eps)
+    center, rest = None, _write_statistics(layout, pieces, None, mean, rstd, eps, rooms)
     if not _is_small(mean, rstd):
-        center, rest = layout.by_channel(rest), _write_statistics(layout, pieces, dtype, rest, mean, rstd, eps)
-    channels = layout.channels_of(block)[1]
-    scale, shift = layout.affine(rest, rstd.to(dtype), *(None if p is None else p[channels] for p in parameters))
+        center, rest = layout.by_channel(rest), _write_statistics(layout, pieces, rest, mean, rstd, eps, rooms)
+    scale, shift = (layout.spread(t) for t in layout.affine(rest, rstd.to(rest.dtype), weight, bias))
     for piece, result in zip(pieces, results, strict=True):
-        values = layout.subtract(widen(piece, dtype), center)
-        write_activated(result, torch.mul(values, layout.spread(scale)).add_(layout.spread(shift)), activation)
+        values = layout.deviations(piece, center, rooms[0])
+        write_activated(result, torch.mul(values, scale, out=rooms[1].like(piece)).add_(shift), activation)
 
 
-def _write_statistics(layout: _Layout, pieces, dtype: torch.dtype, center: Tensor | None, mean: Tensor, rstd: Tensor, eps: float) -> Tensor:
+def _write_statistics(layout: _Layout, pieces, center: Tensor | None, mean, rstd, eps: float, rooms: tuple[Room, Room]) -> Tensor:
     """Writes the statistics of a block from its deviations from ``center``, a number a group, and returns the mean of these."""
     spread = None if center is None else layout.by_channel(center)
-    sums, squares = (torch.zeros((mean.shape[0], mean.shape[1] * layout.width), dtype=dtype, device=mean.device) for _ in range(2))
+    sums, squares = torch.zeros((2, mean.shape[0], mean.shape[1] * layout.width), dtype=rooms[0].dtype, device=mean.device)
     for piece in pieces:
-        deviations = layout.subtract(widen(piece, dtype), spread)
+        deviations = layout.deviations(piece, spread, rooms[0])
         sums.add_(layout.sums(deviations))
-        squares.add_(layout.sums(deviations.square()))
+        squares.add_(layout.sums(torch.mul(deviations, deviations, out=rooms[1].like(piece))))
     rest = layout.group_means(sums)
     rstd.copy_(layout.group_means(squares).sub_(rest.square()).clamp_(min=0.0)).add_(eps).rsqrt_()
     mean.copy_(rest if center is None else center.to(mean.dtype) + rest)
@@ -172,13 +155,12 @@ def group_norm_recompute(arguments: ops.RecomputeArguments) -> Tensor:
 def group_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
     input, backward = arguments.input, _Backward(arguments)
     grad_input = empty_in_layout(input)
-    matrices = [backward.layout.matrices(t) for t in (input, arguments.grad_output, grad_input)]
-    for block in backward.layout.blocks():
-        pieces = (backward.layout.pieces(t, block) for t in matrices)
-        if backward.layout.is_native:
-            backward.natively(block, *pieces)
-        else:
-            backward.by_formulas(block, *pieces)
+    if backward.layout.is_native:
+        backward.natively(_native_group_norm.Groups(input, arguments.num_groups), input, arguments.grad_output, grad_input)
+    else:
+        matrices = [backward.layout.matrices(t) for t in (input, arguments.grad_output, grad_input)]
+        for block in backward.layout.blocks():
+            backward.by_formulas(block, *(backward.layout.pieces(t, block) for t in matrices))
     parameters = ((arguments.weight, backward.grad_weight), (arguments.bias, backward.grad_bias))
     grads = (input.new_empty((0,)) if p is None else gradient.to(p.dtype) for p, gradient in parameters)
     return ops.BackwardResults(grad_input, *grads)
@@ -206,48 +188,50 @@ class _Backward:
         self.scale, self.shift = self.layout.affine(self.mean, self.rstd, self.weight, None if bias is None else bias.to(self.dtype))
         self.grad_weight, self.grad_bias = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
         self.activation = torch_activation(arguments.activation)
+        # For the elements of a piece, for the gradient that comes in, and for what is made of both.
+        self.rooms = [Room(self.dtype) for _ in range(3)]
+        # For the gradients of each piece of a block.
+        self.grad_rooms: list[Room] = []
 
-    def deviations(self, piece: Tensor, channels: Block) -> Tensor:
-        return self.layout.subtract(widen(piece, self.dtype), None if self.center is None else self.center[channels])
-
-    def grad_affine(self, grad_output: Tensor, deviations: Tensor, channels: Block) -> Tensor:
-        """The gradient of the affine map's result."""
-        grad_output = widen(grad_output, self.dtype)
-        if self.activation is None:
-            return grad_output
-        scale, shift = (self.layout.spread(t[channels]) for t in (self.scale, self.shift))
-        return self.activation.backward(grad_output, torch.mul(deviations, scale).add_(shift))
-
-    def add_parameters(self, channels: Block, of_weight: Tensor, of_bias: Tensor) -> None:
-        self.grad_weight[channels[1]].add_(of_weight)
-        self.grad_bias[channels[1]].add_(of_bias)
-
-    def natively(self, block: Block, pieces, grad_outputs, results) -> None:
-        """By torch's own kernel."""
-        channels = self.layout.channels_of(block)
-        deviations = self.deviations(pieces[0], channels)
-        grad = self.grad_affine(grad_outputs[0], deviations, channels)
-        arguments = self.mean[block], self.rstd[block], self.weight[channels[1]], *self.layout.native(deviations), [True, True, True]
-        grad_input, *of_parameters = torch.ops.aten.native_group_norm_backward(grad, deviations, *arguments)
-        results[0].copy_(grad_input)
-        self.add_parameters(channels, *of_parameters)
+    def natively(self, groups: _native_group_norm.Groups, input: Tensor, grad_output: Tensor, grad_input: Tensor) -> None:
+        """All blocks by torch's own kernel."""
+        tables = _native_group_norm.Tables(self.mean, self.rstd, self.scale, self.shift, self.center)
+        gradients = _native_group_norm.backward(groups, tables, self.weight, self.activation, input, grad_output, grad_input)
+        self.grad_weight, self.grad_bias = gradients
 
     def by_formulas(self, block: Block, pieces, grad_outputs, results) -> None:
         """rstd (g - mean(g) - n mean(g n)) for g = weight * grad and the normalised elements n = (deviations - mean) rstd."""
         layout, channels = self.layout, self.layout.channels_of(block)
         weight, scale, rstd = self.weight[channels[1]], self.scale[channels], layout.by_channel(self.rstd[block])
-        mean, grads = layout.by_channel(self.mean[block]), []
+        mean, center = layout.by_channel(self.mean[block]), None if self.center is None else self.center[channels]
         plain, with_normal = torch.zeros_like(scale), torch.zeros_like(scale)
-        for piece, grad_output in zip(pieces, grad_outputs, strict=True):
-            deviations = self.deviations(piece, channels)
-            grads.append(self.grad_affine(grad_output, deviations, channels))
-            plain.add_(layout.sums(grads[-1]))
-            with_normal.add_(layout.sums(grads[-1] * deviations))
+        grads = self.memory(results)
+        for piece, grad_output, grad in zip(pieces, grad_outputs, grads, strict=True):
+            deviations = layout.deviations(piece, center, self.rooms[0])
+            self.write_grad_affine(grad, grad_output, deviations, layout.spread(scale), layout.spread(self.shift[channels]))
+            plain.add_(layout.sums(grad))
+            with_normal.add_(layout.sums(torch.mul(grad, deviations, out=self.rooms[2].like(grad))))
         with_normal.addcmul_(plain, mean, value=-1.0).mul_(rstd)
-        self.add_parameters(channels, with_normal.sum(0), plain.sum(0))
+        self.grad_weight[channels[1]].add_(with_normal.sum(0))
+        self.grad_bias[channels[1]].add_(plain.sum(0))
         mean_grad, projection = (layout.by_channel(layout.group_means(t * weight)) * rstd for t in (plain, with_normal))
         slope = projection.mul_(rstd)
         scale, slope, shift = (layout.spread(t) for t in (scale, slope, (mean * slope).sub_(mean_grad)))
         for piece, grad, result in zip(pieces, grads, results, strict=True):
-            with written(result, self.dtype) as out:
-                torch.mul(grad, scale, out=out).addcmul_(self.deviations(piece, channels), slope, value=-1.0).add_(shift)
+            deviations = layout.deviations(piece, center, self.rooms[0])
+            grad.mul_(scale).addcmul_(deviations, slope, value=-1.0).add_(shift)
+            if grad is not result:
+                result.copy_(grad)
+
+    def memory(self, results: tuple[Tensor, ...]) -> list[Tensor]:
+        """Memory for the gradients of a block's pieces: that of the results, where it is of the dtype."""
+        self.grad_rooms += [Room(self.dtype) for _ in results[len(self.grad_rooms) :]]
+        return [t if t.dtype == self.dtype else room.like(t) for t, room in zip(results, self.grad_rooms, strict=False)]
+
+    def write_grad_affine(self, grad: Tensor, grad_output: Tensor, deviations: Tensor, scale: Tensor, shift: Tensor) -> None:
+        """Writes the gradient of the affine map's result."""
+        if self.activation is None:
+            grad.copy_(grad_output)
+        else:
+            u = torch.mul(deviations, scale, out=self.rooms[2].like(deviations)).add_(shift)
+            self.activation.backward(self.rooms[1].widened(grad_output), u, grad_input=grad)

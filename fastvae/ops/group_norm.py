@@ -16,17 +16,17 @@ NORM_ACTIVATIONS = {"none": 0, "silu": 1, "relu": 2, "gelu": 3}
 
 class TorchActivation(NamedTuple):
     """An activation act as torch has it: its module, the operator that gives act(u), and what gives act'(u) * grad_output for grad_output
-    and u."""
+    and u, in ``grad_input`` where that is named."""
 
     module: type[nn.Module]
     forward: Any
-    backward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[..., Tensor]
 
 
 _aten = torch.ops.aten
 TORCH_ACTIVATIONS = {
     "silu": TorchActivation(nn.SiLU, _aten.silu, _aten.silu_backward),
-    "relu": TorchActivation(nn.ReLU, _aten.relu, lambda grad_output, u: _aten.threshold_backward(grad_output, u, 0)),
+    "relu": TorchActivation(nn.ReLU, _aten.relu, lambda grad_output, u, **out: _aten.threshold_backward(grad_output, u, 0, **out)),
     "gelu": TorchActivation(nn.GELU, _aten.gelu, _aten.gelu_backward),
 }
 _BY_NUMBER = {NORM_ACTIVATIONS[name]: activation for name, activation in TORCH_ACTIVATIONS.items()}
