@@ -1,6 +1,6 @@
 """What the tests share: where operators run, how close results have to be, and inputs in every layout."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastvae import _backend
 from fastvae.ops._results import accumulation_dtype
@@ -177,6 +178,21 @@ class Recorder(TorchDispatchMode):
     def backends(self) -> set[str]:
         """The backends of the package's operators that ran."""
         return {func._overloadname for func in self.operators if func.namespace == "fastvae"}
+
+
+def kept_bytes(call: Callable[[], object], *known: Tensor) -> int:
+    """The memory that the graph of what ``call`` returns keeps for the backward pass, without that of the tensors that are known."""
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    assert any(t.requires_grad for t in tree_leaves(result) if isinstance(t, Tensor))
+    own = {tensor.untyped_storage().data_ptr() for tensor in known}
+    return sum(size for address, size in storages.items() if address not in own)
 
 
 def compiled_path(family: str, instruction_set: str) -> str:

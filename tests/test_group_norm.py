@@ -6,7 +6,20 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from _helpers import LAYOUTS, Place, Source, assert_close, compiled_path, each_place, each_place_and_dtype, lay_out, leaf, places, wide_leaf
+from _helpers import (
+    LAYOUTS,
+    Place,
+    Source,
+    assert_close,
+    compiled_path,
+    each_place,
+    each_place_and_dtype,
+    kept_bytes,
+    lay_out,
+    leaf,
+    places,
+    wide_leaf,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -281,15 +294,7 @@ def test_what_is_kept_for_the_backward_pass(place, dtype, layout):
     source = Source(place.device, dtype)
     x = leaf(arrange(source.normal(4, 64, 32, 32), layout))
     weight, bias = (leaf(source.normal(64)) for _ in range(2))
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        FV.group_norm_silu(x, 32, weight, bias)
-    assert sum(kept.values()) == x.nbytes + weight.nbytes + bias.nbytes + 2 * (4 * 32 * 8)
+    assert kept_bytes(lambda: FV.group_norm_silu(x, 32, weight, bias), x, weight, bias) == 2 * (4 * 32 * 8)
 
 
 @each_place(OPERATOR)
@@ -423,28 +428,17 @@ def test_results_do_not_depend_on_the_number_of_threads(place, dtype, layout):
             assert torch.equal(a, b)
 
 
-def instruction_sets():
-    return fastvae._C.instruction_sets() if "cpp" in fastvae._backend.serving(OPERATOR, "cpu", torch.float32) else ()
-
-
-@pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_every_instruction_set(name, dtype):
+def test_every_instruction_set(instruction_set, dtype):
     """Each compiled path, reached and right."""
-    used = fastvae._C.instruction_set()
-    try:
-        fastvae._C.set_instruction_set(name)
-        with fastvae.use_backend("cpp"):
-            place = Place("cpu", "cpp")
-            for layout in ("contiguous", "last"):
-                case = Case((2, 36, 19, 21), 6, layout=layout, grad_layout=layout)
-                check(place, dtype, case)
-                check(place, dtype, replace(case, activation="none", affine=False))
-                check(place, dtype, replace(case, activation="relu"))
-                check(place, dtype, replace(case, activation="gelu"))
-        assert fastvae._C.last_instruction_set("group_norm") == compiled_path("group_norm", name)
-    finally:
-        fastvae._C.set_instruction_set(used)
+    place = Place("cpu", "cpp")
+    for layout in ("contiguous", "last"):
+        case = Case((2, 36, 19, 21), 6, layout=layout, grad_layout=layout)
+        check(place, dtype, case)
+        check(place, dtype, replace(case, activation="none", affine=False))
+        check(place, dtype, replace(case, activation="relu"))
+        check(place, dtype, replace(case, activation="gelu"))
+    assert fastvae._C.last_instruction_set("group_norm") == compiled_path("group_norm", instruction_set)
 
 
 def test_inductor():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from _helpers import Source, each_place, leaf
+from _helpers import Source, each_place, kept_bytes, leaf
 from test_jacobian import GRAM, OPERATOR, each_activation
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -298,16 +298,7 @@ def test_chunks_bound_what_the_backward_pass_keeps():
     deep, x = mlp((40, 30, 20, 30)), torch.randn(64, 40)
 
     def kept(method, chunk_size):
-        sizes = {}
-
-        def pack(tensor):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            norms = FV.jacobian_frobenius(deep, x, method=method, chunk_size=chunk_size)
-        assert norms.requires_grad
-        return sum(sizes.values())
+        return kept_bytes(lambda: FV.jacobian_frobenius(deep, x, method=method, chunk_size=chunk_size))
 
     for method in ("gram", "projection"):
         assert kept(method, 8) < 0.2 * kept(method, None)

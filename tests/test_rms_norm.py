@@ -6,7 +6,19 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from _helpers import LAYOUTS, Place, Source, assert_close, brief, compiled_path, each_place, each_place_and_dtype, leaf, wide_leaf
+from _helpers import (
+    LAYOUTS,
+    Place,
+    Source,
+    assert_close,
+    brief,
+    compiled_path,
+    each_place,
+    each_place_and_dtype,
+    kept_bytes,
+    leaf,
+    wide_leaf,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_group_norm import FUNCTIONS, arrange, is_near_kink, last, roundings
@@ -230,15 +242,7 @@ def test_what_is_kept_for_the_backward_pass(place, dtype, layout):
     source = Source(place.device, dtype)
     x = leaf(arrange(source.normal(4, 64, 8, 8), layout))
     weight, bias = (leaf(source.normal(64)) for _ in range(2))
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        FV.rms_norm_silu(x, weight, bias)
-    assert sum(kept.values()) == x.nbytes + weight.nbytes + bias.nbytes + 4 * 64 * 4
+    assert kept_bytes(lambda: FV.rms_norm_silu(x, weight, bias), x, weight, bias) == 4 * 64 * 4
 
 
 @each_place(OPERATOR)
@@ -352,27 +356,16 @@ def test_does_not_depend_on_the_number_of_threads(place):
         )
 
 
-def instruction_sets():
-    return fastvae._C.instruction_sets() if "cpp" in fastvae._backend.serving(OPERATOR, "cpu", torch.float32) else ()
-
-
-@pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_every_instruction_set(name, dtype):
+def test_every_instruction_set(instruction_set, dtype):
     """Each compiled path, reached and right."""
-    used = fastvae._C.instruction_set()
-    try:
-        fastvae._C.set_instruction_set(name)
-        with fastvae.use_backend("cpp"):
-            for layout in ("contiguous", "last"):
-                case = Case((2, 35, 19, 21), NAMES, layout=layout, grad_layout=layout)
-                check(Place("cpu", "cpp"), dtype, case)
-                check(Place("cpu", "cpp"), dtype, replace(case, activation="none", parameters=(), eps_mode="clamp", eps=5.9))
-                check(Place("cpu", "cpp"), dtype, replace(case, activation="relu"))
-                check(Place("cpu", "cpp"), dtype, replace(case, activation="gelu"))
-        assert fastvae._C.last_instruction_set("rms_norm") == compiled_path("rms_norm", name)
-    finally:
-        fastvae._C.set_instruction_set(used)
+    for layout in ("contiguous", "last"):
+        case = Case((2, 35, 19, 21), NAMES, layout=layout, grad_layout=layout)
+        check(Place("cpu", "cpp"), dtype, case)
+        check(Place("cpu", "cpp"), dtype, replace(case, activation="none", parameters=(), eps_mode="clamp", eps=5.9))
+        check(Place("cpu", "cpp"), dtype, replace(case, activation="relu"))
+        check(Place("cpu", "cpp"), dtype, replace(case, activation="gelu"))
+    assert fastvae._C.last_instruction_set("rms_norm") == compiled_path("rms_norm", instruction_set)
 
 
 def test_inductor():

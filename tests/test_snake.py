@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from _helpers import LAYOUTS, Place, Source, assert_close, compiled_path, each_place, each_place_and_dtype, leaf, wide_leaf
+from _helpers import LAYOUTS, Place, Source, assert_close, compiled_path, each_place, each_place_and_dtype, kept_bytes, leaf, wide_leaf
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_group_norm import arrange, last, roundings
@@ -140,15 +140,7 @@ def test_what_is_kept_for_the_backward_pass(place, layout):
     source = Source(place.device)
     x = leaf(arrange(source.normal(4, 64, 50), layout))
     alpha = leaf(source.uniform(64))
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        FV.snake(x, alpha)
-    assert sum(kept.values()) <= x.nbytes + 3 * alpha.nbytes
+    assert kept_bytes(lambda: FV.snake(x, alpha)) <= x.nbytes + 3 * alpha.nbytes
 
 
 @each_place(OPERATOR)
@@ -192,23 +184,12 @@ def test_nan_with_every_bit_set(place, dtype):
         assert gradient.isnan().all()
 
 
-def instruction_sets():
-    return fastvae._C.instruction_sets() if "cpp" in fastvae._backend.serving(OPERATOR, "cpu", torch.float32) else ()
-
-
-@pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_every_instruction_set(name, dtype):
+def test_every_instruction_set(instruction_set, dtype):
     """Each compiled path, reached and right."""
-    used = fastvae._C.instruction_set()
-    try:
-        fastvae._C.set_instruction_set(name)
-        with fastvae.use_backend("cpp"):
-            for layout in ("contiguous", "last"):
-                check(Place("cpu", "cpp"), dtype, Case((2, 35, 401), layout=layout, grad_layout=layout))
-        assert fastvae._C.last_instruction_set("snake") == compiled_path("snake", name)
-    finally:
-        fastvae._C.set_instruction_set(used)
+    for layout in ("contiguous", "last"):
+        check(Place("cpu", "cpp"), dtype, Case((2, 35, 401), layout=layout, grad_layout=layout))
+    assert fastvae._C.last_instruction_set("snake") == compiled_path("snake", instruction_set)
 
 
 def test_does_not_depend_on_the_number_of_threads():

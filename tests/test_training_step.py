@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _helpers import Recorder
+from _helpers import Recorder, kept_bytes
 from torch import nn
 
 for package in ("lightning", "jsonargparse", "sklearn", "PIL"):
@@ -90,29 +90,13 @@ def test_checkpointed_activations_change_no_weight_and_no_buffer(name):
     assert_same(*results)
 
 
-def bytes_for_backward(network: nn.Module, x: torch.Tensor) -> int:
-    """The memory of the tensors that a forward pass keeps, without the weights."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = network(x)
-    assert output.loss.requires_grad
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("name", ["ImageVAE", "DeepVAE"])
 def test_checkpointed_activations_take_less_memory(name):
     x = torch.rand(2, 1, 32, 32) if name == "ImageVAE" else torch.rand(32, 1, 8, 8)
     plain = make(name)
     checkpointed = LitAutoencoder(copy.deepcopy(plain), gradient_checkpointing=True).network
-    assert bytes_for_backward(checkpointed, x) < bytes_for_backward(plain, x) / 2
+    of_plain, of_checkpointed = (kept_bytes(lambda n=n: n(x).loss, *n.parameters()) for n in (plain, checkpointed))
+    assert of_checkpointed < of_plain / 2
 
 
 def test_a_backward_pass_that_is_run_twice_recomputes_the_same():
