@@ -200,7 +200,7 @@ def bits(source, rows):
 def bits_and_mask(source, rows):
     """Whatever the seed, the first vector counts."""
     mask = source.uniform(rows) < 0.7
-    return {"x": source.normal(rows, 4), "mask": mask.index_fill(0, torch.tensor([0], device=mask.device), True)}
+    return {"x": source.normal(rows, 5), "mask": mask.index_fill(0, torch.tensor([0], device=mask.device), True)}
 
 
 def vectors_and_averages(source, rows):

@@ -9,7 +9,7 @@ import test_codebook
 import torch
 import triton
 import triton.language as tl
-from _calls import CALLS
+from _calls import CALLS_OF_KERNELS
 from _helpers import NOISE_TOLERANCE, Source
 from test_codebook import DATA, assert_nearest
 from test_interpreted_codebook import COMPARED
@@ -29,7 +29,7 @@ each_call = pytest.mark.parametrize(
     "call",
     [
         pytest.param(call, marks=[] if call.name in FAMILIES else pytest.mark.prove, id=str(call))
-        for call in CALLS
+        for call in CALLS_OF_KERNELS
         if not call.name.startswith("GroupNorm and SiLU")
     ],
 )
