@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 import torch
-from test_norm_act_conv import kept_bytes
+from _helpers import kept_bytes
 from torch import nn
 
 import fastvae
@@ -106,7 +106,7 @@ def test_the_same_bits(pair, layout, training):
 
 def test_less_is_kept(pair):
     fused, lean, x = pair
-    kept = [kept_bytes(lambda x, *_, model=model: model(x), x, *model.parameters()) for model in (fused, lean)]
+    kept = [kept_bytes(lambda model=model: model(x), x, *model.parameters()) for model in (fused, lean)]
     assert kept[1] < 0.8 * kept[0]
 
 
@@ -184,7 +184,7 @@ def test_an_encoder_of_another_release_stays_as_it_is(monkeypatch):
 def test_a_shortcut_keeps_no_copy():
     x = torch.randn(2, 8, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
     models = [fastvae.optimize(BlockStep(), memory=memory, report=None) for memory in ("full", "lean")]
-    kept = [kept_bytes(lambda x, *_, model=model: model(x), x, *model.parameters()) for model in models]
+    kept = [kept_bytes(lambda model=model: model(x), x, *model.parameters()) for model in models]
     # The copy of x, and what each of the two convolutions takes.
     assert kept[0] - kept[1] == x.nbytes + x.nbytes + 2 * x.nbytes
     assert_same(*(results(model, x.detach()) for model in models))
