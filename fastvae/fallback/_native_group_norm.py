@@ -63,7 +63,7 @@ def normalise(groups: Groups, input: Tensor, results: ForwardResults, weight: Te
 
 
 class Tables(NamedTuple):
-    """What the backward pass knows of groups, (samples, groups), and of channels, (samples, channels).
+    """Holds what the backward pass knows of groups, (samples, groups), and of channels, (samples, channels).
 
     ``scale`` and ``shift`` make the normalisation's result of the elements less ``center``.
     """
