@@ -1,6 +1,8 @@
 """Operators work on blocks of a matrix, so that the temporaries of a block stay in the cache of the CPU cores that compute it."""
 
 import math
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +17,8 @@ from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduction_scale
 _ELEMENTS_PER_THREAD = 1 << 18
 # Elsewhere the time to launch an operation decides, so blocks only bound the memory of the temporaries.
 _ELEMENTS_ELSEWHERE = 1 << 24
+# The most bytes in a dtype that a thread keeps for temporaries.
+_KEPT_BYTES = 1 << 26
 
 Block = tuple[slice, slice]
 # The block of a matrix that is small enough to be one; no view of it is made, which counts where tensors are small.
@@ -123,20 +127,74 @@ def widen(piece: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Room:
-    """Memory in one dtype for a temporary of each block in turn: what is asked for anew may come as pages that the system fills first."""
+    """Memory for a temporary of each block in turn."""
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype, self.memory = dtype, torch.empty(0, dtype=dtype, device="cpu")
+    def __init__(self, memory: Tensor):
+        self.memory = memory
+        # The piece whose elements the memory holds, where it is known.
+        self.piece: Tensor | None = None
 
     def like(self, piece: Tensor) -> Tensor:
         """The memory in the shape of a piece; what it held is lost."""
-        if self.memory.numel() < piece.numel():
-            self.memory = torch.empty(piece.numel(), dtype=self.dtype, device=piece.device)
-        return self.memory[: piece.numel()].view(piece.shape)
+        size, self.piece = piece.numel(), None
+        if self.memory.numel() < size or self.memory.device != piece.device:
+            # What inference mode makes cannot be written outside it.
+            with torch.inference_mode(False):
+                self.memory = torch.empty(size, dtype=self.memory.dtype, device=piece.device)
+        return self.memory[:size].view(piece.shape)
 
     def widened(self, piece: Tensor) -> Tensor:
-        """The piece in the dtype and contiguous, so that sums do not depend on strides: itself, where it is so."""
-        return piece if piece.dtype == self.dtype and piece.is_contiguous() else self.like(piece).copy_(piece)
+        """The piece in the dtype of the memory and contiguous, so that sums do not depend on strides: itself, where it is so.
+
+        What was widened last is not widened again.
+        """
+        if piece.dtype == self.memory.dtype and piece.is_contiguous():
+            return piece
+        if piece is self.piece:
+            return self.memory[: piece.numel()].view(piece.shape)
+        widened = self.like(piece).copy_(piece)
+        self.piece = piece
+        return widened
+
+
+class _Kept(threading.local):
+    """The memory of a thread's rooms that are not in use, on a CPU: what is asked for anew comes as pages that the system clears first,
+    which takes as long as an operation or two on them."""
+
+    def __init__(self):
+        self.memories: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+
+    def take(self, dtype: torch.dtype) -> Tensor:
+        memories = self.memories[dtype]
+        return memories.pop() if memories else torch.empty(0, dtype=dtype, device="cpu")
+
+    def put(self, memory: Tensor) -> None:
+        memories = self.memories[memory.dtype]
+        if _device.is_cpu(memory.device) and memory.nbytes + sum(kept.nbytes for kept in memories) <= _KEPT_BYTES:
+            memories.append(memory)
+
+
+_kept = _Kept()
+
+
+class Rooms:
+    """The rooms of a call by their numbers, in one dtype."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.rooms = dtype, []
+
+    def __getitem__(self, number: int) -> Room:
+        while len(self.rooms) <= number:
+            self.rooms.append(Room(_kept.take(self.dtype)))
+        return self.rooms[number]
+
+    def __enter__(self) -> "Rooms":
+        return self
+
+    def __exit__(self, *_) -> None:
+        # The room that is asked for first finds its own memory again.
+        for room in reversed(self.rooms):
+            _kept.put(room.memory)
 
 
 @contextmanager

@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.fallback._blocks import Room, block_elements, even_step
+from fastvae.fallback._blocks import Rooms, block_elements, even_step
 from fastvae.fallback._norm_activations import write_activated
-from fastvae.ops._results import accumulation_dtype
-from fastvae.ops.group_norm import ForwardResults, TorchActivation
+from fastvae.ops.group_norm import BackwardArguments, ForwardArguments, ForwardResults, torch_activation
 
 
-class Groups:
+class _Groups:
     """The groups of all samples in their order, and the blocks that they are cut into."""
 
     def __init__(self, input: Tensor, num_groups: int):
@@ -28,19 +27,32 @@ class Groups:
         self.count = -(-self.samples * num_groups // self.step)
 
     def elements(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return tensor.reshape(1, self.samples * self.channels, self.positions).split(self.step * self.width, dim=1)
+        return self.split(tensor.reshape(1, self.samples * self.channels, self.positions), self.width)
 
     def statistics(self, table: Tensor) -> tuple[Tensor, ...]:
         """The blocks of a table (samples, groups)."""
-        return table.view(1, -1).split(self.step, dim=1)
+        return self.split(table.view(1, -1))
 
-    def columns(self, table: Tensor) -> tuple[Tensor, ...]:
+    def columns(self, table: Tensor | None) -> tuple[Tensor | None, ...]:
         """The blocks of a table (samples, channels), which broadcast over the elements."""
-        return table.reshape(1, -1, 1).split(self.step * self.width, dim=1)
+        return self.none if table is None else self.split(table.reshape(1, -1, 1), self.width)
 
-    def parameters(self, parameter: Tensor) -> tuple[Tensor, ...]:
-        """The blocks of a parameter, a number for each channel."""
-        return parameter.repeat(self.samples).split(self.step * self.width)
+    def parameters(self, parameter: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The blocks of a parameter, a number for each channel, repeated for each sample."""
+        if parameter is None:
+            return self.none
+        # The kernels read it as if it were contiguous, which reshape does not promise where a sample has one channel.
+        repeated = parameter.expand(self.samples, -1).contiguous().view(-1)
+        return self.split(repeated, self.width, dim=0)
+
+    def split(self, table: Tensor, width: int = 1, dim: int = 1) -> tuple[Tensor, ...]:
+        """The blocks of a table with ``width`` entries for each group."""
+        return (table,) if self.count == 1 else table.split(self.step * width, dim)
+
+    @property
+    def none(self) -> tuple[None, ...]:
+        """The blocks of what is absent."""
+        return (None,) * self.count
 
     def sizes(self, elements: Tensor) -> tuple[int, int, int, int]:
         """The sizes of a block that the kernels take: samples, channels, positions, groups."""
@@ -48,18 +60,18 @@ class Groups:
         return 1, channels, self.positions, channels // self.width
 
 
-def normalise(groups: Groups, input: Tensor, results: ForwardResults, weight: Tensor | None, bias: Tensor | None, eps, activation) -> None:
+def normalise(arguments: ForwardArguments, results: ForwardResults, weight: Tensor | None, bias: Tensor | None, rooms: Rooms) -> None:
     """The forward pass. The kernel has no room for the digits of a large mean."""
-    room = Room(accumulation_dtype(input.dtype))
-    elements, outputs = groups.elements(input), groups.elements(results.output)
-    tables = zip(groups.statistics(results.mean), groups.statistics(results.rstd), strict=True)
-    parameters = zip(*([None] * groups.count if p is None else groups.parameters(p) for p in (weight, bias)), strict=True)
-    for piece, output, (mean, rstd), parameters_of_block in zip(elements, outputs, tables, parameters, strict=True):
-        wide = room.widened(piece)
-        values, block_mean, block_rstd = torch.ops.aten.native_group_norm(wide, *parameters_of_block, *groups.sizes(wide), eps)
+    groups, eps = _Groups(arguments.input, arguments.num_groups), arguments.eps
+    of_elements = zip(*(groups.elements(t) for t in (arguments.input, results.output)), strict=True)
+    of_groups = zip(groups.statistics(results.mean), groups.statistics(results.rstd), strict=True)
+    of_channels = zip(groups.parameters(weight), groups.parameters(bias), strict=True)
+    for (piece, output), (mean, rstd), parameters in zip(of_elements, of_groups, of_channels, strict=True):
+        wide = rooms[0].widened(piece)
+        values, block_mean, block_rstd = torch.ops.aten.native_group_norm(wide, *parameters, *groups.sizes(wide), eps)
         mean.copy_(block_mean)
         rstd.copy_(block_rstd)
-        write_activated(output, values, activation)
+        write_activated(output, values, arguments.activation)
 
 
 class Tables(NamedTuple):
@@ -75,26 +87,19 @@ class Tables(NamedTuple):
     center: Tensor | None
 
 
-def backward(
-    groups: Groups,
-    tables: Tables,
-    weight: Tensor,
-    activation: TorchActivation | None,
-    input: Tensor,
-    grad_output: Tensor,
-    grad_input: Tensor,
-) -> tuple[Tensor, Tensor]:
+def backward(arguments: BackwardArguments, tables: Tables, weight: Tensor, grad_input: Tensor, rooms: Rooms) -> tuple[Tensor, Tensor]:
     """Writes the gradient of the input and returns those of weight and bias."""
-    rooms, of_parameters = [Room(accumulation_dtype(input.dtype)) for _ in range(3)], []
-    of_groups = zip(*(groups.statistics(t) for t in tables[:2]), groups.parameters(weight), strict=True)
-    of_channels = zip(*([None] * groups.count if t is None else groups.columns(t) for t in tables[2:]), strict=True)
-    of_elements = zip(*(groups.elements(t) for t in (input, grad_output, grad_input)), strict=True)
-    for (piece, incoming, result), (scale, shift, center), statistics in zip(of_elements, of_channels, of_groups, strict=True):
-        deviations, grad, u = rooms[0].widened(piece), rooms[1].widened(incoming), rooms[2].like(piece)
+    groups, activation = _Groups(arguments.input, arguments.num_groups), torch_activation(arguments.activation)
+    of_elements = zip(*(groups.elements(t) for t in (arguments.input, arguments.grad_output, grad_input)), strict=True)
+    of_groups = zip(groups.statistics(tables.mean), groups.statistics(tables.rstd), groups.parameters(weight), strict=True)
+    of_channels = zip(groups.columns(tables.scale), groups.columns(tables.shift), groups.columns(tables.center), strict=True)
+    of_parameters = []
+    for (piece, incoming, result), statistics, (scale, shift, center) in zip(of_elements, of_groups, of_channels, strict=True):
+        deviations, grad = rooms[0].widened(piece), rooms[1].widened(incoming)
         if center is not None:
             deviations = torch.sub(deviations, center, out=rooms[0].like(piece))
         if activation is not None:
-            torch.mul(deviations, scale, out=u).add_(shift)
+            u = torch.mul(deviations, scale, out=rooms[2].like(piece)).add_(shift)
             grad = activation.backward(grad, u, grad_input=u)
         sizes = groups.sizes(deviations)
         of_piece, *gradients = torch.ops.aten.native_group_norm_backward(grad, deviations, *statistics, *sizes, [True] * 3)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvae.fallback import _device, _native_group_norm
-from fastvae.fallback._blocks import Block, Room, block_elements, blocks
+from fastvae.fallback._blocks import Block, Room, Rooms, block_elements, blocks
 from fastvae.fallback._norm_activations import write_activated
 from fastvae.fallback._register import implements
 from fastvae.ops import group_norm as ops
@@ -63,7 +63,13 @@ class _Layout:
 
     def sums(self, elements: Tensor) -> Tensor:
         """Sums over positions, (samples, channels)."""
-        return elements.sum(self.axis)
+        samples, positions, threads = *elements.shape[:2], torch.get_num_threads()
+        if not self.last or samples >= threads or positions < threads:
+            return elements.sum(self.axis)
+        # A thread sums what it wrote and reads next: split along the channels, each takes half its elements from another core's cache.
+        length = positions // threads
+        parts = elements[:, : threads * length].unflatten(1, (threads, length)).sum(2).sum(1)
+        return parts if threads * length == positions else parts.add_(elements[:, threads * length :].sum(1))
 
     def group_means(self, sums: Tensor) -> Tensor:
         """The means of the groups whose sums by channel are given, (samples, groups)."""
@@ -71,7 +77,7 @@ class _Layout:
 
     def by_channel(self, groups: Tensor) -> Tensor:
         """A table by group as one by channel."""
-        return groups.unsqueeze(2).expand(*groups.shape, self.width).reshape(groups.shape[0], groups.shape[1] * self.width)
+        return groups.repeat_interleave(self.width, dim=1)
 
     def spread(self, channels: Tensor) -> Tensor:
         """A table by channel as one that broadcasts over the elements."""
@@ -80,13 +86,24 @@ class _Layout:
     def affine(self, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale and shift by channel of ``weight * (x - mean) * rstd + bias``; the mean is small beside the deviations from it."""
         scale = self.by_channel(rstd) if weight is None else self.by_channel(rstd) * weight
-        shift = self.by_channel(mean).mul(scale).neg_()
-        return scale, shift if bias is None else shift.add_(bias)
+        mean = self.by_channel(mean)
+        return scale, (mean * scale).neg_() if bias is None else torch.addcmul(bias, mean, scale, value=-1.0)
+
+    def apply(self, scale: Tensor, shift: Tensor, elements: Tensor, out: Tensor) -> Tensor:
+        """``elements * scale + shift``, in ``out``, for a scale that :meth:`spread` gives and a shift that broadcasts over the elements."""
+        if self.last:
+            return torch.addcmul(shift, elements, scale, out=out)
+        # One operation for both is slow where numbers repeat along memory.
+        return torch.mul(elements, scale, out=out).add_(shift)
 
     def deviations(self, piece: Tensor, center: Tensor | None, room: Room) -> Tensor:
         """The elements of a piece less a number of each channel."""
         elements = room.widened(piece)
         return elements if center is None else torch.sub(elements, self.spread(center), out=room.like(piece))
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _is_small(mean: Tensor, rstd: Tensor) -> bool:
@@ -98,29 +115,29 @@ def _is_small(mean: Tensor, rstd: Tensor) -> bool:
 
 @implements(ops.forward)
 def group_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
-    input, eps, activation = arguments.input, arguments.eps, arguments.activation
-    layout, dtype = _Layout(input, arguments.num_groups), accumulation_dtype(input.dtype)
+    input, dtype = arguments.input, accumulation_dtype(arguments.input.dtype)
+    layout = _Layout(input, arguments.num_groups)
     output, mean, rstd = results = arguments.allocate()
     if not input.numel():
         mean.zero_()
         rstd.zero_()
-    elements, outputs, rooms = layout.matrices(input), layout.matrices(output), (Room(dtype), Room(dtype))
+    elements, outputs = layout.matrices(input), layout.matrices(output)
     # torch's own kernel reads them as if they were contiguous.
     weight, bias = (None if p is None else p.to(dtype).contiguous() for p in (arguments.weight, arguments.bias))
-    if layout.is_native:
-        groups = _native_group_norm.Groups(input, arguments.num_groups)
-        _native_group_norm.normalise(groups, input, results, weight, bias, eps, activation)
-    if not layout.is_native or not _is_small(mean, rstd):
-        for block in layout.blocks():
-            pieces, results_of_block = (layout.pieces(t, block) for t in (elements, outputs))
-            channels = layout.channels_of(block)[1]
-            block_weight, block_bias = (None if p is None else p[channels] for p in (weight, bias))
-            tables = mean[block], rstd[block], block_weight, block_bias
-            _normalise(layout, pieces, results_of_block, *tables, eps, activation, rooms)
+    with Rooms(dtype) as rooms:
+        if layout.is_native:
+            _native_group_norm.normalise(arguments, results, weight, bias, rooms)
+        if not layout.is_native or not _is_small(mean, rstd):
+            for block in layout.blocks():
+                pieces, results_of_block = (layout.pieces(t, block) for t in (elements, outputs))
+                channels = layout.channels_of(block)[1]
+                block_weight, block_bias = (None if p is None else p[channels] for p in (weight, bias))
+                tables = mean[block], rstd[block], block_weight, block_bias
+                _normalise(layout, pieces, results_of_block, *tables, arguments.eps, arguments.activation, rooms)
     return results
 
 
-def _normalise(layout: _Layout, pieces, results, mean, rstd, weight, bias, eps: float, activation: int, rooms: tuple[Room, Room]) -> None:
+def _normalise(layout: _Layout, pieces, results, mean, rstd, weight, bias, eps: float, activation: int, rooms: Rooms) -> None:
     """A block by formulas; ``mean`` and ``rstd`` are its parts of the statistics, and written."""
     center, rest = None, _write_statistics(layout, pieces, None, mean, rstd, eps, rooms)
     if not _is_small(mean, rstd):
@@ -128,19 +145,18 @@ def _normalise(layout: _Layout, pieces, results, mean, rstd, weight, bias, eps: 
     scale, shift = (layout.spread(t) for t in layout.affine(rest, rstd.to(rest.dtype), weight, bias))
     for piece, result in zip(pieces, results, strict=True):
         values = layout.deviations(piece, center, rooms[0])
-        write_activated(result, torch.mul(values, scale, out=rooms[1].like(piece)).add_(shift), activation)
+        write_activated(result, layout.apply(scale, shift, values, out=rooms[1].like(piece)), activation)
 
 
-def _write_statistics(layout: _Layout, pieces, center: Tensor | None, mean, rstd, eps: float, rooms: tuple[Room, Room]) -> Tensor:
+def _write_statistics(layout: _Layout, pieces, center: Tensor | None, mean, rstd, eps: float, rooms: Rooms) -> Tensor:
     """Writes the statistics of a block from its deviations from ``center``, a number a group, and returns the mean of these."""
-    spread = None if center is None else layout.by_channel(center)
-    sums, squares = torch.zeros((2, mean.shape[0], mean.shape[1] * layout.width), dtype=rooms[0].dtype, device=mean.device)
+    spread, sums, squares = None if center is None else layout.by_channel(center), [], []
     for piece in pieces:
         deviations = layout.deviations(piece, spread, rooms[0])
-        sums.add_(layout.sums(deviations))
-        squares.add_(layout.sums(torch.mul(deviations, deviations, out=rooms[1].like(piece))))
-    rest = layout.group_means(sums)
-    rstd.copy_(layout.group_means(squares).sub_(rest.square()).clamp_(min=0.0)).add_(eps).rsqrt_()
+        sums.append(layout.sums(deviations))
+        squares.append(layout.sums(torch.mul(deviations, deviations, out=rooms[1].like(piece))))
+    rest = layout.group_means(_total(sums))
+    rstd.copy_(layout.group_means(_total(squares)).sub_(rest.square()).clamp_(min=0.0)).add_(eps).rsqrt_()
     mean.copy_(rest if center is None else center.to(mean.dtype) + rest)
     return rest
 
@@ -153,14 +169,16 @@ def group_norm_recompute(arguments: ops.RecomputeArguments) -> Tensor:
 
 @implements(ops.backward)
 def group_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
-    input, backward = arguments.input, _Backward(arguments)
+    input = arguments.input
     grad_input = empty_in_layout(input)
-    if backward.layout.is_native:
-        backward.natively(_native_group_norm.Groups(input, arguments.num_groups), input, arguments.grad_output, grad_input)
-    else:
-        matrices = [backward.layout.matrices(t) for t in (input, arguments.grad_output, grad_input)]
-        for block in backward.layout.blocks():
-            backward.by_formulas(block, *(backward.layout.pieces(t, block) for t in matrices))
+    with Rooms(accumulation_dtype(input.dtype)) as rooms:
+        backward = _Backward(arguments, rooms)
+        if backward.layout.is_native:
+            backward.natively(arguments, grad_input)
+        else:
+            matrices = [backward.layout.matrices(t) for t in (input, arguments.grad_output, grad_input)]
+            for block in backward.layout.blocks():
+                backward.by_formulas(block, *(backward.layout.pieces(t, block) for t in matrices))
     parameters = ((arguments.weight, backward.grad_weight), (arguments.bias, backward.grad_bias))
     grads = (input.new_empty((0,)) if p is None else gradient.to(p.dtype) for p, gradient in parameters)
     return ops.BackwardResults(grad_input, *grads)
@@ -174,11 +192,15 @@ def group_norm_restoring_backward(arguments: ops.RestoringBackwardArguments) -> 
 
 
 class _Backward:
-    """The backward pass: each way writes the gradient of a block's elements and adds to those of weight and bias."""
+    """The backward pass: each way writes the gradient of the elements and those of weight and bias.
 
-    def __init__(self, arguments: ops.BackwardArguments):
+    The rooms are for the elements of a piece, for the gradient that comes in, for what is made of both, and then for the gradients of each
+    piece of a block.
+    """
+
+    def __init__(self, arguments: ops.BackwardArguments, rooms: Rooms):
         input, mean, rstd, weight, bias = arguments[1:6]
-        self.layout, self.dtype = _Layout(input, arguments.num_groups), accumulation_dtype(input.dtype)
+        self.layout, self.rooms, self.dtype = _Layout(input, arguments.num_groups), rooms, rooms.dtype
         # Without what its dtype holds of a large mean an element keeps its digits.
         center = None if _is_small(mean, rstd) else mean.to(self.dtype)
         self.center = None if center is None else self.layout.by_channel(center)
@@ -188,50 +210,46 @@ class _Backward:
         self.scale, self.shift = self.layout.affine(self.mean, self.rstd, self.weight, None if bias is None else bias.to(self.dtype))
         self.grad_weight, self.grad_bias = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
         self.activation = torch_activation(arguments.activation)
-        # For the elements of a piece, for the gradient that comes in, and for what is made of both.
-        self.rooms = [Room(self.dtype) for _ in range(3)]
-        # For the gradients of each piece of a block.
-        self.grad_rooms: list[Room] = []
 
-    def natively(self, groups: _native_group_norm.Groups, input: Tensor, grad_output: Tensor, grad_input: Tensor) -> None:
+    def natively(self, arguments: ops.BackwardArguments, grad_input: Tensor) -> None:
         """All blocks by torch's own kernel."""
         tables = _native_group_norm.Tables(self.mean, self.rstd, self.scale, self.shift, self.center)
-        gradients = _native_group_norm.backward(groups, tables, self.weight, self.activation, input, grad_output, grad_input)
-        self.grad_weight, self.grad_bias = gradients
+        self.grad_weight, self.grad_bias = _native_group_norm.backward(arguments, tables, self.weight, grad_input, self.rooms)
 
     def by_formulas(self, block: Block, pieces, grad_outputs, results) -> None:
         """rstd (g - mean(g) - n mean(g n)) for g = weight * grad and the normalised elements n = (deviations - mean) rstd."""
         layout, channels = self.layout, self.layout.channels_of(block)
         weight, scale, rstd = self.weight[channels[1]], self.scale[channels], layout.by_channel(self.rstd[block])
         mean, center = layout.by_channel(self.mean[block]), None if self.center is None else self.center[channels]
-        plain, with_normal = torch.zeros_like(scale), torch.zeros_like(scale)
-        grads = self.memory(results)
+        spread = layout.spread(scale)
+        plain, with_normal, grads = [], [], self.memory(results)
         for piece, grad_output, grad in zip(pieces, grad_outputs, grads, strict=True):
             deviations = layout.deviations(piece, center, self.rooms[0])
-            self.write_grad_affine(grad, grad_output, deviations, layout.spread(scale), layout.spread(self.shift[channels]))
-            plain.add_(layout.sums(grad))
-            with_normal.add_(layout.sums(torch.mul(grad, deviations, out=self.rooms[2].like(grad))))
-        with_normal.addcmul_(plain, mean, value=-1.0).mul_(rstd)
+            self.write_grad_affine(grad, grad_output, deviations, spread, layout.spread(self.shift[channels]))
+            plain.append(layout.sums(grad))
+            with_normal.append(layout.sums(torch.mul(grad, deviations, out=self.rooms[2].like(piece))))
+        plain = _total(plain)
+        with_normal = _total(with_normal).addcmul_(plain, mean, value=-1.0).mul_(rstd)
         self.grad_weight[channels[1]].add_(with_normal.sum(0))
         self.grad_bias[channels[1]].add_(plain.sum(0))
         mean_grad, projection = (layout.by_channel(layout.group_means(t * weight)) * rstd for t in (plain, with_normal))
-        slope = projection.mul_(rstd)
-        scale, slope, shift = (layout.spread(t) for t in (scale, slope, (mean * slope).sub_(mean_grad)))
+        slope = projection.mul_(rstd).neg_()
+        shift = layout.spread((mean * slope).add_(mean_grad).neg_())
         for piece, grad, result in zip(pieces, grads, results, strict=True):
             deviations = layout.deviations(piece, center, self.rooms[0])
-            grad.mul_(scale).addcmul_(deviations, slope, value=-1.0).add_(shift)
+            of_deviations = layout.apply(layout.spread(slope), shift, deviations, out=self.rooms[2].like(piece))
+            layout.apply(spread, of_deviations, grad, out=grad)
             if grad is not result:
                 result.copy_(grad)
 
     def memory(self, results: tuple[Tensor, ...]) -> list[Tensor]:
         """Memory for the gradients of a block's pieces: that of the results, where it is of the dtype."""
-        self.grad_rooms += [Room(self.dtype) for _ in results[len(self.grad_rooms) :]]
-        return [t if t.dtype == self.dtype else room.like(t) for t, room in zip(results, self.grad_rooms, strict=False)]
+        return [t if t.dtype == self.dtype else self.rooms[3 + i].like(t) for i, t in enumerate(results)]
 
     def write_grad_affine(self, grad: Tensor, grad_output: Tensor, deviations: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Writes the gradient of the affine map's result."""
         if self.activation is None:
             grad.copy_(grad_output)
         else:
-            u = torch.mul(deviations, scale, out=self.rooms[2].like(deviations)).add_(shift)
+            u = self.layout.apply(scale, shift, deviations, out=self.rooms[2].like(deviations))
             self.activation.backward(self.rooms[1].widened(grad_output), u, grad_input=grad)
