@@ -1,6 +1,7 @@
 """What only the backend in plain PyTorch has: its screen, its blocks, and the ways it takes on devices that are not here."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -246,3 +247,64 @@ def test_one_group_of_a_large_mean_does_not_change_the_others(layout):
     torch.testing.assert_close(mixed[:, 2:], plain[:, 2:], rtol=1e-5, atol=1e-5)
     expected = torch.nn.functional.silu(torch.nn.functional.group_norm(shifted.double(), 3))
     torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What a thread keeps for temporaries, nothing at first."""
+    monkeypatch.setattr(_blocks, "_kept", _blocks._Kept())
+    return _blocks._kept.memories
+
+
+def norm_gradient(x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(FV.group_norm_silu(x, 3).float().square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_memory_that_inference_asked_for_serves_training(kept, layout):
+    x = Source("cpu").normal(2, 6, 8, 8).bfloat16().contiguous(memory_format=layout)
+    expected = norm_gradient(x)
+    kept.clear()
+    with torch.inference_mode():
+        FV.group_norm_silu(x, 3)
+    assert kept[torch.float32]
+    assert torch.equal(norm_gradient(x), expected)
+
+
+def test_later_calls_ask_for_no_memory(kept):
+    x = Source("cpu").normal(2, 6, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
+    norm_gradient(x)
+    addresses = [memory.data_ptr() for memory in kept[torch.float32]]
+    norm_gradient(x)
+    assert [memory.data_ptr() for memory in kept[torch.float32]] == addresses
+
+
+def test_kept_memory_is_bounded(kept, monkeypatch):
+    size = 2 * 6 * 8 * 8 * 4
+    monkeypatch.setattr(_blocks, "_KEPT_BYTES", 2 * size)
+    norm_gradient(Source("cpu").normal(2, 6, 8, 8).bfloat16())
+    assert 0 < sum(memory.nbytes for memory in kept[torch.float32]) <= 2 * size
+
+
+def test_threads_do_not_share_the_memory_of_their_temporaries():
+    inputs = [Source("cpu", seed=seed).normal(2, 6, 40, 40).bfloat16() for seed in range(8)]
+    expected = [norm_gradient(x) for x in inputs]
+
+    def gradients(_) -> list[torch.Tensor]:
+        with fastvae.use_backend("fallback"):
+            return [norm_gradient(x) for x in inputs]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(gradients, range(8)):
+            for actual, wanted in zip(found, expected, strict=True):
+                assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("positions", [(1, 1), (1, 3), (5, 7), (8, 8)])
+def test_sums_of_channels_that_are_last_do_not_miss_a_position(positions):
+    """Threads sum equal numbers of positions, and what is left is added."""
+    x = Source("cpu").normal(1, 6, *positions).contiguous(memory_format=torch.channels_last)
+    for count in (1, 2, 3, 4):
+        with threads(count):
+            torch.testing.assert_close(FV.group_norm_silu(x, 3), FV.group_norm_silu(x.contiguous(), 3))

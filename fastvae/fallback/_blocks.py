@@ -1,4 +1,4 @@
-"""Operators work on blocks of a matrix, so that the temporaries of a block stay in the cache of the CPU cores that compute it."""
+"""Operators work on blocks of a matrix, so that the temporaries of a block stay in the caches of the CPU that computes it."""
 
 import math
 import threading
@@ -12,9 +12,9 @@ from torch import Tensor
 from fastvae.fallback import _device
 from fastvae.ops._results import REDUCTIONS, accumulation_dtype, reduction_scale
 
-# A float32 temporary of so many elements is 1 MiB: in smaller blocks the launches of operations, some microseconds each, take a third of
-# the time, and the temporaries of larger ones leave the caches.
-_ELEMENTS_PER_THREAD = 1 << 18
+# A float32 temporary of so many elements is 2 MiB. In smaller blocks the launches of operations, some microseconds each, take a third of
+# the time; the temporaries of larger ones leave the last of the caches.
+_ELEMENTS_PER_THREAD = 1 << 19
 # Elsewhere the time to launch an operation decides, so blocks only bound the memory of the temporaries.
 _ELEMENTS_ELSEWHERE = 1 << 24
 # The most bytes in a dtype that a thread keeps for temporaries.

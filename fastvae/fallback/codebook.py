@@ -20,7 +20,7 @@ from fastvae.ops._residual_steps import residual_backward_in_steps, residual_in_
 from fastvae.ops._results import REDUCTIONS, accumulation_dtype, widest_dtype
 
 # Scores of a chunk of rows, in blocks: a matrix product is faster with more rows than elementwise operations ask for.
-_BLOCKS_OF_SCORES = 8
+_BLOCKS_OF_SCORES = 4
 _FEWEST_ROWS = 64
 # On a processor without other settings oneDNN rounds the operands of float32 products only where this variable asks for it.
 _FAST_MATH = os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", os.environ.get("DNNL_DEFAULT_FPMATH_MODE", "STRICT")).upper() != "STRICT"

@@ -64,9 +64,9 @@ class _Layout:
     def sums(self, elements: Tensor) -> Tensor:
         """Sums over positions, (samples, channels)."""
         samples, positions, threads = *elements.shape[:2], torch.get_num_threads()
-        if not self.last or samples >= threads or positions < threads:
+        if not self.last or not _device.is_cpu(self.device) or samples >= threads or positions < threads:
             return elements.sum(self.axis)
-        # A thread sums what it wrote and reads next: split along the channels, each takes half its elements from another core's cache.
+        # So each thread sums what it wrote and will read. torch would split the channels, and threads take elements from other cores' caches.
         length = positions // threads
         parts = elements[:, : threads * length].unflatten(1, (threads, length)).sum(2).sum(1)
         return parts if threads * length == positions else parts.add_(elements[:, threads * length :].sum(1))
@@ -110,7 +110,7 @@ def _is_small(mean: Tensor, rstd: Tensor) -> bool:
     """Whether the elements may be used as they are: not where a mean is NaN, a variance infinite, or the device would have to wait."""
     if not _device.is_cpu(mean.device):
         return False
-    return not mean.numel() or (bool((mean * rstd).abs_().max() <= _LARGEST_MEAN) and bool(rstd.min() > 0.0))
+    return not mean.numel() or (float((mean * rstd).abs_().max()) <= _LARGEST_MEAN and float(rstd.min()) > 0.0)
 
 
 @implements(ops.forward)
