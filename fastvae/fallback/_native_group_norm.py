@@ -21,7 +21,8 @@ class _Groups:
     def __init__(self, input: Tensor, num_groups: int):
         self.samples, self.channels = input.shape[:2]
         self.width, self.positions = self.channels // num_groups, math.prod(input.shape[2:])
-        limit = block_elements(input.device) // (self.width * self.positions)
+        # The kernels ask for the memory of their results anew, and larger pieces of it come as pages that the system clears first.
+        limit = block_elements(input.device) // 2 // (self.width * self.positions)
         # The number of groups in a block.
         self.step = even_step(self.samples * num_groups, max(limit, 1))
         self.count = -(-self.samples * num_groups // self.step)
