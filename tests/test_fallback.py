@@ -129,7 +129,7 @@ def test_words_are_those_of_philox(start, way, monkeypatch):
     if way == "torch":
         monkeypatch.setattr(_device, "is_cpu", lambda device: False)
     seed, counters = torch.tensor(-12345), torch.arange(start, start + 640)
-    even, odd = latent._words(start, 640, latent._round_keys(seed))
+    even, odd = latent._words(start, torch.empty((3, 2, 640), dtype=torch.int64), latent._round_keys(seed))
     words = even[0], odd[0] & 0xFFFFFFFF, even[1], odd[1] & 0xFFFFFFFF
     for ours, theirs in zip(words, reference_latent.philox4x32(counters, seed), strict=True):
         assert torch.equal(ours, theirs)
@@ -140,7 +140,8 @@ def test_the_kl_of_a_posterior_near_the_prior_keeps_its_digits(dtype):
     exponents = torch.linspace(-30, 4, 2000, dtype=torch.float64)
     x = torch.cat([exponents.exp(), -exponents.exp()]).to(dtype)
     expected = torch.tensor([_excess(value) for value in x.double().tolist()], dtype=torch.float64)
-    torch.testing.assert_close(latent.excess_exp(x).double(), expected, rtol=16 * torch.finfo(dtype).eps, atol=0)
+    actual = latent.excess_exp(x, _blocks.Rooms(dtype))
+    torch.testing.assert_close(actual.double(), expected, rtol=16 * torch.finfo(dtype).eps, atol=0)
 
 
 def _excess(x: float) -> float:

@@ -3,7 +3,7 @@
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -136,12 +136,15 @@ class Room:
 
     def like(self, piece: Tensor) -> Tensor:
         """The memory in the shape of a piece; what it held is lost."""
-        size, self.piece = piece.numel(), None
-        if self.memory.numel() < size or self.memory.device != piece.device:
+        return self.shaped(piece.shape, piece.device)
+
+    def shaped(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        size, self.piece = math.prod(shape), None
+        if self.memory.numel() < size or self.memory.device != device:
             # What inference mode makes cannot be written outside it.
             with torch.inference_mode(False):
-                self.memory = torch.empty(size, dtype=self.memory.dtype, device=piece.device)
-        return self.memory[:size].view(piece.shape)
+                self.memory = torch.empty(size, dtype=self.memory.dtype, device=device)
+        return self.memory[:size].view(shape)
 
     def widened(self, piece: Tensor) -> Tensor:
         """The piece in the dtype of the memory and contiguous, so that sums do not depend on strides: itself, where it is so.
@@ -178,23 +181,33 @@ _kept = _Kept()
 
 
 class Rooms:
-    """The rooms of a call by their numbers, in one dtype."""
+    """The rooms of a call by their names, in one dtype."""
 
     def __init__(self, dtype: torch.dtype):
-        self.dtype, self.rooms = dtype, []
+        self.dtype = dtype
+        self.rooms: dict[Hashable, Room] = {}
 
-    def __getitem__(self, number: int) -> Room:
-        while len(self.rooms) <= number:
-            self.rooms.append(Room(_kept.take(self.dtype)))
-        return self.rooms[number]
+    def __getitem__(self, name: Hashable) -> Room:
+        if name not in self.rooms:
+            self.rooms[name] = Room(_kept.take(self.dtype))
+        return self.rooms[name]
 
     def __enter__(self) -> "Rooms":
         return self
 
     def __exit__(self, *_) -> None:
         # The room that is asked for first finds its own memory again.
-        for room in reversed(self.rooms):
+        for room in reversed(self.rooms.values()):
             _kept.put(room.memory)
+
+
+@contextmanager
+def written_in_room(output: Tensor, room: Room) -> Iterator[Tensor]:
+    """Memory in the room's dtype for what ``output`` gets: itself, where it is of that dtype."""
+    memory = output if output.dtype == room.memory.dtype else room.like(output)
+    yield memory
+    if memory is not output:
+        output.copy_(memory)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def normalise(arguments: ForwardArguments, results: ForwardResults, weight: Tens
     of_groups = zip(groups.statistics(results.mean), groups.statistics(results.rstd), strict=True)
     of_channels = zip(groups.parameters(weight), groups.parameters(bias), strict=True)
     for (piece, output), (mean, rstd), parameters in zip(of_elements, of_groups, of_channels, strict=True):
-        wide = rooms[0].widened(piece)
+        wide = rooms["elements"].widened(piece)
         values, block_mean, block_rstd = torch.ops.aten.native_group_norm(wide, *parameters, *groups.sizes(wide), eps)
         mean.copy_(block_mean)
         rstd.copy_(block_rstd)
@@ -96,11 +96,11 @@ def backward(arguments: BackwardArguments, tables: Tables, weight: Tensor, grad_
     of_channels = zip(groups.columns(tables.scale), groups.columns(tables.shift), groups.columns(tables.center), strict=True)
     of_parameters = []
     for (piece, incoming, result), statistics, (scale, shift, center) in zip(of_elements, of_groups, of_channels, strict=True):
-        deviations, grad = rooms[0].widened(piece), rooms[1].widened(incoming)
+        deviations, grad = rooms["elements"].widened(piece), rooms["incoming"].widened(incoming)
         if center is not None:
-            deviations = torch.sub(deviations, center, out=rooms[0].like(piece))
+            deviations = torch.sub(deviations, center, out=rooms["elements"].like(piece))
         if activation is not None:
-            u = torch.mul(deviations, scale, out=rooms[2].like(piece)).add_(shift)
+            u = torch.mul(deviations, scale, out=rooms["product"].like(piece)).add_(shift)
             grad = activation.backward(grad, u, grad_input=u)
         sizes = groups.sizes(deviations)
         of_piece, *gradients = torch.ops.aten.native_group_norm_backward(grad, deviations, *statistics, *sizes, [True] * 3)

@@ -144,17 +144,17 @@ def _normalise(layout: _Layout, pieces, results, mean, rstd, weight, bias, eps: 
         center, rest = layout.by_channel(rest), _write_statistics(layout, pieces, rest, mean, rstd, eps, rooms)
     scale, shift = (layout.spread(t) for t in layout.affine(rest, rstd.to(rest.dtype), weight, bias))
     for piece, result in zip(pieces, results, strict=True):
-        values = layout.deviations(piece, center, rooms[0])
-        write_activated(result, layout.apply(scale, shift, values, out=rooms[1].like(piece)), activation)
+        values = layout.deviations(piece, center, rooms["elements"])
+        write_activated(result, layout.apply(scale, shift, values, out=rooms["product"].like(piece)), activation)
 
 
 def _write_statistics(layout: _Layout, pieces, center: Tensor | None, mean, rstd, eps: float, rooms: Rooms) -> Tensor:
     """Writes the statistics of a block from its deviations from ``center``, a number a group, and returns the mean of these."""
     spread, sums, squares = None if center is None else layout.by_channel(center), [], []
     for piece in pieces:
-        deviations = layout.deviations(piece, spread, rooms[0])
+        deviations = layout.deviations(piece, spread, rooms["elements"])
         sums.append(layout.sums(deviations))
-        squares.append(layout.sums(torch.mul(deviations, deviations, out=rooms[1].like(piece))))
+        squares.append(layout.sums(torch.mul(deviations, deviations, out=rooms["product"].like(piece))))
     rest = layout.group_means(_total(sums))
     rstd.copy_(layout.group_means(_total(squares)).sub_(rest.square()).clamp_(min=0.0)).add_(eps).rsqrt_()
     mean.copy_(rest if center is None else center.to(mean.dtype) + rest)
@@ -192,11 +192,7 @@ def group_norm_restoring_backward(arguments: ops.RestoringBackwardArguments) -> 
 
 
 class _Backward:
-    """The backward pass: each way writes the gradient of the elements and those of weight and bias.
-
-    The rooms are for the elements of a piece, for the gradient that comes in, for what is made of both, and then for the gradients of each
-    piece of a block.
-    """
+    """The backward pass: each way writes the gradient of the elements and those of weight and bias."""
 
     def __init__(self, arguments: ops.BackwardArguments, rooms: Rooms):
         input, mean, rstd, weight, bias = arguments[1:6]
@@ -224,10 +220,10 @@ class _Backward:
         spread = layout.spread(scale)
         plain, with_normal, grads = [], [], self.memory(results)
         for piece, grad_output, grad in zip(pieces, grad_outputs, grads, strict=True):
-            deviations = layout.deviations(piece, center, self.rooms[0])
+            deviations = layout.deviations(piece, center, self.rooms["elements"])
             self.write_grad_affine(grad, grad_output, deviations, spread, layout.spread(self.shift[channels]))
             plain.append(layout.sums(grad))
-            with_normal.append(layout.sums(torch.mul(grad, deviations, out=self.rooms[2].like(piece))))
+            with_normal.append(layout.sums(torch.mul(grad, deviations, out=self.rooms["product"].like(piece))))
         plain = _total(plain)
         with_normal = _total(with_normal).addcmul_(plain, mean, value=-1.0).mul_(rstd)
         self.grad_weight[channels[1]].add_(with_normal.sum(0))
@@ -236,20 +232,20 @@ class _Backward:
         slope = projection.mul_(rstd).neg_()
         shift = layout.spread((mean * slope).add_(mean_grad).neg_())
         for piece, grad, result in zip(pieces, grads, results, strict=True):
-            deviations = layout.deviations(piece, center, self.rooms[0])
-            of_deviations = layout.apply(layout.spread(slope), shift, deviations, out=self.rooms[2].like(piece))
+            deviations = layout.deviations(piece, center, self.rooms["elements"])
+            of_deviations = layout.apply(layout.spread(slope), shift, deviations, out=self.rooms["product"].like(piece))
             layout.apply(spread, of_deviations, grad, out=grad)
             if grad is not result:
                 result.copy_(grad)
 
     def memory(self, results: tuple[Tensor, ...]) -> list[Tensor]:
         """Memory for the gradients of a block's pieces: that of the results, where it is of the dtype."""
-        return [t if t.dtype == self.dtype else self.rooms[3 + i].like(t) for i, t in enumerate(results)]
+        return [t if t.dtype == self.dtype else self.rooms["gradient", i].like(t) for i, t in enumerate(results)]
 
     def write_grad_affine(self, grad: Tensor, grad_output: Tensor, deviations: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Writes the gradient of the affine map's result."""
         if self.activation is None:
             grad.copy_(grad_output)
         else:
-            u = self.layout.apply(scale, shift, deviations, out=self.rooms[2].like(deviations))
-            self.activation.backward(self.rooms[1].widened(grad_output), u, grad_input=grad)
+            u = self.layout.apply(scale, shift, deviations, out=self.rooms["product"].like(deviations))
+            self.activation.backward(self.rooms["incoming"].widened(grad_output), u, grad_input=grad)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae.fallback import _device
-from fastvae.fallback._blocks import Reduced, block_elements, blocks, gradient_matrix, matrix_shape, take, written
+from fastvae.fallback._blocks import Reduced, Rooms, block_elements, blocks, gradient_matrix, matrix_shape, take, written_in_room
 from fastvae.fallback._register import implements
 from fastvae.ops import latent as ops
 from fastvae.ops._results import accumulation_dtype
@@ -31,9 +31,11 @@ def normal(seed: Tensor, shape, dtype: torch.dtype = torch.float32) -> Tensor:
     streams = torch.empty((tiles, 2, 2, LANES), dtype=torch.float32, device=seed.device)
     keys = _round_keys(seed)
     step = max(block_elements(seed.device) // TILE, 1)
-    for start in range(0, tiles, step):
-        chunk = streams[start : start + step]
-        _box_muller(*_words(start * LANES, chunk.shape[0] * LANES, keys), chunk)
+    with Rooms(torch.int64) as states, Rooms(torch.int32) as ints, Rooms(torch.float32) as floats:
+        for start in range(0, tiles, step):
+            chunk = streams[start : start + step]
+            state = states["words"].shaped((3, 2, chunk.shape[0] * LANES), chunk.device)
+            _box_muller(*_words(start * LANES, state, keys), chunk, ints, floats)
     return streams.view(-1)[:count].view(shape).to(dtype)
 
 
@@ -53,11 +55,15 @@ def _round_keys(seed: Tensor) -> Tensor:
     return keys.unsqueeze(2)
 
 
-def _words(start: int, count: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Philox4x32-10 of ``count`` counters: the words (0, 2) and the words (1, 3) as the rows of two int64 tensors; the upper halves of
-    words 1 and 3 hold anything."""
-    # Three pairs of rows: the words that are multiplied, the words that are combined by exclusive or, and scratch room for the products.
-    state = torch.zeros((3, 2, count), dtype=torch.int64, device=keys.device)
+def _words(start: int, state: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox4x32-10 of the counters from ``start`` on: the words (0, 2) and the words (1, 3) as the rows of two int64 tensors; the upper
+    halves of words 1 and 3 hold anything.
+
+    Args:
+        state: memory, (3, 2, counters), for the words that are multiplied, the words that are combined by exclusive or, and the products.
+    """
+    count = state.shape[2]
+    state.zero_()
     multiplied, added, _ = rows = [pair.unbind() for pair in state.unbind()]
     torch.arange(start, start + count, out=multiplied[0])
     torch.bitwise_right_shift(multiplied[0], 32, out=added[0])
@@ -94,29 +100,25 @@ def _rounds(state, rows, multipliers, keys, multiply, shift) -> None:
         both &= _MASK
 
 
-def _box_muller(even: Tensor, odd: Tensor, out: Tensor) -> None:
+def _box_muller(even: Tensor, odd: Tensor, out: Tensor, ints: Rooms, floats: Rooms) -> None:
     """Writes the normals of two pairs of words for each counter to ``out`` (tiles, 2, 2, lanes).
 
     The angle is reduced to half a turn in integers; the other half has the opposite sign, which goes into the radius.
     """
-    radius = even.to(torch.float32).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
-    words = odd.to(torch.int32)
-    doubled = words << 1
+    radius = floats["radius"].like(even).copy_(even).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
+    words = ints["words"].like(odd).copy_(odd)
+    doubled = torch.bitwise_left_shift(words, 1, out=ints["doubled"].like(words))
     sign = words.bitwise_xor_(doubled).bitwise_and_(-(2**31))
     radius.view(torch.int32).bitwise_xor_(sign)
-    angle = (doubled >> 1).to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
+    angle = floats["angle"].like(doubled).copy_(doubled.bitwise_right_shift_(1)).mul_(2.0 * math.pi * 2.0**-32)
     pairs = (2, out.shape[0], LANES)
     radius, angle = radius.view(pairs), angle.view(pairs)
     by_pair = out.transpose(0, 1)
-    torch.mul(radius, torch.cos(angle), out=by_pair[:, :, 0])
+    torch.mul(radius, torch.cos(angle, out=floats["cosine"].like(angle)), out=by_pair[:, :, 0])
     torch.mul(radius, angle.sin_(), out=by_pair[:, :, 1])
 
 
-def _clamp(logvar: Tensor, limits: tuple[float, float]) -> Tensor:
-    return logvar if limits == (-math.inf, math.inf) else logvar.clamp(*limits)
-
-
-def excess_exp(x: Tensor) -> Tensor:
+def excess_exp(x: Tensor, rooms: Rooms) -> Tensor:
     """``exp(x) - 1 - x`` to some units in the last place, also where it cancels.
 
     With c the number nearest to x in an interval around 0 it is ``(exp(c) - 1 - c) + exp(c) (exp(x - c) - 1) - (x - c)``: the first term is
@@ -124,22 +126,23 @@ def excess_exp(x: Tensor) -> Tensor:
     """
     # The terms that the series leaves out are below its rounding error. At the ends of the interval the difference cancels at most 3 bits.
     last = 8 if x.dtype == torch.float32 else 16
-    inside = x.clamp(-0.5, 0.5)
-    outside = x - inside
-    series = inside
-    for k in range(last, 2, -1):
-        series = torch.addcmul(inside, inside, series, value=1.0 / k, out=None if series is inside else series)
+    inside = torch.clamp(x, -0.5, 0.5, out=rooms["inside"].like(x))
+    outside = torch.sub(x, inside, out=rooms["outside"].like(x))
+    series = torch.addcmul(inside, inside, inside, value=1.0 / last, out=rooms["series"].like(x))
+    for k in range(last - 1, 2, -1):
+        torch.addcmul(inside, inside, series, value=1.0 / k, out=series)
     series.mul_(inside).mul_(0.5).sub_(outside)
     return series.addcmul_(outside.exp_().sub_(1.0), inside.exp_())
 
 
-def _kl_elements(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:
+def _kl_elements(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, rooms: Rooms) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))) of each element."""
     if prior_mu is None or prior_logvar is None:
-        excess = excess_exp(logvar)
+        excess = excess_exp(logvar, rooms)
         return torch.addcmul(excess, mu, mu, out=excess).mul_(0.5)
-    squares = (mu - prior_mu).square_().mul_(torch.neg(prior_logvar).exp_())
-    return squares.add_(excess_exp(logvar - prior_logvar)).mul_(0.5)
+    delta, precision, ratio = (rooms[name].like(mu) for name in ("delta", "precision", "ratio"))
+    squares = torch.sub(mu, prior_mu, out=delta).square_().mul_(torch.neg(prior_logvar, out=precision).exp_())
+    return squares.add_(excess_exp(torch.sub(logvar, prior_logvar, out=ratio), rooms)).mul_(0.5)
 
 
 def _free_bits(elements: Tensor, like: Tensor, reduction: int, free_bits: float) -> tuple[Tensor, Tensor]:
@@ -161,16 +164,18 @@ def latent_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     reduced = Reduced(mu, arguments.reduction) if arguments.with_kl and not with_free_bits else None
     elements = mu.new_empty(size, dtype=dtype) if with_free_bits else None
     matrices = [None if t is None else t.reshape(size) for t in arguments.posterior]
-    for block in blocks(*size, mu.device):
-        wide_mu, wide_logvar, *prior = _widen(matrices, block, dtype, arguments.limits)
-        if samples is not None and noises is not None:
-            sigma = torch.mul(wide_logvar, 0.5).exp_()
-            with written(_take_samples(samples, block), dtype) as drawn:
-                torch.addcmul(wide_mu, sigma, _take_samples(noises, block).to(dtype), out=drawn)
-        if reduced is not None:
-            reduced.add(block, _kl_elements(wide_mu, wide_logvar, *prior))
-        elif elements is not None:
-            take(elements, block).copy_(_kl_elements(wide_mu, wide_logvar, *prior))
+    with Rooms(dtype) as rooms:
+        for block in blocks(*size, mu.device):
+            wide_mu, wide_logvar, *prior = _widen(matrices, block, arguments.limits, rooms)
+            if samples is not None and noises is not None:
+                # In the rooms of the KL, which comes after.
+                sigma = torch.mul(wide_logvar, 0.5, out=rooms["inside"].like(wide_logvar)).exp_()
+                with written_in_room(_take_samples(samples, block), rooms["series"]) as drawn:
+                    torch.addcmul(wide_mu, sigma, rooms["noise"].widened(_take_samples(noises, block)), out=drawn)
+            if reduced is not None:
+                reduced.add(block, _kl_elements(wide_mu, wide_logvar, *prior, rooms))
+            elif elements is not None:
+                take(elements, block).copy_(_kl_elements(wide_mu, wide_logvar, *prior, rooms))
     if reduced is not None:
         results = results._replace(kl=reduced.result())
     elif elements is not None:
@@ -184,10 +189,12 @@ def _take_samples(samples: Tensor, block) -> Tensor:
     return take(samples[0], block) if samples.shape[0] == 1 else samples[:, block[0], block[1]]
 
 
-def _widen(matrices, block, dtype, limits):
-    """A block of mu, logvar and the prior's, where there is one, in the accumulation dtype, log variances clamped."""
-    wide = [None if t is None else take(t, block).to(dtype) for t in matrices]
-    return [_clamp(t, limits) if t is not None and i % 2 else t for i, t in enumerate(wide)]
+def _widen(matrices, block, limits: tuple[float, float], rooms: Rooms) -> list[Tensor | None]:
+    """A block of mu, logvar and the prior's, where there is one, in the dtype of the rooms, log variances clamped."""
+    wide = [None if t is None else rooms["wide", i].widened(take(t, block)) for i, t in enumerate(matrices)]
+    if limits == (-math.inf, math.inf):
+        return wide
+    return [torch.clamp(t, *limits, out=rooms["wide", i].like(t)) if t is not None and i % 2 else t for i, t in enumerate(wide)]
 
 
 @implements(ops.backward)
@@ -202,17 +209,18 @@ def latent_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
         incoming, noises = (t.reshape(arguments.num_samples or 1, *size) for t in (grad_z, noise))
     if arguments.grad_kl is not None:
         weights = _kl_weights(arguments.grad_kl, mu.shape, arguments.active, arguments.reduction, dtype)
-    for block in blocks(*size, mu.device):
-        wide = _widen(matrices, block, dtype, limits)
-        grads: list[Tensor | None] = [None] * 4
-        if incoming is not None and noises is not None:
-            grad, drawn = (_take_samples(t, block).to(dtype) for t in (incoming, noises))
-            grads[:2] = _sample_gradients(grad, drawn, wide[1])
-        if weights is not None:
-            _add_weighted(grads, _kl_gradients(*wide), take(weights, block))
-        for i, (result, gradient) in enumerate(zip(results, grads, strict=True)):
-            if result.numel():
-                _write(take(result.view(size), block), gradient, take(matrices[i], block), limits if i % 2 else None)
+    with Rooms(dtype) as rooms:
+        for block in blocks(*size, mu.device):
+            wide = _widen(matrices, block, limits, rooms)
+            grads: list[Tensor | None] = [None] * 4
+            if incoming is not None and noises is not None:
+                grad, drawn = (rooms[name].widened(_take_samples(t, block)) for name, t in (("incoming", incoming), ("noise", noises)))
+                grads[:2] = _sample_gradients(grad, drawn, wide[1], rooms)
+            if weights is not None:
+                _add_weighted(grads, _kl_gradients(*wide, rooms), take(weights, block), rooms)
+            for i, (result, gradient) in enumerate(zip(results, grads, strict=True)):
+                if result.numel():
+                    _write(take(result.view(size), block), gradient, take(matrices[i], block), limits if i % 2 else None)
     return results
 
 
@@ -222,30 +230,34 @@ def _kl_weights(grad_kl: Tensor, shape: torch.Size, active: Tensor, reduction: i
     return torch.where(active.reshape(1, -1), weights, 0.0) if active.numel() else weights
 
 
-def _sample_gradients(grad: Tensor, noise: Tensor, logvar: Tensor) -> list[Tensor]:
+def _sample_gradients(grad: Tensor, noise: Tensor, logvar: Tensor, rooms: Rooms) -> list[Tensor]:
     """The gradients of mu and logvar through the samples; several are the first dimension."""
-    with_noise = grad * noise
+    with_noise = torch.mul(grad, noise, out=rooms["with noise"].like(grad))
     if grad.ndim == 3:
         grad, with_noise = grad.sum(0), with_noise.sum(0)
-    return [grad, torch.mul(logvar, 0.5).exp_().mul_(with_noise).mul_(0.5)]
+    return [grad, torch.mul(logvar, 0.5, out=rooms["gradient", 1].like(logvar)).exp_().mul_(with_noise).mul_(0.5)]
 
 
-def _kl_gradients(mu, logvar, prior_mu, prior_logvar):
+def _kl_gradients(mu, logvar, prior_mu, prior_logvar, rooms: Rooms):
     """d KL / d (mu, logvar[, prior_mu, prior_logvar]) of each element, and the factor that each of them lacks."""
+    ratio = rooms["ratio"].like(mu)
     if prior_mu is None:
-        return (mu, 1.0), (torch.expm1(logvar), 0.5)
-    delta, ratio = mu - prior_mu, (logvar - prior_logvar).expm1_()
-    scaled = torch.neg(prior_logvar).exp_().mul_(delta)
+        return (mu, 1.0), (torch.expm1(logvar, out=ratio), 0.5)
+    torch.sub(logvar, prior_logvar, out=ratio).expm1_()
+    delta = torch.sub(mu, prior_mu, out=rooms["delta"].like(mu))
+    scaled = torch.neg(prior_logvar, out=rooms["precision"].like(mu)).exp_().mul_(delta)
     return (scaled, 1.0), (ratio, 0.5), (scaled, -1.0), (delta.mul_(scaled).add_(ratio), -0.5)
 
 
-def _add_weighted(grads: list[Tensor | None], gradients, weights: Tensor) -> None:
+def _add_weighted(grads: list[Tensor | None], gradients, weights: Tensor, rooms: Rooms) -> None:
     for i, (gradient, factor) in enumerate(gradients):
-        before = grads[i]
+        before, memory = grads[i], rooms["gradient", i].like(gradient)
         if before is None:
-            grads[i] = gradient * weights if factor == 1.0 else (gradient * weights).mul_(factor)
+            grads[i] = torch.mul(gradient, weights, out=memory)
+            if factor != 1.0:
+                memory.mul_(factor)
         else:
-            grads[i] = torch.addcmul(before, gradient, weights, value=factor)
+            grads[i] = torch.addcmul(before, gradient, weights, value=factor, out=memory)
 
 
 def _write(output: Tensor, gradient: Tensor | None, source: Tensor, limits: tuple[float, float] | None) -> None:
@@ -256,4 +268,4 @@ def _write(output: Tensor, gradient: Tensor | None, source: Tensor, limits: tupl
         output.copy_(gradient)
     else:
         # Comparisons, not the derivative of hardtanh, which may drop the gradient at a NaN.
-        output.copy_(gradient.masked_fill((source < limits[0]) | (source > limits[1]), 0.0))
+        output.copy_(gradient.masked_fill_((source < limits[0]) | (source > limits[1]), 0.0))
