@@ -163,6 +163,23 @@ def test_limits_that_no_log_variance_reaches_are_not_looked_at():
     assert logvar.grad[3] == 0
 
 
+@pytest.mark.parametrize("outside", [None, -31.0, 21.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", ["cpu", "elsewhere"])
+def test_one_log_variance_outside_the_limits_is_clamped_and_the_others_stay(outside, place, request):
+    if place == "elsewhere":
+        request.getfixturevalue("elsewhere")
+    mu, logvar = Source("cpu").normal(3, 4), Source("cpu").normal(3, 4)
+    if outside is not None:
+        logvar[1, 2] = outside
+    gradients = []
+    for backend in ("fallback", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (mu, logvar)]
+        with fastvae.use_backend(backend):
+            z, kl = FV.reparameterize_kl(*leaves, seed=3, logvar_clamp=(-30.0, 20.0))
+            gradients.append((z, kl, *torch.autograd.grad(z.sum() + kl, leaves)))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def near_ties(dim: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows halfway between two codes but for steps that float32 products do not see."""
     generator = torch.Generator().manual_seed(dim)

@@ -191,10 +191,22 @@ def _take_samples(samples: Tensor, block) -> Tensor:
 
 def _widen(matrices, block, limits: tuple[float, float], rooms: Rooms) -> list[Tensor | None]:
     """A block of mu, logvar and the prior's, where there is one, in the dtype of the rooms, log variances clamped."""
-    wide = [None if t is None else rooms["wide", i].widened(take(t, block)) for i, t in enumerate(matrices)]
+    wide: list[Tensor | None] = [None if t is None else rooms["wide", i].widened(take(t, block)) for i, t in enumerate(matrices)]
+    for i in (1, 3):
+        logvar = wide[i]
+        if logvar is not None and _may_exceed(logvar, limits):
+            wide[i] = torch.clamp(logvar, *limits, out=rooms["wide", i].like(logvar))
+    return wide
+
+
+def _may_exceed(logvar: Tensor, limits: tuple[float, float]) -> bool:
+    """Whether a log variance is outside its limits, or NaN. To look costs a CPU less than to clamp; another device would have to wait."""
     if limits == (-math.inf, math.inf):
-        return wide
-    return [torch.clamp(t, *limits, out=rooms["wide", i].like(t)) if t is not None and i % 2 else t for i, t in enumerate(wide)]
+        return False
+    if not _device.is_cpu(logvar.device):
+        return True
+    smallest, largest = torch.aminmax(logvar)
+    return not (limits[0] <= float(smallest) and float(largest) <= limits[1])
 
 
 @implements(ops.backward)
@@ -264,7 +276,7 @@ def _write(output: Tensor, gradient: Tensor | None, source: Tensor, limits: tupl
     """Writes a gradient; 0 where there is none, and for a log variance outside its limits."""
     if gradient is None:
         output.zero_()
-    elif limits is None or limits == (-math.inf, math.inf):
+    elif limits is None or not _may_exceed(source, limits):
         output.copy_(gradient)
     else:
         # Comparisons, not the derivative of hardtanh, which may drop the gradient at a NaN.
