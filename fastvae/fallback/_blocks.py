@@ -121,11 +121,6 @@ def gradient_matrix(grad_output: Tensor, shape: torch.Size, reduction: int, dtyp
     return grad_output.to(dtype).reshape(size) * reduction_scale(shape, reduction)
 
 
-def widen(piece: Tensor, dtype: torch.dtype) -> Tensor:
-    """A piece of a tensor in the dtype of sums, contiguous whatever the strides are, so that sums do not depend on them."""
-    return piece.to(dtype).contiguous()
-
-
 class Room:
     """Memory for a temporary of each block in turn."""
 
@@ -202,18 +197,9 @@ class Rooms:
 
 
 @contextmanager
-def written_in_room(output: Tensor, room: Room) -> Iterator[Tensor]:
+def written(output: Tensor, room: Room) -> Iterator[Tensor]:
     """Memory in the room's dtype for what ``output`` gets: itself, where it is of that dtype."""
     memory = output if output.dtype == room.memory.dtype else room.like(output)
-    yield memory
-    if memory is not output:
-        output.copy_(memory)
-
-
-@contextmanager
-def written(output: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Memory in ``dtype`` for what ``output`` gets: itself, where it is of that dtype."""
-    memory = output if output.dtype == dtype else torch.empty(output.shape, dtype=dtype, device=output.device)
     yield memory
     if memory is not output:
         output.copy_(memory)

@@ -5,7 +5,7 @@ samples end, and blocks are few.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +34,11 @@ class _Groups:
         """The blocks of a table (samples, groups)."""
         return self.split(table.view(1, -1))
 
-    def columns(self, table: Tensor | None) -> tuple[Tensor | None, ...]:
+    def columns(self, table: Tensor | None) -> tuple[Any, ...]:
         """The blocks of a table (samples, channels), which broadcast over the elements."""
         return self.none if table is None else self.split(table.reshape(1, -1, 1), self.width)
 
-    def parameters(self, parameter: Tensor | None) -> tuple[Tensor | None, ...]:
+    def parameters(self, parameter: Tensor | None) -> tuple[Any, ...]:
         """The blocks of a parameter, a number for each channel, repeated for each sample."""
         if parameter is None:
             return self.none

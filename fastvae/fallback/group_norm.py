@@ -66,7 +66,7 @@ class _Layout:
         samples, positions, threads = *elements.shape[:2], torch.get_num_threads()
         if not self.last or not _device.is_cpu(self.device) or samples >= threads or positions < threads:
             return elements.sum(self.axis)
-        # So each thread sums what it wrote and will read. torch would split the channels, and threads take elements from other cores' caches.
+        # So each thread sums what it wrote and will read. torch would split the channels, and move elements between the caches of cores.
         length = positions // threads
         parts = elements[:, : threads * length].unflatten(1, (threads, length)).sum(2).sum(1)
         return parts if threads * length == positions else parts.add_(elements[:, threads * length :].sum(1))
@@ -218,14 +218,14 @@ class _Backward:
         weight, scale, rstd = self.weight[channels[1]], self.scale[channels], layout.by_channel(self.rstd[block])
         mean, center = layout.by_channel(self.mean[block]), None if self.center is None else self.center[channels]
         spread = layout.spread(scale)
-        plain, with_normal, grads = [], [], self.memory(results)
+        sums, products, grads = [], [], self.memory(results)
         for piece, grad_output, grad in zip(pieces, grad_outputs, grads, strict=True):
             deviations = layout.deviations(piece, center, self.rooms["elements"])
             self.write_grad_affine(grad, grad_output, deviations, spread, layout.spread(self.shift[channels]))
-            plain.append(layout.sums(grad))
-            with_normal.append(layout.sums(torch.mul(grad, deviations, out=self.rooms["product"].like(piece))))
-        plain = _total(plain)
-        with_normal = _total(with_normal).addcmul_(plain, mean, value=-1.0).mul_(rstd)
+            sums.append(layout.sums(grad))
+            products.append(layout.sums(torch.mul(grad, deviations, out=self.rooms["product"].like(piece))))
+        plain = _total(sums)
+        with_normal = _total(products).addcmul_(plain, mean, value=-1.0).mul_(rstd)
         self.grad_weight[channels[1]].add_(with_normal.sum(0))
         self.grad_bias[channels[1]].add_(plain.sum(0))
         mean_grad, projection = (layout.by_channel(layout.group_means(t * weight)) * rstd for t in (plain, with_normal))

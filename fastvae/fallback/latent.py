@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae.fallback import _device
-from fastvae.fallback._blocks import Reduced, Rooms, block_elements, blocks, gradient_matrix, matrix_shape, take, written_in_room
+from fastvae.fallback._blocks import Reduced, Rooms, block_elements, blocks, gradient_matrix, matrix_shape, take, written
 from fastvae.fallback._register import implements
 from fastvae.ops import latent as ops
 from fastvae.ops._results import accumulation_dtype
@@ -135,7 +135,7 @@ def excess_exp(x: Tensor, rooms: Rooms) -> Tensor:
     return series.addcmul_(outside.exp_().sub_(1.0), inside.exp_())
 
 
-def _kl_elements(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, rooms: Rooms) -> Tensor:
+def _kl_elements(rooms: Rooms, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:
     """KL(N(mu, exp(logvar)) || N(prior_mu, exp(prior_logvar))) of each element."""
     if prior_mu is None or prior_logvar is None:
         excess = excess_exp(logvar, rooms)
@@ -170,12 +170,12 @@ def latent_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
             if samples is not None and noises is not None:
                 # In the rooms of the KL, which comes after.
                 sigma = torch.mul(wide_logvar, 0.5, out=rooms["inside"].like(wide_logvar)).exp_()
-                with written_in_room(_take_samples(samples, block), rooms["series"]) as drawn:
+                with written(_take_samples(samples, block), rooms["series"]) as drawn:
                     torch.addcmul(wide_mu, sigma, rooms["noise"].widened(_take_samples(noises, block)), out=drawn)
             if reduced is not None:
-                reduced.add(block, _kl_elements(wide_mu, wide_logvar, *prior, rooms))
+                reduced.add(block, _kl_elements(rooms, wide_mu, wide_logvar, *prior))
             elif elements is not None:
-                take(elements, block).copy_(_kl_elements(wide_mu, wide_logvar, *prior, rooms))
+                take(elements, block).copy_(_kl_elements(rooms, wide_mu, wide_logvar, *prior))
     if reduced is not None:
         results = results._replace(kl=reduced.result())
     elif elements is not None:
@@ -189,9 +189,9 @@ def _take_samples(samples: Tensor, block) -> Tensor:
     return take(samples[0], block) if samples.shape[0] == 1 else samples[:, block[0], block[1]]
 
 
-def _widen(matrices, block, limits: tuple[float, float], rooms: Rooms) -> list[Tensor | None]:
+def _widen(matrices, block, limits: tuple[float, float], rooms: Rooms) -> list[Any]:
     """A block of mu, logvar and the prior's, where there is one, in the dtype of the rooms, log variances clamped."""
-    wide: list[Tensor | None] = [None if t is None else rooms["wide", i].widened(take(t, block)) for i, t in enumerate(matrices)]
+    wide = [None if t is None else rooms["wide", i].widened(take(t, block)) for i, t in enumerate(matrices)]
     for i in (1, 3):
         logvar = wide[i]
         if logvar is not None and _may_exceed(logvar, limits):
@@ -229,7 +229,7 @@ def latent_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
                 grad, drawn = (rooms[name].widened(_take_samples(t, block)) for name, t in (("incoming", incoming), ("noise", noises)))
                 grads[:2] = _sample_gradients(grad, drawn, wide[1], rooms)
             if weights is not None:
-                _add_weighted(grads, _kl_gradients(*wide, rooms), take(weights, block), rooms)
+                _add_weighted(grads, _kl_gradients(rooms, *wide), take(weights, block), rooms)
             for i, (result, gradient) in enumerate(zip(results, grads, strict=True)):
                 if result.numel():
                     _write(take(result.view(size), block), gradient, take(matrices[i], block), limits if i % 2 else None)
@@ -250,7 +250,7 @@ def _sample_gradients(grad: Tensor, noise: Tensor, logvar: Tensor, rooms: Rooms)
     return [grad, torch.mul(logvar, 0.5, out=rooms["gradient", 1].like(logvar)).exp_().mul_(with_noise).mul_(0.5)]
 
 
-def _kl_gradients(mu, logvar, prior_mu, prior_logvar, rooms: Rooms):
+def _kl_gradients(rooms: Rooms, mu, logvar, prior_mu, prior_logvar):
     """d KL / d (mu, logvar[, prior_mu, prior_logvar]) of each element, and the factor that each of them lacks."""
     ratio = rooms["ratio"].like(mu)
     if prior_mu is None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.fallback._blocks import Block, Reduced, blocks, gradient_matrix, take, written
+from fastvae.fallback._blocks import Block, Reduced, Rooms, blocks, gradient_matrix, take, written
 from fastvae.fallback._register import implements
 from fastvae.ops import logistic_mixture as ops
 from fastvae.ops._results import accumulation_dtype, empty_like, reduction_scale
@@ -59,7 +59,7 @@ class _Mixture:
     def blocks(self):
         return blocks(self.batch, self.positions, self.device, self.parameters)
 
-    def evaluate(self, block: Block, gradient: Tensor | None, scale: float | Tensor) -> Tensor:
+    def evaluate(self, block: Block, gradient: Tensor | None, scale: float | Tensor, rooms: Rooms) -> Tensor:
         """The losses of a block; ``scale`` times their gradient is written to ``gradient``, (batch, parameters, positions)."""
         rows, columns = block
         level = levels(self.target[rows, :, columns], self.dtype).unsqueeze(2)
@@ -74,7 +74,7 @@ class _Mixture:
         by_component = bins.log_probability.sum(1).add_(parameters.logits)
         loss = torch.logsumexp(parameters.logits, 1).sub_(torch.logsumexp(by_component, 1))
         if gradient is not None:
-            with written(gradient[rows, :, columns], self.dtype) as out:
+            with written(gradient[rows, :, columns], rooms["gradient"]) as out:
                 _write_gradients(split_parameters(out, self.num_mixtures, level.shape[1]), parameters, by_component, bins, factors, values)
                 out.mul_(scale if isinstance(scale, float) else take(scale, block).unsqueeze(1))
         return loss
@@ -104,8 +104,9 @@ def logistic_mixture_forward(arguments: ops.ForwardArguments) -> ops.ForwardResu
     reduced = Reduced(mixture.like, reduction)
     gradient = empty_like(mixture.input) if with_grad else None
     scale = grad_scale * reduction_scale(mixture.like.shape, reduction)
-    for block in mixture.blocks():
-        reduced.add(block, mixture.evaluate(block, gradient, scale))
+    with Rooms(mixture.dtype) as rooms:
+        for block in mixture.blocks():
+            reduced.add(block, mixture.evaluate(block, gradient, scale, rooms))
     return ops.ForwardResults(reduced.result(), input.new_empty((0,)) if gradient is None else gradient.view(input.shape))
 
 
@@ -118,8 +119,9 @@ def _gradient(grad_output: Tensor, input: Tensor, target: Tensor, num_mixtures: 
     mixture = _Mixture(input, target, num_mixtures)
     scale = gradient_matrix(grad_output, mixture.like.shape, reduction, mixture.dtype)
     gradient = empty_like(mixture.input)
-    for block in mixture.blocks():
-        mixture.evaluate(block, gradient, scale)
+    with Rooms(mixture.dtype) as rooms:
+        for block in mixture.blocks():
+            mixture.evaluate(block, gradient, scale, rooms)
     return gradient.view(input.shape)
 
 

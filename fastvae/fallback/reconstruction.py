@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae.fallback._blocks import Block, Reduced, blocks, gradient_matrix, matrix_shape, shared_matrix, take, written
+from fastvae.fallback._blocks import Block, Reduced, Rooms, blocks, gradient_matrix, matrix_shape, shared_matrix, take, written
 from fastvae.fallback._register import implements
 from fastvae.ops import reconstruction as ops
 from fastvae.ops._results import accumulation_dtype, empty_if, empty_like, reduction_scale
@@ -110,12 +110,11 @@ class _Gradients:
         # Blocks add to the gradient of a shared argument, so it is rounded to its dtype at the end.
         self.shared = None if self.logvar is None else torch.zeros_like(matrices.shared[2], memory_format=torch.contiguous_format)
 
-    def write(self, block: Block, values: Operands) -> None:
+    def write(self, block: Block, values: Operands, rooms: Rooms) -> None:
         scale = self.scale if isinstance(self.scale, float) else take(self.scale, block)
-        size, dtype = self.matrices.size, self.matrices.dtype
         for output, fill in ((self.input, _write_input_gradients), (self.target, _write_target_gradients)):
             if output.numel():
-                with written(take(output.view(size), block), dtype) as gradients:
+                with written(take(output.view(self.matrices.size), block), rooms["gradient"]) as gradients:
                     fill(gradients, *values, self.likelihood, scale)
         if self.shared is not None:
             part = take(self.shared, block)
@@ -141,11 +140,12 @@ def reconstruction_forward(arguments: ops.ForwardArguments) -> ops.ForwardResult
     matrices, reduced = _Matrices(*arguments.operands), Reduced(input, arguments.reduction)
     scale = arguments.grad_scale * reduction_scale(input.shape, arguments.reduction)
     gradients = _Gradients(matrices, arguments.operands, scale, likelihood, with_target=False) if arguments.with_grad else None
-    for block in matrices.blocks():
-        values = matrices.at(block)
-        reduced.add(block, _losses(*values, likelihood))
-        if gradients is not None:
-            gradients.write(block, values)
+    with Rooms(matrices.dtype) as rooms:
+        for block in matrices.blocks():
+            values = matrices.at(block)
+            reduced.add(block, _losses(*values, likelihood))
+            if gradients is not None:
+                gradients.write(block, values, rooms)
     if gradients is None:
         return ops.ForwardResults(reduced.result(), input.new_empty((0,)), input.new_empty((0,)))
     grads = gradients.results()
@@ -161,8 +161,9 @@ def _gradients(arguments: ops.BackwardArguments | ops.BackwardInPlaceArguments, 
     matrices = _Matrices(*arguments.operands)
     scale = gradient_matrix(arguments.grad_output, arguments.input.shape, arguments.reduction, matrices.dtype)
     gradients = _Gradients(matrices, arguments.operands, scale, arguments.likelihood, with_target)
-    for block in matrices.blocks():
-        gradients.write(block, matrices.at(block))
+    with Rooms(matrices.dtype) as rooms:
+        for block in matrices.blocks():
+            gradients.write(block, matrices.at(block), rooms)
     return gradients.results()
 
 

@@ -7,7 +7,7 @@ channels of some positions, so that one of samples whose positions are few holds
 import torch
 from torch import Tensor
 
-from fastvae.fallback._blocks import Block, widen, written
+from fastvae.fallback._blocks import Block, Rooms, written
 from fastvae.fallback._layout import ChannelLayout
 from fastvae.fallback._norm_activations import write_activated
 from fastvae.fallback._register import implements
@@ -47,11 +47,13 @@ def rms_norm_forward(arguments: ops.ForwardArguments) -> ops.ForwardResults:
     elements, outputs = layout.matrices(input), layout.matrices(results.output)
     table = results.rrms.view(layout.samples, layout.positions).unsqueeze(layout.axis)
     affine = _Affine(layout, arguments.weight, arguments.bias, dtype)
-    for block in layout.blocks():
-        values = widen(layout.part(elements, block), dtype)
-        rrms = layout.part(table, block)
-        _write_rrms(rrms, torch.linalg.vector_norm(values, dim=layout.axis, keepdim=True), arguments)
-        write_activated(layout.part(outputs, block), affine.apply(values * rrms, block), arguments.activation)
+    with Rooms(dtype) as rooms:
+        for block in layout.blocks():
+            values = rooms["elements"].widened(layout.part(elements, block))
+            rrms = layout.part(table, block)
+            _write_rrms(rrms, torch.linalg.vector_norm(values, dim=layout.axis, keepdim=True), arguments)
+            normal = torch.mul(values, rrms, out=rooms["normal"].like(values))
+            write_activated(layout.part(outputs, block), affine.apply(normal, block), arguments.activation)
     return results
 
 
@@ -66,19 +68,21 @@ def _write_rrms(rrms: Tensor, norms: Tensor, arguments: ops.ForwardArguments) ->
 
 @implements(ops.backward)
 def rms_norm_backward(arguments: ops.BackwardArguments) -> ops.BackwardResults:
-    input, backward = arguments.input, _Backward(arguments)
+    input = arguments.input
     grad_input = empty_in_layout(input)
-    matrices = [backward.layout.matrices(t) for t in (input, arguments.grad_output, grad_input)]
-    for block in backward.layout.blocks():
-        backward.write(block, *(backward.layout.part(t, block) for t in matrices))
+    with Rooms(accumulation_dtype(input.dtype)) as rooms:
+        backward = _Backward(arguments, rooms)
+        matrices = [backward.layout.matrices(t) for t in (input, arguments.grad_output, grad_input)]
+        for block in backward.layout.blocks():
+            backward.write(block, *(backward.layout.part(t, block) for t in matrices))
     return ops.BackwardResults(grad_input, *(backward.gradient(name) for name in ("weight", "bias")))
 
 
 class _Backward:
     """The backward pass: writes the gradient of a block's elements, and adds to those of weight and bias."""
 
-    def __init__(self, arguments: ops.BackwardArguments):
-        self.arguments, self.dtype = arguments, accumulation_dtype(arguments.input.dtype)
+    def __init__(self, arguments: ops.BackwardArguments, rooms: Rooms):
+        self.arguments, self.rooms, self.dtype = arguments, rooms, rooms.dtype
         self.activation = torch_activation(arguments.activation)
         self.layout = layout = ChannelLayout(arguments.input)
         self.rrms = arguments.rrms.reshape(layout.samples, layout.positions).unsqueeze(layout.axis)
@@ -89,7 +93,8 @@ class _Backward:
     def write(self, block: Block, elements: Tensor, grad_output: Tensor, result: Tensor) -> None:
         """(weight du - n mean(weight du n)) rrms for the normalised elements n = x rrms."""
         rrms = self.layout.part(self.rrms, block)
-        normal, grad = widen(elements, self.dtype) * rrms, widen(grad_output, self.dtype)
+        values, grad = self.rooms["elements"].widened(elements), self.rooms["incoming"].widened(grad_output)
+        normal = torch.mul(values, rrms, out=self.rooms["normal"].like(values))
         if self.activation is not None:
             grad = self.activation.backward(grad, self.affine.apply(normal, block))
         self._add("weight", block, grad * normal)
@@ -99,7 +104,7 @@ class _Backward:
         if self.arguments.eps_mode == EPS_MODES["clamp"]:
             # Where the bound decides, 1 / RMS is a constant.
             projection.masked_fill_(rrms >= ops.limit_of_rrms(self.layout.channels, self.arguments.eps), 0.0)
-        with written(result, self.dtype) as out:
+        with written(result, self.rooms["result"]) as out:
             torch.addcmul(grad, normal, projection, value=-1.0, out=out).mul_(rrms)
 
     def gradient(self, name: str) -> Tensor:
