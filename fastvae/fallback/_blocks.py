@@ -144,7 +144,7 @@ class Room:
     def widened(self, piece: Tensor) -> Tensor:
         """The piece in the dtype of the memory and contiguous, so that sums do not depend on strides: itself, where it is so.
 
-        What was widened last is not widened again.
+        It is only read: what was widened last is not widened again.
         """
         if piece.dtype == self.memory.dtype and piece.is_contiguous():
             return piece
