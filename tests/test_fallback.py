@@ -269,7 +269,7 @@ def test_one_group_of_a_large_mean_does_not_change_the_others(layout):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """What a thread keeps for temporaries, nothing at first."""
+    """The thread keeps nothing for temporaries at first; the fixture gives what it keeps then."""
     monkeypatch.setattr(_blocks, "_kept", _blocks._Kept())
     return _blocks._kept.memories
 

@@ -136,7 +136,7 @@ class Room:
     def shaped(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         size, self.piece = math.prod(shape), None
         if self.memory.numel() < size or self.memory.device != device:
-            # What inference mode makes cannot be written outside it.
+            # A later call outside inference mode could not write a tensor that was made inside.
             with torch.inference_mode(False):
                 self.memory = torch.empty(size, dtype=self.memory.dtype, device=device)
         return self.memory[:size].view(shape)
